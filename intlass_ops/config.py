@@ -1,0 +1,296 @@
+"""Which kernel configurations exist, which are legal, and which one a problem gets.
+
+The single statement of every kernel constraint. Pure: no CUDA, no torch calls; what the hardware
+offers arrives as a `Device`. The kernels state the same facts as static_asserts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import lru_cache
+from typing import ClassVar
+
+SPAN_K = 32  # k of one span, operands.cuh
+BITS = {"bf16": 16, "fp16": 16, "s8": 8, "s4": 4, "u4": 4}
+OUT_BYTES = {"__nv_bfloat16": 2, "__half": 2, "float": 4}
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+
+
+class Grouping(IntEnum):
+    """How the scale groups of a row lie in the spans of the main loop (gemm.cu)."""
+
+    CHANNEL = 0  # one group: scaled once, after all of K
+    ALIGNED = 1  # groups of whole spans
+    STRADDLING = 2  # a group may end inside a span: group_size 16, 48, ...
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a GPU offers a kernel."""
+
+    arch: str
+    sm_count: int
+    smem_per_block: int  # bytes, opt-in maximum
+    smem_per_sm: int
+
+
+# Shared memory by architecture, CUDA C++ Programming Guide, "Compute Capabilities".
+_SMEM_KIB = {
+    "sm_80": (163, 164),
+    "sm_86": (99, 100),
+    "sm_89": (99, 100),
+    "sm_90a": (227, 228),
+    "sm_100": (227, 228),
+    "sm_120": (99, 100),
+}
+_REFERENCE_SMS = {
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_89": 128,
+    "sm_90a": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+}
+
+
+def device_of(arch: str, sm_count: int | None = None) -> Device:
+    """The Device of an architecture, with the SM count of its best known card by default."""
+    block, sm = _SMEM_KIB.get(arch, (99, 100))
+    count = sm_count if sm_count is not None else _REFERENCE_SMS.get(arch, 84)
+    return Device(arch, count, block * 1024, sm * 1024)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """gemm.cu: one block computes block_n rows of W by block_m tokens, ring of num_stages."""
+
+    source: ClassVar[str] = "gemm.cu"
+    entry: ClassVar[str] = "gemm"
+
+    x_kind: str
+    w_kind: str
+    scale_type: str
+    zero_type: str
+    out_type: str
+    block_m: int
+    block_n: int
+    block_k: int
+    warps_m: int
+    warps_n: int
+    num_stages: int
+    split_k: int
+    grouping: int
+    has_zeros: bool
+    has_a_zero: bool
+    aligned: bool
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_m * self.warps_n
+
+    @property
+    def smem_bytes(self) -> int:
+        bits = self.block_m * BITS[self.x_kind] + self.block_n * BITS[self.w_kind]
+        ring = self.num_stages * bits * self.block_k // 8
+        out = OUT_BYTES[self.out_type]
+        vectors = 4 * (2 * self.block_m + self.block_n)
+        return max(ring, vectors + self.block_m * (self.block_n + 16 // out) * out)
+
+    @property
+    def values_per_block(self) -> int:
+        """fp32 values a block leaves in the workspace when K is split."""
+        row_sums = 4 * self.warps_m * self.block_n if self.has_a_zero else 0
+        return self.block_m * self.block_n + row_sums
+
+    def __str__(self) -> str:
+        split = f" split_k={self.split_k}" if self.split_k > 1 else ""
+        return (
+            f"gemm {self.x_kind}x{self.w_kind} "
+            f"{self.block_m}x{self.block_n}x{self.block_k}/{self.num_stages}{split}"
+        )
+
+    def expected_sass(self, arch: str) -> tuple[str, ...]:
+        """Regular expressions of the tensor-core instructions the compiled kernel must hold."""
+        if self.x_kind in ("bf16", "fp16"):
+            return (r"HMMA\.16816\.F32" + (r"\.BF16" if self.x_kind == "bf16" else r"\b"),)
+        native = self.x_kind in ("s4", "u4") and arch in ("sm_80", "sm_86", "sm_89")
+        return (r"IMMA\.16832\.S4\.S4" if native else r"IMMA\.16832\.S8\.S8",)
+
+
+def why_illegal(c: Gemm, device: Device) -> str | None:
+    """What forbids this configuration on this device, or None."""
+    if c.block_m % (8 * c.warps_m):
+        return f"block_m={c.block_m} is no multiple of 8 tokens for each of warps_m={c.warps_m}"
+    if c.block_n % (16 * c.warps_n):
+        return f"block_n={c.block_n} is no multiple of 16 rows for each of warps_n={c.warps_n}"
+    for kind in (c.x_kind, c.w_kind):
+        chunks = c.block_k * BITS[kind] // 128
+        if chunks < 1 or chunks & (chunks - 1):
+            return f"block_k={c.block_k} of {kind} is no power of two of 16-byte chunks"
+    if c.num_stages < 2:
+        return f"num_stages={c.num_stages} is below 2"
+    if c.smem_bytes > device.smem_per_block:
+        return f"{c.smem_bytes} bytes of shared memory exceed {device.smem_per_block}"
+    return None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What `pick` may know of a problem: kinds, types and sizes."""
+
+    x_kind: str
+    w_kind: str
+    scale_type: str
+    zero_type: str
+    out_type: str
+    has_zeros: bool
+    has_a_zero: bool
+    aligned: bool
+    m: int
+    n: int
+    k: int
+    group_size: int
+
+
+def grouping_of(k: int, group_size: int) -> Grouping:
+    if group_size >= k:
+        return Grouping.CHANNEL
+    return Grouping.STRADDLING if group_size % SPAN_K else Grouping.ALIGNED
+
+
+@lru_cache(maxsize=65536)
+def pick(device: Device, shape: Shape) -> Gemm:
+    """The configuration for a problem: tile by M, stages by shared memory, split_k by SM count."""
+    if shape.m <= 8:
+        block_m, block_n, warps_m, warps_n = 8, 64, 1, 4
+    elif shape.m <= 16:
+        block_m, block_n, warps_m, warps_n = 16, 64, 1, 4
+    elif shape.m <= 32:
+        block_m, block_n, warps_m, warps_n = 32, 64, 1, 4
+    elif shape.m <= 256:
+        block_m, block_n, warps_m, warps_n = 64, 64, 1, 4
+    else:
+        block_m, block_n, warps_m, warps_n = 64, 128, 1, 4
+    config = Gemm(
+        x_kind=shape.x_kind,
+        w_kind=shape.w_kind,
+        scale_type=shape.scale_type,
+        zero_type=shape.zero_type,
+        out_type=shape.out_type,
+        block_m=block_m,
+        block_n=block_n,
+        block_k=128,
+        warps_m=warps_m,
+        warps_n=warps_n,
+        num_stages=4,
+        split_k=1,
+        grouping=grouping_of(shape.k, shape.group_size),
+        has_zeros=shape.has_zeros,
+        has_a_zero=shape.has_a_zero,
+        aligned=shape.aligned,
+    )
+    while why_illegal(config, device) and config.num_stages > 2:
+        config = replace(config, num_stages=config.num_stages - 1)
+    if problem := why_illegal(config, device):
+        raise ValueError(f"no configuration for {shape} on {device.arch}: {problem}")
+    tiles = math.ceil(shape.m / block_m) * math.ceil(shape.n / block_n)
+    k_tiles = math.ceil(shape.k / config.block_k)
+    # Fill the GPU twice over, in stripes of at least four tiles of K; powers of two: few kernels.
+    wanted = min(2 * device.sm_count // max(tiles, 1), k_tiles // 4, 8)
+    return replace(config, split_k=1 << max(wanted, 1).bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """quantize.cu: threads_per_segment threads hold a segment in `chunks` vectors each."""
+
+    source: ClassVar[str] = "quantize.cu"
+    entry: ClassVar[str] = "quantize"
+
+    x_type: str
+    bits: int
+    symmetric: bool
+    stochastic: bool
+    vector: int
+    threads_per_segment: int
+    threads: int
+    chunks: int
+
+    smem_bytes: ClassVar[int] = 0
+
+    def __str__(self) -> str:
+        return f"quantize int{self.bits} {self.threads_per_segment}x{self.vector}x{self.chunks}"
+
+    def expected_sass(self, arch: str) -> tuple[str, ...]:
+        return ()
+
+
+_MAX_CHUNKS = 8
+
+
+@lru_cache(maxsize=4096)
+def pick_quantize(
+    x_type: str, bits: int, symmetric: bool, stochastic: bool, vector: int, length: int
+) -> Quantize:
+    """Enough threads to keep a segment in registers with few loads each; 0 chunks reads twice."""
+    vectors = max(1, math.ceil(length / vector))
+    per_segment = min(max(32, 1 << (math.ceil(vectors / 2) - 1).bit_length()), 1024)
+    chunks = math.ceil(vectors / per_segment)
+    return Quantize(
+        x_type=x_type,
+        bits=bits,
+        symmetric=symmetric,
+        stochastic=stochastic,
+        vector=vector,
+        threads_per_segment=per_segment,
+        threads=max(per_segment, 256),
+        chunks=chunks if chunks <= _MAX_CHUNKS else 0,
+    )
+
+
+# Activation and weight kinds that have a kernel.
+PAIRS = (
+    *((x, w) for x in ("bf16", "fp16") for w in ("s4", "u4", "s8")),
+    *(("s8", w) for w in ("s4", "u4", "s8")),
+    *((x, w) for x in ("s4", "u4") for w in ("s4", "u4")),
+)
+
+
+def shipped_configs() -> Iterator[tuple[Gemm | Quantize, tuple[str, ...]]]:
+    """A covering set of what the picks can return, each with the architectures it is built for.
+
+    Every pair of kinds meets every grouping and block shape; scale, zero and output types, which
+    only change a load or a store, rotate through it.
+    """
+    types = ("__nv_bfloat16", "float", "__half")
+    turn = 0
+    for x, w in PAIRS:
+        for m in (1, 16, 32, 64, 4096):
+            for group_size in (4096, 128, 16):
+                has_a_zero = x == "u4" or (x == "s8" and m == 32)
+                turn += 1
+                shape = Shape(
+                    x_kind=x,
+                    w_kind=w,
+                    scale_type=types[turn % 3],
+                    zero_type=types[turn // 3 % 3] if w == "u4" else "float",
+                    out_type=types[turn // 2 % 3],
+                    has_zeros=w == "u4",
+                    has_a_zero=has_a_zero,
+                    aligned=turn % 5 != 0,
+                    m=m,
+                    n=4096,
+                    k=4096,
+                    group_size=group_size,
+                )
+                for arch in ARCHS:
+                    yield pick(device_of(arch), shape), (arch,)
+    for x_type in types:
+        for bits in (8, 4):
+            for symmetric in (True, False):
+                for vector, length in ((8, 64), (8, 4096), (2, 5), (8, 100_000)):
+                    stochastic = length == 64
+                    yield pick_quantize(x_type, bits, symmetric, stochastic, vector, length), ARCHS

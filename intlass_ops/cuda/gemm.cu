@@ -1,0 +1,347 @@
+// y[m, n] = alpha * a_scale[m] * sum_k (x[m, k] - a_zero[m]) * (q[n, k] - z[n, g]) * s[n, g] + bias[n]
+//
+// The portable GEMM: mma.sync with a cp.async ring, for every pair of operand kinds, every shape and
+// every group size that is a multiple of 16. One block owns a tile of block_n rows of W by block_m
+// tokens and, with split_k > 1, a stripe of K; the block that finishes a tile last adds the stripes
+// in order, so results do not depend on timing.
+//
+// Sums inside a group are kept in the MMA's accumulator (int32, or fp32) and enter the fp32 total
+// with the group's scale:   total += s * (acc - z * xsum),   a_zero through   s * (wsum - z * count).
+#include "memory.cuh"
+
+struct Params {
+  const char *x, *w;
+  const void *scales, *zeros, *a_scale, *a_zero, *alpha, *bias;
+  void* out;
+  float* workspace;  // split_k > 1: [tiles, split_k, values of a block]
+  int* arrivals;     // split_k > 1: one zero per tile, left at zero
+  i64 m, n, k, x_stride, w_stride;  // strides in bytes
+  i64 group_size, scale_row, scale_group, zero_row, zero_group;  // strides in elements, 0 to broadcast
+  i64 a_scale_row, a_zero_row, bias_dtype, alpha_dtype, a_scale_dtype, a_zero_dtype;
+};
+
+using X = Config::x_kind;
+using W = Config::w_kind;
+using P = Pair<X, W>;
+using Acc = typename P::Acc;
+using Scale = Config::scale_type;
+using Zero = Config::zero_type;
+using Out = Config::out_type;
+
+constexpr int block_m = Config::block_m, block_n = Config::block_n, block_k = Config::block_k;
+constexpr int warps_m = Config::warps_m, warps_n = Config::warps_n;
+constexpr int threads = 32 * warps_m * warps_n;
+constexpr int tiles_m = block_m / warps_m / 8;   // 8-token MMA tiles of a warp
+constexpr int tiles_n = block_n / warps_n / 16;  // 16-row MMA tiles of a warp
+constexpr int num_stages = Config::num_stages;
+constexpr bool has_zeros = Config::has_zeros, has_a_zero = Config::has_a_zero;
+// channel: one scale a row, applied after all of K. aligned: groups of whole spans. straddling: a
+// group may end inside a span (group_size 16, 48, ...)
+enum Grouping { channel, aligned_groups, straddling_groups };
+constexpr int grouping = Config::grouping;
+static_assert(block_m % (8 * warps_m) == 0, "a warp owns whole 8-token tiles");
+static_assert(block_n % (16 * warps_n) == 0, "a warp owns whole 16-row tiles");
+static_assert(num_stages >= 2, "the ring needs a stage to fill while another is read");
+
+using TileX = SmemTile<X, block_m, block_k>;
+using TileW = SmemTile<W, block_n, block_k>;
+constexpr int stage_bytes = TileX::bytes + TileW::bytes;
+
+// fp32 values a thread owns of the block's tile: total[n tile][m tile][4], and row sums for a_zero
+struct Totals {
+  float y[tiles_n][tiles_m][4];
+  float w[tiles_n][2];
+};
+constexpr int thread_values = tiles_n * tiles_m * 4 + (has_a_zero ? tiles_n * 2 : 0);
+
+struct Sums {
+  Acc y[tiles_n][tiles_m][4];
+  Acc x[tiles_m][4];  // ones @ X: per token
+  Acc w[tiles_n][4];  // W @ ones: per row
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int j = 0; j < tiles_m; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        x[j][e] = 0;
+#pragma unroll
+        for (int i = 0; i < tiles_n; ++i) y[i][j][e] = 0;
+      }
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) w[i][e] = 0;
+  }
+};
+
+// An accumulator as a number: exact per group, and rounded to odd where int32 exceeds 24 bits
+__device__ __forceinline__ float value(float v) { return v; }
+__device__ __forceinline__ float value(int v) { return grouping == channel ? to_float_odd(v) : float(v); }
+
+struct GroupScales {
+  float s[tiles_n][2], z[tiles_n][2];
+
+  __device__ __forceinline__ void load(const Params& p, i64 row0, int lane, i64 group) {
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const i64 row = min(row0 + i * 16 + h * 8 + lane / 4, p.n - 1);
+        s[i][h] = as_float(static_cast<const Scale*>(p.scales)[row * p.scale_row + group * p.scale_group]);
+        if constexpr (has_zeros)
+          z[i][h] = as_float(static_cast<const Zero*>(p.zeros)[row * p.zero_row + group * p.zero_group]) -
+                    code_offset<W>;
+      }
+  }
+};
+
+// total += s * (sums - z * xsum), and the same for the rows' own sums; `count` k entered the sums
+__device__ __forceinline__ void flush(Totals& total, const Sums& sum, const GroupScales& g, int count) {
+#pragma unroll
+  for (int i = 0; i < tiles_n; ++i) {
+#pragma unroll
+    for (int j = 0; j < tiles_m; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float v = value(sum.y[i][j][e]) * P::unit;
+        if constexpr (has_zeros) v -= g.z[i][e / 2] * (value(sum.x[j][e % 2]) * P::unit_x);
+        total.y[i][j][e] += g.s[i][e / 2] * v;
+      }
+    if constexpr (has_a_zero)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float v = value(sum.w[i][2 * h]) * P::unit_w;
+        if constexpr (has_zeros) v -= g.z[i][h] * float(count);
+        total.w[i][h] += g.s[i][h] * v;
+      }
+  }
+}
+
+// Bytes past the end of K are zero, which is no zero for u4 (q - 8): make them code 8. `valid`
+// counts the k of this lane's word that exist.
+template <class Kind, int words> __device__ __forceinline__ void blank_tail(u32 (&v)[words], i64 valid) {
+  if constexpr (same<Kind, u4>::value)
+    if (valid < 8) {
+      const u32 keep = valid <= 0 ? 0u : (1u << (4 * valid)) - 1;
+      v[0] = (v[0] & keep) | (0x88888888u & ~keep);
+    }
+}
+
+struct Span {
+  typename P::A w[tiles_n];
+  typename P::B x[tiles_m];
+
+  // `valid`: how many k lie between this lane's first and the end of K
+  __device__ __forceinline__ void load(u32 smem_w, u32 smem_x, int warp_n, int warp_m, int lane, int s,
+                                       i64 valid) {
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i) {
+      u32 lo[TileW::words], hi[TileW::words];
+      const int row = (warp_n * tiles_n + i) * 16 + lane / 4;
+      TileW::load(lo, smem_w, row, s, lane % 4);
+      TileW::load(hi, smem_w, row + 8, s, lane % 4);
+      blank_tail<W>(lo, valid);
+      blank_tail<W>(hi, valid);
+      w[i] = P::w(lo, hi);
+    }
+#pragma unroll
+    for (int j = 0; j < tiles_m; ++j) {
+      u32 v[TileX::words];
+      TileX::load(v, smem_x, (warp_m * tiles_m + j) * 8 + lane / 4, s, lane % 4);
+      blank_tail<X>(v, valid);
+      x[j] = P::x(v);
+    }
+  }
+
+  // `keep`: whether this lane's eight k belong to the group being summed
+  template <bool all> __device__ __forceinline__ void accumulate(Sums& sum, bool keep) const {
+    if constexpr (has_zeros) {
+      const typename P::A ones = all ? P::ones_w() : masked(P::ones_w(), keep);
+#pragma unroll
+      for (int j = 0; j < tiles_m; ++j) P::mma(sum.x[j], ones, x[j]);
+    }
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i) {
+      const typename P::A a = all ? w[i] : masked(w[i], keep);
+#pragma unroll
+      for (int j = 0; j < tiles_m; ++j) P::mma(sum.y[i][j], a, x[j]);
+      if constexpr (has_a_zero) P::mma(sum.w[i], a, P::ones_x());
+    }
+  }
+};
+
+__device__ __forceinline__ void load_stage(const Params& p, u32 stage, i64 n0, i64 m0, i64 k0, i64 k_end) {
+  TileW::fill<threads, Config::aligned>(stage, p.w, p.w_stride, n0, p.n, k0 * W::bits / 8,
+                                        (k_end * W::bits + 7) / 8);
+  TileX::fill<threads, Config::aligned>(stage + TileW::bytes, p.x, p.x_stride, m0, p.m, k0 * X::bits / 8,
+                                        (k_end * X::bits + 7) / 8);
+}
+
+// Sum this block's stripe [k_begin, k_end) of K into `total`. k_begin is a multiple of block_k.
+__device__ __forceinline__ void mainloop(const Params& p, u32 smem, i64 n0, i64 m0, i64 k_begin, i64 k_end,
+                                         Totals& total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_n = warp % warps_n, warp_m = warp / warps_n;
+  const i64 row0 = n0 + warp_n * tiles_n * 16;
+  const int num_tiles = int((k_end - k_begin + block_k - 1) / block_k);
+
+  Sums sum;
+  sum.clear();
+  GroupScales scales;
+  i64 group = grouping == channel ? 0 : k_begin / p.group_size;
+  i64 group_end = grouping == channel ? p.k : (group + 1) * p.group_size;
+  i64 group_begin = k_begin;  // first k of the group within this stripe
+  scales.load(p, row0, lane, group);
+  auto close_group = [&](i64 end) {
+    flush(total, sum, scales, int(end - group_begin));
+    sum.clear();
+    group_begin = group_end;
+    group_end += p.group_size;
+    group = min(group + 1, p.k / p.group_size - 1);
+    scales.load(p, row0, lane, group);
+  };
+
+#pragma unroll
+  for (int s = 0; s < num_stages - 1; ++s) {
+    if (s < num_tiles) load_stage(p, smem + s * stage_bytes, n0, m0, k_begin + s * block_k, k_end);
+    cp_async_commit();
+  }
+  for (int tile = 0; tile < num_tiles; ++tile) {
+    cp_async_wait<num_stages - 2>();
+    __syncthreads();
+    const int next = tile + num_stages - 1;
+    if (next < num_tiles)
+      load_stage(p, smem + next % num_stages * stage_bytes, n0, m0, k_begin + i64(next) * block_k, k_end);
+    cp_async_commit();
+
+    const u32 smem_w = smem + tile % num_stages * stage_bytes, smem_x = smem_w + TileW::bytes;
+#pragma unroll
+    for (int s = 0; s < block_k / span_k; ++s) {
+      const i64 k0 = k_begin + i64(tile) * block_k + s * span_k;
+      const i64 mine = k0 + lane % 4 * 8;  // this lane's eight k, which lie in one group
+      Span span;
+      if constexpr (grouping == channel) {
+        span.load(smem_w, smem_x, warp_n, warp_m, lane, s, k_end - mine);
+        span.accumulate<true>(sum, true);
+      } else if (k0 < k_end) {
+        span.load(smem_w, smem_x, warp_n, warp_m, lane, s, k_end - mine);
+        if constexpr (grouping == aligned_groups) {
+          span.accumulate<true>(sum, true);
+          if (k0 + span_k >= group_end) close_group(group_end);
+        } else {
+          span.accumulate<false>(sum, mine < group_end);
+          while (group_end <= min(k0 + span_k, k_end)) {
+            const i64 begin = group_end;
+            close_group(group_end);
+            if (begin < min(k0 + span_k, k_end))
+              span.accumulate<false>(sum, mine >= begin && mine < group_end);
+          }
+        }
+      }
+    }
+  }
+  cp_async_wait<0>();
+  if (grouping == channel || k_end > group_begin) flush(total, sum, scales, int(k_end - group_begin));
+}
+
+// Add the stripes of a tile in order. True for the block that arrived last and now holds the sum.
+__device__ __forceinline__ bool reduce_stripes(const Params& p, i64 tile, Totals& total) {
+  constexpr int split_k = Config::split_k;
+  __shared__ bool last;
+  float* values = reinterpret_cast<float*>(&total);
+  float* stripes = p.workspace + tile * split_k * thread_values * threads + threadIdx.x;
+#pragma unroll
+  for (int v = 0; v < thread_values; ++v)
+    __stcg(stripes + (i64(blockIdx.y) * thread_values + v) * threads, values[v]);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(p.arrivals + tile, 1) == split_k - 1;
+    if (last) p.arrivals[tile] = 0;
+  }
+  __syncthreads();
+  if (!last) return false;
+  __threadfence();
+#pragma unroll
+  for (int v = 0; v < thread_values; ++v) values[v] = 0.f;
+  for (int s = 0; s < split_k; ++s)
+#pragma unroll
+    for (int v = 0; v < thread_values; ++v) values[v] += __ldcg(stripes + (i64(s) * thread_values + v) * threads);
+  return true;
+}
+
+// Scale, shift, round once, and write the tile through shared memory in 16-byte rows.
+__device__ __forceinline__ void epilogue(const Params& p, char* smem, i64 n0, i64 m0, const Totals& total) {
+  constexpr int pitch = block_n + 16 / sizeof(Out);
+  float* factor = reinterpret_cast<float*>(smem);  // alpha * a_scale, a_zero: per token; bias: per row
+  float* a_zero = factor + block_m;
+  float* bias = a_zero + block_m;
+  Out* tile = reinterpret_cast<Out*>(bias + block_n);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_n = warp % warps_n, warp_m = warp / warps_n;
+
+  const float alpha = p.alpha ? load_as_float(p.alpha, 0, p.alpha_dtype) : 1.f;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < block_m; i += threads) {
+    const i64 m = min(m0 + i, p.m - 1);
+    factor[i] = alpha * (p.a_scale ? load_as_float(p.a_scale, m * p.a_scale_row, p.a_scale_dtype) : 1.f);
+    a_zero[i] = has_a_zero ? load_as_float(p.a_zero, m * p.a_zero_row, p.a_zero_dtype) - code_offset<X> : 0.f;
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < block_n; i += threads)
+    bias[i] = p.bias && n0 + i < p.n ? load_as_float(p.bias, n0 + i, p.bias_dtype) : 0.f;
+  __syncthreads();
+
+#pragma unroll
+  for (int j = 0; j < tiles_m; ++j)
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int row = (warp_m * tiles_m + j) * 8 + lane % 4 * 2 + c;
+#pragma unroll
+      for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int column = (warp_n * tiles_n + i) * 16 + h * 8 + lane / 4;
+          float v = total.y[i][j][2 * h + c];
+          if constexpr (has_a_zero) v -= a_zero[row] * total.w[i][h];
+          v *= factor[row];
+          if (p.bias) v += bias[column];
+          store_rounded(&tile[row * pitch + column], v);
+        }
+    }
+  __syncthreads();
+
+  Out* out = static_cast<Out*>(p.out);
+  constexpr int vector = 16 / sizeof(Out);
+  const bool whole = p.n % vector == 0;  // the output is freshly allocated, so its rows are aligned
+  for (int i = threadIdx.x; i < block_m * (block_n / vector); i += threads) {
+    const int row = i / (block_n / vector), column = i % (block_n / vector) * vector;
+    if (m0 + row >= p.m) break;
+    const Out* from = tile + row * pitch + column;
+    Out* to = out + (m0 + row) * p.n + n0 + column;
+    if (whole && n0 + column < p.n)
+      *reinterpret_cast<int4*>(to) = *reinterpret_cast<const int4*>(from);
+    else
+      for (int v = 0; v < vector && n0 + column + v < p.n; ++v) to[v] = from[v];
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(threads) gemm(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) char smem[];
+  const i64 tiles_of_m = (p.m + block_m - 1) / block_m;
+  const i64 tile = blockIdx.x, m0 = tile % tiles_of_m * block_m, n0 = tile / tiles_of_m * block_n;
+  const i64 k_tiles = (p.k + block_k - 1) / block_k, per_stripe = (k_tiles + Config::split_k - 1) / Config::split_k;
+  const i64 k_begin = min(i64(blockIdx.y) * per_stripe * block_k, p.k);
+  const i64 k_end = min(k_begin + per_stripe * block_k, p.k);
+
+  Totals total;
+  float* values = reinterpret_cast<float*>(&total);
+#pragma unroll
+  for (int v = 0; v < int(sizeof(Totals) / 4); ++v) values[v] = 0.f;
+  if (k_begin < k_end) mainloop(p, smem_address(smem), n0, m0, k_begin, k_end, total);
+  if constexpr (Config::split_k > 1)
+    if (!reduce_stripes(p, tile, total)) return;
+  __syncthreads();  // the ring's last readers are done with the memory the epilogue writes
+  epilogue(p, smem, n0, m0, total);
+}

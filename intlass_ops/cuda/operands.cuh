@@ -1,0 +1,286 @@
+// Operand kinds, and how the bytes of a row become tensor-core fragments.
+//
+// Every kernel computes D[n, m] = W[n, k] * X[m, k] with the weights as the MMA's A operand
+// (16 rows of n) and the activations as B (8 tokens), so a small M wastes nothing.
+//
+// Both operands lie in memory as the user stores them: rows along k, INT4 two to a byte. A lane
+// owns EIGHT CONSECUTIVE k of each 32-wide span:
+//
+//        span of 32 k:  | lane%4 = 0 | lane%4 = 1 | lane%4 = 2 | lane%4 = 3 |
+//                         k 0..7       k 8..15      k 16..23     k 24..31
+//
+// which is one 32-bit word of INT4, two of INT8, four of bf16. An MMA sums over k in whatever order
+// its fragments hold, as long as W and X agree; `Pair` chooses, for each pair of kinds, an order
+// that both sides reach with the fewest instructions. Signed codes come out of every path:
+// s4 as it is, u4 as q - 8 (the epilogue knows and shifts the zero point).
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+typedef unsigned int u32;
+
+struct bf16 { static constexpr int bits = 16; };
+struct fp16 { static constexpr int bits = 16; };
+struct s8 { static constexpr int bits = 8; };
+struct s4 { static constexpr int bits = 4; };
+struct u4 { static constexpr int bits = 4; };
+
+template <class A, class B> struct same { static constexpr bool value = false; };
+template <class A> struct same<A, A> { static constexpr bool value = true; };
+
+constexpr int span_k = 32;  // k of one span: the granularity of fragments and of group boundaries
+
+// Words (32 bits) a lane owns of one span of a kind.
+template <class Kind> constexpr int span_words = Kind::bits / 4;
+// Bytes a row holds of one span.
+template <class Kind> constexpr int span_bytes = span_k * Kind::bits / 8;
+
+// (a & b) ^ c in one LOP3
+__device__ __forceinline__ u32 and_xor(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// (a & b) | c in one LOP3
+__device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// (a ^ b) & c in one LOP3
+__device__ __forceinline__ u32 xor_and(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0x28;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+template <class X> __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+  u32 d;
+  if constexpr (same<X, bf16>::value)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// 16-bit constants, twice in a word
+template <class X> struct half_words;
+template <> struct half_words<bf16> {
+  static constexpr u32 one = 0x3f803f80, minus_one = 0xbf80bf80;
+  static constexpr u32 magic = 0x43004300;         // 128: adding an integer below 128 sets low bits
+  static constexpr u32 minus_offset4 = 0xc308c308; // -(128 + 8)
+};
+template <> struct half_words<fp16> {
+  static constexpr u32 one = 0x3c003c00, minus_one = 0xbc00bc00;
+  static constexpr u32 magic = 0x64006400;         // 1024
+  static constexpr u32 minus_offset4 = 0xe408e408; // -(1024 + 8)
+};
+
+__device__ __forceinline__ void mma_16816(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], bf16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_16816(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], fp16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_16832(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_16832(int (&d)[4], const u32 (&a)[2], const u32 b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s4.s4.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// One span of 32 k. `w` turns a lane's words of rows r and r + 8 into A fragments, `x` its words of
+// a token into B fragments, `mma` accumulates; `ones_w` / `ones_x` are fragments of ones, with which
+// the same MMA sums activations per token and weights per row. `unit` is what one accumulator step
+// stands for (codes kept in the high nibble are 16 times their value).
+template <class X, class W> struct Pair;
+
+// ---- 16-bit activations: two m16n8k16 a span -------------------------------------------------
+template <class X> struct Float16Pair {
+  using Acc = float;
+  struct A { u32 r[2][4]; };
+  struct B { u32 r[2][2]; };
+  static constexpr float unit = 1.f, unit_x = 1.f, unit_w = 1.f;
+  static __device__ __forceinline__ void mma(float (&d)[4], const A& a, const B& b) {
+    mma_16816(d, a.r[0], b.r[0], X{});
+    mma_16816(d, a.r[1], b.r[1], X{});
+  }
+  static __device__ __forceinline__ A ones_w() {
+    constexpr u32 o = half_words<X>::one;
+    return {{{o, o, o, o}, {o, o, o, o}}};
+  }
+  static __device__ __forceinline__ B ones_x() {
+    constexpr u32 o = half_words<X>::one;
+    return {{{o, o}, {o, o}}};
+  }
+};
+
+// INT4 weights: nibble j of each half word, so pairs (k0,k4) (k1,k5) | (k2,k6) (k3,k7)
+template <class X, class W> struct Int4Float16Pair : Float16Pair<X> {
+  using typename Float16Pair<X>::A;
+  using typename Float16Pair<X>::B;
+  static __device__ __forceinline__ void row(u32 w, u32 (&f)[4]) {
+    using C = half_words<X>;
+    constexpr u32 flip = C::magic ^ (same<W, s4>::value ? 0x00080008u : 0u);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      f[j] = fma2<X>(and_xor(w >> (4 * j), 0x000f000f, flip), C::one, C::minus_offset4);
+  }
+  static __device__ __forceinline__ A w(const u32 (&lo)[1], const u32 (&hi)[1]) {
+    u32 l[4], h[4];
+    row(lo[0], l);
+    row(hi[0], h);
+    return {{{l[0], h[0], l[1], h[1]}, {l[2], h[2], l[3], h[3]}}};
+  }
+  static __device__ __forceinline__ B x(const u32 (&v)[4]) {
+    return {{{__byte_perm(v[0], v[2], 0x5410), __byte_perm(v[0], v[2], 0x7632)},
+             {__byte_perm(v[1], v[3], 0x5410), __byte_perm(v[1], v[3], 0x7632)}}};
+  }
+};
+template <> struct Pair<bf16, s4> : Int4Float16Pair<bf16, s4> {};
+template <> struct Pair<bf16, u4> : Int4Float16Pair<bf16, u4> {};
+template <> struct Pair<fp16, s4> : Int4Float16Pair<fp16, s4> {};
+template <> struct Pair<fp16, u4> : Int4Float16Pair<fp16, u4> {};
+
+// INT8 weights: bytes 0, 2 and 1, 3 of each word, so pairs (k0,k2) (k1,k3) | (k4,k6) (k5,k7)
+template <class X> struct Int8Float16Pair : Float16Pair<X> {
+  using typename Float16Pair<X>::A;
+  using typename Float16Pair<X>::B;
+  static __device__ __forceinline__ u32 even_bytes(u32 w) {
+    using C = half_words<X>;
+    if constexpr (same<X, bf16>::value) {
+      // bf16 has seven mantissa bits: (128 + low seven bits) - (256 if negative else 128)
+      return fma2<X>(and_or(w, 0x00800080, C::magic), C::minus_one, and_or(w, 0x007f007f, C::magic));
+    } else {
+      return fma2<X>(and_xor(w, 0x00ff00ff, 0x64806480), C::one, 0xe480e480);  // 1152 + q - 1152
+    }
+  }
+  static __device__ __forceinline__ A w(const u32 (&lo)[2], const u32 (&hi)[2]) {
+    A a;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      a.r[j][0] = even_bytes(lo[j]);
+      a.r[j][1] = even_bytes(hi[j]);
+      a.r[j][2] = even_bytes(lo[j] >> 8);
+      a.r[j][3] = even_bytes(hi[j] >> 8);
+    }
+    return a;
+  }
+  static __device__ __forceinline__ B x(const u32 (&v)[4]) {
+    return {{{__byte_perm(v[0], v[1], 0x5410), __byte_perm(v[0], v[1], 0x7632)},
+             {__byte_perm(v[2], v[3], 0x5410), __byte_perm(v[2], v[3], 0x7632)}}};
+  }
+};
+template <> struct Pair<bf16, s8> : Int8Float16Pair<bf16> {};
+template <> struct Pair<fp16, s8> : Int8Float16Pair<fp16> {};
+
+// ---- integer activations: one m16n8k32 a span -----------------------------------------------
+struct IntPair {
+  using Acc = int;
+  struct A { u32 r[4]; };
+  struct B { u32 r[2]; };
+  static __device__ __forceinline__ void mma(int (&d)[4], const A& a, const B& b) {
+    mma_16832(d, a.r, b.r);
+  }
+  static __device__ __forceinline__ A ones_w() {
+    return {{0x01010101, 0x01010101, 0x01010101, 0x01010101}};
+  }
+  static __device__ __forceinline__ B ones_x() { return {{0x01010101, 0x01010101}}; }
+};
+
+// Codes in the high nibble of a byte: a signed byte of 16 times the value. Even k, then odd k.
+template <class Kind> __device__ __forceinline__ u32 even_nibbles(u32 w) {
+  return xor_and(w << 4, same<Kind, u4>::value ? 0x80808080u : 0u, 0xf0f0f0f0);
+}
+template <class Kind> __device__ __forceinline__ u32 odd_nibbles(u32 w) {
+  return xor_and(w, same<Kind, u4>::value ? 0x80808080u : 0u, 0xf0f0f0f0);
+}
+
+template <> struct Pair<s8, s8> : IntPair {
+  static constexpr float unit = 1.f, unit_x = 1.f, unit_w = 1.f;
+  static __device__ __forceinline__ A w(const u32 (&lo)[2], const u32 (&hi)[2]) {
+    return {{lo[0], hi[0], lo[1], hi[1]}};
+  }
+  static __device__ __forceinline__ B x(const u32 (&v)[2]) { return {{v[0], v[1]}}; }
+};
+
+template <class W> struct Int4IntPair : IntPair {
+  static constexpr float unit = 1.f / 16, unit_x = 1.f, unit_w = 1.f / 16;
+  static __device__ __forceinline__ A w(const u32 (&lo)[1], const u32 (&hi)[1]) {
+    return {{even_nibbles<W>(lo[0]), even_nibbles<W>(hi[0]), odd_nibbles<W>(lo[0]),
+             odd_nibbles<W>(hi[0])}};
+  }
+  static __device__ __forceinline__ B x(const u32 (&v)[2]) {
+    return {{__byte_perm(v[0], v[1], 0x6420), __byte_perm(v[0], v[1], 0x7531)}};
+  }
+};
+template <> struct Pair<s8, s4> : Int4IntPair<s4> {};
+template <> struct Pair<s8, u4> : Int4IntPair<u4> {};
+
+// INT4 activations widened to INT8: sm_90 and newer emulate the s4 MMA in software
+template <class X, class W> struct WidenedInt4Pair : IntPair {
+  static constexpr float unit = 1.f / 256, unit_x = 1.f / 16, unit_w = 1.f / 16;
+  static __device__ __forceinline__ A w(const u32 (&lo)[1], const u32 (&hi)[1]) {
+    return Int4IntPair<W>::w(lo, hi);
+  }
+  static __device__ __forceinline__ B x(const u32 (&v)[1]) {
+    return {{even_nibbles<X>(v[0]), odd_nibbles<X>(v[0])}};
+  }
+};
+
+// Native INT4 (sm_80, sm_86, sm_89): fragments are the stored words, unsigned codes flipped to signed
+template <class X, class W> struct NativeInt4Pair {
+  using Acc = int;
+  struct A { u32 r[2]; };
+  struct B { u32 r; };
+  static constexpr float unit = 1.f, unit_x = 1.f, unit_w = 1.f;
+  template <class Kind> static __device__ __forceinline__ u32 sign(u32 v) {
+    return same<Kind, u4>::value ? v ^ 0x88888888u : v;
+  }
+  static __device__ __forceinline__ A w(const u32 (&lo)[1], const u32 (&hi)[1]) {
+    return {{sign<W>(lo[0]), sign<W>(hi[0])}};
+  }
+  static __device__ __forceinline__ B x(const u32 (&v)[1]) { return {sign<X>(v[0])}; }
+  static __device__ __forceinline__ void mma(int (&d)[4], const A& a, const B& b) {
+    mma_16832(d, a.r, b.r);
+  }
+  static __device__ __forceinline__ A ones_w() { return {{0x11111111, 0x11111111}}; }
+  static __device__ __forceinline__ B ones_x() { return {0x11111111}; }
+};
+
+#if __CUDA_ARCH__ < 900
+template <class X, class W> using Int4Pair = NativeInt4Pair<X, W>;
+#else
+template <class X, class W> using Int4Pair = WidenedInt4Pair<X, W>;
+#endif
+template <> struct Pair<s4, s4> : Int4Pair<s4, s4> {};
+template <> struct Pair<s4, u4> : Int4Pair<s4, u4> {};
+template <> struct Pair<u4, s4> : Int4Pair<u4, s4> {};
+template <> struct Pair<u4, u4> : Int4Pair<u4, u4> {};
+
+// Keep a fragment only in the lanes of a group (k order above: lane%4 tells the eight k).
+template <class A> __device__ __forceinline__ A masked(A a, bool keep) {
+  u32* p = reinterpret_cast<u32*>(&a);
+#pragma unroll
+  for (int i = 0; i < int(sizeof(A) / 4); ++i) p[i] = keep ? p[i] : 0u;
+  return a;
+}
+
+// What u4 codes lost when they became signed, to be added back through the zero point.
+template <class Kind> constexpr float code_offset = same<Kind, u4>::value ? 8.f : 0.f;

@@ -1,0 +1,66 @@
+"""`torch.compile(model, backend="intlass")`, `enable()` for plain Inductor, and their reports.
+
+Lives here: the two ways in. Not here: the pass (graph_pass.py), what it recognises (weights.py,
+activations.py, rules.py) or what the rewritten graph calls (runtime.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import graph_pass, runtime
+from .records import Decision, clear_report, counters, report
+
+__all__ = [
+    "Decision",
+    "backend",
+    "clear_report",
+    "counters",
+    "disable",
+    "enable",
+    "invalidate",
+    "report",
+]
+
+
+def backend(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile with Inductor after swapping quantised linears for `torch.ops.intlass` GEMMs.
+
+    `mode` and `options` mean what they mean for `backend="inductor"`. A pass that is already
+    installed on the hook we use still runs, before ours.
+    """
+    return graph_pass.compile_with_pass(gm, example_inputs, mode=mode, options=options)
+
+
+def enable() -> None:
+    """Make every plain `torch.compile(model)` of this process swap quantised linears too.
+
+    Idempotent. Under CUDA graphs prefer `backend="intlass"`: only there can a weight that
+    changes in place be refreshed before a replay, so under `enable()` weights that need
+    repacking are repacked inside each captured graph: right, but slower.
+    """
+    graph_pass.install()
+
+
+def disable() -> None:
+    """Undo `enable()`; leaves other passes on the hook alone. Compiled graphs stay as they are."""
+    graph_pass.uninstall()
+
+
+def invalidate() -> None:
+    """Forget every repacked weight.
+
+    Needed only after writing through `tensor.data` in place, which PyTorch's version counter
+    does not see; in-place ops on the tensor itself, `load_state_dict`, assigning a new parameter
+    and `tensor.data = other` are noticed without it.
+    """
+    runtime.invalidate()

@@ -1,0 +1,211 @@
+"""Reading and editing one graph: which nodes are static, slices of weights, new nodes.
+
+Lives here: `Editor`. It knows fx, not Inductor: graph_pass.py tells it which placeholders are
+weights and which fake mode new nodes get their shapes from. Not here: what to rewrite (rules.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .gemms import Gemm, column_like, shape_of, static_shape
+from .program import NotASlice, Program, extract, walk
+from .weights import LeafMeta, NotAffine, Recipe, WeightForm, probe
+
+aten: Any = torch.ops.aten
+CAST = torch.ops.prims.convert_element_type.default
+
+# Operand positions that hold indices into dimension `dim` (an argument, or 0) of operand 0.
+_INDEXING = {
+    aten.index.Tensor: None,
+    aten.index_select.default: 2,
+    aten.gather.default: 2,
+    aten.embedding.default: 1,
+}
+_TRANSPARENT = (
+    CAST,
+    aten._to_copy.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A weight operand as a program over static leaves."""
+
+    program: Program
+    leaves: tuple[Node, ...]
+    metas: tuple[LeafMeta, ...]
+    nodes: dict[Node, int]  # value index of each node of the slice
+
+    def node_of(self, index: int) -> Node | None:
+        return next((node for node, i in self.nodes.items() if i == index), None)
+
+
+class Editor:
+    """One graph being rewritten."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        static: frozenset[Node],
+        fake_mode: contextlib.AbstractContextManager[Any] | None,
+        undisturbed: Callable[[], contextlib.AbstractContextManager[Any]],
+        *,
+        training: bool,
+    ) -> None:
+        self.graph = graph
+        self.static = static
+        self.training = training
+        self._fake_mode = fake_mode
+        self._undisturbed = undisturbed
+        self._is_static: dict[Node, bool] = {}
+
+    def is_leaf(self, node: Node) -> bool:
+        """Static placeholders and constants, and other placeholders of a fixed shape."""
+        return node.op == "get_attr" or (
+            node.op == "placeholder"
+            and isinstance(node.meta.get("val"), torch.Tensor)
+            and static_shape(node) is not None
+        )
+
+    def certain_leaf(self, node: Node) -> bool:
+        return node.op == "get_attr" or node in self.static
+
+    def is_static(self, node: Node) -> bool:
+        """Whether a node depends on weights and constants alone."""
+        if node not in self._is_static:
+            try:
+                walk(node, self.certain_leaf)
+                self._is_static[node] = True
+            except NotASlice:
+                self._is_static[node] = False
+        return self._is_static[node]
+
+    def slice_of(self, gemm: Gemm, column_scales: Sequence[tuple[Node, bool]]) -> Slice:
+        """The weight operand, times the scales its epilogue would have applied."""
+        made: list[Node] = []
+        root = gemm.weight
+        with self.graph.inserting_before(gemm.node):
+            for scale, divides in column_scales:
+                wide = self.graph.call_function(CAST, (root, torch.float32))
+                made.append(wide)
+                if column_like(scale, gemm.n) and len(shape_of(scale)) > 0:
+                    size = [gemm.n] if gemm.layout == "kn" else [gemm.n, 1]
+                    scale = self.graph.call_function(aten.reshape.default, (scale, size))
+                    made.append(scale)
+                operation = aten.div.Tensor if divides else aten.mul.Tensor
+                root = self.graph.call_function(operation, (wide, scale))
+                made.append(root)
+        try:
+            leaves, inner = walk(root, self.is_leaf)
+            program, nodes = extract(leaves, inner)
+            if not inner:
+                program, nodes = _identity(leaves)
+            uncertain = [leaf for leaf in leaves if not self.certain_leaf(leaf)]
+            if uncertain:
+                self._only_codes(gemm, leaves)
+            into = _index_sizes(inner)
+            metas = tuple(_leaf_meta(leaf, into.get(leaf)) for leaf in leaves)
+        finally:
+            for node in reversed(made):
+                self.graph.erase_node(node)
+        nodes = {node: i for node, i in nodes.items() if node not in made}
+        return Slice(program, tuple(leaves), metas, nodes)
+
+    def _only_codes(self, gemm: Gemm, leaves: Sequence[Node]) -> None:
+        """A tensor that is no parameter may still be a weight (a closure, an argument) if the
+        operand is made from integers of a fixed shape; otherwise it is an activation."""
+        values = [leaf.meta["val"] for leaf in leaves]
+        integer_bits = sum(
+            8 * v.numel() * v.element_size()
+            for v in values
+            if not v.dtype.is_floating_point and v.dtype != torch.bool
+        )
+        if gemm.flipped or integer_bits < 2 * gemm.batch * gemm.n * gemm.k:
+            raise NotASlice("depends on an input that is not a parameter, buffer or integer codes")
+
+    def probe(self, gemm: Gemm, piece: Slice) -> WeightForm:
+        recipe = Recipe(piece.program, 0, gemm.layout, gemm.batch, gemm.n, gemm.k)
+        device = piece.leaves[0].meta["val"].device if piece.leaves else torch.device("cpu")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            device = torch.device("cpu")
+        with self._undisturbed(), torch.no_grad():
+            try:
+                return probe(piece.metas, recipe, device)
+            except torch.OutOfMemoryError:
+                return probe(piece.metas, recipe, torch.device("cpu"))
+
+    @contextlib.contextmanager
+    def at(self, node: Node) -> Iterator[None]:
+        """Insert new nodes before `node`, marked as coming from the same module and line."""
+        self._like = node
+        with self.graph.inserting_before(node):
+            yield
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = self.graph.call_function(target, args, kwargs)
+        for key in ("nn_module_stack", "stack_trace", "original_aten", "seq_nr", "partitioner_tag"):
+            if key in self._like.meta:
+                node.meta[key] = self._like.meta[key]
+        values = torch.fx.node.map_arg((args, kwargs), lambda each: each.meta["val"])
+        with self._fake_mode or contextlib.nullcontext():
+            node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+
+def _identity(leaves: Sequence[Node]) -> tuple[Program, dict[Node, int]]:
+    """A slice that is a leaf itself still needs one operation, to have a result."""
+    text = '[1,[["aten.alias.default",[{"v":0}],{"k":{}}]]]'
+    return Program(text), {leaves[0]: 0}
+
+
+def _leaf_meta(leaf: Node, index_into: int | None) -> LeafMeta:
+    value = leaf.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        owner = leaf.graph.owning_module
+        value = getattr(owner, str(leaf.target), None)
+    if not isinstance(value, torch.Tensor):
+        raise NotASlice(f"constant {leaf.name} is not a tensor")
+    if value.layout is not torch.strided or value.dtype.is_complex:
+        raise NotASlice(f"{leaf.name} is not a strided real tensor")
+    return LeafMeta(tuple(value.shape), tuple(value.stride()), value.dtype, index_into)
+
+
+def _index_sizes(inner: Sequence[Node]) -> dict[Node, int]:
+    """Leaves used as indices, and the size they must stay below."""
+    found: dict[Node, int] = {}
+    for node in inner:
+        if node.target not in _INDEXING:
+            continue
+        data = node.args[0]
+        assert isinstance(data, Node)
+        shape = shape_of(data)
+        if node.target is aten.index.Tensor:
+            pairs = [(index, dim) for dim, index in enumerate(node.args[1])]  # type: ignore[arg-type]
+        elif node.target is aten.embedding.default:
+            pairs = [(node.args[1], 0)]
+        else:
+            pairs = [(node.args[2], node.args[1])]
+        for index, dim in pairs:
+            while isinstance(index, Node) and index.target in _TRANSPARENT:
+                index = index.args[0]
+            if isinstance(index, Node) and isinstance(dim, int) and shape:
+                found[index] = min(found.get(index, shape[dim]), shape[dim])
+    return found
+
+
+__all__ = ["CAST", "Editor", "NotASlice", "NotAffine", "Slice", "aten"]

@@ -1,0 +1,217 @@
+"""Matrix products of a graph in one normal form, whatever they are spelled with.
+
+Lives here: `Gemm` and `find` (mm, addmm, bmm, baddbmm, _int_mm, linear and the mul-sum that
+Inductor makes of matrix-vector products). Not here: what the operands mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+aten: Any = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """y[batch, M, N] = x[batch, M, K] @ w, one possible reading of `node`.
+
+    layout: "kn" if `weight` is [.., K, N], "nk" if it is [.., N, K].
+    flipped: the weight is the left operand, so `node` is yT and `x` is xT [K, M].
+    vector: `node` is a mul-sum of a single row; x is [K] or [1, K] spelled with extra dimensions.
+    """
+
+    node: Node
+    x: Node
+    weight: Node
+    layout: str
+    batch: int
+    n: int
+    k: int
+    bias: Node | None = None
+    flipped: bool = False
+
+    @property
+    def integer(self) -> bool:
+        return not self.node.meta["val"].dtype.is_floating_point
+
+
+def shape_of(node: Node) -> tuple[Any, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def static_shape(node: Node) -> tuple[int, ...] | None:
+    """The shape if every size is a plain number."""
+    shape = shape_of(node)
+    return shape if all(isinstance(size, int) for size in shape) else None
+
+
+def _operand(
+    node: Node, x: Node, weight: Node, bias: Node | None, *, left: bool, linear: bool = False
+) -> Gemm | None:
+    while weight.target is aten.expand.default and len(shape_of(weight)) == 3:
+        inner = weight.args[0]
+        # One weight seen by a whole batch: leading dimensions of x, not stacked weights.
+        if not isinstance(inner, Node) or shape_of(inner)[-2:] != shape_of(weight)[-2:]:
+            break
+        weight = inner
+    shape = static_shape(weight)
+    if shape is None or len(shape) not in (2, 3) or 0 in shape:
+        return None
+    batch = shape[0] if len(shape) == 3 else 1
+    rows, columns = shape[-2:]
+    if left or linear:
+        layout, n, k = "nk", rows, columns
+    else:
+        layout, n, k = "kn", columns, rows
+    return Gemm(node, x, weight, layout, batch, n, k, bias, left)
+
+
+def readings(node: Node) -> Iterator[Gemm]:
+    """The ways `node` may be read as activations times a weight: weight right, then left."""
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+        return
+    args: tuple[Any, ...] = node.args
+    target = node.target
+    bias: Node | None = None
+    if target in (aten.mm.default, aten.bmm.default, aten._int_mm.default):
+        a, b = args[0], args[1]
+    elif target in (aten.addmm.default, aten.baddbmm.default):
+        if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+            return
+        bias, a, b = args[0], args[1], args[2]
+    elif target is aten.linear.default:
+        found = _operand(
+            node, args[0], args[1], args[2] if len(args) > 2 else None, left=False, linear=True
+        )
+        if found is not None:
+            yield found
+        return
+    else:
+        return
+    for found in (
+        _operand(node, a, b, bias, left=False),
+        _operand(node, b, a, bias, left=True),
+    ):
+        if found is not None:
+            yield found
+
+
+def is_gemm(node: Node) -> bool:
+    return next(readings(node), None) is not None
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows a GEMM and can be folded into it: views to replay, scales, a bias.
+
+    last: the node whose value the fused op (after `views`) takes over.
+    """
+
+    last: Node
+    views: tuple[Node, ...] = ()
+    column_scales: tuple[tuple[Node, bool], ...] = ()  # (per-channel node, whether it divides)
+    row_scales: tuple[Node, ...] = ()
+    bias: Node | None = None
+
+
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_CAST = torch.ops.prims.convert_element_type.default
+
+
+def column_like(node: Any, n: int) -> bool:
+    """Whether `node` broadcasts against [..., N] as one value per column."""
+    shape = shape_of(node) if isinstance(node, Node) else ()
+    return (
+        bool(shape)
+        and shape[-1] == n
+        and isinstance(shape[-1], int)
+        and all(isinstance(size, int) and size == 1 for size in shape[:-1])
+    )
+
+
+def row_like(node: Any, output: tuple[Any, ...]) -> bool:
+    """Whether `node` holds one value per row of `output` [..., M, N], or one in all."""
+    if not isinstance(node, Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    shape = shape_of(node)
+    if all(isinstance(size, int) for size in shape) and math.prod(shape) == 1:
+        return True
+    return (
+        len(shape) == len(output)
+        and isinstance(shape[-1], int)
+        and shape[-1] == 1
+        and all(_same(s, t) for s, t in zip(shape[:-1], output[:-1], strict=True))
+    )
+
+
+def _single(node: Node) -> bool:
+    shape = static_shape(node)
+    return "val" in node.meta and shape is not None and math.prod(shape) == 1
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, int) and isinstance(other, int):
+        return one == other
+    return str(one) == str(other)
+
+
+def epilogue(
+    gemm: Gemm,
+    *,
+    rows: bool,
+    is_static: Callable[[Node], bool],
+) -> Epilogue:
+    """Follow the single users of a GEMM through views, casts, scales and a bias."""
+    found = Epilogue(gemm.node)
+    pending: list[Node] = []
+    columns: list[tuple[Node, bool]] = []
+    row_scales: list[Node] = []
+    current = gemm.node
+    if gemm.flipped or gemm.batch != 1:
+        return found
+    while len(current.users) == 1:
+        user = next(iter(current.users))
+        shape = shape_of(user)
+        if user.op != "call_function" or not shape or not _same(shape[-1], gemm.n):
+            break
+        if not user.meta["val"].dtype.is_floating_point:
+            break
+        if user.target in _VIEWS:
+            pending.append(user)
+            current = user
+            continue
+        if user.target is _CAST:
+            current = user
+            continue
+        if user.target not in (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor):
+            break
+        left, right = user.args[:2]
+        other = right if left is current else left
+        if not isinstance(other, Node) or other is current or user.kwargs:
+            break
+        if user.target is aten.add.Tensor:
+            if gemm.bias is not None or not column_like(other, gemm.n):
+                break
+            found = Epilogue(user, tuple(pending), tuple(columns), tuple(row_scales), other)
+            break
+        divides = user.target is aten.div.Tensor
+        if divides and left is not current:
+            break
+        if gemm.bias is not None:
+            break
+        if (column_like(other, gemm.n) or _single(other)) and is_static(other):
+            columns.append((other, divides))
+        elif rows and not divides and row_like(other, shape):
+            row_scales.append(other)
+        else:
+            break
+        current = user
+        found = Epilogue(user, tuple(pending), tuple(columns), tuple(row_scales), None)
+    return found

@@ -1,0 +1,178 @@
+"""The only file of `lowering` that touches torch._inductor, torch._dynamo or tracing internals.
+
+Lives here: how our pass is hooked in, which placeholders are weights, how the graph is walked
+and edited. Not here: what counts as a quantised weight (weights.py, activations.py) or what is
+emitted for it (rules.py).
+
+Private APIs, checked on torch 2.11 and 2.13: `torch._inductor.config.joint_custom_pre_pass` (2.11
+takes one callable, 2.13 also a list: we always install one callable and chain),
+`torch._inductor.custom_graph_pass.CustomGraphPass`, `torch._inductor.compile_fx.compile_fx` with
+`config_patches`, `torch._TorchCompileInductorWrapper` (mode and options, validated as Inductor
+does), `torch._guards.TracingContext.try_get().fw_metadata.static_input_indices`,
+`torch.utils._python_dispatch._disable_current_modes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from torch.utils._python_dispatch import _disable_current_modes
+
+from . import records, rules, runtime
+from .editor import Editor
+from .gemms import is_gemm
+
+HOOK = "joint_custom_pre_pass"
+
+
+class LoweringPass(CustomGraphPass):
+    """Swaps quantised linears in one joint graph. One object per process.
+
+    A new object per compile would make Dynamo see a new backend configuration each time and
+    recompile; `uuid()` lets the FX graph cache and the AOTAutograd cache keep what we rewrote.
+    """
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        edit = _editor(graph)
+        swapped = False
+        for node in list(graph.nodes):
+            decision = rules.lower(edit, node) if is_gemm(node) else None
+            if decision is not None:
+                records.record(decision)
+                swapped |= decision.outcome == records.SWAPPED
+        if swapped:
+            # Forwards what is left of the old chains goes: it may hold gigabytes otherwise.
+            graph.eliminate_dead_code()
+            graph.lint()
+
+    def uuid(self) -> bytes:
+        return _own_hash()
+
+
+def _editor(graph: torch.fx.Graph) -> Editor:
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    context = torch._guards.TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    indices = metadata.static_input_indices if metadata is not None else ()
+    static = frozenset(placeholders[i] for i in indices if i < len(placeholders))
+    values = [node.meta.get("val") for node in placeholders]
+    return Editor(
+        graph,
+        static,
+        torch._guards.detect_fake_mode(values),
+        _disable_current_modes,
+        training=any(node.name.startswith("tangents") for node in placeholders),
+    )
+
+
+class Chain(CustomGraphPass):
+    """A pass that was there first, then ours; equal chains compare equal."""
+
+    def __init__(self, first: tuple[Callable[..., Any], ...]) -> None:
+        self.first = first
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for each in self.first:
+            each(graph)
+        LOWERING(graph)
+
+    def uuid(self) -> Any:
+        parts = []
+        for each in self.first:
+            part = each.uuid() if isinstance(each, CustomGraphPass) else None
+            if part is None:
+                # Inductor's rule: a pass that cannot be identified switches caching off.
+                return None
+            parts.append(part)
+        return (*parts, _own_hash())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Chain) and self.first == other.first
+
+    def __hash__(self) -> int:
+        return hash(self.first)
+
+
+_HASH: list[bytes] = []
+_LOCK = threading.Lock()
+
+
+def _own_hash() -> bytes:
+    """Hash of this package's Python sources: a changed rule must not meet an old cached graph."""
+    with _LOCK:
+        if not _HASH:
+            digest = hashlib.sha256(torch.__version__.encode())
+            for path in sorted(Path(__file__).parent.glob("*.py")):
+                digest.update(path.name.encode() + path.read_bytes())
+            _HASH.append(digest.digest())
+        return _HASH[0]
+
+
+LOWERING = LoweringPass()
+
+
+def _as_tuple(hook: Any) -> tuple[Callable[..., Any], ...]:
+    if hook is None:
+        return ()
+    if isinstance(hook, (list, tuple)):
+        return tuple(hook)
+    return (hook,)
+
+
+def _chained(hook: Any) -> CustomGraphPass:
+    """Whatever is installed, followed by our pass exactly once."""
+    passes = _as_tuple(hook)
+    if any(each is LOWERING or isinstance(each, Chain) for each in passes):
+        if len(passes) == 1:
+            return passes[0]  # type: ignore[return-value]
+        flat: list[Callable[..., Any]] = []
+        for each in passes:
+            flat.extend(each.first if isinstance(each, Chain) else (each,))
+        passes = tuple(each for each in flat if each is not LOWERING)
+    return Chain(passes) if passes else LOWERING
+
+
+def install() -> None:
+    setattr(inductor_config, HOOK, _chained(getattr(inductor_config, HOOK)))
+
+
+def uninstall() -> None:
+    rest: list[Callable[..., Any]] = []
+    for each in _as_tuple(getattr(inductor_config, HOOK)):
+        if isinstance(each, Chain):
+            rest.extend(each.first)
+        elif each is not LOWERING:
+            rest.append(each)
+    setattr(inductor_config, HOOK, None if not rest else rest[0] if len(rest) == 1 else rest)
+
+
+def compile_with_pass(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None,
+    options: Mapping[str, Any] | None,
+) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    chosen = dict(torch._TorchCompileInductorWrapper(mode, dict(options or {}), None).config)
+    chosen[HOOK] = _chained(chosen.get(HOOK, getattr(inductor_config, HOOK)))
+    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=chosen)
+    if not chosen.get("triton.cudagraphs", inductor_config.triton.cudagraphs):
+        return compiled
+
+    # A replayed CUDA graph runs no Python, so a weight that changed in place since the capture
+    # must be repacked, into the buffers the graph reads, before the replay.
+    def refreshed(*args: Any) -> Any:
+        runtime.refresh_captured()
+        return compiled(*args)
+
+    return refreshed

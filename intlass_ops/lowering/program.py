@@ -1,0 +1,257 @@
+"""A slice of a graph as a hashable string, and an interpreter that evaluates it on any leaves.
+
+Lives here: `Program` (what the rewritten graph carries instead of values: the operations from the
+leaves to one weight, as JSON, so that graphs that hold it can be cached and hashed), `extract`
+(fx nodes to Program) and `Evaluation` (run it; re-run the part that depends on the codes with
+other codes, in float64). Not here: what the values mean (weights.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+MAX_OPERATIONS = 400
+_BIT_CASTS = frozenset({"aten.view.dtype"})
+_UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided")
+
+
+class NotASlice(Exception):
+    """The weight is not a pure function of static leaves; the message says why."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    target: str
+    args: Any
+    kwargs: Any
+
+
+@dataclass(frozen=True)
+class Program:
+    """Values 0 .. leaves-1 are the leaves, leaves + i is the result of operation i; the last one
+    is the weight."""
+
+    text: str
+
+    @property
+    def leaves(self) -> int:
+        return int(_parse(self.text)[0])
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        operations: tuple[Operation, ...] = _parse(self.text)[1]
+        return operations
+
+    @property
+    def result(self) -> int:
+        return self.leaves + len(self.operations) - 1
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse(text: str) -> tuple[int, tuple[Operation, ...]]:
+    leaves, operations = json.loads(text)
+    return leaves, tuple(Operation(*each) for each in operations)
+
+
+def target_name(target: Any) -> str:
+    return "getitem" if target is operator.getitem else str(target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _resolve(name: str) -> Callable[..., Any]:
+    if name == "getitem":
+        return operator.getitem
+    namespace, packet, overload = name.split(".", 2)
+    found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    return found
+
+
+def is_pure(target: Any) -> bool:
+    """Whether evaluating `target` again gives the same value and changes nothing."""
+    if target is operator.getitem:
+        return True
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return not (
+        target._schema.is_mutable
+        or torch.Tag.nondeterministic_seeded in target.tags
+        or str(target).startswith(("profiler.", "_c10d", "c10d"))
+    )
+
+
+def walk(root: Node, is_leaf: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:
+    """Leaves and inner nodes (in execution order) that `root` is computed from.
+
+    Raises NotASlice at the first node that is neither a leaf nor a pure operation.
+    """
+    leaves: dict[Node, None] = {}
+    inner: dict[Node, None] = {}
+    stack: list[tuple[Node, bool]] = [(root, False)]
+    seen: set[Node] = set()
+    while stack:
+        node, done = stack.pop()
+        if done:
+            inner[node] = None
+            continue
+        if node in seen:
+            continue
+        seen.add(node)
+        if is_leaf(node):
+            leaves[node] = None
+            continue
+        if node.op != "call_function":
+            raise NotASlice(f"depends on {node.op} {node.name}")
+        if not is_pure(node.target):
+            raise NotASlice(f"{target_name(node.target)} is not a pure operation")
+        if len(seen) > MAX_OPERATIONS:
+            raise NotASlice(f"more than {MAX_OPERATIONS} operations")
+        stack.append((node, True))
+        stack.extend((each, False) for each in reversed(node.all_input_nodes))
+    return list(leaves), list(inner)
+
+
+def extract(leaves: Sequence[Node], inner: Sequence[Node]) -> tuple[Program, dict[Node, int]]:
+    """The program of a walked slice and the value index of each node."""
+    index = {node: i for i, node in enumerate((*leaves, *inner))}
+    operations = [
+        (target_name(n.target), _encode(list(n.args), index), _encode(dict(n.kwargs), index))
+        for n in inner
+    ]
+    text = json.dumps([len(leaves), operations], separators=(",", ":"), sort_keys=True)
+    return Program(text), index
+
+
+def _encode(value: Any, index: Mapping[Node, int]) -> Any:
+    if isinstance(value, Node):
+        return {"v": index[value]}
+    if isinstance(value, (list, tuple)):
+        return [_encode(each, index) for each in value]
+    if isinstance(value, dict):
+        return {"k": {key: _encode(each, index) for key, each in value.items()}}
+    if isinstance(value, torch.dtype):
+        return {"t": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.memory_format):
+        return {"t": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.layout):
+        return {"t": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"dev": 1}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.SymInt):
+        raise NotASlice("its shape is dynamic")
+    raise NotASlice(f"an argument of type {type(value).__name__}")
+
+
+def _decode(value: Any, values: Sequence[Any], device: torch.device, wide: bool) -> Any:
+    if isinstance(value, list):
+        return [_decode(each, values, device, wide) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if "v" in value:
+        found = values[value["v"]]
+        if wide and isinstance(found, Tensor) and found.is_floating_point():
+            return found.double()
+        return found
+    if "dev" in value:
+        return device
+    if "t" in value:
+        named = getattr(torch, value["t"])
+        # Wide evaluation follows real numbers through the casts: only the graph-precision value
+        # decides what is right, so a cast that wraps shows up as a difference from it.
+        return torch.float64 if wide and isinstance(named, torch.dtype) else named
+    return {key: _decode(each, values, device, wide) for key, each in value["k"].items()}
+
+
+def _used(value: Any) -> set[int]:
+    if isinstance(value, list):
+        return set().union(*(_used(each) for each in value)) if value else set()
+    if isinstance(value, dict):
+        if "v" in value:
+            return {value["v"]}
+        if "k" in value:
+            return _used(list(value["k"].values()))
+    return set()
+
+
+@functools.lru_cache(maxsize=4096)
+def inputs_of(program: Program) -> tuple[frozenset[int], ...]:
+    """For each operation, the value indices it reads."""
+    return tuple(frozenset(_used(op.args) | _used(op.kwargs)) for op in program.operations)
+
+
+def dependents(program: Program, index: int) -> list[int]:
+    """Value indices computed from value `index`, in execution order, itself excluded."""
+    tainted = {index}
+    found = []
+    for i, used in enumerate(inputs_of(program)):
+        if used & tainted:
+            tainted.add(program.leaves + i)
+            found.append(program.leaves + i)
+    return found
+
+
+def _apply(op: Operation, values: Sequence[Any], device: torch.device, wide: bool) -> Any:
+    args = _decode(op.args, values, device, wide)
+    kwargs = _decode(op.kwargs, values, device, wide)
+    result = _resolve(op.target)(*args, **kwargs)
+    if op.target.startswith(_UNINITIALISED):
+        # Fixed contents: a slice that lets uninitialised memory through fails its proof.
+        result.view(torch.uint8).fill_(0x5A) if result.is_contiguous() else result.fill_(90)
+    return result
+
+
+class Evaluation:
+    """One evaluation of a program: all values kept that a re-run with other codes may need."""
+
+    def __init__(self, program: Program, leaves: Sequence[Tensor], keep: set[int] | None = None):
+        """`keep` None keeps every value (probing); a set drops the others early (packing)."""
+        self.program = program
+        self.device = leaves[0].device if leaves else torch.device("cpu")
+        self.values: list[Any] = [*leaves, *([None] * len(program.operations))]
+        last = {i: n for n, used in enumerate(inputs_of(program)) for i in used}
+        for n, op in enumerate(program.operations):
+            self.values[program.leaves + n] = _apply(op, self.values, self.device, False)
+            if keep is not None:
+                for i in inputs_of(program)[n]:
+                    if last[i] == n and i not in keep:
+                        self.values[i] = None
+
+    def weight(self) -> Tensor:
+        weight: Tensor = self.values[self.program.result]
+        return weight
+
+    def with_codes(self, index: int, codes: Tensor) -> Tensor:
+        """The weight if value `index` were `codes`, everything downstream of it in float64."""
+        values = list(self.values)
+        values[index] = codes
+        affected = dependents(self.program, index)
+        last = {i: n for n in affected for i in inputs_of(self.program)[n - self.program.leaves]}
+        for n in affected:
+            op = self.program.operations[n - self.program.leaves]
+            if op.target in _BIT_CASTS:
+                raise NotASlice("the codes' bits are reinterpreted downstream")
+            values[n] = _apply(op, values, self.device, True)
+            for i in inputs_of(self.program)[n - self.program.leaves]:
+                if last[i] == n and i != self.program.result:
+                    values[i] = None
+        weight: Tensor = values[self.program.result]
+        return weight
+
+
+def needed_for(program: Program, index: int) -> set[int]:
+    """Values `with_codes(index, ...)` reads besides the codes, and the two it is compared with."""
+    affected = set(dependents(program, index))
+    read: set[int] = set()
+    for n in affected:
+        read |= set(inputs_of(program)[n - program.leaves])
+    return (read - affected) | {index, program.result}

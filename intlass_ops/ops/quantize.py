@@ -1,0 +1,289 @@
+"""Ops `intlass::quantize_dynamic` and `intlass::quantize_static` and their Python functions.
+
+A tensor is quantised row by row after it is viewed as segments [S, L]: one segment per token, per
+channel, per group, or one in all. The formulas are in reference.py, the CUDA kernel in
+cuda/quantize.cu.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import packing, reference
+from ..cuda import launch
+from ._library import FLOATS, define, require_device, require_dtype
+
+Granularity = Literal["token", "tensor", "group", "channel"]
+
+
+def _segments(
+    op: str, x: Tensor, granularity: str, group_size: int | None
+) -> tuple[Any, Any, tuple[Any, ...]]:
+    """(number, length, scale shape) of the segments of ``x`` that share one scale."""
+    require_dtype(op, "x", x.dtype, FLOATS)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x is a scalar; expected [..., K]")
+    if (granularity == "group") != (group_size is not None):
+        raise ValueError(
+            f"{op}: granularity={granularity!r} with group_size={group_size}; "
+            "a group_size goes with granularity='group' and only with it"
+        )
+    *lead, k = x.shape
+    if granularity == "token":
+        return _product(lead), k, (*lead, 1)
+    if granularity == "channel":
+        return x.shape[0], _product(x.shape[1:]), (x.shape[0], *([1] * (x.dim() - 1)))
+    if granularity == "tensor":
+        return 1, x.numel(), ()
+    if granularity != "group":
+        raise ValueError(
+            f"{op}: granularity={granularity!r}; expected 'token', 'tensor', 'group' or 'channel'"
+        )
+    assert group_size is not None
+    if group_size < 1 or k % group_size:
+        raise ValueError(f"{op}: K={k} is not a multiple of group_size={group_size}")
+    return _product(lead) * (k // group_size), group_size, (*lead, k // group_size)
+
+
+def _product(sizes: Any) -> Any:
+    total = 1
+    for size in sizes:
+        total = total * size
+    return total
+
+
+def _codes_shape(x: Tensor, bits: int) -> tuple[Any, ...]:
+    k = x.shape[-1]
+    return (*x.shape[:-1], packing.packed_size(k) if bits == 4 else k)
+
+
+def _codes(x: Tensor, q: Tensor, bits: int) -> Tensor:
+    q = q.view(x.shape)
+    return packing.pack(q) if bits == 4 else q
+
+
+def _dynamic_fake(
+    x: Tensor,
+    bits: int,
+    granularity: str,
+    group_size: int | None,
+    symmetric: bool,
+    seed: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, shape = _segments(f"quantize_int{bits}", x, granularity, group_size)
+    return (
+        x.new_empty(_codes_shape(x, bits), dtype=torch.uint8 if bits == 4 else torch.int8),
+        x.new_empty(shape, dtype=torch.float32),
+        x.new_empty((0,) if symmetric else shape, dtype=torch.int32),
+    )
+
+
+def _dynamic_cpu(
+    x: Tensor,
+    bits: int,
+    granularity: str,
+    group_size: int | None,
+    symmetric: bool,
+    seed: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    number, length, shape = _segments(f"quantize_int{bits}", x, granularity, group_size)
+    rows = x.reshape(number, length)
+    scale, zero = reference.quantization_parameters(rows, bits, symmetric)
+    q = reference.quantize(rows, scale, zero, bits, seed)
+    no_zero = x.new_empty(0, dtype=torch.int32)
+    return (
+        _codes(x, q, bits),
+        scale.view(shape),
+        no_zero if zero is None else zero.view(shape),
+    )
+
+
+def _dynamic_cuda(
+    x: Tensor,
+    bits: int,
+    granularity: str,
+    group_size: int | None,
+    symmetric: bool,
+    seed: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    number, length, shape = _segments(f"quantize_int{bits}", x, granularity, group_size)
+    # The kernel packs within a segment, so INT4 segments must not share or straddle a byte; one
+    # scale for the whole tensor is a reduction over all blocks, which PyTorch does well.
+    bytewise = bits == 8 or granularity == "token" or (length % 2 == 0 and x.shape[-1] % 2 == 0)
+    if granularity == "tensor" or not bytewise:
+        return _dynamic_cpu(x, bits, granularity, group_size, symmetric, seed)
+    q, scale, zero = launch.quantize(x.reshape(number, length).contiguous(), bits, symmetric, seed)
+    return (
+        q.view(_codes_shape(x, bits)),
+        scale.view(shape),
+        x.new_empty(0, dtype=torch.int32) if zero is None else zero.view(shape),
+    )
+
+
+def _per_segment(op: str, name: str, t: Tensor, number: Any, shape: tuple[Any, ...]) -> Tensor:
+    """View a given scale or zero as [S, 1] or [1, 1]."""
+    if t.dim() == 0 or t.shape == (1,):
+        return t.reshape(1, 1)
+    if tuple(t.shape) == tuple(shape) or tuple(t.shape) == tuple(shape[:-1]):
+        return t.reshape(number, 1)
+    raise ValueError(
+        f"{op}: {name} has shape {tuple(t.shape)}; expected {tuple(shape)} or a scalar"
+    )
+
+
+def _check_static(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    granularity: str,
+    group_size: int | None,
+) -> tuple[Any, Any, Tensor, Tensor | None]:
+    op = f"quantize_int{bits}"
+    number, length, shape = _segments(op, x, granularity, group_size)
+    require_device(op, x, scale=scale, zero=zero)
+    require_dtype(op, "scale", scale.dtype, FLOATS)
+    rows_scale = _per_segment(op, "scale", scale, number, shape)
+    rows_zero = None if zero is None else _per_segment(op, "zero", zero, number, shape)
+    return number, length, rows_scale, rows_zero
+
+
+def _static_fake(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    granularity: str,
+    group_size: int | None,
+    seed: int | None,
+) -> Tensor:
+    _check_static(x, scale, zero, bits, granularity, group_size)
+    return x.new_empty(_codes_shape(x, bits), dtype=torch.uint8 if bits == 4 else torch.int8)
+
+
+def _static(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    granularity: str,
+    group_size: int | None,
+    seed: int | None,
+) -> Tensor:
+    number, length, scale, zero = _check_static(x, scale, zero, bits, granularity, group_size)
+    q = reference.quantize(x.reshape(number, length), scale, zero, bits, seed)
+    return _codes(x, q, bits)
+
+
+define(
+    "quantize_dynamic(Tensor x, int bits, str granularity, int? group_size, bool symmetric, "
+    "int? seed) -> (Tensor, Tensor, Tensor)",
+    fake=_dynamic_fake,
+    cpu=_dynamic_cpu,
+    cuda=_dynamic_cuda,
+)
+define(
+    "quantize_static(Tensor x, Tensor scale, Tensor? zero, int bits, str granularity, "
+    "int? group_size, int? seed) -> Tensor",
+    fake=_static_fake,
+    cpu=_static,
+    cuda=_static,
+)
+
+
+def _quantize(
+    bits: int,
+    x: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    granularity: str,
+    group_size: int | None,
+    symmetric: bool,
+    rounding: str,
+    seed: int | None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+    op = f"quantize_int{bits}"
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"{op}: rounding={rounding!r}; expected 'nearest' or 'stochastic'")
+    if rounding == "nearest":
+        if seed is not None:
+            raise ValueError(f"{op}: seed={seed} has no meaning with rounding='nearest'")
+    elif seed is None:
+        seed = int(torch.randint(2**62, ()))
+    if scale is not None:
+        q: Tensor = torch.ops.intlass.quantize_static(
+            x, scale, zero, bits, granularity, group_size, seed
+        )
+        return q
+    if zero is not None:
+        raise ValueError(f"{op}: zero is given without a scale")
+    q, scale, zero = torch.ops.intlass.quantize_dynamic(
+        x, bits, granularity, group_size, symmetric, seed
+    )
+    return q, scale, None if symmetric else zero
+
+
+def quantize_int8(
+    x: Tensor,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    *,
+    granularity: Granularity = "token",
+    group_size: int | None = None,
+    symmetric: bool = True,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    seed: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+    """Quantise to INT8 so that x ~ (q - zero) * scale.
+
+        symmetric    scale = amax / 127,  q = round(x / scale) in [-127, 127],  zero None
+        asymmetric   scale = (max(x,0) - min(x,0)) / 255,  zero = round(-128 - min(x,0) / scale),
+                     q = round(x / scale) + zero in [-128, 127]
+
+    ``x``: fp32, bf16 or fp16 [..., K], any strides. One scale (fp32) and zero (int32) per
+    ``granularity``: "token" [..., 1]; "group" of ``group_size`` along K [..., K/group_size];
+    "channel" (index of the first dimension) [N, 1, ...]; "tensor" []. Computed in fp32.
+    ``rounding``: "nearest" ties to even; "stochastic" is unbiased, drawn from (seed, index) alone.
+
+    Returns (q, scale, zero or None); with ``scale`` given, only q int8 [..., K] (``zero`` None
+    saturates to [-127, 127]; a floating zero is added before rounding, an integer one after).
+    Zeros give scale 1. NaN quantises to 0, but its scale is NaN, and so is whatever is made of it.
+
+    Raises TypeError for other dtypes, ValueError for shapes or options that do not fit.
+
+    >>> import torch
+    >>> q, scale, zero = quantize_int8(torch.tensor([[-1.0, 0.5, 127.0]]))
+    >>> q, scale
+    (tensor([[ -1,   0, 127]], dtype=torch.int8), tensor([[1.]]))
+    """
+    return _quantize(8, x, scale, zero, granularity, group_size, symmetric, rounding, seed)
+
+
+def quantize_int4(
+    x: Tensor,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    *,
+    granularity: Granularity = "token",
+    group_size: int | None = None,
+    symmetric: bool = True,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    seed: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+    """Quantise to INT4, packed: as :func:`quantize_int8` with other ranges.
+
+        symmetric    scale = amax / 7,  q in [-7, 7]  (s4)
+        asymmetric   scale = (max(x,0) - min(x,0)) / 15,  zero = round(-min(x,0) / scale),
+                     q in [0, 15]  (u4)
+
+    q is uint8 [..., ceil(K/2)] in the layout of :func:`pack_int4`; the rest is as for INT8.
+
+    >>> import torch
+    >>> q, scale, zero = quantize_int4(torch.tensor([[-7.0, 1.0, 2.0]]))
+    >>> q, scale
+    (tensor([[25,  2]], dtype=torch.uint8), tensor([[1.]]))
+    """
+    return _quantize(4, x, scale, zero, granularity, group_size, symmetric, rounding, seed)

@@ -1,0 +1,55 @@
+"""Storage of INT4 codes: two per byte, row-major, the one layout every device and kernel reads.
+
+Here: packing and unpacking in plain PyTorch. The ops that wrap them are in ops/packing.py.
+
+    codes   q[..., K]          one integer per element, all in [-8, 7] (s4) or all in [0, 15] (u4)
+    packed  p[..., ceil(K/2)]  uint8
+
+        byte j:   | 7 6 5 4 | 3 2 1 0 |
+                  | q[2j+1] |  q[2j]  |      even k in the low nibble; two's complement for s4
+
+An odd K leaves the high nibble of the last byte zero. INT8 weights need no packing: int8 [N, K].
+The CUDA kernels read these bytes as they are: a lane takes a 32-bit word, i.e. eight consecutive k,
+and orders the activations to match (cuda/operands.cuh).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+S4_MIN, S4_MAX = -8, 7
+U4_MAX = 15
+
+
+def packed_size(k: int) -> int:
+    """Bytes of one row of ``k`` INT4 codes."""
+    return (k + 1) // 2
+
+
+def out_of_range(q: Tensor) -> str | None:
+    """What is wrong with the values of ``q`` as INT4 codes, or None. Reads the data (syncs)."""
+    if q.numel() == 0:
+        return None
+    low, high = (int(v) for v in torch.aminmax(q))
+    if (low >= S4_MIN and high <= S4_MAX) or (low >= 0 and high <= U4_MAX):
+        return None
+    return (
+        f"codes span [{low}, {high}]; INT4 codes lie in [{S4_MIN}, {S4_MAX}] (signed) "
+        f"or in [0, {U4_MAX}] (unsigned)"
+    )
+
+
+def pack(q: Tensor) -> Tensor:
+    """Pack codes [..., K] to uint8 [..., ceil(K/2)], modulo 16: check the range first."""
+    nibbles = q.to(torch.uint8) & 0xF
+    if nibbles.shape[-1] % 2:
+        nibbles = torch.nn.functional.pad(nibbles, (0, 1))
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack(packed: Tensor, k: int, signed: bool) -> Tensor:
+    """Inverse of :func:`pack`: int8 codes [..., k]."""
+    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)[..., :k]
+    codes = nibbles.to(torch.int8)
+    return torch.where(codes > S4_MAX, codes - 16, codes) if signed else codes

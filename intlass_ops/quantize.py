@@ -1,0 +1,133 @@
+"""`quantize_(model, config)`: replace the linears of a model by quantised ones, in place.
+
+Here: the schemes and round-to-nearest weight quantisation. The modules are nn.py's, the arithmetic
+ops/quantize.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .nn import Activation, IntLinear
+from .ops import quantize_int4, quantize_int8
+from .ops.matmul import GROUP_STEP
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Weight bits, group size along K (None: one scale a row), symmetry, activation type."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    activation: Activation
+
+
+def Int4WeightOnly(group_size: int | None = 128, symmetric: bool = False) -> Scheme:
+    """W4A16: INT4 weights with one scale (and zero point, unless symmetric) per group."""
+    return Scheme(4, group_size, symmetric, None)
+
+
+def Int8WeightOnly(group_size: int | None = None) -> Scheme:
+    """W8A16: symmetric INT8 weights, one scale per output channel (or per group)."""
+    return Scheme(8, group_size, True, None)
+
+
+def Int8DynamicActivationInt8Weight() -> Scheme:
+    """W8A8: activations to INT8 per token on every call, weights INT8 per output channel."""
+    return Scheme(8, None, True, "int8")
+
+
+def Int8DynamicActivationInt4Weight(group_size: int | None = 128) -> Scheme:
+    """W4A8: activations to INT8 per token on every call, symmetric INT4 weights per group."""
+    return Scheme(4, group_size, True, "int8")
+
+
+def Int4DynamicActivationInt4Weight(group_size: int | None = 128) -> Scheme:
+    """W4A4: activations to INT4 per token on every call, symmetric INT4 weights per group."""
+    return Scheme(4, group_size, True, "int4")
+
+
+def quantize_(
+    model: nn.Module,
+    config: Scheme,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> None:
+    """Replace every nn.Linear of ``model`` by an `IntLinear`, in place, round to nearest.
+
+    ``config``: one of `Int4WeightOnly`, `Int8WeightOnly`, `Int8DynamicActivationInt8Weight`,
+    `Int8DynamicActivationInt4Weight`, `Int4DynamicActivationInt4Weight`. ``filter_fn(module,
+    name)`` picks the linears (default: all). A module that occurs twice stays shared. Scales of INT4
+    weights take the weight's dtype, those of INT8 are fp32.
+
+    Raises ValueError, before anything is changed, for a layer whose K is not a multiple of the
+    group size, naming it; TypeError for a model that is itself a Linear.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(256, 64))
+    >>> quantize_(model, Int4WeightOnly(group_size=128))
+    >>> model[0]
+    IntLinear(in_features=256, out_features=64, scheme=w4a16, group_size=128, zeros=True, bias=True)
+    """
+    if isinstance(model, nn.Linear):
+        raise TypeError("quantize_: the model is a Linear itself and cannot be replaced in place")
+    found: list[tuple[nn.Module, str, nn.Linear]] = []
+    for parent_name, parent in model.named_modules():
+        for name, child in parent.named_children():
+            path = f"{parent_name}.{name}" if parent_name else name
+            if type(child) is nn.Linear and (filter_fn is None or filter_fn(child, path)):
+                _check(child, path, config)
+                found.append((parent, name, child))
+    replaced: dict[nn.Linear, IntLinear] = {}
+    for parent, name, linear in found:
+        if linear not in replaced:
+            replaced[linear] = quantize_linear(linear, config)
+        setattr(parent, name, replaced[linear])
+
+
+def _check(linear: nn.Linear, path: str, config: Scheme) -> None:
+    group = config.group_size
+    if group is not None and (group < GROUP_STEP or group % GROUP_STEP):
+        raise ValueError(f"quantize_: group_size={group} is not a multiple of {GROUP_STEP}")
+    if group is not None and linear.in_features % group:
+        raise ValueError(
+            f"quantize_: {path}: K={linear.in_features} is not a multiple of group_size={group}; "
+            "choose another group_size or leave the layer out with filter_fn"
+        )
+
+
+@torch.no_grad()
+def quantize_linear(linear: nn.Linear, config: Scheme) -> IntLinear:
+    """The IntLinear of one Linear; its bias is kept."""
+    w = linear.weight.detach()
+    group = config.group_size or linear.in_features
+    if config.bits == 8:
+        q, scales, _ = quantize_int8(w, granularity="group", group_size=group)
+        zeros = None
+    else:
+        q, scales, zeros = quantize_int4(
+            w, granularity="group", group_size=group, symmetric=config.symmetric
+        )
+        scales = _round_scales(scales, w.dtype)
+        q = quantize_int4(w, scales, zeros, granularity="group", group_size=group)
+    return IntLinear(
+        q,
+        scales,
+        None if zeros is None else zeros.to(torch.uint8),
+        None if linear.bias is None else linear.bias.detach(),
+        in_features=linear.in_features,
+        activation=config.activation,
+    )
+
+
+def _round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in the weight's dtype, unless that would lose one to zero or infinity."""
+    rounded = scales.to(dtype)
+    lost = (rounded == 0) | torch.isinf(rounded)
+    if scales.is_meta or not bool((lost & torch.isfinite(scales)).any()):
+        return rounded
+    return scales

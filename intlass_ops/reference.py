@@ -1,0 +1,153 @@
+"""The mathematics in plain PyTorch: oracle of every test and slow-but-sure CPU kernel.
+
+Everything is computed in float64 (the quantisers in float32, the precision they are defined in) and
+rounded once at the end. No checks here: arguments arrive validated and normalised by ops/.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+QMIN = {8: -128, 4: -8}
+QMAX = {8: 127, 4: 7}
+# The reference never holds more than this many float64 weights at once.
+_CHUNK_ELEMENTS = 1 << 24
+
+
+def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 to ``dtype`` once, half to even.
+
+    PyTorch converts float64 to bf16/fp16 through float32, which rounds twice; rounding to odd in
+    float32 first makes the second rounding the only one that counts.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return x.to(dtype)
+    f = x.to(torch.float32)
+    error = x - f.double()
+    even = (f.view(torch.int32) & 1) == 0
+    toward = torch.nextafter(f, torch.copysign(torch.full_like(f, torch.inf), error.float()))
+    adjust = (error != 0) & even & torch.isfinite(f)
+    return torch.where(adjust, toward, f).to(dtype)
+
+
+def expand_groups(per_group: Tensor, n: int, k: int) -> Tensor:
+    """[1 or N, 1 or G] parameters to one value per weight, [N, K]."""
+    groups = per_group.shape[1]
+    full = per_group.expand(n, groups)
+    return full.repeat_interleave(k // groups, dim=1) if k else full.new_empty(n, 0)
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """w[N, K] = (codes - zeros) * scales in float64; scales and zeros are [1 or N, 1 or G]."""
+    n, k = codes.shape
+    w = codes.double()
+    if zeros is not None:
+        w = w - expand_groups(zeros.double(), n, k)
+    return w * expand_groups(scales.double(), n, k)
+
+
+def matmul(
+    a: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    *,
+    a_scale: Tensor | None = None,
+    a_zero: Tensor | None = None,
+    alpha: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """float64 [M, N] = alpha * a_scale * ((a - a_zero) @ w.T) + bias, before the rounding.
+
+    a [M, K] float or integer codes; codes [N, K]; a_scale, a_zero [1 or M, 1]; alpha [1]; bias [N].
+    """
+    n, k = codes.shape
+    x = a.double() if a_zero is None else a.double() - a_zero.double()
+    out = x.new_empty(a.shape[0], n)
+    rows = max(1, _CHUNK_ELEMENTS // max(k, 1))
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        s = scales[part] if scales.shape[0] > 1 else scales
+        z = zeros[part] if zeros is not None and zeros.shape[0] > 1 else zeros
+        torch.mm(x, dequantize(codes[part], s, z).T, out=out[:, part])
+    if a_scale is not None:
+        out *= a_scale.double()
+    if alpha is not None:
+        out *= alpha.double()
+    if bias is not None:
+        out += bias.double()
+    return out
+
+
+def uniform(seed: int, count: int, device: torch.device) -> Tensor:
+    """``count`` float32 values in [0, 1) that depend on (seed, index) alone.
+
+    A 32-bit finaliser hash (Wellons' lowbias32) of index and seed: the same numbers on every
+    device, in any launch order and inside a captured graph.
+    """
+    mask = 0xFFFFFFFF
+    x = torch.arange(count, device=device, dtype=torch.int64)
+    x = ((x & mask) ^ (((x >> 32) * 0x9E3779B9) & mask) ^ (seed & mask)) & mask
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & mask
+    x = x ^ (x >> 16) ^ ((seed >> 32) & mask)
+    return (x >> 8).to(torch.float32) * 2.0**-24
+
+
+def quantization_parameters(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of each row of x [S, L], float32 arithmetic; both [S, 1].
+
+    symmetric:  scale = amax / qmax,               x ~ q * scale,            q in [-qmax, qmax]
+    asymmetric: scale = (xmax - xmin) / (2^b - 1), x ~ (q - zero) * scale, range includes zero
+    A row of zeros gets scale 1; a scale that underflows is the smallest positive float; NaN stays.
+    """
+    x = x.float()
+    if symmetric:
+        span = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
+        levels, low = QMAX[bits], None
+    else:
+        low, high = (
+            (x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0))
+            if x.shape[1]
+            else (x.new_zeros(x.shape[0], 1), x.new_zeros(x.shape[0], 1))
+        )
+        span, levels = high - low, 2**bits - 1
+    scale = torch.where(span == 0, 1.0, (span / levels).clamp(min=2.0**-149))
+    if low is None:
+        return scale, None
+    first = -128 if bits == 8 else 0
+    zero = (first - torch.round(low / scale)).nan_to_num(0.0).clamp(first, first + levels)
+    return scale, zero.to(torch.int32)
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    seed: int | None,
+) -> Tensor:
+    """Integer codes of x [S, L]: round(x / scale) + zero, saturated, NaN to 0; int8.
+
+    ``seed`` None rounds half to even, else stochastically: floor(x / scale + u), u = uniform().
+    A floating ``zero`` is added before the rounding, an integer one after it.
+    """
+    r = x.float() / scale.float()
+    if zero is not None and zero.is_floating_point():
+        r = r + zero.float()
+    if seed is None:
+        r = torch.round(r)
+    else:
+        r = torch.floor(r + uniform(seed, r.numel(), r.device).view_as(r))
+    if zero is not None and not zero.is_floating_point():
+        r = r + zero.float()
+    low, high = code_range(bits, zero is None)
+    return r.clamp(low, high).nan_to_num(0.0).to(torch.int8)
+
+
+def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Codes a quantiser may emit: symmetric drops the most negative one; asymmetric INT4 is u4."""
+    if symmetric:
+        return -QMAX[bits], QMAX[bits]
+    return (0, 15) if bits == 4 else (-128, 127)

@@ -1,0 +1,190 @@
+"""Exact searches for the scale of one block: the mathematics behind scales.py.
+
+For a block x[g] and codes q = Q(x/s), minimise over s one of
+
+    Σ (x - s·q)²        plain
+    Σ w·(x - s·q)²      weighted, w >= 0 (a diagonal Hessian)
+    rᵀ H r, r = x - s·q    H [g, g], positive semidefinite
+
+either over a finite grid of scales (FP4: `grid_search`) or over all s > 0 (integers: `sweep`,
+`sweep_hessian`). Everything here is float64 on [B, g] blocks that are finite; scales.py shapes,
+chunks, and treats zero and non-finite blocks.
+
+What can be ruled out without trying it. Let some scale reach error E0, so that a better one has
+Σ w·r² <= budget, with budget = E0, or E0/λmin(H) under a Hessian because rᵀHr >= λmin·Σr².
+Writing Qmax for the largest code and d0 for half the smallest step:
+    clipping   every element has √w·(|x| - Qmax·s) <= √budget, a lower bound on s;
+    dead zone  s·d0 > |x| sends x to zero and costs w·x²: with |x| ascending and k the number of
+               prefix sums of w·x² within the budget, s <= |x|[k] / d0 (no bound when k = g).
+Both are as in the qwantize method, with its Hessian budget made exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Bounds are widened by this much, so that rounding in them never excludes the optimum.
+_SLACK = 1e-9
+
+
+def block_error(r: Tensor, weights: Tensor | None = None, hessian: Tensor | None = None) -> Tensor:
+    """Error [B] of residuals r [B, g]: weights broadcast to r, hessian [g, g]."""
+    if hessian is not None:
+        return ((r @ hessian) * r).sum(-1)
+    return (r * r if weights is None else weights * r * r).sum(-1)
+
+
+def smallest_eigenvalue(hessian: Tensor) -> float:
+    """A lower bound on λmin(H) >= 0 that allows for the eigensolver's rounding."""
+    eigenvalues = torch.linalg.eigvalsh(hessian)
+    rounding = 1e-14 * hessian.shape[-1] * float(eigenvalues.abs().max())
+    return max(float(eigenvalues.min()) - rounding, 0.0)
+
+
+def residual_budget(error: Tensor, hessian: Tensor | None) -> Tensor:
+    """Largest Σ w·r² that a scale at least as good as ``error`` can have."""
+    if hessian is None:
+        return error
+    floor = smallest_eigenvalue(hessian)
+    return error / floor if floor > 0 else torch.full_like(error, torch.inf)
+
+
+def scale_bounds(
+    x: Tensor, budget: Tensor, qmax: Tensor | float, d0: float, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(low, high) [B]: no scale outside leaves Σ w·r² within ``budget`` [B]. qmax broadcasts to x."""
+    a = x.abs()
+    w = torch.ones_like(a) if weights is None else weights.expand_as(a)
+    allowed = torch.where(w > 0, (budget[:, None] / w.clamp(min=1e-300)).sqrt(), torch.inf)
+    # An element that has no code at all (qmax 0) bounds nothing when it may be dropped entirely.
+    excess = (a - allowed).clamp(min=0) / qmax
+    low = torch.where(excess.isnan(), 0.0, excess).amax(-1)
+    ascending, order = a.sort(-1)
+    prefix = (w.gather(-1, order) * ascending * ascending).cumsum(-1)
+    k = (prefix <= budget[:, None] * (1 + _SLACK)).sum(-1)
+    first = ascending.gather(-1, k.clamp(max=x.shape[-1] - 1)[:, None]).squeeze(-1)
+    high = torch.where(k < x.shape[-1], first / d0, torch.inf)
+    return low * (1 - _SLACK), high * (1 + _SLACK)
+
+
+def grid_search(
+    x: Tensor,
+    start: Tensor,
+    grid: Tensor,
+    quantize: Callable[[Tensor], Tensor],
+    qmax: float,
+    d0: float,
+    *,
+    weights: Tensor | None = None,
+    hessian: Tensor | None = None,
+    prune: bool = True,
+) -> Tensor:
+    """Index [B] of the best scale in ``grid`` [C] (ascending); of equally good ones, the smallest.
+
+    start [B] is the index of any reasonable scale: it sets the budget. prune=False tries the whole
+    grid, which is what the tests hold the pruned search against.
+    """
+
+    def error_of(index: Tensor, rows: Tensor) -> Tensor:
+        s = grid[index][:, None]
+        part = x[rows]
+        w = weights[rows] if weights is not None and weights.shape[0] > 1 else weights
+        return block_error(part - s * quantize(part / s), w, hessian)
+
+    everything = torch.arange(x.shape[0], device=x.device)
+    best = start.clone()
+    best_error = error_of(start, everything)
+    low = torch.zeros_like(start)
+    high = torch.full_like(start, grid.numel() - 1)
+    if prune:
+        budget = residual_budget(best_error, hessian)
+        s_low, s_high = scale_bounds(x, budget, qmax, d0, weights)
+        low = torch.searchsorted(grid, s_low).clamp(max=grid.numel() - 1)
+        high = torch.searchsorted(grid, s_high, right=True) - 1
+    for step in range(int((high - low).max()) + 1 if x.shape[0] else 0):
+        rows = (low + step <= high).nonzero().squeeze(-1)
+        index = low[rows] + step
+        error = error_of(index, rows)
+        better = (error < best_error[rows]) | ((error == best_error[rows]) & (index < best[rows]))
+        rows, index, error = rows[better], index[better], error[better]
+        best[rows], best_error[rows] = index, error
+    return best
+
+
+def _breakpoints(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where codes change as s falls from infinity: (s, element, k) [B, g·levels], s descending.
+
+    |q| of an element goes from k to k + 1 at s = |x| / (k + ½).
+    """
+    k = torch.arange(levels, dtype=x.dtype, device=x.device)
+    s, order = (x.abs()[:, :, None] / (k + 0.5)).flatten(1).sort(-1, descending=True)
+    return s, order // levels, order % levels
+
+
+def sweep(x: Tensor, limits: list[tuple[int, int]], weights: Tensor | None = None) -> Tensor:
+    """Best scale [B, len(limits)] for integer codes within each (qmin, qmax), qmin <= 0 <= qmax.
+
+    Between two breakpoints the codes are constant and Σ w(x - sq)² has its minimum at
+    s = Σwxq / Σwq², where it is Σwx² - (Σwxq)²/Σwq². Both sums are running sums over the sorted
+    breakpoints. Whether that s lies in its interval need not be checked: rounding to nearest at that
+    s only does better, and the best s overall is the minimum of its own interval.
+    """
+    levels = max(max(-qmin, qmax) for qmin, qmax in limits)
+    if levels == 0:
+        raise ValueError("sweep: every range of codes is empty")
+    _, element, k = _breakpoints(x, levels)
+    w = torch.ones_like(x) if weights is None else weights.expand_as(x)
+    gain = (w * x.abs()).gather(-1, element)
+    cost = w.gather(-1, element) * (2 * k + 1)
+    limit_index = torch.where(x >= 0, 1, 0).gather(-1, element)
+    result = []
+    for limit in limits:
+        allowed = k < torch.tensor(limit, device=x.device).abs()[limit_index]
+        num = (gain * allowed).cumsum(-1)
+        den = (cost * allowed).cumsum(-1)
+        score = torch.where(den > 0, num * num / den, 0.0)
+        at = score.argmax(-1, keepdim=True)
+        result.append((num.gather(-1, at) / den.gather(-1, at)).squeeze(-1))
+    return torch.stack(result, -1)
+
+
+def sweep_hessian(
+    x: Tensor, limits: tuple[int, int], hessian: Tensor, budget: Tensor | None = None
+) -> Tensor:
+    """Best scale [B] for integer codes within (qmin, qmax) under rᵀHr.
+
+    Rounding to nearest is not optimal for a Hessian, so here each interval's minimum is clamped to
+    the interval. q changes by one element at a breakpoint: xᵀHq, qᵀHq and Hq are updated, not
+    recomputed. ``budget`` (see `residual_budget`) skips the breakpoints that cannot matter.
+    """
+    rows = torch.arange(x.shape[0], device=x.device)
+    levels = max(-limits[0], limits[1])
+    s, element, k = _breakpoints(x, levels)
+    limit = torch.where(x >= 0, limits[1], -limits[0]).to(x.dtype)
+    allowed = k < limit.gather(-1, element)
+    hx = x @ hessian
+    xhx = (hx * x).sum(-1)
+    low = torch.zeros_like(xhx)
+    if budget is not None:
+        low, _ = scale_bounds(x, budget, limit, 0.5)
+    hq = torch.zeros_like(x)
+    xhq, qhq = torch.zeros_like(xhx), torch.zeros_like(xhx)
+    best_s, best_error = s[:, 0].clone(), xhx.clone()
+    for step in range(int((s >= low[:, None]).sum(-1).max()) if x.numel() else 0):
+        i = element[:, step]
+        sign = torch.where(allowed[:, step], torch.where(x[rows, i] >= 0, 1.0, -1.0), 0.0)
+        xhq += sign * hx[rows, i]
+        qhq += sign * (2 * hq[rows, i] + sign * hessian[i, i])
+        hq += sign[:, None] * hessian[i]
+        upper = s[:, step]
+        lower = s[:, step + 1] if step + 1 < s.shape[1] else torch.zeros_like(upper)
+        at = torch.where(qhq > 0, xhq / qhq, upper)
+        at = torch.minimum(torch.maximum(at, lower), upper)
+        error = xhx - 2 * at * xhq + at * at * qhq
+        better = (error < best_error) & (at > 0)
+        best_s = torch.where(better, at, best_s)
+        best_error = torch.where(better, error, best_error)
+    return best_s

@@ -1,0 +1,36 @@
+"""What all tests share: the gpu marker, the hypothesis profiles, an empty kernel cache.
+
+Not here: hypothesis strategies (strategies.py).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# The first example of a property test may compile a kernel: no deadlines. CI draws the same
+# examples at every run, so a red run is the change's doing; locally each run explores anew.
+hypothesis.settings.register_profile("dev", deadline=None, max_examples=30)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU and a CUDA build of torch")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def empty_kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A kernel cache of the test's own; child processes that inherit the environment share it."""
+    cache = tmp_path / "kernel-cache"
+    monkeypatch.setenv("INTLASS_CACHE_DIR", str(cache))
+    return cache
