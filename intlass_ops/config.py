@@ -99,6 +99,10 @@ class Gemm:
         vectors = 4 * (2 * self.block_m + self.block_n)
         return max(ring, vectors + self.block_m * (self.block_n + 16 // out) * out)
 
+    def blocks(self, m: int, n: int) -> int:
+        """Output tiles, each the work of split_k thread blocks."""
+        return math.ceil(m / self.block_m) * math.ceil(n / self.block_n)
+
     @property
     def values_per_block(self) -> int:
         """fp32 values a block leaves in the workspace when K is split."""
@@ -114,10 +118,99 @@ class Gemm:
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
         """Regular expressions of the tensor-core instructions the compiled kernel must hold."""
-        if self.x_kind in ("bf16", "fp16"):
-            return (r"HMMA\.16816\.F32" + (r"\.BF16" if self.x_kind == "bf16" else r"\b"),)
-        native = self.x_kind in ("s4", "u4") and arch in ("sm_80", "sm_86", "sm_89")
-        return (r"IMMA\.16832\.S4\.S4" if native else r"IMMA\.16832\.S8\.S8",)
+        return _mma_sass(self.x_kind, arch)
+
+
+def _mma_sass(x_kind: str, arch: str) -> tuple[str, ...]:
+    if x_kind in ("bf16", "fp16"):
+        return (r"HMMA\.16816\.F32" + (r"\.BF16" if x_kind == "bf16" else r"\b"),)
+    native = x_kind in ("s4", "u4") and arch in ("sm_80", "sm_86", "sm_89")
+    return (r"IMMA\.16832\.S4\.S4" if native else r"IMMA\.16832\.S8\.S8",)
+
+
+@dataclass(frozen=True)
+class Skinny:
+    """skinny.cu: one block computes 16 * tiles_n rows of W for all, at most 8 * tiles_m, tokens."""
+
+    source: ClassVar[str] = "skinny.cu"
+    entry: ClassVar[str] = "skinny"
+    split_k: ClassVar[int] = 1
+    smem_bytes: ClassVar[int] = 0
+
+    x_kind: str
+    w_kind: str
+    scale_type: str
+    zero_type: str
+    out_type: str
+    tiles_m: int
+    tiles_n: int
+    warps: int
+    unroll: int
+    blocks_per_sm: int
+    groups_per_chunk: int
+    chunks_per_group: int
+    grouping: int
+    has_zeros: bool
+    has_a_zero: bool = False
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def blocks(self, m: int, n: int) -> int:
+        return math.ceil(n / (16 * self.tiles_n))
+
+    def __str__(self) -> str:
+        return (
+            f"skinny {self.x_kind}x{self.w_kind} {8 * self.tiles_m}x{16 * self.tiles_n} "
+            f"warps={self.warps} unroll={self.unroll}"
+        )
+
+    def expected_sass(self, arch: str) -> tuple[str, ...]:
+        return _mma_sass(self.x_kind, arch)
+
+
+SKINNY_MAX_M = 16
+
+
+def why_not_skinny(shape: Shape) -> str | None:
+    """What keeps a problem from skinny.cu, or None."""
+    if shape.m > SKINNY_MAX_M:
+        return f"M={shape.m} is above {SKINNY_MAX_M}"
+    if shape.has_a_zero:
+        return "activations with a zero point need row sums of W"
+    if not shape.aligned:
+        return "rows do not start on 16-byte boundaries"
+    if shape.x_kind in ("s4", "u4"):
+        return "no INT4 activations"
+    chunk_k = 512 // BITS[shape.w_kind]
+    whole_chunks = shape.group_size >= shape.k or shape.group_size % chunk_k == 0
+    if not whole_chunks and shape.group_size not in (chunk_k // 2, chunk_k // 4):
+        return f"group_size={shape.group_size} does not divide chunks of {chunk_k} k"
+    return None
+
+
+def _pick_skinny(device: Device, shape: Shape) -> Skinny:
+    chunk_k = 512 // BITS[shape.w_kind]
+    chunks = math.ceil(shape.k / chunk_k)
+    warps = 16 if chunks > 16 else 8
+    channel = grouping_of(shape.k, shape.group_size) is Grouping.CHANNEL
+    return Skinny(
+        x_kind=shape.x_kind,
+        w_kind=shape.w_kind,
+        scale_type=shape.scale_type,
+        zero_type=shape.zero_type,
+        out_type=shape.out_type,
+        tiles_m=math.ceil(shape.m / 8),
+        tiles_n=1,
+        warps=warps,
+        unroll=2,
+        blocks_per_sm=1,
+        groups_per_chunk=1 if channel else max(1, chunk_k // shape.group_size),
+        chunks_per_group=1 if channel else max(1, shape.group_size // chunk_k),
+        grouping=min(grouping_of(shape.k, shape.group_size), Grouping.ALIGNED),
+        has_zeros=shape.has_zeros,
+    )
 
 
 def why_illegal(c: Gemm, device: Device) -> str | None:
@@ -162,8 +255,13 @@ def grouping_of(k: int, group_size: int) -> Grouping:
 
 
 @lru_cache(maxsize=65536)
-def pick(device: Device, shape: Shape) -> Gemm:
-    """The configuration for a problem: tile by M, stages by shared memory, split_k by SM count."""
+def pick(device: Device, shape: Shape) -> Gemm | Skinny:
+    """The configuration for a problem: the kernel family by M, its tile by shape and device."""
+    return _pick_gemm(device, shape) if why_not_skinny(shape) else _pick_skinny(device, shape)
+
+
+def _pick_gemm(device: Device, shape: Shape) -> Gemm:
+    """Tile by M, stages by shared memory, split_k by SM count."""
     if shape.m <= 8:
         block_m, block_n, warps_m, warps_n = 8, 64, 1, 4
     elif shape.m <= 16:
@@ -196,7 +294,7 @@ def pick(device: Device, shape: Shape) -> Gemm:
         config = replace(config, num_stages=config.num_stages - 1)
     if problem := why_illegal(config, device):
         raise ValueError(f"no configuration for {shape} on {device.arch}: {problem}")
-    tiles = math.ceil(shape.m / block_m) * math.ceil(shape.n / block_n)
+    tiles = config.blocks(shape.m, shape.n)
     k_tiles = math.ceil(shape.k / config.block_k)
     # Fill the GPU twice over, in stripes of at least four tiles of K; powers of two: few kernels.
     wanted = min(2 * device.sm_count // max(tiles, 1), k_tiles // 4, 8)
@@ -259,7 +357,7 @@ PAIRS = (
 )
 
 
-def shipped_configs() -> Iterator[tuple[Gemm | Quantize, tuple[str, ...]]]:
+def shipped_configs() -> Iterator[tuple[Gemm | Skinny | Quantize, tuple[str, ...]]]:
     """A covering set of what the picks can return, each with the architectures it is built for.
 
     Every pair of kinds meets every grouping and block shape; scale, zero and output types, which
@@ -268,7 +366,7 @@ def shipped_configs() -> Iterator[tuple[Gemm | Quantize, tuple[str, ...]]]:
     types = ("__nv_bfloat16", "float", "__half")
     turn = 0
     for x, w in PAIRS:
-        for m in (1, 16, 32, 64, 4096):
+        for m in (1, 8, 16, 32, 64, 4096):
             for group_size in (4096, 128, 16):
                 has_a_zero = x == "u4" or (x == "s8" and m == 32)
                 turn += 1

@@ -8,8 +8,8 @@
 
 Scales are held in torch's own float8_e4m3fn and float8_e8m0fnu. FP4 codes pack two per byte like
 INT4 (packing.py), the even element in the low nibble. Not here: how to choose a scale (scales.py).
-Sources: OCP Microscaling Formats (MX) v1.0; NVIDIA's description of NVFP4 and, for the blocked scale
-layout, of cuBLAS's block-scaled matrix products.
+Sources: OCP Microscaling Formats (MX) v1.0; NVIDIA's description of NVFP4 and, for the blocked
+layout of scales, of cuBLAS's block-scaled matrix products.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def round_e2m1(x: Tensor) -> Tensor:
 def encode_e2m1(x: Tensor) -> Tensor:
     """e2m1 codes of ``x``: uint8 in [0, 15], same shape; the sign of zero is kept.
 
-    Rounds like :func:`round_e2m1`. e2m1 has no NaN: a NaN becomes code 0, so its scale must carry it.
+    Rounds like :func:`round_e2m1`. e2m1 has no NaN: it becomes code 0, and its scale must carry it.
     """
     values = round_e2m1(x)
     a = values.abs()
@@ -97,8 +97,8 @@ def e8m0_grid(device: torch.device | None = None) -> Tensor:
 def to_blocked(scales: Tensor) -> Tensor:
     """Row-major scales [R, C] to the blocked order of FP4/FP8 matrix units: 1-D, zero padded.
 
-    R is padded to a multiple of 128 and C to one of 4. The 128×4 tiles follow each other row by row;
-    inside a tile element (r, c) lies at (r % 32)·16 + (r // 32)·4 + c.
+    R is padded to a multiple of 128 and C to one of 4. The 128×4 tiles follow each other row by
+    row; inside a tile element (r, c) lies at (r % 32)·16 + (r // 32)·4 + c.
     """
     if scales.ndim != 2:
         raise ValueError(f"to_blocked: expected scales [R, C], got shape {tuple(scales.shape)}")
@@ -118,8 +118,7 @@ def from_blocked(blocked: Tensor, rows: int, cols: int) -> Tensor:
     expected = tiles_r * tiles_c * _TILE_ROWS * _TILE_COLS
     if blocked.numel() != expected:
         raise ValueError(
-            f"from_blocked: scales [{rows}, {cols}] fill {expected} elements, "
-            f"got {blocked.numel()}"
+            f"from_blocked: scales [{rows}, {cols}] fill {expected} elements, got {blocked.numel()}"
         )
     raw = blocked.reshape(-1)
     raw = raw.view(torch.uint8) if blocked.element_size() == 1 else raw

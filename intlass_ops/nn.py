@@ -104,11 +104,13 @@ class IntLinear(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> IntLinear:
-        """Move between devices; keep scales and zeros in the dtype they were made in.
+        """Move between devices; keep codes, scales and zeros in the dtype they were made in.
 
-        `model.half()` and `.to(dtype)` would round fp32 scales, silently changing every weight.
+        `model.half()` and `.to(dtype)` would round fp32 scales, silently changing every weight, and
+        `.type(dtype)` would make numbers of the codes.
         """
-        kept = {n: t for n, t in (("scales", self.scales), ("zeros", self.zeros)) if t is not None}
+        tensors = (("weight", self.weight), ("scales", self.scales), ("zeros", self.zeros))
+        kept = {name: t for name, t in tensors if t is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = getattr(self, name)

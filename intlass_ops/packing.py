@@ -42,7 +42,7 @@ def out_of_range(q: Tensor) -> str | None:
 
 def pack(q: Tensor) -> Tensor:
     """Pack codes [..., K] to uint8 [..., ceil(K/2)], modulo 16: check the range first."""
-    nibbles = q.to(torch.uint8) & 0xF
+    nibbles = q.to(torch.uint8).contiguous() & 0xF
     if nibbles.shape[-1] % 2:
         nibbles = torch.nn.functional.pad(nibbles, (0, 1))
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .nn import Activation, IntLinear
 from .ops import quantize_int4, quantize_int8
+from .ops._library import FLOATS
 from .ops.matmul import GROUP_STEP
 
 
@@ -60,12 +61,13 @@ def quantize_(
     """Replace every nn.Linear of ``model`` by an `IntLinear`, in place, round to nearest.
 
     ``config``: one of `Int4WeightOnly`, `Int8WeightOnly`, `Int8DynamicActivationInt8Weight`,
-    `Int8DynamicActivationInt4Weight`, `Int4DynamicActivationInt4Weight`. ``filter_fn(module,
-    name)`` picks the linears (default: all). A module that occurs twice stays shared. Scales of INT4
-    weights take the weight's dtype, those of INT8 are fp32.
+    `Int8DynamicActivationInt4Weight`, `Int4DynamicActivationInt4Weight`.
+    ``filter_fn(module, name)`` picks the linears (default: all). A module that occurs twice stays
+    shared. Scales of INT4 weights take the weight's dtype, those of INT8 are fp32.
 
-    Raises ValueError, before anything is changed, for a layer whose K is not a multiple of the
-    group size, naming it; TypeError for a model that is itself a Linear.
+    Raises, before anything is changed and naming the layer, ValueError for a K that is 0 or not a
+    multiple of the group size and TypeError for a weight that is not fp32, bf16 or fp16; TypeError
+    for a model that is itself a Linear.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(256, 64))
@@ -77,7 +79,7 @@ def quantize_(
         raise TypeError("quantize_: the model is a Linear itself and cannot be replaced in place")
     found: list[tuple[nn.Module, str, nn.Linear]] = []
     for parent_name, parent in model.named_modules():
-        for name, child in parent.named_children():
+        for name, child in parent._modules.items():  # named_children() leaves repetitions out
             path = f"{parent_name}.{name}" if parent_name else name
             if type(child) is nn.Linear and (filter_fn is None or filter_fn(child, path)):
                 _check(child, path, config)
@@ -93,6 +95,12 @@ def _check(linear: nn.Linear, path: str, config: Scheme) -> None:
     group = config.group_size
     if group is not None and (group < GROUP_STEP or group % GROUP_STEP):
         raise ValueError(f"quantize_: group_size={group} is not a multiple of {GROUP_STEP}")
+    if linear.weight.dtype not in FLOATS:
+        raise TypeError(
+            f"quantize_: {path}: the weight is {linear.weight.dtype}, no fp32, bf16, fp16"
+        )
+    if linear.in_features == 0:
+        raise ValueError(f"quantize_: {path}: K=0, there is nothing to quantise")
     if group is not None and linear.in_features % group:
         raise ValueError(
             f"quantize_: {path}: K={linear.in_features} is not a multiple of group_size={group}; "

@@ -55,7 +55,7 @@ def residual_budget(error: Tensor, hessian: Tensor | None) -> Tensor:
 def scale_bounds(
     x: Tensor, budget: Tensor, qmax: Tensor | float, d0: float, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(low, high) [B]: no scale outside leaves Σ w·r² within ``budget`` [B]. qmax broadcasts to x."""
+    """(low, high) [B]: no scale outside leaves Σ w·r² within ``budget`` [B]; qmax broadcasts."""
     a = x.abs()
     w = torch.ones_like(a) if weights is None else weights.expand_as(a)
     allowed = torch.where(w > 0, (budget[:, None] / w.clamp(min=1e-300)).sqrt(), torch.inf)
@@ -80,12 +80,10 @@ def grid_search(
     *,
     weights: Tensor | None = None,
     hessian: Tensor | None = None,
-    prune: bool = True,
 ) -> Tensor:
     """Index [B] of the best scale in ``grid`` [C] (ascending); of equally good ones, the smallest.
 
-    start [B] is the index of any reasonable scale: it sets the budget. prune=False tries the whole
-    grid, which is what the tests hold the pruned search against.
+    start [B] is the index of any reasonable scale: its error is the budget.
     """
 
     def error_of(index: Tensor, rows: Tensor) -> Tensor:
@@ -97,13 +95,10 @@ def grid_search(
     everything = torch.arange(x.shape[0], device=x.device)
     best = start.clone()
     best_error = error_of(start, everything)
-    low = torch.zeros_like(start)
-    high = torch.full_like(start, grid.numel() - 1)
-    if prune:
-        budget = residual_budget(best_error, hessian)
-        s_low, s_high = scale_bounds(x, budget, qmax, d0, weights)
-        low = torch.searchsorted(grid, s_low).clamp(max=grid.numel() - 1)
-        high = torch.searchsorted(grid, s_high, right=True) - 1
+    budget = residual_budget(best_error, hessian)
+    s_low, s_high = scale_bounds(x, budget, qmax, d0, weights)
+    low = torch.searchsorted(grid, s_low).clamp(max=grid.numel() - 1)
+    high = torch.searchsorted(grid, s_high, right=True) - 1
     for step in range(int((high - low).max()) + 1 if x.shape[0] else 0):
         rows = (low + step <= high).nonzero().squeeze(-1)
         index = low[rows] + step
@@ -124,31 +119,35 @@ def _breakpoints(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     return s, order // levels, order % levels
 
 
-def sweep(x: Tensor, limits: list[tuple[int, int]], weights: Tensor | None = None) -> Tensor:
+def sweep(
+    x: Tensor, limits: list[tuple[int, int]], budget: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """Best scale [B, len(limits)] for integer codes within each (qmin, qmax), qmin <= 0 <= qmax.
 
     Between two breakpoints the codes are constant and Σ w(x - sq)² has its minimum at
     s = Σwxq / Σwq², where it is Σwx² - (Σwxq)²/Σwq². Both sums are running sums over the sorted
-    breakpoints. Whether that s lies in its interval need not be checked: rounding to nearest at that
-    s only does better, and the best s overall is the minimum of its own interval.
+    breakpoints. Whether that s lies in its interval need not be checked: rounding to nearest at
+    that s only does better, and the best s overall is the minimum of its own interval.
+    NaN where no scale keeps within ``budget`` (see `residual_budget`).
     """
-    levels = max(max(-qmin, qmax) for qmin, qmax in limits)
-    if levels == 0:
-        raise ValueError("sweep: every range of codes is empty")
-    _, element, k = _breakpoints(x, levels)
     w = torch.ones_like(x) if weights is None else weights.expand_as(x)
-    gain = (w * x.abs()).gather(-1, element)
-    cost = w.gather(-1, element) * (2 * k + 1)
-    limit_index = torch.where(x >= 0, 1, 0).gather(-1, element)
-    result = []
-    for limit in limits:
-        allowed = k < torch.tensor(limit, device=x.device).abs()[limit_index]
-        num = (gain * allowed).cumsum(-1)
-        den = (cost * allowed).cumsum(-1)
-        score = torch.where(den > 0, num * num / den, 0.0)
-        at = score.argmax(-1, keepdim=True)
-        result.append((num.gather(-1, at) / den.gather(-1, at)).squeeze(-1))
-    return torch.stack(result, -1)
+    s, element, k = _breakpoints(x, max(max(-qmin, qmax) for qmin, qmax in limits))
+    gain, cost = (w * x.abs()).gather(-1, element), w.gather(-1, element) * (2 * k + 1)
+    positive = (x >= 0).gather(-1, element)
+    result = x.new_full((x.shape[0], len(limits)), torch.nan)
+    for column, (qmin, qmax) in enumerate(limits):
+        low, high = scale_bounds(x, budget, torch.where(x >= 0, qmax, -qmin), 0.5, weights)
+        rows = (low <= high).nonzero().squeeze(-1)
+        if not rows.numel():
+            continue
+        # The optimum's interval begins at a breakpoint above the lower bound.
+        n = int((s[rows] >= low[rows, None]).sum(-1).max())
+        allowed = k[rows, :n] < torch.where(positive[rows, :n], qmax, -qmin)
+        num = (gain[rows, :n] * allowed).cumsum(-1)
+        den = (cost[rows, :n] * allowed).cumsum(-1)
+        at = torch.where(den > 0, num * num / den, 0.0).argmax(-1, keepdim=True)
+        result[rows, column] = (num.gather(-1, at) / den.gather(-1, at)).squeeze(-1)
+    return result
 
 
 def sweep_hessian(

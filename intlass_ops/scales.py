@@ -1,10 +1,10 @@
-"""Block scales for weights: round-to-nearest (`*_naive`), least error (`*_optimal`), and least error
-of the layer's output (`*_optimal_hessian`), for NVFP4, MXFP4, INT4, INT8 and unsigned INT4.
+"""Block scales for weights in NVFP4, MXFP4, INT4, INT8 and unsigned INT4: from the largest
+magnitude (`*_naive`), of least error (`*_optimal`), of least output error (`*_optimal_hessian`).
 
-Every quantiser takes ``w`` (float, any shape), cuts ``dim`` into blocks of ``group_size`` and returns
+Each takes ``w`` (float, any shape), cuts ``dim`` into blocks of ``group_size`` and returns
 
-    (scales, codes)        scales [..., K/group_size], codes like w, unpacked
-    (scales, zeros, codes) for uint4_*, the asymmetric form, zeros int32 in [0, 15]
+    (scales, codes)         scales [..., K/group_size], codes like w, unpacked
+    (scales, zeros, codes)  from uint4_*, the asymmetric form; zeros int32 in [0, 15]
 
 with the dequantised tensor (w's dtype) appended where return_dequant is set.
 
@@ -13,112 +13,329 @@ with the dequantised tensor (w's dtype) appended where return_dequant is set.
     mxfp4    e2m1 in uint8, 0 … 15     float8_e8m0fnu   decode(codes) · scales
     int4     int8 in [-7, 7]           float32          codes · scales
     int8     int8 in [-127, 127]       float32          codes · scales
-    uint4    int8 in [0, 15]           float32          (codes - zeros) · scales
+    uint4    uint8 in [0, 15]          float32          (codes - zeros) · scales
 
 `*_optimal` minimises Σ (w - ŵ)² of each block, or Σ weights·(w - ŵ)² with ``weights`` >= 0 that
 broadcast to w (a diagonal Hessian). `*_optimal_hessian` minimises rᵀ H_j r over the residuals r of
-block j, with H_j = X_jᵀ X_j the block of the Gram matrix of the layer's inputs ``X`` [..., K], or given
-as ``hessian`` [K/group_size, group_size, group_size]. Both are exact (integer scales: to float32
-resolution), rounding is to nearest even, and no block is ever worse than under `*_naive`.
-A block of zeros gets scale 1. A block with an infinity or a NaN gets a scale that is not finite and
-codes 0, so that it cannot pass for a number. How the searches work: scale_search.py.
+block j, with H_j = X_jᵀ X_j the block of the Gram matrix of the layer's inputs ``X`` [..., K], or
+given as ``hessian`` [K/group_size, group_size, group_size]. Both find the best scale there is
+(integer scales: to float32 resolution; e8m0: up to 2^125, above which a code may decode beyond
+float32), rounding is to nearest even, and no block is ever worse than under `*_naive`.
+A block of zeros gets scale 1. A block with an infinity or a NaN gets a scale that is not finite, so
+that it cannot pass for numbers. How the searches work: scale_search.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from . import fp4, reference
-from . import scale_search as search
-
-# float64 elements that one chunk of a search may hold at a time (about 0.5 GB with temporaries).
-_CHUNK_ELEMENTS = 1 << 23
-
-
-class _Goal(NamedTuple):
-    """What to minimise for the blocks at hand: at most one of the two is given."""
-
-    weights: Tensor | None = None  # [B, g]
-    hessian: Tensor | None = None  # [g, g]
-
-
-# blocks [B, g] float32, goal (None: naive) -> scales [B], zeros [B] or None, codes [B, g]
-_Solver = Callable[[Tensor, "_Goal | None"], tuple[Tensor, Tensor | None, Tensor]]
+from . import block_quantize as bq
+from . import fp4
 
 
 def block_hessians(x: Tensor, group_size: int) -> Tensor:
-    """H_j = X_jᵀ X_j, float64 [K/g, g, g], of activations ``x`` [..., K]."""
+    """H_j = X_jᵀ X_j, float64 [K/group_size, group_size, group_size], of activations [..., K]."""
     k = x.shape[-1]
-    if k % group_size:
+    if group_size < 1 or k % group_size:
         raise ValueError(f"block_hessians: K={k} is not a multiple of group_size={group_size}")
     columns = x.reshape(-1, k // group_size, group_size).movedim(1, 0).double()
     return columns.mT @ columns
 
 
-def _quantize(
+def nvfp4_global_scale(w: Tensor) -> float:
+    """448·6 / amax(w), which maps the largest block scale to the largest e4m3."""
+    amax = float(w.detach().abs().amax()) if w.numel() else 0.0
+    return fp4.E4M3_MAX * fp4.E2M1_MAX / amax if 0 < amax < float("inf") else 1.0
+
+
+def nvfp4_dequantize(
+    scales: Tensor, codes: Tensor, dim: int = -1, *, global_scale: float = 1.0
+) -> Tensor:
+    """decode(codes) · scales / global_scale, float32."""
+    return _expand(scales, codes, dim) * fp4.decode_e2m1(codes) / global_scale
+
+
+def mxfp4_dequantize(scales: Tensor, codes: Tensor, dim: int = -1) -> Tensor:
+    """decode(codes) · scales, float32."""
+    return _expand(scales, codes, dim) * fp4.decode_e2m1(codes)
+
+
+def int4_dequantize(scales: Tensor, codes: Tensor, dim: int = -1) -> Tensor:
+    """codes · scales, float32."""
+    return _expand(scales, codes, dim) * codes
+
+
+def int8_dequantize(scales: Tensor, codes: Tensor, dim: int = -1) -> Tensor:
+    """codes · scales, float32."""
+    return _expand(scales, codes, dim) * codes
+
+
+def uint4_dequantize(scales: Tensor, zeros: Tensor, codes: Tensor, dim: int = -1) -> Tensor:
+    """(codes - zeros) · scales, float32."""
+    return _expand(scales, codes, dim) * (codes.float() - _expand(zeros, codes, dim))
+
+
+def _expand(per_block: Tensor, codes: Tensor, dim: int) -> Tensor:
+    """One float32 value for each code."""
+    values = fp4.scale_values(per_block)
+    if not values.shape[dim] or codes.shape[dim] % values.shape[dim]:
+        raise ValueError(
+            f"dequantize: {values.shape[dim]} blocks do not divide size {codes.shape[dim]} "
+            f"of dim={dim}"
+        )
+    return values.repeat_interleave(codes.shape[dim] // values.shape[dim], dim)
+
+
+def _nvfp4(
     op: str,
     w: Tensor,
     dim: int,
+    return_dequant: bool,
+    group_size: int,
+    global_scale: float,
+    goal: bq.Goal,
+) -> tuple[Tensor, ...]:
+    solver = bq.nvfp4_solver(op, w.device, global_scale)
+    scales, _, codes = bq.in_blocks(op, w, dim, group_size, solver, 1, goal)
+    stored, codes = scales.to(torch.float8_e4m3fn), codes.to(torch.uint8)
+    if not return_dequant:
+        return stored, codes
+    return (
+        stored,
+        codes,
+        nvfp4_dequantize(stored, codes, dim, global_scale=global_scale).to(w.dtype),
+    )
+
+
+def _mxfp4(
+    op: str, w: Tensor, dim: int, return_dequant: bool, group_size: int, goal: bq.Goal
+) -> tuple[Tensor, ...]:
+    scales, _, codes = bq.in_blocks(op, w, dim, group_size, bq.mxfp4_solver(w.device), 1, goal)
+    # The scales are powers of two: this stores them exactly.
+    stored, codes = fp4.encode_e8m0_floor(scales), codes.to(torch.uint8)
+    if not return_dequant:
+        return stored, codes
+    return stored, codes, mxfp4_dequantize(stored, codes, dim).to(w.dtype)
+
+
+def _symmetric(
+    op: str,
+    bits: int,
+    w: Tensor,
+    dim: int,
+    return_dequant: bool,
     group_size: int | None,
-    solve: _Solver,
-    expansion: int,
-    goal: str,
+    goal: bq.Goal,
+) -> tuple[Tensor, ...]:
+    solver, levels = bq.integer_solver(bits, symmetric=True), 2 ** (bits - 1) - 1
+    scales, _, codes = bq.in_blocks(op, w, dim, group_size, solver, levels, goal)
+    if not return_dequant:
+        return scales, codes
+    return scales, codes, int4_dequantize(scales, codes, dim).to(w.dtype)
+
+
+def _asymmetric(
+    op: str, w: Tensor, dim: int, return_dequant: bool, group_size: int | None, goal: bq.Goal
+) -> tuple[Tensor, ...]:
+    solver = bq.integer_solver(4, symmetric=False)
+    scales, zeros, codes = bq.in_blocks(op, w, dim, group_size, solver, 15, goal)
+    codes = codes.to(torch.uint8)
+    if not return_dequant:
+        return scales, zeros, codes
+    return scales, zeros, codes, uint4_dequantize(scales, zeros, codes, dim).to(w.dtype)
+
+
+def nvfp4_naive(
+    w: Tensor,
+    dim: int = -1,
+    return_dequant: bool = False,
+    *,
+    group_size: int = 16,
+    global_scale: float = 1.0,
+) -> tuple[Tensor, ...]:
+    """Block scale e4m3(amax·global_scale / 6)."""
+    return _nvfp4("nvfp4_naive", w, dim, return_dequant, group_size, global_scale, bq.NAIVE)
+
+
+def nvfp4_optimal(
+    w: Tensor,
+    dim: int = -1,
+    return_dequant: bool = False,
+    *,
+    group_size: int = 16,
+    global_scale: float = 1.0,
     weights: Tensor | None = None,
-    x: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Least Σ weights·(w - ŵ)² over the 126 positive e4m3 scales."""
+    return _nvfp4(
+        "nvfp4_optimal", w, dim, return_dequant, group_size, global_scale, bq.Goal(weights=weights)
+    )
+
+
+def nvfp4_optimal_hessian(
+    w: Tensor,
+    dim: int = -1,
+    return_dequant: bool = False,
+    *,
+    X: Tensor | None = None,
     hessian: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Cut ``w`` into blocks, run ``solve`` on chunks of them, put the results back in place."""
-    if not w.is_floating_point():
-        raise TypeError(f"{op}: w is {w.dtype}; expected a floating-point tensor")
-    if w.ndim == 0:
-        raise ValueError(f"{op}: w is a scalar; expected at least one dimension")
-    rows = w.detach().movedim(dim, -1)
-    k = rows.shape[-1]
-    g = k if group_size is None else group_size
-    if g < 1 or k % g:
-        raise ValueError(f"{op}: dimension {dim} of size {k} is not a multiple of group_size={g}")
-    blocks = rows.float().reshape(-1, k // g, g)
-    n, j = blocks.shape[:2]
-    if goal == "hessian":
-        if (x is None) == (hessian is None):
-            raise ValueError(f"{op}: give either X or hessian")
-        h = block_hessians(x, g) if x is not None else hessian
-        assert h is not None
-        if h.shape != (j, g, g):
-            raise ValueError(f"{op}: hessian is {tuple(h.shape)}; expected {(j, g, g)}")
-        h = h.to(w.device, torch.float64)
-    if weights is not None:
-        if bool((weights < 0).any()):
-            raise ValueError(f"{op}: weights must not be negative, got {float(weights.min())}")
-        weights = weights.expand(w.shape).movedim(dim, -1).reshape(-1, j, g).double()
+    group_size: int = 16,
+    global_scale: float = 1.0,
+) -> tuple[Tensor, ...]:
+    """Least rᵀ H_j r over the 126 positive e4m3 scales."""
+    goal = _hessian("nvfp4_optimal_hessian", w, dim, group_size, X, hessian)
+    return _nvfp4("nvfp4_optimal_hessian", w, dim, return_dequant, group_size, global_scale, goal)
 
-    # A Hessian belongs to one column of blocks; otherwise all blocks are alike.
-    columns = range(j) if goal == "hessian" else [slice(None)]
-    step = max(1, _CHUNK_ELEMENTS // (expansion * g * (1 if goal == "hessian" else max(j, 1))))
-    scales, zeros = w.new_empty(n, j, dtype=torch.float32), w.new_empty(n, j, dtype=torch.int32)
-    codes = w.new_empty(n, j, g, dtype=torch.int8)
-    asymmetric = False
-    for column in columns:
-        for start in range(0, n, step):
-            part = (slice(start, start + step), column)
-            of = None if goal == "naive" else _Goal(
-                weights[part].reshape(-1, g) if weights is not None else None,
-                h[column] if goal == "hessian" else None,
+
+def mxfp4_naive(
+    w: Tensor, dim: int = -1, return_dequant: bool = False, *, group_size: int = 32
+) -> tuple[Tensor, ...]:
+    """Block scale 2^(floor(log2 amax) - 2), as OCP MX v1.0 has it; the top may saturate."""
+    return _mxfp4("mxfp4_naive", w, dim, return_dequant, group_size, bq.NAIVE)
+
+
+def mxfp4_optimal(
+    w: Tensor,
+    dim: int = -1,
+    return_dequant: bool = False,
+    *,
+    group_size: int = 32,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Least Σ weights·(w - ŵ)² over the 255 e8m0 scales."""
+    return _mxfp4("mxfp4_optimal", w, dim, return_dequant, group_size, bq.Goal(weights=weights))
+
+
+def mxfp4_optimal_hessian(
+    w: Tensor,
+    dim: int = -1,
+    return_dequant: bool = False,
+    *,
+    X: Tensor | None = None,
+    hessian: Tensor | None = None,
+    group_size: int = 32,
+) -> tuple[Tensor, ...]:
+    """Least rᵀ H_j r over the 255 e8m0 scales."""
+    goal = _hessian("mxfp4_optimal_hessian", w, dim, group_size, X, hessian)
+    return _mxfp4("mxfp4_optimal_hessian", w, dim, return_dequant, group_size, goal)
+
+
+def int4_naive(
+    w: Tensor, dim: int = -1, return_dequant: bool = False, *, group_size: int | None = None
+) -> tuple[Tensor, ...]:
+    """scale = amax / 7. group_size None: one block."""
+    return _symmetric("int4_naive", 4, w, dim, return_dequant, group_size, bq.NAIVE)
+
+
+def int4_optimal(
+    w: Tensor,
+    dim: int = -1,
+    return_dequant: bool = False,
+    *,
+    group_size: int | None = None,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Least Σ weights·(w - ŵ)² over all scales."""
+    return _symmetric(
+        "int4_optimal", 4, w, dim, return_dequant, group_size, bq.Goal(weights=weights)
+    )
+
+
+def int4_optimal_hessian(
+    w: Tensor,
+    dim: int = -1,
+    return_dequant: bool = False,
+    *,
+    X: Tensor | None = None,
+    hessian: Tensor | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Least rᵀ H_j r over all scales."""
+    goal = _hessian("int4_optimal_hessian", w, dim, group_size, X, hessian)
+    return _symmetric("int4_optimal_hessian", 4, w, dim, return_dequant, group_size, goal)
+
+
+def int8_naive(
+    w: Tensor, dim: int = -1, return_dequant: bool = False, *, group_size: int | None = None
+) -> tuple[Tensor, ...]:
+    """scale = amax / 127. group_size None: one block."""
+    return _symmetric("int8_naive", 8, w, dim, return_dequant, group_size, bq.NAIVE)
+
+
+def int8_optimal(
+    w: Tensor,
+    dim: int = -1,
+    return_dequant: bool = False,
+    *,
+    group_size: int | None = None,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Least Σ weights·(w - ŵ)² over all scales."""
+    return _symmetric(
+        "int8_optimal", 8, w, dim, return_dequant, group_size, bq.Goal(weights=weights)
+    )
+
+
+def int8_optimal_hessian(
+    w: Tensor,
+    dim: int = -1,
+    return_dequant: bool = False,
+    *,
+    X: Tensor | None = None,
+    hessian: Tensor | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Least rᵀ H_j r over all scales."""
+    goal = _hessian("int8_optimal_hessian", w, dim, group_size, X, hessian)
+    return _symmetric("int8_optimal_hessian", 8, w, dim, return_dequant, group_size, goal)
+
+
+def uint4_naive(
+    w: Tensor, dim: int = -1, return_dequant: bool = False, *, group_size: int | None = None
+) -> tuple[Tensor, ...]:
+    """scale = (max(w, 0) - min(w, 0)) / 15, zero = round(-min(w, 0) / scale)."""
+    return _asymmetric("uint4_naive", w, dim, return_dequant, group_size, bq.NAIVE)
+
+
+def uint4_optimal(
+    w: Tensor,
+    dim: int = -1,
+    return_dequant: bool = False,
+    *,
+    group_size: int | None = None,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Least Σ weights·(w - ŵ)² over all scales and the 16 zeros."""
+    return _asymmetric(
+        "uint4_optimal", w, dim, return_dequant, group_size, bq.Goal(weights=weights)
+    )
+
+
+def uint4_optimal_hessian(
+    w: Tensor,
+    dim: int = -1,
+    return_dequant: bool = False,
+    *,
+    X: Tensor | None = None,
+    hessian: Tensor | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Least rᵀ H_j r over all scales and the 16 zeros."""
+    goal = _hessian("uint4_optimal_hessian", w, dim, group_size, X, hessian)
+    return _asymmetric("uint4_optimal_hessian", w, dim, return_dequant, group_size, goal)
+
+
+def _hessian(
+    op: str, w: Tensor, dim: int, group_size: int | None, x: Tensor | None, hessian: Tensor | None
+) -> bq.Goal:
+    """The goal given by activations or by their Hessian blocks, whichever the caller passed."""
+    if (x is None) == (hessian is None):
+        raise ValueError(f"{op}: give either X or hessian")
+    if x is not None:
+        if x.shape[-1] != w.shape[dim]:
+            raise ValueError(
+                f"{op}: X has {x.shape[-1]} columns, dim={dim} of w has {w.shape[dim]}"
             )
-            s, z, q = solve(blocks[part].reshape(-1, g), of)
-            scales[part] = s.view(scales[part].shape)
-            codes[part] = q.view(codes[part].shape)
-            if z is not None:
-                asymmetric = True
-                zeros[part] = z.view(zeros[part].shape)
-    shape = (*rows.shape[:-1], j)
-
-    def back(t: Tensor) -> Tensor:
-        return t.view(shape).movedim(-1, dim)
-
-    q = codes.view(rows.shape).movedim(-1, dim)
-    return back(scales), back(zeros) if asymmetric else None, q
+        hessian = block_hessians(x, w.shape[dim] if group_size is None else group_size)
+    return bq.Goal(hessian=hessian)

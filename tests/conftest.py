@@ -1,4 +1,4 @@
-"""What all tests share: the gpu marker, the hypothesis profiles, an empty kernel cache.
+"""What all tests share: the gpu marker, devices, the hypothesis profiles, an empty kernel cache.
 
 Not here: hypothesis strategies (strategies.py).
 """
@@ -26,6 +26,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Runs a test on the CPU and, where there is one, on the GPU with the common kernels warm."""
+    if request.param == "cuda":
+        import warm_kernels
+
+        warm_kernels.compile_common_kernels()
+    return str(request.param)
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def test_wheel_carries_every_source_file(wheel: Path) -> None:
     sources = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "intlass_ops").rglob("*")
-        if path.suffix in {".py", ".cu", ".cuh"} or path.name == "py.typed"
+        if path.is_file() and "__pycache__" not in path.parts
     }
     packed = set(zipfile.ZipFile(wheel).namelist())
     assert sources <= packed, f"missing from the wheel: {sorted(sources - packed)}"

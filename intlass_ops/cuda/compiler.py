@@ -11,9 +11,7 @@ from ..errors import KernelCompileError
 from . import source, toolkit
 from .cache import CubinCache, default_directory
 from .source import KernelConfig, Program
-from .toolkit import Compiler
-
-OLDEST_ARCH = 80  # the kernels are built on Ampere's mma.sync and cp.async
+from .toolkit import OLDEST_ARCH, Compiler
 
 # NVRTC's defaults keep denormals, IEEE division and rounding ties: never a fast-math option here.
 _OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--generate-line-info")

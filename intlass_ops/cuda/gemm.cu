@@ -7,26 +7,7 @@
 //
 // Sums inside a group are kept in the MMA's accumulator (int32, or fp32) and enter the fp32 total
 // with the group's scale:   total += s * (acc - z * xsum),   a_zero through   s * (wsum - z * count).
-#include "memory.cuh"
-
-struct Params {
-  const char *x, *w;
-  const void *scales, *zeros, *a_scale, *a_zero, *alpha, *bias;
-  void* out;
-  float* workspace;  // split_k > 1: [tiles, split_k, values of a block]
-  int* arrivals;     // split_k > 1: one zero per tile, left at zero
-  i64 m, n, k, x_stride, w_stride;  // strides in bytes
-  i64 group_size, scale_row, scale_group, zero_row, zero_group;  // strides in elements, 0 to broadcast
-  i64 a_scale_row, a_zero_row, bias_dtype, alpha_dtype, a_scale_dtype, a_zero_dtype;
-};
-
-using X = Config::x_kind;
-using W = Config::w_kind;
-using P = Pair<X, W>;
-using Acc = typename P::Acc;
-using Scale = Config::scale_type;
-using Zero = Config::zero_type;
-using Out = Config::out_type;
+#include "problem.cuh"
 
 constexpr int block_m = Config::block_m, block_n = Config::block_n, block_k = Config::block_k;
 constexpr int warps_m = Config::warps_m, warps_n = Config::warps_n;
@@ -34,11 +15,6 @@ constexpr int threads = 32 * warps_m * warps_n;
 constexpr int tiles_m = block_m / warps_m / 8;   // 8-token MMA tiles of a warp
 constexpr int tiles_n = block_n / warps_n / 16;  // 16-row MMA tiles of a warp
 constexpr int num_stages = Config::num_stages;
-constexpr bool has_zeros = Config::has_zeros, has_a_zero = Config::has_a_zero;
-// channel: one scale a row, applied after all of K. aligned: groups of whole spans. straddling: a
-// group may end inside a span (group_size 16, 48, ...)
-enum Grouping { channel, aligned_groups, straddling_groups };
-constexpr int grouping = Config::grouping;
 static_assert(block_m % (8 * warps_m) == 0, "a warp owns whole 8-token tiles");
 static_assert(block_n % (16 * warps_n) == 0, "a warp owns whole 16-row tiles");
 static_assert(num_stages >= 2, "the ring needs a stage to fill while another is read");
@@ -75,10 +51,6 @@ struct Sums {
   }
 };
 
-// An accumulator as a number: exact per group, and rounded to odd where int32 exceeds 24 bits
-__device__ __forceinline__ float value(float v) { return v; }
-__device__ __forceinline__ float value(int v) { return grouping == channel ? to_float_odd(v) : float(v); }
-
 struct GroupScales {
   float s[tiles_n][2], z[tiles_n][2];
 
@@ -88,10 +60,8 @@ struct GroupScales {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const i64 row = min(row0 + i * 16 + h * 8 + lane / 4, p.n - 1);
-        s[i][h] = as_float(static_cast<const Scale*>(p.scales)[row * p.scale_row + group * p.scale_group]);
-        if constexpr (has_zeros)
-          z[i][h] = as_float(static_cast<const Zero*>(p.zeros)[row * p.zero_row + group * p.zero_group]) -
-                    code_offset<W>;
+        s[i][h] = scale_of(p, row, group);
+        if constexpr (has_zeros) z[i][h] = zero_of(p, row, group);
       }
   }
 };
@@ -172,10 +142,10 @@ struct Span {
 };
 
 __device__ __forceinline__ void load_stage(const Params& p, u32 stage, i64 n0, i64 m0, i64 k0, i64 k_end) {
-  TileW::fill<threads, Config::aligned>(stage, p.w, p.w_stride, n0, p.n, k0 * W::bits / 8,
-                                        (k_end * W::bits + 7) / 8);
-  TileX::fill<threads, Config::aligned>(stage + TileW::bytes, p.x, p.x_stride, m0, p.m, k0 * X::bits / 8,
-                                        (k_end * X::bits + 7) / 8);
+  TileW::fill<threads, Config::aligned>(stage, p.w, p.w_stride, n0, p.n, int(k0 * W::bits / 8),
+                                        int((k_end * W::bits + 7) / 8));
+  TileX::fill<threads, Config::aligned>(stage + TileW::bytes, p.x, p.x_stride, m0, p.m,
+                                        int(k0 * X::bits / 8), int((k_end * X::bits + 7) / 8));
 }
 
 // Sum this block's stripe [k_begin, k_end) of K into `total`. k_begin is a multiple of block_k.
@@ -281,16 +251,16 @@ __device__ __forceinline__ void epilogue(const Params& p, char* smem, i64 n0, i6
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_n = warp % warps_n, warp_m = warp / warps_n;
 
-  const float alpha = p.alpha ? load_as_float(p.alpha, 0, p.alpha_dtype) : 1.f;
+  const float alpha = alpha_of(p);
 #pragma unroll 1
   for (int i = threadIdx.x; i < block_m; i += threads) {
     const i64 m = min(m0 + i, p.m - 1);
-    factor[i] = alpha * (p.a_scale ? load_as_float(p.a_scale, m * p.a_scale_row, p.a_scale_dtype) : 1.f);
-    a_zero[i] = has_a_zero ? load_as_float(p.a_zero, m * p.a_zero_row, p.a_zero_dtype) - code_offset<X> : 0.f;
+    factor[i] = alpha * a_scale_of(p, m);
+    a_zero[i] = a_zero_of(p, m);
   }
 #pragma unroll 1
   for (int i = threadIdx.x; i < block_n; i += threads)
-    bias[i] = p.bias && n0 + i < p.n ? load_as_float(p.bias, n0 + i, p.bias_dtype) : 0.f;
+    bias[i] = n0 + i < p.n ? bias_of(p, n0 + i) : 0.f;
   __syncthreads();
 
 #pragma unroll

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import BackendUnavailableError, KernelLaunchError, KernelNotReadyError
-from . import compiler, cubin
+from . import compiler, cubin, toolkit
 from .compiler import compile_cubin as compile_cubin
 from .source import KernelConfig
 from .toolkit import Availability as Availability
@@ -162,14 +162,16 @@ def _load(config: KernelConfig, device_index: int) -> Kernel:
             )
     image = compiler.compile_cubin(config, arch_of(device_index))
     driver = _cupy("cupy_backends.cuda.api.driver")
+    runtime = _cupy("cupy_backends.cuda.api.runtime")
     with _load_lock:
         kernel = _kernels.get((config, device_index))
         if kernel is None:
             # Back by the context: cudaSetDevice on the way back would start the default device up
             # on a thread that had none current.
             context = driver.ctxGetCurrent()
-            _cupy("cupy_backends.cuda.api.runtime").setDevice(device_index)
+            runtime.setDevice(device_index)
             try:
+                runtime.memGetInfo()  # any call that needs a context makes the device's current
                 kernel = _kernels[config, device_index] = Kernel(config, device_index, image)
             finally:
                 driver.ctxSetCurrent(context)
@@ -191,13 +193,10 @@ def arch_of(device: torch.device | int | str) -> str:
 
 @functools.cache
 def _arch_of(index: int) -> str:
-    major, minor = torch.cuda.get_device_capability(index)
-    if 10 * major + minor < compiler.OLDEST_ARCH:
-        raise BackendUnavailableError(
-            f"cuda:{index} ({torch.cuda.get_device_name(index)}) has compute capability "
-            f"{major}.{minor}; the kernels need 8.0 (Ampere) or newer"
-        )
-    return compiler.arch_of_capability(major, minor)
+    problem = toolkit.unsupported(index)
+    if problem is not None:
+        raise BackendUnavailableError(problem)
+    return compiler.arch_of_capability(*torch.cuda.get_device_capability(index))
 
 
 def _index_of(device: torch.device | int | str) -> int:

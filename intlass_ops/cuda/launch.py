@@ -73,11 +73,11 @@ def matmul(
         group_size=p.group_size,
     )
     c = config.pick(_device(a.device.index), shape)
-    tiles = math.ceil(m / c.block_m) * math.ceil(p.n / c.block_n)
+    tiles = c.blocks(m, p.n)
     workspace = None
     arrivals = 0
     stream = torch.cuda.current_stream(a.device).cuda_stream
-    if c.split_k > 1:
+    if isinstance(c, config.Gemm) and c.split_k > 1:
         workspace = a.new_empty(tiles * c.split_k * c.values_per_block, dtype=torch.float32)
         arrivals = _arrival_counters(a.device, stream, tiles)
     if a_scale is not None:
@@ -105,7 +105,7 @@ def matmul(
     kernel = jit.get(c, a.device.index)
     kernel.launch((tiles, c.split_k, 1), (c.threads, 1, 1), c.smem_bytes, parameters, stream)
     if listening():
-        why = f"tile for M={m}, {'aligned' if c.aligned else 'unaligned'} rows"
+        why = config.why_not_skinny(shape) or f"M={m} is bound by reading W once"
         record(p.op, p.scheme, (m, p.n, p.k, p.group_size), str(c), why)
     return out
 
@@ -127,8 +127,9 @@ def quantize(
     scale = x.new_empty(segments, dtype=torch.float32)
     zero = None if symmetric else x.new_empty(segments, dtype=torch.int32)
     if segments:
+        unsigned_seed = (seed or 0) % 2**64
         parameters = _QUANTIZE_PARAMS.pack(
-            _pointer(x), _pointer(q), _pointer(scale), _pointer(zero), segments, length, seed or 0
+            *(_pointer(t) for t in (x, q, scale, zero)), segments, length, unsigned_seed
         )
         blocks = math.ceil(segments / (c.threads // c.threads_per_segment))
         stream = torch.cuda.current_stream(x.device).cuda_stream
@@ -173,7 +174,7 @@ def _arrival_counters(device: torch.device, stream: int, count: int) -> int:
 
 def _rows(a: Tensor) -> Tensor:
     """[..., K] as [M, K] with unit stride along K; a copy only where the strides demand it."""
-    x = a.reshape(-1, a.shape[-1])
+    x = a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 

@@ -86,14 +86,15 @@ template <class Kind, int rows_, int block_k> struct SmemTile {
   // whatever lies outside the matrix becomes zero. `aligned`: rows start on 16-byte boundaries.
   template <int threads, bool aligned>
   static __device__ __forceinline__ void fill(u32 base, const char* gmem, i64 stride, i64 row0,
-                                              i64 matrix_rows, i64 byte0, i64 matrix_bytes) {
+                                              i64 matrix_rows, int byte0, int matrix_bytes) {
+    const int existing = int(min(i64(rows), matrix_rows - row0));
+    const char* tile = gmem + row0 * stride + byte0;
 #pragma unroll
     for (int i = threadIdx.x; i < rows * chunks; i += threads) {
       const int row = i / chunks, chunk = i % chunks;
-      const i64 byte = byte0 + chunk * 16;
-      const bool inside = row0 + row < matrix_rows && byte < matrix_bytes;
-      const int valid = inside ? int(min(i64(16), matrix_bytes - byte)) : 0;
-      const char* from = inside ? gmem + (row0 + row) * stride + byte : gmem;
+      const int left = matrix_bytes - byte0 - chunk * 16;
+      const int valid = row < existing ? max(0, min(16, left)) : 0;
+      const char* from = valid ? tile + row * stride + chunk * 16 : gmem;
       const u32 to = base + chunk_offset(row, chunk);
       if constexpr (aligned) {
         cp_async_16(to, from, valid);

@@ -21,6 +21,8 @@ import torch
 
 from ..errors import BackendUnavailableError
 
+OLDEST_ARCH = 80  # the kernels are built on Ampere's mma.sync and cp.async
+
 _HEADERS = ("cuda_fp16.h", "cuda_bf16.h", "vector_types.h")
 _VERSION = re.compile(r"^#define\s+CUDART_VERSION\s+(\d+)", re.MULTILINE)
 
@@ -130,9 +132,9 @@ def availability() -> Availability:
         cupy = _cupy_version()
         nvrtc = "{}.{}".format(*compiler().version)
         driver = _driver_version()
-        problem = _torch_problem(driver)
-        if problem is None:
+        if torch.cuda.is_available():
             devices = tuple(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+        problem = _gpu_problem(driver)
     except BackendUnavailableError as error:
         problem = str(error)
     except Exception as error:
@@ -154,7 +156,7 @@ def _driver_version() -> str | None:
     return f"CUDA {version // 1000}.{version % 1000 // 10}" if version else None
 
 
-def _torch_problem(driver: str | None) -> str | None:
+def _gpu_problem(driver: str | None) -> str | None:
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm; the kernels need an NVIDIA GPU and a CUDA build"
     if driver is None:
@@ -163,4 +165,16 @@ def _torch_problem(driver: str | None) -> str | None:
         return "this PyTorch is built without CUDA: install a CUDA build of torch"
     if not torch.cuda.is_available():
         return f"PyTorch {torch.__version__} finds no GPU it can use (driver: {driver})"
-    return None
+    all_problems = [unsupported(i) for i in range(torch.cuda.device_count())]
+    return None if None in all_problems else all_problems[0]
+
+
+def unsupported(index: int) -> str | None:
+    """Why the kernels cannot run on a GPU, or None."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if 10 * major + minor >= OLDEST_ARCH:
+        return None
+    return (
+        f"cuda:{index} ({torch.cuda.get_device_name(index)}) has compute capability "
+        f"{major}.{minor}; the kernels need 8.0 (Ampere) or newer"
+    )

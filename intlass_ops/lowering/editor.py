@@ -15,8 +15,8 @@ import torch
 from torch.fx import Graph, Node
 
 from .gemms import Gemm, column_like, shape_of, static_shape
-from .program import NotASlice, Program, extract, walk
-from .weights import LeafMeta, NotAffine, Recipe, WeightForm, probe
+from .program import Evaluation, NotASlice, Program, extract, walk
+from .weights import LeafMeta, NotAffine, Recipe, WeightForm, probe, synthetic
 
 aten: Any = torch.ops.aten
 CAST = torch.ops.prims.convert_element_type.default
@@ -71,7 +71,7 @@ class Editor:
         self.static = static
         self.training = training
         self._fake_mode = fake_mode
-        self._undisturbed = undisturbed
+        self.undisturbed = undisturbed
         self._is_static: dict[Node, bool] = {}
 
     def is_leaf(self, node: Node) -> bool:
@@ -126,6 +126,21 @@ class Editor:
         nodes = {node: i for node, i in nodes.items() if node not in made}
         return Slice(program, tuple(leaves), metas, nodes)
 
+    def values_of(self, *nodes: Node) -> tuple[torch.Tensor, ...]:
+        """Static nodes evaluated on one common set of synthetic leaves (CPU)."""
+        known: dict[Node, torch.Tensor] = {}
+        results = []
+        with self.undisturbed(), torch.no_grad():
+            for node in nodes:
+                leaves, inner = walk(node, self.is_leaf)
+                program, _ = extract(leaves, inner) if inner else _identity(leaves)
+                for leaf in leaves:
+                    if leaf not in known:
+                        meta = _leaf_meta(leaf, None)
+                        known[leaf] = synthetic(meta, 0, 3000 + len(known), torch.device("cpu"))
+                results.append(Evaluation(program, [known[leaf] for leaf in leaves]).weight())
+        return tuple(results)
+
     def _only_codes(self, gemm: Gemm, leaves: Sequence[Node]) -> None:
         """A tensor that is no parameter may still be a weight (a closure, an argument) if the
         operand is made from integers of a fixed shape; otherwise it is an activation."""
@@ -143,7 +158,7 @@ class Editor:
         device = piece.leaves[0].meta["val"].device if piece.leaves else torch.device("cpu")
         if device.type == "cuda" and not torch.cuda.is_available():
             device = torch.device("cpu")
-        with self._undisturbed(), torch.no_grad():
+        with self.undisturbed(), torch.no_grad():
             try:
                 return probe(piece.metas, recipe, device)
             except torch.OutOfMemoryError:

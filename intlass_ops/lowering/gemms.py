@@ -167,13 +167,18 @@ def epilogue(
     *,
     rows: bool,
     is_static: Callable[[Node], bool],
+    start: Node | None = None,
 ) -> Epilogue:
-    """Follow the single users of a GEMM through views, casts, scales and a bias."""
-    found = Epilogue(gemm.node)
+    """Follow the single users of a GEMM through views, casts, scales and a bias.
+
+    start: a node to take for the GEMM's result instead of the GEMM itself.
+    """
+    first = start or gemm.node
+    found = Epilogue(first)
     pending: list[Node] = []
     columns: list[tuple[Node, bool]] = []
     row_scales: list[Node] = []
-    current = gemm.node
+    current = first
     if gemm.flipped or gemm.batch != 1:
         return found
     while len(current.users) == 1:
@@ -181,14 +186,17 @@ def epilogue(
         shape = shape_of(user)
         if user.op != "call_function" or not shape or not _same(shape[-1], gemm.n):
             break
-        if not user.meta["val"].dtype.is_floating_point:
-            break
         if user.target in _VIEWS:
             pending.append(user)
             current = user
             continue
+        if not user.meta["val"].dtype.is_floating_point:
+            break
         if user.target is _CAST:
             current = user
+            if gemm.integer and not row_scales and not columns:
+                # The first float after an integer sum: at worst the fused op ends here.
+                found = Epilogue(user, tuple(pending))
             continue
         if user.target not in (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor):
             break

@@ -8,18 +8,23 @@ weights.py and activations.py what its operands mean, and applies a rule. Not he
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from .editor import Editor, Slice, aten
-from .gemms import Epilogue, Gemm, epilogue, readings, shape_of
+from . import activations
+from .activations import Activation
+from .editor import CAST, Editor, Slice, aten
+from .gemms import Epilogue, Gemm, column_like, epilogue, readings, shape_of
 from .program import NotASlice, walk
 from .records import DECLINED, DENSE, SWAPPED, Decision
 from .weights import NotAffine, WeightForm
 
+# The unsigned detour was recognised and undone: signed codes, no zero point.
+SHIFTED = "shifted"
+INTERNAL = "internal error"
 A16 = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -31,9 +36,10 @@ class Match:
     piece: Slice
     form: WeightForm
     tail: Epilogue
+    activation: Activation | None
     x: Node
-    a_scale: Node | None
-    a_zero: Node | None
+    a_scale: Node | None = None
+    a_zero: Node | None = None
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -42,8 +48,7 @@ class Match:
 
     @property
     def scheme(self) -> str:
-        activation = 16 if self.x.meta["val"].dtype.is_floating_point else 8
-        return f"w{self.form.bits}a{activation}"
+        return f"w{self.form.bits}a{16 if self.activation is None else 8}"
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,11 @@ def lower(edit: Editor, node: Node) -> Decision | None:
             return _apply(edit, _match(edit, gemm))
         except (NotASlice, NotAffine) as problem:
             return _decide(gemm, DECLINED, "quantised", str(problem))
+        except Exception as problem:
+            # Nothing is replaced before everything is emitted: the graph still is the user's.
+            # A compile must not fail for want of a rewrite; tests fail on this reason.
+            reason = f"{INTERNAL}: {type(problem).__name__}: {str(problem).splitlines()[:1]}"
+            return _decide(gemm, DECLINED, "quantised", reason)
     return dense
 
 
@@ -195,23 +205,90 @@ def _decide(
 def _match(edit: Editor, gemm: Gemm) -> Match:
     if gemm.node.meta.get("partitioner_tag") == "is_backward":
         raise NotAffine("a gradient GEMM: its groups run along the output")
-    x, a_scale, a_zero = gemm.x, None, None
-    dtype = x.meta["val"].dtype
-    if dtype not in A16:
+    activation = None if gemm.flipped else activations.match(edit, gemm.x)
+    dtype = gemm.x.meta["val"].dtype
+    if activation is None and dtype not in A16:
         raise NotAffine(f"activations are {dtype}")
-    tail = epilogue(gemm, rows=False, is_static=edit.is_static)
+    start = None
+    if gemm.integer and dtype == torch.uint8:
+        start = _unsigned_correction(edit, gemm)
+        if start is not None:
+            activation = Activation(gemm.x, None, SHIFTED)
+    tail = epilogue(gemm, rows=gemm.integer, is_static=edit.is_static, start=start)
+    if not tail.last.meta["val"].dtype.is_floating_point:
+        raise NotAffine("the integer result is used as integers")
     piece = edit.slice_of(gemm, tail.column_scales)
     form = edit.probe(gemm, piece)
     if edit.training and not any(
         not meta.dtype.is_floating_point and meta.dtype != torch.bool for meta in piece.metas
     ):
         raise NotAffine("the weight is quantised from a float one that trains: repacked each step")
-    return Match(gemm, piece, form, tail, x, a_scale, a_zero)
+    return Match(gemm, piece, form, tail, activation, gemm.x)
+
+
+def _unsigned_correction(edit: Editor, gemm: Gemm) -> Node | None:
+    """x + 128 was multiplied instead of x; the node that subtracts 128 * rowsum(W) again."""
+    users = list(gemm.node.users)
+    if len(users) != 1 or users[0].target is not aten.sub.Tensor or users[0].kwargs:
+        return None
+    left, right = users[0].args
+    if left is not gemm.node or not isinstance(right, Node) or not column_like(right, gemm.n):
+        return None
+    if gemm.layout != "kn" or gemm.batch != 1 or not edit.is_static(right):
+        return None
+    with edit.undisturbed():
+        weight, shift = edit.values_of(gemm.weight, right)
+        sums = weight.reshape(gemm.k, gemm.n).double().sum(0)
+        same = torch.equal(shift.double().flatten(), 128 * sums)
+    return users[0] if same else None
+
+
+def _operands(edit: Editor, match: Match) -> Match:
+    """Emit what the op takes as x, a_scale and a_zero."""
+    gemm, found = match.gemm, match.activation
+    if gemm.flipped:
+        return replace(match, x=_transposed(edit, match.x))
+    if found is None:
+        return match
+    lead = [1, -1] if len(shape_of(match.x)) == 3 and gemm.batch == 1 else [-1]
+    if gemm.batch != 1:
+        lead = [gemm.batch, -1]
+    x = activations.signed(edit, found.codes)
+    if len(shape_of(x)) != len(lead) + 1:
+        x = edit.call(aten.reshape.default, x, [*lead, gemm.k])
+    scale = _parameter(edit, found.scale, lead, x)
+    for each in match.tail.row_scales:
+        more = _parameter(edit, each, lead, x)
+        scale = more if scale is None else edit.call(aten.mul.Tensor, scale, more)
+    zero = None
+    if found.zero is not SHIFTED:
+        zero = _parameter(edit, found.zero, lead, x)
+        if found.codes.meta["val"].dtype == torch.uint8:
+            zero = (
+                _parameter(edit, -128.0, lead, x)
+                if zero is None
+                else edit.call(aten.sub.Tensor, zero, 128)
+            )
+    return replace(match, x=x, a_scale=scale, a_zero=zero)
+
+
+def _parameter(edit: Editor, value: Node | float | str | None, lead: list[int], x: Node) -> Any:
+    """A scale or zero point as a float32 [.., M, 1] or one-element node."""
+    if value is None:
+        return None
+    if not isinstance(value, Node):
+        device = x.meta["val"].device
+        return edit.call(aten.full.default, [1], float(value), dtype=torch.float32, device=device)
+    if value.meta["val"].dtype != torch.float32:
+        value = edit.call(CAST, value, torch.float32)
+    single = value.meta["val"].numel()
+    shape = [1] if isinstance(single, int) and single == 1 else [*lead, 1]
+    return edit.call(aten.reshape.default, value, shape)
 
 
 def _apply(edit: Editor, match: Match) -> Decision:
-    rule = next(rule for rule in RULES if rule.applies(match))
     gemm, last = match.gemm, match.tail.last
+    rule = next(rule for rule in RULES if rule.applies(match))
     with edit.at(last):
         bias = match.tail.bias or gemm.bias
         late_bias: Node | None = None
@@ -219,9 +296,7 @@ def _apply(edit: Editor, match: Match) -> Decision:
             bias, late_bias = None, bias
         if bias is not None and len(shape_of(bias)) != 1:
             bias = edit.call(aten.reshape.default, bias, [gemm.n])
-        if gemm.flipped:
-            x = _transposed(edit, match.x)
-            match = Match(gemm, match.piece, match.form, match.tail, x, None, None)
+        match = _operands(edit, match)
         new = rule.emit(edit, match, bias)
         if gemm.flipped:
             new = _transposed(edit, new)
@@ -230,8 +305,7 @@ def _apply(edit: Editor, match: Match) -> Decision:
         for view in match.tail.views:
             new = edit.call(view.target, new, *view.args[1:])
     last.replace_all_uses_with(new)
-    decision = _decide(gemm, SWAPPED, match.scheme, rule.why, rule.name, match.form.group_size)
-    return decision
+    return _decide(gemm, SWAPPED, match.scheme, rule.why, rule.name, match.form.group_size)
 
 
 def _is_vector(node: Node, n: int) -> bool:
@@ -243,7 +317,3 @@ def _transposed(edit: Editor, node: Node) -> Node:
     dims = list(range(len(shape_of(node))))
     dims[-1], dims[-2] = dims[-2], dims[-1]
     return edit.call(aten.permute.default, node, dims)
-
-
-def is_swapped(node: Any) -> bool:
-    return isinstance(node, Node) and "intlass." in str(node.target)

@@ -276,9 +276,15 @@ def _probe(
         except (NotAffine, NotASlice) as problem:
             reason = str(problem)
             continue
+        except IndexError:
+            reason = "the codes index a table: not integers times a scale"
+            continue
         except Exception as problem:
             # Some candidates are inputs of bit operations, which float64 codes cannot enter.
             reason = f"{type(problem).__name__} downstream of the codes"
+            continue
+        if not _same_codes(found.codes, evaluation.values[index]):
+            reason = "the weight keeps only part of its codes (a clamp?)"
             continue
         low, high = found.span
         levels = high - low + 1
@@ -295,6 +301,12 @@ def _probe(
     if high - low > 255:
         raise NotAffine(f"codes span [{low}, {high}]: more than 8 bits")
     return _describe(evaluation, recipe, found)
+
+
+def _same_codes(found: Tensor, source: Tensor) -> bool:
+    """Whether the recovered codes are the source's own values, in whatever order."""
+    ours = torch.sort(found.flatten()).values
+    return torch.equal(ours.double(), torch.sort(source.flatten().double()).values)
 
 
 def _candidates(evaluation: Evaluation, numel: int) -> list[int]:

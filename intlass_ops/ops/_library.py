@@ -15,6 +15,7 @@ NAMESPACE = "intlass"
 # Lives as long as the process: dropping it would unregister the ops.
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def define(

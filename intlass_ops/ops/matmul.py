@@ -6,6 +6,7 @@ mathematics is in reference.py, the CUDA launch in cuda/launch.py, the fast CPU 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from .. import cpu, packing, reference
 from ..cuda import launch
 from ..explain import record
-from ._library import FLOATS, LIBRARY, NAMESPACE, define, require_device, require_dtype
+from ._library import FLOATS, INTEGERS, LIBRARY, NAMESPACE, define, require_device, require_dtype
 from .packing import pack_int4  # noqa: F401 (used by a doctest)
 
 # |int8 * int8| <= 2^14, so an int32 sum of fewer than 2^17 products cannot overflow.
@@ -70,9 +71,10 @@ def _parameters(op: str, name: str, t: Tensor | None, n: Any, k: Any) -> Any:
 
 
 def _per_token(op: str, name: str, t: Tensor | None, lead: tuple[Any, ...]) -> None:
-    if t is None or t.numel() == 1:
+    # In this order: whether an unbacked number of tokens is 1 cannot be asked while tracing.
+    if t is None or tuple(t.shape) in (lead, (*lead, 1)):
         return
-    if tuple(t.shape) not in (lead, (*lead, 1)):
+    if t.numel() != 1:
         raise ValueError(
             f"{op}: {name} has shape {tuple(t.shape)}; expected a scalar, {lead} or {(*lead, 1)}"
         )
@@ -115,6 +117,8 @@ def _problem(
     n = w.shape[0]
     if k is None:
         k = 2 * a.shape[-1] if packed_a else a.shape[-1]
+    if k < 0:
+        raise ValueError(f"{op}: k={k} is negative")
     a_k = packing.packed_size(k) if packed_a else k
     if a.shape[-1] != a_k:
         raise ValueError(f"{op}: a has {a.shape[-1]} columns; K={k} needs {a_k}")
@@ -148,6 +152,9 @@ def _problem(
     for name, t in (("a_scale", a_scale), ("alpha", alpha), ("bias", bias)):
         if t is not None:
             require_dtype(op, name, t.dtype, FLOATS)
+    for name, t in (("zeros", zeros), ("a_zero", a_zero)):
+        if t is not None:
+            require_dtype(op, name, t.dtype, (*FLOATS, *INTEGERS))
     if out_dtype is None:
         out_dtype = a.dtype if a.dtype.is_floating_point else torch.bfloat16
     require_dtype(op, "out_dtype", out_dtype, FLOATS)
@@ -164,7 +171,9 @@ def _problem(
 
 def rows_groups(t: Tensor) -> Tensor:
     """View scales or zeros as [1 or N, 1 or G]."""
-    return t.reshape(1, 1) if t.numel() == 1 else t.reshape(t.shape[0], -1)
+    if t.numel() == 1:
+        return t.reshape(1, 1)
+    return t if t.dim() == 2 else t.unsqueeze(1)
 
 
 def _fake(op: str, a: Tensor, w: Tensor, *rest: Any) -> Tensor:
@@ -186,7 +195,7 @@ def _cpu(
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     p = _problem(op, a, w, scales, zeros, k, a_scale, a_zero, alpha, bias, out_dtype)
-    rows = a.reshape(-1, a.shape[-1])
+    rows = a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
     s, z = rows_groups(scales), None if zeros is None else rows_groups(zeros)
     if a.is_floating_point():
         y = (
@@ -246,9 +255,10 @@ def _cuda(
     s, z = rows_groups(scales), None if zeros is None else rows_groups(zeros)
     if p.x_kind == "fp32":
         why = "float32 activations have no tensor-core kernel; cast them to bf16 or fp16"
-        _explain(p, a.numel() // max(p.k, 1), "dequantize + mm", why, fallback=True)
+        _explain(p, math.prod(a.shape[:-1]), "dequantize + mm", why, fallback=True)
         dense = torch.ops.intlass.dequantize(w, scales, zeros, p.k, torch.float32)
-        return _finish(p, a.reshape(-1, p.k) @ dense.T, alpha, bias).view(*a.shape[:-1], p.n)
+        rows = a.reshape(math.prod(a.shape[:-1]), p.k)
+        return _finish(p, rows @ dense.T, alpha, bias).view(*a.shape[:-1], p.n)
     return launch.matmul(
         p,
         a,
@@ -345,7 +355,7 @@ def _dequantize(
 ) -> Tensor:
     _dequantize_check(w, scales, zeros, k, dtype)
     codes = packing.unpack(w, k, zeros is None) if w.dtype == torch.uint8 else w
-    x = codes.float()
+    x = codes.contiguous().float()
     if zeros is not None:
         x = x - reference.expand_groups(rows_groups(zeros.float()), *codes.shape)
     return (x * reference.expand_groups(rows_groups(scales.float()), *codes.shape)).to(dtype)
@@ -373,10 +383,11 @@ def _setup(
     bias: Tensor | None,
     out_dtype: torch.dtype | None,
 ) -> None:
+    ctx.refusal = None
     names = ("scales", "zeros", "a_scale", "a_zero", "alpha")
     for name, t in zip(names, (scales, zeros, a_scale, a_zero, alpha), strict=True):
         if t is not None and t.requires_grad:
-            raise RuntimeError(
+            ctx.refusal = (
                 f"{op}: {name} requires a gradient, which this op does not define; detach it"
             )
     ctx.save_for_backward(w, scales, zeros, alpha)
@@ -386,6 +397,8 @@ def _setup(
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """dX = alpha * dY @ w and dbias = sum of dY; w is dequantised to the dtype of x."""
+    if ctx.refusal is not None:
+        raise RuntimeError(ctx.refusal)
     w, scales, zeros, alpha = ctx.saved_tensors
     grad_a = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -419,9 +432,14 @@ def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _batched_activations(name: str) -> Any:
     """vmap over `a` alone is one GEMM with one more leading dimension."""
     op = getattr(torch.ops.intlass, name)
+    arguments = [argument.name for argument in op.default._schema.arguments]
+    per_token = [arguments.index("a_scale"), arguments.index("a_zero")]
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        if in_dims[0] is not None and all(d is None for d in in_dims[1:]):
+        alone = in_dims[0] is not None and all(d is None for d in in_dims[1:])
+        # scales of a batch entry's tokens would have to be repeated for the others
+        given = [args[i] for i in per_token if i < len(args) and args[i] is not None]
+        if alone and all(t.numel() == 1 for t in given):
             return op(args[0].movedim(in_dims[0], 0), *args[1:]), 0
         slices = (
             [x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)]

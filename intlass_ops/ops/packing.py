@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import packing
-from ._library import NAMESPACE, define, require_dtype
-
-_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+from ._library import INTEGERS, NAMESPACE, define, require_dtype
 
 
-def _check_pack(q: Tensor) -> None:
-    require_dtype("pack_int4", "q", q.dtype, _INTEGERS)
-    if q.dim() == 0:
+def _check_pack(q: Tensor, batch_dims: int = 0) -> None:
+    require_dtype("pack_int4", "q", q.dtype, INTEGERS)
+    if q.dim() == batch_dims:
         raise ValueError("pack_int4: q is a scalar; expected codes [..., K]")
 
 
@@ -29,10 +27,12 @@ def _pack(q: Tensor) -> Tensor:
     return packing.pack(q)
 
 
-def _check_unpack(packed: Tensor, k: int) -> None:
+def _check_unpack(packed: Tensor, k: int, batch_dims: int = 0) -> None:
     require_dtype("unpack_int4", "packed", packed.dtype, (torch.uint8,))
-    if packed.dim() == 0:
+    if packed.dim() == batch_dims:
         raise ValueError("unpack_int4: packed is a scalar; expected bytes [..., ceil(K/2)]")
+    if k < 0:
+        raise ValueError(f"unpack_int4: k={k} is negative")
     if packing.packed_size(k) != packed.shape[-1]:
         raise ValueError(
             f"unpack_int4: k={k} needs {packing.packed_size(k)} bytes a row, "
@@ -61,7 +61,9 @@ define(
 
 def _pack_vmap(info: object, in_dims: tuple[int | None, ...], q: Tensor) -> tuple[Tensor, int]:
     assert in_dims[0] is not None
-    return pack_int4(q.movedim(in_dims[0], 0)), 0
+    q = q.movedim(in_dims[0], 0)
+    _check_pack(q, batch_dims=1)
+    return pack_int4(q), 0
 
 
 def _unpack_vmap(
@@ -73,7 +75,9 @@ def _unpack_vmap(
     signed: bool = True,
 ) -> tuple[Tensor, int]:
     assert in_dims[0] is not None
-    return unpack_int4(packed.movedim(in_dims[0], 0), k, signed=signed), 0
+    packed = packed.movedim(in_dims[0], 0)
+    _check_unpack(packed, k, batch_dims=1)
+    return unpack_int4(packed, k, signed=signed), 0
 
 
 torch.library.register_vmap(f"{NAMESPACE}::pack_int4", _pack_vmap)

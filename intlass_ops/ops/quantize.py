@@ -14,9 +14,15 @@ from torch import Tensor
 
 from .. import packing, reference
 from ..cuda import launch
-from ._library import FLOATS, define, require_device, require_dtype
+from ._library import FLOATS, INTEGERS, LIBRARY, NAMESPACE, define, require_device, require_dtype
 
 Granularity = Literal["token", "tensor", "group", "channel"]
+
+
+def _name(bits: int) -> str:
+    if bits not in (4, 8):
+        raise ValueError(f"quantize: bits={bits}; expected 4 or 8")
+    return f"quantize_int{bits}"
 
 
 def _segments(
@@ -73,7 +79,7 @@ def _dynamic_fake(
     symmetric: bool,
     seed: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, shape = _segments(f"quantize_int{bits}", x, granularity, group_size)
+    _, _, shape = _segments(_name(bits), x, granularity, group_size)
     return (
         x.new_empty(_codes_shape(x, bits), dtype=torch.uint8 if bits == 4 else torch.int8),
         x.new_empty(shape, dtype=torch.float32),
@@ -89,8 +95,8 @@ def _dynamic_cpu(
     symmetric: bool,
     seed: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    number, length, shape = _segments(f"quantize_int{bits}", x, granularity, group_size)
-    rows = x.reshape(number, length)
+    number, length, shape = _segments(_name(bits), x, granularity, group_size)
+    rows = x.reshape(number, length).contiguous()
     scale, zero = reference.quantization_parameters(rows, bits, symmetric)
     q = reference.quantize(rows, scale, zero, bits, seed)
     no_zero = x.new_empty(0, dtype=torch.int32)
@@ -109,7 +115,7 @@ def _dynamic_cuda(
     symmetric: bool,
     seed: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    number, length, shape = _segments(f"quantize_int{bits}", x, granularity, group_size)
+    number, length, shape = _segments(_name(bits), x, granularity, group_size)
     # The kernel packs within a segment, so INT4 segments must not share or straddle a byte; one
     # scale for the whole tensor is a reduction over all blocks, which PyTorch does well.
     bytewise = bits == 8 or granularity == "token" or (length % 2 == 0 and x.shape[-1] % 2 == 0)
@@ -127,7 +133,8 @@ def _per_segment(op: str, name: str, t: Tensor, number: Any, shape: tuple[Any, .
     """View a given scale or zero as [S, 1] or [1, 1]."""
     if t.dim() == 0 or t.shape == (1,):
         return t.reshape(1, 1)
-    if tuple(t.shape) == tuple(shape) or tuple(t.shape) == tuple(shape[:-1]):
+    flat = tuple(shape[:-1]) if shape[-1:] == (1,) else tuple(shape)
+    if tuple(t.shape) in (tuple(shape), flat):
         return t.reshape(number, 1)
     raise ValueError(
         f"{op}: {name} has shape {tuple(t.shape)}; expected {tuple(shape)} or a scalar"
@@ -142,10 +149,12 @@ def _check_static(
     granularity: str,
     group_size: int | None,
 ) -> tuple[Any, Any, Tensor, Tensor | None]:
-    op = f"quantize_int{bits}"
+    op = _name(bits)
     number, length, shape = _segments(op, x, granularity, group_size)
     require_device(op, x, scale=scale, zero=zero)
     require_dtype(op, "scale", scale.dtype, FLOATS)
+    if zero is not None:
+        require_dtype(op, "zero", zero.dtype, (*FLOATS, *INTEGERS))
     rows_scale = _per_segment(op, "scale", scale, number, shape)
     rows_zero = None if zero is None else _per_segment(op, "zero", zero, number, shape)
     return number, length, rows_scale, rows_zero
@@ -174,24 +183,41 @@ def _static(
     seed: int | None,
 ) -> Tensor:
     number, length, scale, zero = _check_static(x, scale, zero, bits, granularity, group_size)
-    q = reference.quantize(x.reshape(number, length), scale, zero, bits, seed)
+    rows = x.reshape(number, length).contiguous()
+    q = reference.quantize(rows, scale, zero, bits, seed)
     return _codes(x, q, bits)
 
 
 define(
     "quantize_dynamic(Tensor x, int bits, str granularity, int? group_size, bool symmetric, "
-    "int? seed) -> (Tensor, Tensor, Tensor)",
+    "SymInt? seed) -> (Tensor, Tensor, Tensor)",
     fake=_dynamic_fake,
     cpu=_dynamic_cpu,
     cuda=_dynamic_cuda,
 )
 define(
     "quantize_static(Tensor x, Tensor scale, Tensor? zero, int bits, str granularity, "
-    "int? group_size, int? seed) -> Tensor",
+    "int? group_size, SymInt? seed) -> Tensor",
     fake=_static_fake,
     cpu=_static,
     cuda=_static,
 )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _no_gradient(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError(
+        "quantize_int8, quantize_int4: rounding has no gradient to pass on; detach x"
+    )
+
+
+for _op in ("quantize_dynamic", "quantize_static"):
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{_op}", _no_gradient, setup_context=_setup, lib=LIBRARY
+    )
 
 
 def _quantize(
@@ -213,6 +239,8 @@ def _quantize(
             raise ValueError(f"{op}: seed={seed} has no meaning with rounding='nearest'")
     elif seed is None:
         seed = int(torch.randint(2**62, ()))
+    elif not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{op}: seed={seed} does not fit into 64 bits")
     if scale is not None:
         q: Tensor = torch.ops.intlass.quantize_static(
             x, scale, zero, bits, granularity, group_size, seed

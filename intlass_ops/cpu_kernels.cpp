@@ -1,0 +1,359 @@
+// y[M, N] = a[M, K] @ w[N, K]ᵀ on a CPU: weights are decoded in registers, one pass over their bytes.
+//
+// w = (q - zeros) * scales. INT4: two codes a byte, even k in the low nibble (packing.py); INT8: one.
+// Every value is decoded to float32 exactly as written and summed in float32, a partial sum a lane.
+// cpu.py compiles this file for the machine at hand and calls the extern "C" part.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidest = 16;
+#else
+constexpr int kWidest = 8;
+#endif
+constexpr long kWorthThreads = 1 << 15;  // codes from which a second thread pays
+
+template <int L>
+struct Lanes {
+  typedef float Float __attribute__((vector_size(4 * L)));
+  typedef int32_t Int __attribute__((vector_size(4 * L)));
+  typedef uint8_t U8 __attribute__((vector_size(L)));
+  typedef int8_t S8 __attribute__((vector_size(L)));
+};
+
+template <class Vector, class T>
+inline Vector load(const T* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class Vector>
+inline void store(float* p, Vector v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// L bytes to L int32. GCC splits the generic conversion into scalars, hence the intrinsics.
+template <int L, class Byte>
+inline typename Lanes<L>::Int widen(const Byte* p) {
+  constexpr bool is_signed = static_cast<Byte>(-1) < 0;
+#if defined(__AVX512F__)
+  if constexpr (L == 16) {
+    const __m128i bytes = load<__m128i>(p);
+    return (typename Lanes<L>::Int)(is_signed ? _mm512_cvtepi8_epi32(bytes)
+                                              : _mm512_cvtepu8_epi32(bytes));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (L == 8) {
+    const __m128i bytes = _mm_cvtsi64_si128(load<long long>(p));
+    return (typename Lanes<L>::Int)(is_signed ? _mm256_cvtepi8_epi32(bytes)
+                                              : _mm256_cvtepu8_epi32(bytes));
+  }
+#endif
+  using Bytes = std::conditional_t<is_signed, typename Lanes<L>::S8, typename Lanes<L>::U8>;
+  return __builtin_convertvector(load<Bytes>(p), typename Lanes<L>::Int);
+}
+
+template <int L>
+inline float sum(typename Lanes<L>::Float v) {
+  float t[L];
+  std::memcpy(t, &v, sizeof t);
+  for (int half = L / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) t[i] += t[i + half];
+  return t[0];
+}
+
+enum Kind : int { kNone, kFloat32, kBFloat16, kFloat16, kInt32, kInt8, kUInt8 };
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+  uint32_t bits = (h & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : 0;
+  const float finite = load<float>(&magnitude) * 0x1p112f;
+  bits = (h & 0x7c00) == 0x7c00 ? bits : load<uint32_t>(&finite);
+  bits |= sign;
+  return load<float>(&bits);
+}
+
+inline float bfloat_to_float(uint16_t b) {
+  const uint32_t bits = static_cast<uint32_t>(b) << 16;
+  return load<float>(&bits);
+}
+
+template <class T, class Convert>
+inline void convert(const void* values, long first, long column, long count, float* out,
+                    Convert to_float) {
+  const T* p = static_cast<const T*>(values) + first;
+  if (column == 1)
+    for (long g = 0; g < count; ++g) out[g] = to_float(p[g]);
+  else
+    for (long g = 0; g < count; ++g) out[g] = to_float(p[g * column]);
+}
+
+// Scales or zeros [N or 1, groups or 1], addressed by two strides (0 repeats).
+struct Table {
+  const void* values;
+  Kind kind;
+  long row, column;
+
+  // The parameters of row n as dense floats, in place or in `buffer`.
+  const float* of(long n, long count, float* buffer) const {
+    if (kind == kFloat32 && (column == 1 || count == 1))
+      return static_cast<const float*>(values) + n * row;
+    fill(n * row, count, buffer);
+    return buffer;
+  }
+
+  __attribute__((noinline)) void fill(long first, long count, float* out) const {
+    const auto as_is = [](auto v) { return static_cast<float>(v); };
+    switch (kind) {
+      case kNone:  // two's complement nibbles become offset ones
+        return convert<float>(&kEight, 0, 0, count, out, as_is);
+      case kFloat32:
+        return convert<float>(values, first, column, count, out, as_is);
+      case kBFloat16:
+        return convert<uint16_t>(values, first, column, count, out, bfloat_to_float);
+      case kFloat16:
+        return convert<uint16_t>(values, first, column, count, out, half_to_float);
+      case kInt32:
+        return convert<int32_t>(values, first, column, count, out, as_is);
+      case kInt8:
+        return convert<int8_t>(values, first, column, count, out, as_is);
+      case kUInt8:
+        return convert<uint8_t>(values, first, column, count, out, as_is);
+    }
+  }
+
+  static constexpr float kEight = 8.0f;
+};
+
+struct Weight {
+  const void* codes;
+  Table scales, zeros;
+  long n, k, group;
+  long groups = k / group;
+};
+
+struct Row {
+  const void* codes;
+  const float *scales, *zeros;
+};
+
+// Decodes one row. Calls visit(low, high, j) for every L bytes and visit_one(low, high, j) for each
+// byte left over in a group: low and high hold (q - zero) * scale of the columns 2j, 2j + 2, ...
+// and 2j + 1, 2j + 3, .... kPerGroup: vectors in a group with nothing left over, 0 for any group.
+template <int L, int kPerGroup, class Visit, class VisitOne>
+inline void decode_int4(const Weight& w, Row row, Visit&& visit, VisitOne&& visit_one) {
+  using Float = typename Lanes<L>::Float;
+  using Int = typename Lanes<L>::Int;
+  const long bytes = kPerGroup ? kPerGroup * L : (w.group + 1) / 2;
+  const long vectors = kPerGroup ? kPerGroup : bytes / L;
+  const uint8_t* codes = static_cast<const uint8_t*>(row.codes);
+  // Two's complement nibbles become offset ones, whose zero is 8.
+  const int flip = w.zeros.kind == kNone ? 0x88 : 0;
+  const Int flips = flip - Int{};
+  const long groups = w.groups, k = w.k;
+  long j = 0;
+  for (long g = 0; g < groups; ++g) {
+    const float scale = row.scales[g], zero = row.zeros[g];
+    const Float s = scale - Float{}, z = zero - Float{};
+    for (long v = 0; v < vectors; ++v, j += L) {
+      const Int b = widen<L>(codes + j) ^ flips;
+      visit((__builtin_convertvector(b & 15, Float) - z) * s,
+            (__builtin_convertvector(b >> 4, Float) - z) * s, j);
+    }
+    if constexpr (kPerGroup == 0)
+      for (; j < (g + 1) * bytes; ++j) {
+        const int b = codes[j] ^ flip;
+        const float high = ((b >> 4) - zero) * scale;
+        visit_one(((b & 15) - zero) * scale, 2 * j + 1 < k ? high : 0.0f, j);
+      }
+  }
+}
+
+// The same for INT8: visit(values, j), one column a lane.
+template <int L, int kPerGroup, class Visit, class VisitOne>
+inline void decode_int8(const Weight& w, Row row, Visit&& visit, VisitOne&& visit_one) {
+  using Float = typename Lanes<L>::Float;
+  const long vectors = kPerGroup ? kPerGroup : w.group / L;
+  const int8_t* codes = static_cast<const int8_t*>(row.codes);
+  const long groups = w.groups, group = w.group;
+  long j = 0;
+  for (long g = 0; g < groups; ++g) {
+    const float scale = row.scales[g];
+    const Float s = scale - Float{};
+    for (long v = 0; v < vectors; ++v, j += L)
+      visit(__builtin_convertvector(widen<L>(codes + j), Float) * s, j);
+    if constexpr (kPerGroup == 0)
+      for (; j < (g + 1) * group; ++j) visit_one(codes[j] * scale, j);
+  }
+}
+
+// y[m, n] for one row of w and M rows of a. INT4: `even` and `odd` are the columns of a of either
+// parity, `a_row` apart; INT8: `even` is a.
+template <int Bits, int M, int L, int kPerGroup>
+inline void dot_row(const Weight& w, long n, Row row, const float* even, const float* odd,
+                    long a_row, float* y) {
+  using Float = typename Lanes<L>::Float;
+  Float acc[M], acc_odd[M];
+  float rest[M];
+  for (int m = 0; m < M; ++m) {
+    acc[m] = acc_odd[m] = Float{};
+    rest[m] = 0;
+  }
+  if constexpr (Bits == 4) {
+    const auto visit = [&](Float low, Float high, long j) {
+      for (int m = 0; m < M; ++m) {
+        acc[m] += low * load<Float>(even + m * a_row + j);
+        acc_odd[m] += high * load<Float>(odd + m * a_row + j);
+      }
+    };
+    const auto visit_one = [&](float low, float high, long j) {
+      for (int m = 0; m < M; ++m) rest[m] += low * even[m * a_row + j] + high * odd[m * a_row + j];
+    };
+    decode_int4<L, kPerGroup>(w, row, visit, visit_one);
+  } else {
+    const auto visit = [&](Float v, long j) {
+      for (int m = 0; m < M; ++m) acc[m] += v * load<Float>(even + m * a_row + j);
+    };
+    const auto visit_one = [&](float v, long j) {
+      for (int m = 0; m < M; ++m) rest[m] += v * even[m * a_row + j];
+    };
+    decode_int8<L, kPerGroup>(w, row, visit, visit_one);
+  }
+  for (int m = 0; m < M; ++m) y[m * w.n + n] = sum<L>(acc[m] + acc_odd[m]) + rest[m];
+}
+
+// Calls body(L, kPerGroup) as integral constants: the vectors that suit the group.
+template <class Body>
+inline void with_vectors(const Weight& w, int codes_per_lane, Body&& body) {
+  using std::integral_constant;
+  constexpr integral_constant<int, kWidest> widest;
+  constexpr integral_constant<int, 8> narrow;
+  const long lanes = w.group % codes_per_lane ? 0 : w.group / codes_per_lane;
+  if (lanes == kWidest)
+    body(widest, integral_constant<int, 1>{});
+  else if (lanes == 2 * kWidest)
+    body(widest, integral_constant<int, 2>{});
+  else if (lanes == 4 * kWidest)
+    body(widest, integral_constant<int, 4>{});
+  else if (lanes == 8)
+    body(narrow, integral_constant<int, 1>{});
+  else
+    body(widest, integral_constant<int, 0>{});
+}
+
+// Calls body(n, row) for the rows of w, spread over the threads.
+template <int Bits, class Body>
+inline void for_each_row(const Weight& w, int threads, Body&& body) {
+  const long stride = Bits == 4 ? (w.k + 1) / 2 : w.k, groups = w.groups;
+#pragma omp parallel num_threads(threads) if (w.n * w.k > kWorthThreads)
+  {
+    std::vector<float> buffer(2 * groups);
+#pragma omp for schedule(static)
+    for (long n = 0; n < w.n; ++n)
+      body(n, Row{static_cast<const char*>(w.codes) + n * stride,
+                  w.scales.of(n, groups, buffer.data()),
+                  Bits == 4 ? w.zeros.of(n, groups, buffer.data() + groups) : nullptr});
+  }
+}
+
+template <int Bits, int M>
+void dot(const Weight& w, const float* even, const float* odd, long a_row, float* y, int threads) {
+  with_vectors(w, Bits == 4 ? 2 : 1, [&](auto lanes, auto per_group) {
+    for_each_row<Bits>(w, threads, [&](long n, Row row) {
+      dot_row<Bits, M, lanes(), per_group()>(w, n, row, even, odd, a_row, y);
+    });
+  });
+}
+
+// Four rows of a share one decoding of w.
+template <int Bits>
+void matmul(const Weight& w, long m, const float* even, const float* odd, long a_row, float* y,
+            int threads) {
+  long i = 0;
+  const auto at = [&](auto rows) {
+    dot<Bits, rows()>(w, even + i * a_row, odd + i * a_row, a_row, y + i * w.n, threads);
+    i += rows();
+  };
+  while (m - i >= 4) at(std::integral_constant<int, 4>{});
+  if (m - i >= 2) at(std::integral_constant<int, 2>{});
+  if (m - i == 1) at(std::integral_constant<int, 1>{});
+}
+
+}  // namespace
+
+extern "C" {
+
+// Tables are passed as address, Kind, row stride, column stride. zeros of kind 0: signed codes.
+void intlass_matmul_int4(float* y, const float* a, long m, const uint8_t* codes, const void* s,
+                         int s_kind, long s_row, long s_column, const void* z, int z_kind,
+                         long z_row, long z_column, long n, long k, long group, int threads) {
+  const Weight w{codes, {s, Kind(s_kind), s_row, s_column}, {z, Kind(z_kind), z_row, z_column},
+                 n,     k, group};
+  // Aligned to cache lines, each row too: a load across two lines costs as much as two.
+  const long half = (k + 1) / 2, a_row = (half + 15) / 16 * 16;
+  const std::unique_ptr<float, decltype(&std::free)> memory(
+      static_cast<float*>(std::aligned_alloc(64, 2 * m * a_row * sizeof(float))), &std::free);
+  float *even = memory.get(), *odd = even + m * a_row;
+  for (long i = 0; i < m; ++i)
+    for (long j = 0; j < half; ++j) {
+      even[i * a_row + j] = a[i * k + 2 * j];
+      odd[i * a_row + j] = 2 * j + 1 < k ? a[i * k + 2 * j + 1] : 0;
+    }
+  matmul<4>(w, m, even, odd, a_row, y, threads);
+}
+
+void intlass_matmul_int8(float* y, const float* a, long m, const int8_t* codes, const void* s,
+                         int s_kind, long s_row, long s_column, long n, long k, long group,
+                         int threads) {
+  const Weight w{codes, {s, Kind(s_kind), s_row, s_column}, {nullptr, kNone, 0, 0}, n, k, group};
+  matmul<8>(w, m, a, a, k, y, threads);
+}
+
+// w as float32 [N, K] for a dense product. INT4: the even columns first, then the odd ones.
+void intlass_dequantize_int4(float* out, const uint8_t* codes, const void* s, int s_kind,
+                             long s_row, long s_column, const void* z, int z_kind, long z_row,
+                             long z_column, long n, long k, long group, int threads) {
+  const Weight w{codes, {s, Kind(s_kind), s_row, s_column}, {z, Kind(z_kind), z_row, z_column},
+                 n,     k, group};
+  with_vectors(w, 2, [&](auto lanes, auto per_group) {
+    for_each_row<4>(w, threads, [&](long r, Row row) {
+      float *even = out + r * k, *odd = even + (k + 1) / 2;
+      const auto visit = [&](auto low, auto high, long j) {
+        store(even + j, low);
+        store(odd + j, high);
+      };
+      const auto visit_one = [&](float low, float high, long j) {
+        even[j] = low;
+        if (2 * j + 1 < k) odd[j] = high;
+      };
+      decode_int4<lanes(), per_group()>(w, row, visit, visit_one);
+    });
+  });
+}
+
+void intlass_dequantize_int8(float* out, const int8_t* codes, const void* s, int s_kind,
+                             long s_row, long s_column, long n, long k, long group, int threads) {
+  const Weight w{codes, {s, Kind(s_kind), s_row, s_column}, {nullptr, kNone, 0, 0}, n, k, group};
+  with_vectors(w, 1, [&](auto lanes, auto per_group) {
+    for_each_row<8>(w, threads, [&](long r, Row row) {
+      float* values = out + r * k;
+      decode_int8<lanes(), per_group()>(
+          w, row, [&](auto v, long j) { store(values + j, v); },
+          [&](float v, long j) { values[j] = v; });
+    });
+  });
+}
+}

@@ -1,0 +1,53 @@
+// What one GEMM is, for every kernel family: its parameters, its types, its scales.
+#pragma once
+#include "memory.cuh"
+
+struct Params {
+  const char *x, *w;
+  const void *scales, *zeros, *a_scale, *a_zero, *alpha, *bias;
+  void* out;
+  float* workspace;  // split_k > 1: [tiles, split_k, values of a block]
+  int* arrivals;     // split_k > 1: one zero per tile, left at zero
+  i64 m, n, k, x_stride, w_stride;  // strides in bytes
+  i64 group_size, scale_row, scale_group, zero_row, zero_group;  // strides in elements, 0 to broadcast
+  i64 a_scale_row, a_zero_row, bias_dtype, alpha_dtype, a_scale_dtype, a_zero_dtype;
+};
+
+using X = Config::x_kind;
+using W = Config::w_kind;
+using P = Pair<X, W>;
+using Acc = typename P::Acc;
+using Scale = Config::scale_type;
+using Zero = Config::zero_type;
+using Out = Config::out_type;
+constexpr bool has_zeros = Config::has_zeros, has_a_zero = Config::has_a_zero;
+
+// channel: one scale a row, applied after all of K. aligned: groups of whole spans. straddling: a
+// group may end inside a span (group_size 16, 48, ...)
+enum Grouping { channel, aligned_groups, straddling_groups };
+constexpr int grouping = Config::grouping;
+
+__device__ __forceinline__ float scale_of(const Params& p, i64 row, i64 group) {
+  return as_float(static_cast<const Scale*>(p.scales)[row * p.scale_row + group * p.scale_group]);
+}
+// The zero point of the signed codes: u4 reaches the MMA as q - 8
+__device__ __forceinline__ float zero_of(const Params& p, i64 row, i64 group) {
+  return as_float(static_cast<const Zero*>(p.zeros)[row * p.zero_row + group * p.zero_group]) -
+         code_offset<W>;
+}
+__device__ __forceinline__ float alpha_of(const Params& p) {
+  return p.alpha ? load_as_float(p.alpha, 0, p.alpha_dtype) : 1.f;
+}
+__device__ __forceinline__ float a_scale_of(const Params& p, i64 m) {
+  return p.a_scale ? load_as_float(p.a_scale, m * p.a_scale_row, p.a_scale_dtype) : 1.f;
+}
+__device__ __forceinline__ float a_zero_of(const Params& p, i64 m) {
+  return has_a_zero ? load_as_float(p.a_zero, m * p.a_zero_row, p.a_zero_dtype) - code_offset<X> : 0.f;
+}
+__device__ __forceinline__ float bias_of(const Params& p, i64 n) {
+  return p.bias ? load_as_float(p.bias, n, p.bias_dtype) : 0.f;
+}
+
+// An accumulator as a number: exact per group, and rounded to odd where int32 exceeds 24 bits
+__device__ __forceinline__ float value(float v) { return v; }
+__device__ __forceinline__ float value(int v) { return grouping == channel ? to_float_odd(v) : float(v); }

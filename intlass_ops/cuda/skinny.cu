@@ -1,0 +1,202 @@
+// The GEMM for few tokens (formula in gemm.cu), bound by reading W once: no shared memory and no ring
+// for the weights, every lane loads its 16-byte pieces of W straight into registers, many at a time.
+//
+// A block owns 16 * tiles_n rows of W and all tokens; its warps share out K in chunks of 64 bytes of
+// a row, of which each lane of a quad holds 16 (32 k of INT4, 16 k of INT8):
+//
+//      row r:   | warp 0, `unroll` chunks | warp 1 | ... | warp 0 | ...    chunks, 64 bytes each
+//     a chunk:  | lane%4 = 0 | lane%4 = 1 | lane%4 = 2 | lane%4 = 3 |   16 bytes each
+//
+// The lane's word of eight k number s of each chunk is what Pair calls a span, so the same fragments
+// serve as in gemm.cu; only which k they hold differs. The warps' fp32 totals meet in shared memory
+// and are added in warp order, so a result depends neither on timing nor on M.
+#include "problem.cuh"
+
+constexpr int warps = Config::warps, threads = 32 * warps;
+constexpr int tiles_m = Config::tiles_m, tiles_n = Config::tiles_n;
+constexpr int unroll = Config::unroll;                      // chunks a warp has in flight
+constexpr int chunk_k = 512 / W::bits;                      // k of 64 bytes
+constexpr int lane_k = chunk_k / 4, spans = lane_k / 8;     // k of a lane, in words of eight
+constexpr int passes = Config::groups_per_chunk;            // groups a chunk holds, at least one
+constexpr int rows = 16 * tiles_n, tokens = 8 * tiles_m;
+static_assert(!has_a_zero, "a zero point of the activations needs row sums, which gemm.cu forms");
+static_assert(passes == 1 || passes == 2 || passes == 4, "a group is whole lanes of a chunk");
+
+__device__ __forceinline__ void load_weights(u32 (&v)[4], const char* from, bool inside) {
+  v[0] = v[1] = v[2] = v[3] = 0;
+  if (inside)
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "l"(from));
+}
+
+template <int words> __device__ __forceinline__ void load_tokens(u32 (&v)[words], const char* from, bool inside) {
+#pragma unroll
+  for (int i = 0; i < words; ++i) v[i] = 0;
+  if (!inside) return;
+  if constexpr (words == 4)
+    asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "l"(from));
+  else if constexpr (words == 2)
+    asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "l"(from));
+  else
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v[0]) : "l"(from));
+}
+
+struct Sums {
+  Acc y[tiles_n][tiles_m][4], x[tiles_m][4];
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int j = 0; j < tiles_m; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        x[j][e] = 0;
+#pragma unroll
+        for (int i = 0; i < tiles_n; ++i) y[i][j][e] = 0;
+      }
+  }
+};
+
+typedef float Totals[tiles_n][tiles_m][4];
+
+__device__ __forceinline__ void flush(Totals& total, const Sums& sum, const float (&s)[tiles_n][2],
+                                      const float (&z)[tiles_n][2]) {
+#pragma unroll
+  for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+    for (int j = 0; j < tiles_m; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float v = value(sum.y[i][j][e]) * P::unit;
+        if constexpr (has_zeros) v -= z[i][e / 2] * (value(sum.x[j][e % 2]) * P::unit_x);
+        total[i][j][e] += s[i][e / 2] * v;
+      }
+}
+
+// What a lane needs of one chunk, all of it in flight before any of it is used.
+struct Chunk {
+  u32 w[tiles_n][2][4];
+  u32 x[tiles_m][spans][span_words<X>];
+  float s[passes][tiles_n][2], z[passes][tiles_n][2];
+};
+
+extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
+    skinny(const __grid_constant__ Params p) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quarter = lane % 4;
+  const i64 n0 = i64(blockIdx.x) * rows;
+  const int k = int(p.k), chunks = (k + chunk_k - 1) / chunk_k;
+  const int groups = grouping == channel ? 1 : k / int(p.group_size);
+
+  i64 row[tiles_n][2];
+  const char* w_row[tiles_n][2];
+  const char* x_row[tiles_m];
+#pragma unroll
+  for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      row[i][h] = min(n0 + i * 16 + h * 8 + lane / 4, p.n - 1);  // a repeated row is never stored
+      w_row[i][h] = p.w + row[i][h] * p.w_stride + quarter * 16;
+    }
+#pragma unroll
+  for (int j = 0; j < tiles_m; ++j)
+    x_row[j] = p.x + (j * 8 + lane / 4) * p.x_stride + quarter * lane_k * X::bits / 8;
+
+  auto load_scales = [&](float (&s)[tiles_n][2], float (&z)[tiles_n][2], int group) {
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        s[i][h] = scale_of(p, row[i][h], group);
+        if constexpr (has_zeros) z[i][h] = zero_of(p, row[i][h], group);
+      }
+  };
+  auto load_chunk = [&](Chunk& c, int chunk) {
+    const bool inside = chunk * chunk_k + quarter * lane_k < k;
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) load_weights(c.w[i][h], w_row[i][h] + chunk * 64, inside);
+#pragma unroll
+    for (int j = 0; j < tiles_m; ++j)
+#pragma unroll
+      for (int t = 0; t < spans; ++t)
+        load_tokens(c.x[j][t], x_row[j] + (chunk * chunk_k + t * 8) * X::bits / 8,
+                    inside && j * 8 + lane / 4 < int(p.m));
+    if constexpr (grouping != channel)
+#pragma unroll
+      for (int pass = 0; pass < passes; ++pass)
+        load_scales(c.s[pass], c.z[pass],
+                    min(passes == 1 ? chunk / Config::chunks_per_group : chunk * passes + pass, groups - 1));
+  };
+
+  Totals total = {};
+  Sums sum;
+  sum.clear();
+  auto use_chunk = [&](const Chunk& c) {
+#pragma unroll
+    for (int pass = 0; pass < passes; ++pass) {
+      const bool mine = passes == 1 || quarter / (4 / passes) == pass;
+#pragma unroll
+      for (int t = 0; t < spans; ++t) {
+        typename P::B b[tiles_m];
+#pragma unroll
+        for (int j = 0; j < tiles_m; ++j) b[j] = P::x(c.x[j][t]);
+        if constexpr (has_zeros) {
+          const typename P::A ones = passes == 1 ? P::ones_w() : masked(P::ones_w(), mine);
+#pragma unroll
+          for (int j = 0; j < tiles_m; ++j) P::mma(sum.x[j], ones, b[j]);
+        }
+#pragma unroll
+        for (int i = 0; i < tiles_n; ++i) {
+          u32 lo[span_words<W>], hi[span_words<W>];
+#pragma unroll
+          for (int v = 0; v < span_words<W>; ++v) {
+            lo[v] = c.w[i][0][t * span_words<W> + v];
+            hi[v] = c.w[i][1][t * span_words<W> + v];
+          }
+          typename P::A a = P::w(lo, hi);
+          if constexpr (passes > 1) a = masked(a, mine);
+#pragma unroll
+          for (int j = 0; j < tiles_m; ++j) P::mma(sum.y[i][j], a, b[j]);
+        }
+      }
+      if constexpr (grouping != channel) {
+        flush(total, sum, c.s[pass], c.z[pass]);
+        sum.clear();
+      }
+    }
+  };
+
+  for (int chunk0 = warp * unroll; chunk0 < chunks; chunk0 += warps * unroll) {
+    Chunk c[unroll];
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) load_chunk(c[u], chunk0 + u);  // past the end: zeros
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) use_chunk(c[u]);
+  }
+  if constexpr (grouping == channel) {
+    float s[tiles_n][2], z[tiles_n][2];
+    load_scales(s, z, 0);
+    flush(total, sum, s, z);
+  }
+
+  __shared__ float partial[warps][tokens][rows];
+#pragma unroll
+  for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+    for (int j = 0; j < tiles_m; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        partial[warp][j * 8 + quarter * 2 + e % 2][i * 16 + e / 2 * 8 + lane / 4] = total[i][j][e];
+  __syncthreads();
+  const float alpha = alpha_of(p);
+  for (int i = threadIdx.x; i < tokens * rows; i += threads) {
+    const i64 m = i / rows, n = n0 + i % rows;
+    if (m >= p.m || n >= p.n) continue;
+    float v = 0.f;
+#pragma unroll
+    for (int k = 0; k < warps; ++k) v += partial[k][m][i % rows];
+    store_rounded(static_cast<Out*>(p.out) + m * p.n + n, v * (alpha * a_scale_of(p, m)) + bias_of(p, n));
+  }
+}

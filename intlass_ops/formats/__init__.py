@@ -1,0 +1,54 @@
+"""Readers of the quantised weights users bring: one file a format, all into one canonical form.
+
+`CanonicalWeight` is that form: w[n, k] = (q[n, k] - zeros[n, g]) * scales[n, g] with g = k //
+group_size, in the storage the ops take (intlass_ops/packing.py). Not here: models and modules
+(integrations/).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import IntlassError
+from ..ops import dequantize
+
+__all__ = ["CanonicalWeight", "FormatError"]
+
+
+class FormatError(IntlassError, ValueError):
+    """A file is damaged, or holds something this package does not read. Names file and tensor."""
+
+
+@dataclass(frozen=True)
+class CanonicalWeight:
+    """One quantised weight [N, K]. ``zeros`` None: signed INT4 codes, or INT8."""
+
+    name: str
+    codes: Tensor  # uint8 [N, ceil(K/2)] for 4 bits, int8 [N, K] for 8
+    scales: Tensor  # [N, K/group_size]
+    zeros: Tensor | None  # like scales
+    bits: int
+    group_size: int
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """What the weight takes in memory, parameters included."""
+        tensors = (self.codes, self.scales, self.zeros)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [N, K]: float32 arithmetic, then one rounding to ``dtype``."""
+        return dequantize(self.codes, self.scales, self.zeros, k=self.shape[1], dtype=dtype)
+
+    def take_rows(self, order: Tensor) -> CanonicalWeight:
+        """The weight with its rows in ``order``; exact, since groups run along K."""
+        return replace(
+            self,
+            codes=self.codes[order],
+            scales=self.scales[order],
+            zeros=None if self.zeros is None else self.zeros[order],
+        )

@@ -1,0 +1,268 @@
+"""GGUF files: metadata, and tensors as canonical weights that keep every code as it is stored.
+
+Lives here: the file's structure and its block formats Q4_0, Q4_1 and Q8_0. Not here: what a model
+does with them (integrations/gguf_llama.py).
+
+    block of 32 weights   stored as                             canonical, group_size 32
+    Q4_0  18 bytes        fp16 d, 16 bytes of nibbles           (q - 8) * d    signed, no zeros
+    Q4_1  20 bytes        fp16 d, fp16 m, 16 bytes of nibbles   q * d + m      unsigned, zeros -m/d
+    Q8_0  34 bytes        fp16 d, 32 int8                       q * d
+
+A nibble byte j holds elements j (low) and j + 16 (high); ours holds neighbours (packing.py).
+Codes and scales are exact. The one rounding is Q4_1's zeros = -m/d in float32, half an ulp: with
+it, (q - zeros) * d in float32 is within 2^-23 * (|m| + |q * d + m|) of the exact q * d + m. A Q4_1
+block with d = 0 says w = m whatever its codes; it becomes code 0, scale 1, zero -m, which is exact.
+
+The structure is walked here rather than by `gguf.GGUFReader`, which is not meant for files one does
+not trust (lengths are believed, so a small file can ask for any amount of memory) and which needs
+4 s for a vocabulary of 49152 where this takes 0.2 s.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..packing import pack
+from . import CanonicalWeight, FormatError
+
+BLOCK = 32
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_MAX_DIMENSIONS = 4
+_STRING, _ARRAY = 8, 9
+# value type id -> struct format
+_SCALARS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
+# tensor type id -> name, elements in a block, bytes of a block
+_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", BLOCK, 18),
+    3: ("Q4_1", BLOCK, 20),
+    8: ("Q8_0", BLOCK, 34),
+    30: ("BF16", 1, 2),
+}
+QUANTIZED = ("Q4_0", "Q4_1", "Q8_0")
+# The rest of ggml's enumeration, to name what is not read.
+_UNREAD_TYPES = {
+    6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
+    15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
+    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
+    34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies. ``shape`` is row-major: the last dimension is contiguous."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class GGUFFile:
+    """A memory-mapped GGUF file: ``metadata``, ``tensors``, ``weight(name)``, ``dense(name)``.
+
+    Raises FormatError for a file that is cut off, malformed or big-endian; FileNotFoundError and
+    the like for one that cannot be opened. Unsupported tensor types raise when they are asked for.
+
+    >>> file = GGUFFile("model.gguf")                                         # doctest: +SKIP
+    >>> file.weight("blk.0.attn_q.weight").dequantize()                       # doctest: +SKIP
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        if os.path.getsize(self.path) == 0:
+            raise FormatError(f"{self.path}: the file is empty")
+        self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
+        walk = _Walk(self.path, self._bytes)
+        self.metadata, self.tensors = walk.file()
+
+    def info(self, name: str) -> TensorInfo:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise FormatError(f"{self.path}: no tensor {name!r} in this file") from None
+
+    def is_quantized(self, name: str) -> bool:
+        return self.info(name).type in QUANTIZED
+
+    def weight(self, name: str) -> CanonicalWeight:
+        """A quantised tensor [N, K], codes unchanged (copied out of the mapping)."""
+        info = self.info(name)
+        if info.type not in QUANTIZED:
+            raise FormatError(
+                f"{self.path}: {name} has type {info.type}; a weight is read from "
+                f"{', '.join(QUANTIZED)}"
+            )
+        if len(info.shape) != 2:
+            raise FormatError(f"{self.path}: {name} has shape {info.shape}; expected [N, K]")
+        n, k = info.shape
+        groups = k // BLOCK
+        blocks = self._raw(info).reshape(n, groups, info.nbytes // (n * groups))
+        scales = self._halves(info, blocks[..., :2])
+        zeros = None
+        if info.type == "Q8_0":
+            codes = torch.from_numpy(blocks[..., 2:].copy()).view(torch.int8).view(n, k)
+        elif info.type == "Q4_0":
+            # q - 8 in two's complement is q with its top bit flipped.
+            codes = _pack_nibbles(blocks[..., 2:]) ^ 0x88
+        else:
+            codes = _pack_nibbles(blocks[..., 4:])
+            minima = self._halves(info, blocks[..., 2:4]).float()
+            flat = scales == 0
+            zeros = torch.where(flat, -minima, -minima / scales.float())
+            scales = torch.where(flat, 1.0, scales)
+            codes.view(n, groups, BLOCK // 2)[flat] = 0
+        bits = 8 if info.type == "Q8_0" else 4
+        return CanonicalWeight(name, codes, scales, zeros, bits, BLOCK, (n, k))
+
+    def dense(self, name: str) -> Tensor:
+        """Any supported tensor as float32."""
+        info = self.info(name)
+        if info.type in QUANTIZED:
+            return self.weight(name).dequantize()
+        dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        if info.type not in dtypes:
+            raise FormatError(
+                f"{self.path}: {name} has type {info.type}; supported are "
+                f"{', '.join((*dtypes, *QUANTIZED))}"
+            )
+        raw = torch.from_numpy(self._raw(info).copy())
+        return raw.view(dtypes[info.type]).view(info.shape).to(torch.float32)
+
+    def _raw(self, info: TensorInfo) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return self._bytes[info.offset : info.offset + info.nbytes]
+
+    def _halves(self, info: TensorInfo, pairs: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+        """fp16 block parameters [N, G]; one that is not finite would hide in codes."""
+        values = torch.from_numpy(pairs.copy()).view(torch.float16).squeeze(-1)
+        if not bool(torch.isfinite(values).all()):
+            n, g = (int(i) for i in (~torch.isfinite(values)).nonzero()[0])
+            raise FormatError(
+                f"{self.path}: {info.name} has a block parameter {values[n, g].item()} "
+                f"(row {n}, block {g}); the file is damaged"
+            )
+        return values
+
+
+def _pack_nibbles(nibbles: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+    """[N, G, 16] bytes of (element j, element j + 16) to our packed rows [N, 16 * G]."""
+    halves = torch.from_numpy(np.concatenate((nibbles & 0xF, nibbles >> 4), axis=-1))
+    return pack(halves).flatten(1)
+
+
+class _Walk:
+    """One pass over the header; every length is checked against the file before it is used."""
+
+    def __init__(self, path: str, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        self.path = path
+        self.data = memoryview(data.data)
+        self.size = len(data)
+        self.at = 0
+
+    def fail(self, problem: str) -> FormatError:
+        return FormatError(f"{self.path}: {problem} (at byte {self.at} of {self.size})")
+
+    def take(self, count: int, what: str) -> memoryview:
+        if count > self.size - self.at:
+            raise self.fail(f"the file ends inside {what}, which needs {count} bytes")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def number(self, form: str, what: str) -> Any:
+        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form), what))[0]
+
+    def text(self, what: str) -> str:
+        raw = bytes(self.take(self.number("Q", what), what))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.fail(f"{what} is not UTF-8") from None
+
+    def count(self, smallest: int, what: str) -> int:
+        """A number of items that take at least ``smallest`` bytes each."""
+        count: int = self.number("Q", what)
+        if count * smallest > self.size - self.at:
+            raise self.fail(f"{what} announces {count} items, more than the file holds")
+        return count
+
+    def value(self, kind: int, key: str) -> Any:
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind], key)
+        if kind == _STRING:
+            return self.text(key)
+        if kind != _ARRAY:
+            raise self.fail(f"{key} has unknown value type {kind}")
+        item: int = self.number("I", key)
+        if item == _STRING:
+            return [self.text(key) for _ in range(self.count(8, key))]
+        if item not in _SCALARS:
+            raise self.fail(f"{key} is an array of unsupported value type {item}")
+        form = _SCALARS[item]
+        count = self.count(struct.calcsize("<" + form), key)
+        raw = self.take(count * struct.calcsize("<" + form), key)
+        return list(struct.unpack(f"<{count}{form}", raw))
+
+    def file(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+        if bytes(self.take(4, "the magic number")) != _MAGIC:
+            raise FormatError(f"{self.path}: not a GGUF file (it does not begin with 'GGUF')")
+        version = self.number("I", "the version")
+        if version & 0xFFFF == 0:
+            raise self.fail("the file is big-endian, which is not supported")
+        if version not in _VERSIONS:
+            raise self.fail(f"GGUF version {version}; supported are {_VERSIONS}")
+        tensor_count = self.number("Q", "the tensor count")
+        entry_count = self.count(13, "the metadata")
+        metadata: dict[str, Any] = {}
+        for _ in range(entry_count):
+            key = self.text("a metadata key")
+            if key in metadata:
+                raise self.fail(f"metadata key {key!r} occurs twice")
+            metadata[key] = self.value(self.number("I", key), key)
+        if tensor_count * 24 > self.size - self.at:
+            raise self.fail(f"{tensor_count} tensors are announced, more than the file holds")
+        infos = [self.tensor() for _ in range(tensor_count)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self.fail(f"general.alignment is {alignment!r}; expected a power of two")
+        start = math.ceil(self.at / alignment) * alignment
+        tensors: dict[str, TensorInfo] = {}
+        for name, type_, shape, offset, nbytes in infos:
+            if name in tensors:
+                raise self.fail(f"tensor {name!r} occurs twice")
+            if type_ in (t[0] for t in _TYPES.values()) and start + offset + nbytes > self.size:
+                raise FormatError(
+                    f"{self.path}: the file ends inside tensor {name}, which needs {nbytes} bytes "
+                    f"from byte {start + offset} on; the file has {self.size}"
+                )
+            tensors[name] = TensorInfo(name, type_, shape, start + offset, nbytes)
+        return metadata, tensors
+
+    def tensor(self) -> tuple[str, str, tuple[int, ...], int, int]:
+        name = self.text("a tensor's name")
+        dimensions = self.number("I", name)
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise self.fail(f"tensor {name!r} has {dimensions} dimensions")
+        # Stored with the contiguous dimension first.
+        shape = tuple(self.number("Q", name) for _ in range(dimensions))[::-1]
+        kind = self.number("I", name)
+        offset = self.number("Q", name)
+        known, elements, size = _TYPES.get(kind, (_UNREAD_TYPES.get(kind, f"number {kind}"), 1, 0))
+        if 0 in shape or shape[-1] % elements:
+            raise self.fail(
+                f"tensor {name!r} has shape {shape}; {known} needs whole blocks of {elements}"
+            )
+        return name, known, shape, offset, math.prod(shape) // elements * size

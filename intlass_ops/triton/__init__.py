@@ -1,0 +1,1 @@
+"""Triton kernels: searches and element-wise work. The GEMMs are CUDA's (cuda/)."""

@@ -1,0 +1,78 @@
+"""How the lowering tests compile: counting backends with and without Inductor's code generation.
+
+`quick` runs Dynamo, AOTAutograd and our pass, then the rewritten graph as it is: seconds less than
+Inductor, the same rewrite. `inductor` is the real backend with a compile counter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+
+from intlass_ops import lowering
+from intlass_ops.lowering import graph_pass, records, rules
+
+
+@dataclass
+class Counting:
+    """A backend that counts its calls and keeps the graphs after the pass."""
+
+    real: bool = False
+    options: dict[str, Any] | None = None
+    compiles: int = 0
+    graphs: list[torch.fx.GraphModule] = field(default_factory=list)
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        self.compiles += 1
+        if self.real:
+            return lowering.backend(gm, inputs, options=self.options)
+
+        def forward(fx: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+            graph_pass.LOWERING(fx.graph)
+            fx.recompile()
+            self.graphs.append(fx)
+            return fx.forward
+
+        def plain(fx: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+            return fx.forward
+
+        compiler = aot_autograd(
+            fw_compiler=forward,
+            bw_compiler=plain,
+            inference_compiler=forward,
+            decompositions=select_decomp_table(),
+        )
+        compiled: Callable[..., Any] = compiler(gm, inputs)
+        return compiled
+
+
+@contextmanager
+def fresh() -> Iterator[None]:
+    """No compiled code and no decisions from an earlier test."""
+    torch._dynamo.reset()
+    lowering.clear_report()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
+def outcomes() -> list[str]:
+    decisions = lowering.report()
+    broken = [d for d in decisions if d.reason.startswith(rules.INTERNAL)]
+    assert not broken, broken
+    return [d.outcome for d in decisions]
+
+
+def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
+    assert y.shape == expected.shape and y.dtype == expected.dtype
+    return float((y.float() - expected.float()).abs().max() / expected.float().abs().max())
+
+
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+SWAPPED, DECLINED, DENSE = records.SWAPPED, records.DECLINED, records.DENSE

@@ -1,0 +1,143 @@
+"""Every shipped kernel config, for every architecture it is shipped for, without a GPU.
+
+It compiles, keeps everything in registers, fits the shared memory, and uses the tensor-core
+instructions it was written for. The cubins go through the kernel cache, so that a second run, and
+the second test of an architecture, only read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import sass
+
+from intlass_ops import config
+from intlass_ops.cuda import cubin, jit, source
+from intlass_ops.cuda.source import KernelConfig
+
+REGISTERS_OF_A_BLOCK = 65536
+
+
+def by_kernel_and_arch() -> dict[tuple[str, str], list[Any]]:
+    """The configs of each (kernel source, architecture), without repetition."""
+    found: dict[tuple[str, str], dict[Any, None]] = defaultdict(dict)
+    for shipped, archs in config.shipped_configs():
+        for arch in archs:
+            found[shipped.source, arch][shipped] = None
+    return {key: list(configs) for key, configs in found.items()}
+
+
+ALL = by_kernel_and_arch()
+each_kernel_and_arch = pytest.mark.parametrize(
+    ("arch", "configs"),
+    [pytest.param(arch, configs, id=f"{name}-{arch}") for (name, arch), configs in ALL.items()],
+)
+
+
+@each_kernel_and_arch
+def test_compiles(arch: str, configs: list[Any]) -> None:
+    compiled, cached = jit.warmup(configs, arch=arch, progress=False)
+    assert compiled + cached == len(configs)
+    for c in configs:
+        assert cubin.parameter_sizes(jit.compile_cubin(c, arch), c.entry)
+
+
+def problems_of(c: KernelConfig, arch: str, image: bytes) -> list[str]:
+    """Why a kernel would be slow, or could not be launched."""
+    used = sass.usage(image, c.entry, arch)
+    problems = []
+    if used.local_bytes:
+        problems.append(f"{used.local_bytes} bytes of local memory a thread")
+    shared = used.shared_bytes + getattr(c, "smem_bytes", 0)
+    limit = config.device_of(arch).smem_per_block
+    if shared > limit:
+        problems.append(f"{shared} bytes of shared memory exceed {limit}")
+    registers = used.registers * getattr(c, "threads", 1)
+    if registers > REGISTERS_OF_A_BLOCK:
+        problems.append(f"{registers} registers of a block exceed {REGISTERS_OF_A_BLOCK}")
+    return [f"{c!r} for {arch}: {problem}" for problem in problems]
+
+
+@each_kernel_and_arch
+def test_stays_in_registers_and_shared_memory(arch: str, configs: list[Any]) -> None:
+    jit.warmup(configs, arch=arch, progress=False)
+    problems = [p for c in configs for p in problems_of(c, arch, jit.compile_cubin(c, arch))]
+    assert not problems, "\n".join(problems)
+
+
+def one_of_each_code_path(arch: str, configs: list[Any]) -> list[Any]:
+    """A config for each combination of operand kinds and expected instructions: the disassembler
+    is too slow for all, and tile sizes do not decide which instruction multiplies."""
+    found: dict[Any, Any] = {}
+    for c in configs:
+        fields = [field.name for field in dataclasses.fields(c) if field.name.endswith("_kind")]
+        kinds = tuple(getattr(c, name) for name in fields)
+        if c.expected_sass(arch):
+            found.setdefault((kinds, c.expected_sass(arch)), c)
+    return list(found.values())
+
+
+def missing_instructions(c: Any, arch: str) -> list[str]:
+    """The expected instructions that the kernel lacks, and local memory where it has any."""
+    code = sass.disassemble(jit.compile_cubin(c, arch))
+    missing = [p for p in c.expected_sass(arch) if not sass.has_instruction(code, p)]
+    spilled = [p for p in (r"LDL\b", r"STL\b") if sass.has_instruction(code, p)]
+    problems = [f"no {p}" for p in missing] + [f"has {p}" for p in spilled]
+    return [f"{c!r} for {arch}: {problem}" for problem in problems]
+
+
+@each_kernel_and_arch
+def test_uses_the_native_instructions(arch: str, configs: list[Any]) -> None:
+    chosen = one_of_each_code_path(arch, configs)
+    jit.warmup(chosen, arch=arch, progress=False)
+    problems = [p for c in chosen for p in missing_instructions(c, arch)]
+    assert not problems, "\n".join(problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class BadConfig:
+    """A kernel with every fault that the checks above look for."""
+
+    source: ClassVar[str] = "bad.cu"
+    entry: ClassVar[str] = "bad"
+    threads: int = 4096
+    smem_bytes: int = 226 * 1024
+
+    def expected_sass(self, arch: str) -> tuple[str, ...]:
+        return (r"IMMA\.16832", r"STG\.E")
+
+
+BAD_CU = """
+extern "C" __global__ void bad(const float* x, float* y, long long n) {
+  __shared__ float shared[1024];
+  float local[64];
+  for (int i = 0; i < 64; ++i) local[i] = x[i];
+  for (long long i = 0; i < n; ++i) local[i * i % 64] += local[i * 7 % 64];
+  shared[threadIdx.x] = local[n];
+  __syncthreads();
+  y[threadIdx.x] = shared[n];
+}
+"""
+
+
+def test_a_bad_kernel_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad.cu").write_text(BAD_CU)
+    monkeypatch.setattr(source, "SOURCE_DIR", tmp_path)
+    monkeypatch.setenv("INTLASS_CACHE_DIR", str(tmp_path / "cache"))
+    for arch in ("sm_80", "sm_90a", "sm_120"):
+        image = jit.compile_cubin(BadConfig(), arch)
+        assert sass.usage(image, "bad", arch).shared_bytes == 4096
+        text = "\n".join(problems_of(BadConfig(), arch, image))
+        assert "256 bytes of local memory" in text
+        assert f"{230 * 1024} bytes of shared memory exceed" in text
+        assert "registers of a block exceed" in text
+        missing = missing_instructions(BadConfig(), arch)
+        assert [text.rsplit(": ", 1)[1] for text in missing] == [
+            r"no IMMA\.16832",
+            r"has LDL\b",
+            r"has STL\b",
+        ]

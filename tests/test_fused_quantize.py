@@ -1,0 +1,306 @@
+"""Rotation + quantisation: the formulas written out, and the Triton kernel against them.
+
+Like test_triton_scale_search.py, without a GPU the kernel runs under Triton's interpreter in a
+process of its own. That interpreter multiplies bf16 matrices wrongly, so bf16 is for the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from intlass_ops import fp4, fused_quantize, packing
+from intlass_ops.rotation import hadamard_matrix, rotate
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if CUDA else [])
+OPS = {
+    "int8": fused_quantize.fused_quantize_int8,
+    "int4": fused_quantize.fused_quantize_int4,
+    "mx": fused_quantize.fused_quantize_mx,
+    "nv": fused_quantize.fused_quantize_nv,
+}
+runs_kernels = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="runs in the interpreter below")
+reference_only = pytest.mark.skipif(INTERPRETED, reason="no kernel in this test")
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests run directly")
+def test_kernel_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(
+        [*command, str(Path(__file__))], env=env, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def signs(r: int) -> Tensor:
+    return torch.where(
+        torch.rand(r, r, generator=torch.Generator().manual_seed(r)) < 0.5, -1.0, 1.0
+    )
+
+
+def integers(rows: int, k: int) -> Tensor:
+    rng = torch.Generator().manual_seed(k)
+    return torch.randint(-9, 10, (rows, k), generator=rng).float()
+
+
+def values(format_: str, codes: Tensor, k: int) -> Tensor:
+    if format_ == "int8":
+        return codes.double()
+    if format_ == "int4":
+        return packing.unpack(codes, k, signed=True).double()
+    return fp4.decode_e2m1(packing.unpack(codes, k, signed=False), torch.float64)
+
+
+def bits(mask: Tensor) -> Tensor:
+    return (mask[..., None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1).flatten(
+        -2
+    )
+
+
+@reference_only
+@pytest.mark.parametrize("method", ["abs_max", "quest"])
+@pytest.mark.parametrize(
+    ("format_", "group"), [("int8", 256), ("int4", 32), ("mx", 32), ("nv", 16)]
+)
+def test_formulas(format_: str, group: int, method: str) -> None:
+    x = torch.randn(7, 256, dtype=torch.float64).float() * 3
+    h = hadamard_matrix(32)
+    more = {"group_size": group} if format_.startswith("int") else {}
+    if format_ == "nv":
+        more = {"global_scale": 20.0}  # type: ignore[dict-item]
+    codes, scales, mask = OPS[format_](x, h, method=method, return_mask=True, **more)
+    xh = rotate(x, h).double().view(7, -1, group)
+    amax, rms, std = xh.abs().amax(-1), xh.square().mean(-1).sqrt(), xh.std(-1, correction=0)
+    quest = method == "quest"
+    if format_ == "int8":
+        s = 0.0309 * rms if quest else amax / 127
+    elif format_ == "int4":
+        s = 0.3534 * rms if quest else amax / 7
+    elif format_ == "mx":
+        s = ((2.92247856 / 6 * std if quest else amax) + 1e-8).log2().floor().exp2()
+    else:
+        s = (20 * (2.92247856 / 6 * std if quest else amax / 6)).to(torch.float8_e4m3fn).double()
+    stored = fp4.scale_values(scales, torch.float64)
+    torch.testing.assert_close(stored, s, rtol=1e-6, atol=0)
+    in_units = xh / stored[..., None] * {"nv": 20, "mx": 1 if quest else 3}.get(format_, 1)
+    if format_.startswith("int"):
+        qmax = {"int8": 127, "int4": 7}[format_]
+        expected, kept = in_units.round().clamp(-qmax, qmax), in_units.round().abs() <= qmax
+    else:
+        expected = fp4.round_e2m1(in_units)
+        kept = in_units.abs() / (3 if format_ == "mx" and not quest else 1) < 6
+    assert torch.equal(values(format_, codes, 256).view_as(xh), expected)
+    assert torch.equal(bits(mask).view(xh.shape).bool(), kept)
+
+
+@reference_only
+@pytest.mark.parametrize(
+    ("bits_", "low", "high", "c", "mse"),
+    [(4, -7, 7, fused_quantize.QUEST_INT[4], 0.01289), (8, -127, 127, 0.0309, None)],
+)
+def test_quest_constants_are_best_for_a_gaussian(
+    bits_: int, low: int, high: int, c: float, mse: float | None
+) -> None:
+    """Expected squared error of a unit Gaussian by numerical integration, over a grid of scales."""
+    z = torch.linspace(-9, 9, 200_001, dtype=torch.float64)
+    density = torch.exp(-z * z / 2) / (2 * torch.pi) ** 0.5 * (z[1] - z[0])
+
+    def error(s: float) -> float:
+        return float((density * (z - s * (z / s).round().clamp(low, high)) ** 2).sum())
+
+    assert fused_quantize.QUEST_INT[bits_] == c
+    best = min((error(c * f), f) for f in torch.linspace(0.9, 1.1, 201).tolist())
+    assert error(c) <= best[0] * 1.0005
+    if mse is not None:
+        assert error(c) == pytest.approx(mse, rel=1e-3)
+
+
+CASES = [
+    (format_, group, r, quest)
+    for format_, groups in (("int8", (32, 256)), ("int4", (32, 256)), ("mx", (32,)), ("nv", (16,)))
+    for group in groups
+    for r in (16, 64)
+    for quest in (False, True)
+]
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("format_", "group", "r", "quest"), CASES)
+def test_kernel_is_the_reference(
+    format_: str, group: int, r: int, quest: bool, dtype: torch.dtype
+) -> None:
+    """Integer data and ±1 rotations: xh is exact, and with it codes, scales and masks."""
+    from intlass_ops.triton import fused_quantize as kernels
+
+    x = integers(20 if INTERPRETED else 77, 256).to(DEVICE, dtype)
+    x[3], x[5, :64] = 0, 0
+    plan = fused_quantize.Plan(format_, quest, r, group, 0.5 if format_ == "nv" else 1.0)
+    h = signs(r).to(DEVICE)
+    codes, scales, mask = fused_quantize.reference(x, h, plan)
+    got_codes, got_scales, got_mask = kernels.fused_quantize(x, h, plan, True)
+    if quest:
+        # the spread is summed in another order: at most its last bit may differ
+        if scales.dtype == torch.float32:
+            torch.testing.assert_close(got_scales, scales, rtol=3e-7, atol=0)
+        else:
+            assert (got_scales != scales).float().mean() < 0.01
+        assert (got_codes != codes).float().mean() < 0.01
+        assert (got_mask != mask).float().mean() < 0.01
+    else:
+        assert torch.equal(got_scales, scales)
+        assert torch.equal(got_codes, codes)
+        assert torch.equal(got_mask, mask)
+
+
+@runs_kernels
+@pytest.mark.parametrize("format_", list(OPS))
+def test_kernel_leaves_ragged_rows_and_strides_alone(format_: str) -> None:
+    from intlass_ops.triton import fused_quantize as kernels
+
+    group = {"int8": 96, "int4": 96, "mx": 32, "nv": 16}[format_]
+    plan = fused_quantize.Plan(format_, False, 32, group, 1.0)
+    x = integers(2 * 3, 96).view(2, 3, 96).to(DEVICE, torch.float16)
+    h = signs(32).to(DEVICE)
+    wide = torch.cat([x, x], -1)[..., :96]
+    for a, b in zip(
+        kernels.fused_quantize(wide, h, plan, True),
+        fused_quantize.reference(x, h, plan),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    empty = kernels.fused_quantize(x[:0], h, plan, True)
+    assert [t.shape[0] for t in empty] == [0, 0, 0]
+
+
+def check_non_finite(format_: str, run: Callable[..., tuple[Tensor, ...]]) -> None:
+    group = {"int8": 32, "int4": 32, "mx": 32, "nv": 16}[format_]
+    x = integers(4, 64).to(DEVICE)
+    x[1, 3], x[2, 40], x[3] = torch.nan, torch.inf, 0
+    plan = fused_quantize.Plan(format_, False, 16, group, 1.0)
+    codes, scales, _ = run(x, signs(16).to(DEVICE), plan)
+    if format_ == "mx":
+        scales = scales.view(torch.float8_e8m0fnu)
+    if format_ == "nv":
+        scales = scales.view(torch.float8_e4m3fn)
+    finite = fp4.scale_values(scales).isfinite()
+    assert not finite[1, 0]
+    assert not finite[2, 32 // group * 1 if group == 32 else 2]
+    assert finite[0].all()
+    assert finite[3].all()
+    assert not values(format_, codes.cpu(), 64)[3].any()
+
+
+@reference_only
+@pytest.mark.parametrize("format_", list(OPS))
+def test_non_finite_groups_show(format_: str) -> None:
+    check_non_finite(format_, fused_quantize.reference)
+
+
+@runs_kernels
+@pytest.mark.parametrize("format_", list(OPS))
+def test_non_finite_groups_show_from_the_kernel(format_: str) -> None:
+    from intlass_ops.triton import fused_quantize as kernels
+
+    check_non_finite(format_, lambda *a: kernels.fused_quantize(*a, True))
+
+
+@reference_only
+def test_rotation_helps_data_with_outliers() -> None:
+    x = torch.randn(64, 256)
+    x[:, 17] *= 30
+    error = {}
+    for name, h in (("none", torch.eye(64)), ("hadamard", hadamard_matrix(64))):
+        codes, scales = fused_quantize.fused_quantize_int4(x, h)
+        deq = rotate(values("int4", codes, 256) * scales.double(), h.T.contiguous())
+        error[name] = float((deq - x).norm() / x.norm())
+    assert error["hadamard"] < 0.7 * error["none"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+@pytest.mark.parametrize("arch", [80, 90, 120])
+def test_kernel_compiles_without_a_gpu(arch: int) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from intlass_ops.triton.fused_quantize import _FORMATS, _kernel
+
+    for format_, code in _FORMATS.items():
+        integer = format_.startswith("int")
+        constants = {"FORMAT": code, "INTEGER": integer, "QUEST": arch == 90, "MASK": True}
+        constants |= {"BM": 32, "R": 64, "CHUNKS": 2 if integer else 1}
+        constants["SUB"] = {"mx": 2, "nv": 4}.get(format_, 1)
+        pointers = {"x_ptr": "*bf16", "h_ptr": "*bf16", "codes_ptr": "*i8", "mask_ptr": "*u8"}
+        pointers["scales_ptr"] = "*fp32" if integer else "*u8"
+        numbers = {"m": "i32", "k": "i32", "global_scale": "fp32", "quest_factor": "fp32"}
+        signature = {
+            name: (pointers | numbers).get(name, "constexpr") for name in _kernel.arg_names
+        }
+        source = triton.compiler.ASTSource(_kernel, signature, constexprs=constants)
+        assert triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["cubin"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format_", list(OPS))
+@pytest.mark.parametrize("r", [16, 32, 64, 128, 256])
+def test_ops_on_the_gpu_agree_with_the_cpu(format_: str, r: int) -> None:
+    x = torch.randn(300, 1024).to(torch.bfloat16)
+    h = hadamard_matrix(r)
+    for method in ("abs_max", "quest"):
+        here = OPS[format_](x, h, method=method, return_mask=True)
+        there = OPS[format_](x.cuda(), h.cuda(), method=method, return_mask=True)
+        for a, b in zip(here, there, strict=True):
+            raw_a, raw_b = (
+                t.cpu().view(torch.uint8) if t.element_size() == 1 else t.cpu() for t in (a, b)
+            )
+            if raw_a.dtype == torch.float32:
+                torch.testing.assert_close(raw_a, raw_b, rtol=1e-5, atol=0)
+            else:
+                assert (raw_a != raw_b).float().mean() < 5e-3
+
+
+@reference_only
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: OPS["int8"](torch.zeros(2, 48), torch.eye(32)),
+            "fused_quantize_int8: K=48 is not a multiple of R=32",
+        ),
+        (
+            lambda: OPS["mx"](torch.zeros(2, 48), torch.eye(16)),
+            "fused_quantize_mx: K=48 is not a multiple of group_size=32",
+        ),
+        (
+            lambda: OPS["int4"](torch.zeros(2, 64), torch.zeros(8, 8)),
+            r"fused_quantize_int4: h is \(8, 8\); expected \[R, R\] with R in",
+        ),
+        (
+            lambda: OPS["int4"](torch.zeros(2, 192), torch.eye(64), group_size=96),
+            "of group_size=96 and R=64 one must divide the other",
+        ),
+        (
+            lambda: OPS["nv"](torch.zeros(2, 64), torch.eye(64), -1.0),
+            "fused_quantize_nv: global_scale=-1.0 is not a positive number",
+        ),
+        (
+            lambda: OPS["nv"](torch.zeros(2, 64), torch.eye(64), method="best"),
+            "fused_quantize_nv: method='best'; expected 'abs_max' or 'quest'",
+        ),
+    ],
+)
+def test_errors_name_the_values(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,374 @@
+"""IntLinear and quantize_: what a quantised model computes, stores, survives and refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from gemm_case import Case, build
+from strategies import BF16, FLOATS, FP16, FP32
+from tolerance import assert_close, assert_identical
+from torch import Tensor, nn
+
+import intlass_ops as ia
+
+K, N = 64, 48
+SCHEMES = {
+    "w4a16": ia.Int4WeightOnly(group_size=32),
+    "w4a16-symmetric": ia.Int4WeightOnly(group_size=16, symmetric=True),
+    "w4a16-channel": ia.Int4WeightOnly(group_size=None),
+    "w8a16": ia.Int8WeightOnly(),
+    "w8a16-group": ia.Int8WeightOnly(group_size=32),
+    "w8a8": ia.Int8DynamicActivationInt8Weight(),
+    "w4a8": ia.Int8DynamicActivationInt4Weight(group_size=32),
+    "w4a4": ia.Int4DynamicActivationInt4Weight(group_size=32),
+}
+each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+def linears(dtype: torch.dtype = FP32, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, 2 * N, bias=False))
+    layers.append(nn.Linear(2 * N, N))
+    return layers.to(dtype)
+
+
+def quantized(scheme: str, dtype: torch.dtype = FP32, device: str = "cpu") -> nn.Sequential:
+    layers = linears(dtype)
+    only_fitting = None
+    if SCHEMES[scheme].group_size == 32:  # N = 48 has no groups of 32
+        only_fitting = lambda module, _: module.in_features % 32 == 0  # noqa: E731
+    ia.quantize_(layers, SCHEMES[scheme], only_fitting)
+    return layers.to(device)
+
+
+def tokens(dtype: torch.dtype = FP32, device: str = "cpu") -> Tensor:
+    x = torch.randn(3, 5, K, generator=torch.Generator().manual_seed(1))
+    return x.to(dtype).to(device)
+
+
+def test_all_schemes_name_themselves() -> None:
+    layer = quantized("w4a16")[0]
+    assert repr(layer) == (
+        "IntLinear(in_features=64, out_features=48, scheme=w4a16, group_size=32, zeros=True, "
+        "bias=True)"
+    )
+    names = {scheme: repr(quantized(scheme)[0]).split("scheme=")[1][:5] for scheme in SCHEMES}
+    assert all(scheme.startswith(name.rstrip(",")) for scheme, name in names.items())
+
+
+# ------------------------------------------------------------------------------- what it computes
+
+
+def expected_linear(layer: ia.IntLinear, x: Tensor) -> oracle.Expected:
+    """The layer's documented arithmetic, from its buffers alone."""
+    zeros, options = layer.zeros, {"bias": layer.bias, "k": layer.in_features}
+    if layer.activation is None:
+        return oracle.matmul(x, layer.weight, layer.scales, zeros, **options)
+    a = oracle.quantize(x, 8 if layer.activation == "int8" else 4)
+    codes = a.codes.to(torch.int8).to(x.device)
+    options["a_scale"] = a.scale.to(x.device)
+    return oracle.matmul(codes, layer.weight, layer.scales, zeros, **options)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@each_scheme
+def test_forward_is_the_documented_product(scheme: str, dtype: torch.dtype, device: str) -> None:
+    layer = quantized(scheme, dtype, device)[0]
+    x = tokens(dtype, device)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert_close(y, *expected_linear(layer, x))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@each_scheme
+def test_weights_are_rounded_to_nearest(scheme: str, dtype: torch.dtype, device: str) -> None:
+    """Every weight within half a step; the codes are those of the scales that are stored."""
+    original = linears(dtype)[0].to(device)
+    layer = quantized(scheme, dtype, device)[0]
+    w = oracle.weight(layer.weight, layer.scales, layer.zeros, K)
+    step = oracle.per_weight(layer.scales, N, K)
+    error = (w - original.weight.double()).abs()
+    # the last code of a group may be out of reach by what rounding the scale to `dtype` lost
+    reach = 15 if layer.bits == 4 else 127
+    assert (error <= step * (0.5 + reach * torch.finfo(layer.scales.dtype).eps)).all()
+    assert_identical(layer.bias, original.bias.detach())
+
+
+@each_scheme
+def test_quantised_models_stay_near_the_original(scheme: str, device: str) -> None:
+    """Signal to noise of the whole model, in dB: what 8 or 4 bits must reach for normal weights."""
+    x = tokens(device=device)
+    exact = linears().to(device)(x)
+    noise = quantized(scheme, device=device)(x) - exact
+    ratio = 20 * torch.log10(exact.norm() / noise.norm())
+    bits = 4 if "4" in scheme else 8
+    assert ratio > {4: 13, 8: 35}[bits]
+
+
+def test_scale_dtypes() -> None:
+    """INT4 scales take the weight's dtype, INT8 ones are fp32."""
+    for dtype in FLOATS:
+        assert quantized("w4a16", dtype)[0].scales.dtype == dtype
+        assert quantized("w8a8", dtype)[0].scales.dtype == FP32
+
+
+def test_scales_that_the_weight_dtype_cannot_hold_stay_fp32() -> None:
+    layers = nn.Sequential(nn.Linear(32, 4)).to(FP16)
+    layers[0].weight.data.fill_(2.0**-24)  # / 7 is below the smallest fp16
+    ia.quantize_(layers, ia.Int4WeightOnly(32, symmetric=True))
+    assert layers[0].scales.dtype == FP32
+    w = oracle.weight(layers[0].weight, layers[0].scales, None, 32)
+    assert ((w / 2.0**-24 - 1).abs() < 1e-6).all()
+
+
+def test_non_finite_weights_do_not_pass_for_numbers() -> None:
+    for scheme in SCHEMES:
+        layers = linears()
+        layers[0].weight.data[5, 7] = torch.nan
+        ia.quantize_(layers, SCHEMES[scheme], lambda _, name: name == "0")
+        y = layers[0](tokens())
+        assert y[..., 5].isnan().all()
+        assert y[..., :5].isfinite().all()
+
+
+# ------------------------------------------------------------------------------ what it replaces
+
+
+def test_filter_fn_picks_by_module_and_name() -> None:
+    seen: list[str] = []
+
+    def pick(module: nn.Module, name: str) -> bool:
+        assert type(module) is nn.Linear
+        seen.append(name)
+        return name == "inner.2"
+
+    model = nn.ModuleDict({"inner": linears(), "head": nn.Linear(N, 8)})
+    ia.quantize_(model, ia.Int8WeightOnly(), pick)
+    assert sorted(seen) == ["head", "inner.0", "inner.2", "inner.3"]
+    replaced = [name for name, m in model.named_modules() if isinstance(m, ia.IntLinear)]
+    assert replaced == ["inner.2"]
+
+
+class Tied(nn.Module):
+    """One Linear under two names of one parent and in another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Linear(K, K)
+        self.inner = nn.Sequential(self.first, nn.Linear(K, K))
+
+
+@each_scheme
+def test_shared_linears_stay_shared(scheme: str) -> None:
+    model = Tied()
+    ia.quantize_(model, SCHEMES[scheme])
+    assert isinstance(model.first, ia.IntLinear)
+    assert model.second is model.first
+    assert model.inner[0] is model.first
+    assert isinstance(model.inner[1], ia.IntLinear)
+    assert model.inner[1] is not model.first
+
+
+def test_subclasses_of_linear_are_left_alone() -> None:
+    """MultiheadAttention reads its projection's weight itself."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(K, 4), "out": nn.Linear(K, K)})
+    ia.quantize_(model, ia.Int8WeightOnly())
+    assert isinstance(model["attention"].out_proj, nn.Linear)
+    assert isinstance(model["out"], ia.IntLinear)
+
+
+def test_a_quantised_model_is_left_as_it_is() -> None:
+    layers = quantized("w8a16")
+    before = list(layers)
+    ia.quantize_(layers, ia.Int8WeightOnly())
+    assert all(a is b for a, b in zip(before, layers, strict=True))
+
+
+@each_scheme
+def test_models_on_the_meta_device(scheme: str) -> None:
+    """Quantise the skeleton, then load the state of a real one into it."""
+    layers = quantized(scheme)
+    with torch.device("meta"):
+        skeleton = linears()
+    ia.quantize_(
+        skeleton,
+        SCHEMES[scheme],
+        lambda module, _: module.in_features % (SCHEMES[scheme].group_size or 1) == 0,
+    )
+    assert all(p.is_meta for p in skeleton.state_dict().values())
+    skeleton.to_empty(device="cpu")
+    skeleton.load_state_dict(layers.state_dict())
+    assert_identical(skeleton(tokens()), layers(tokens()))
+
+
+# --------------------------------------------------------------------------------- what it survives
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@each_scheme
+def test_state_dict_through_safetensors(
+    scheme: str, dtype: torch.dtype, tmp_path: Path, device: str
+) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    layers = quantized(scheme, dtype, device)
+    safetensors.save_file(layers.state_dict(), tmp_path / "model.safetensors")
+    loaded = quantized(scheme, dtype, device)
+    for tensor in loaded.state_dict().values():
+        tensor.zero_()
+    loaded.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors", device=device))
+    for name, tensor in layers.state_dict().items():
+        assert_identical(loaded.state_dict()[name], tensor)
+    x = tokens(dtype, device)
+    assert_identical(loaded(x), layers(x))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@each_scheme
+def test_copies_compute_the_same(scheme: str, how: str, device: str) -> None:
+    layers = quantized(scheme, device=device)
+    if how == "deepcopy":
+        twin = copy.deepcopy(layers)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(layers))
+    else:
+        buffer = io.BytesIO()
+        torch.save(layers, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert repr(twin) == repr(layers)
+    for name, tensor in layers.state_dict().items():
+        assert twin.state_dict()[name].data_ptr() != tensor.data_ptr()
+    x = tokens(device=device)
+    assert_identical(twin(x), layers(x))
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "to", "type"])
+@each_scheme
+def test_casting_a_model_keeps_its_weights(scheme: str, cast: str, device: str) -> None:
+    layers = quantized(scheme, device=device)
+    before = {n: t.clone() for n, t in layers.state_dict().items()}
+    changed = {"half": FP16, "bfloat16": BF16, "double": torch.float64, "to": BF16, "type": FP16}
+    args = (changed[cast],) if cast in ("to", "type") else ()
+    getattr(layers, cast)(*args)
+    for name, tensor in layers.state_dict().items():
+        if name.endswith("bias"):
+            assert tensor.dtype == changed[cast]
+        elif isinstance(layers[int(name[0])], ia.IntLinear):
+            assert_identical(tensor, before[name])
+
+
+def test_parameters_and_buffers() -> None:
+    """Nothing that an optimiser would update; no buffer for what is absent."""
+    layers = quantized("w4a16")
+    assert not list(layers[0].parameters())
+    assert set(layers[0].state_dict()) == {"weight", "scales", "zeros", "bias"}
+    assert set(quantized("w8a16")[2].state_dict()) == {"weight", "scales"}
+
+
+@each_scheme
+def test_quantised_models_are_smaller(scheme: str) -> None:
+    def stored(layer: nn.Module) -> int:
+        return sum(t.numel() * t.element_size() for t in layer.state_dict().values())
+
+    bits = 4 if scheme.startswith("w4") else 8
+    assert stored(quantized(scheme)[0]) < stored(linears()[0]) * (bits / 32 + 0.15)
+
+
+# ---------------------------------------------------------------------------------- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("in_features", "dtype", "config", "error", "message"),
+    [
+        (72, FP32, ia.Int4WeightOnly(32), ValueError, "K=72 .* group_size=32"),
+        (64, torch.float64, ia.Int8WeightOnly(), TypeError, "float64"),
+        (0, FP32, ia.Int8WeightOnly(), ValueError, "K=0"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_layer_that_does_not_fit_is_named_and_nothing_changes(
+    in_features: int, dtype: torch.dtype, config: Any, error: type[Exception], message: str
+) -> None:
+    last = nn.Linear(in_features, 8, dtype=dtype)
+    model = nn.ModuleDict({"good": nn.Linear(K, K), "block": nn.Sequential(nn.Linear(K, K), last)})
+    with pytest.raises(error, match=rf"^quantize_: block\.1: .*{message}"):
+        ia.quantize_(model, config)
+    assert not any(isinstance(m, ia.IntLinear) for m in model.modules())
+    ia.quantize_(model, config, lambda _, name: name != "block.1")
+    assert isinstance(model["good"], ia.IntLinear)
+
+
+@pytest.mark.parametrize("group_size", [8, 24, 0, -16])
+def test_group_sizes_no_kernel_has_are_refused(group_size: int) -> None:
+    with pytest.raises(ValueError, match=f"^quantize_: group_size={group_size} "):
+        ia.quantize_(linears(), ia.Int4WeightOnly(group_size))
+
+
+def test_a_bare_linear_cannot_be_replaced_in_place() -> None:
+    with pytest.raises(TypeError, match=r"^quantize_: the model is a Linear itself"):
+        ia.quantize_(nn.Linear(K, N), ia.Int8WeightOnly())
+
+
+def _int8(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((torch.zeros(4, 8), torch.ones(4)), {}, TypeError, "weight is torch.float32"),
+        ((_int8(4), torch.ones(4)), {}, TypeError, r"weight is torch.int8 \(4,\)"),
+        (
+            (_int8(4, 16), torch.ones(4)),
+            {"in_features": 15},
+            ValueError,
+            "weight has 16 columns; in_features=15 needs 15",
+        ),
+        (
+            (_int8(4, 16).view(torch.uint8), torch.ones(4)),
+            {"in_features": 30},
+            ValueError,
+            "weight has 16 columns; in_features=30 needs 15",
+        ),
+        ((_int8(4, 16), torch.ones(4)), {"activation": "fp8"}, ValueError, "activation='fp8'"),
+        ((_int8(4, 16), torch.ones(4)), {"activation": "int4"}, ValueError, "needs an INT4 weight"),
+        ((_int8(4, 16), torch.ones(4), torch.ones(4)), {}, ValueError, "zeros belong to INT4"),
+    ],
+)
+def test_what_makes_no_layer_is_refused(
+    args: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^IntLinear: .*{message}"):
+        ia.IntLinear(*args, **options)
+
+
+def test_odd_in_features(device: str) -> None:
+    call = build(Case("fp32", "u4", k=33, bias=FP32), device)
+    o = call.options
+    layer = ia.IntLinear(call.w, call.scales, o["zeros"], o["bias"], in_features=33)
+    assert_identical(layer(call.a), oracle.round_to(call.expected().y, FP32))
+
+
+def test_no_gradient_through_dynamic_activations_goes_unnoticed(device: str) -> None:
+    layers = quantized("w8a8", device=device)
+    x = tokens(device=device).requires_grad_()
+    with pytest.raises(RuntimeError, match="matmul_int8_bf16_tn: a_scale requires a gradient"):
+        layers(x).sum().backward()
+
+
+def test_weight_only_layers_pass_gradients_on(device: str) -> None:
+    layers = quantized("w4a16", device=device)
+    x = tokens(device=device).requires_grad_()
+    y = layers[0](x)
+    y.sum().backward()
+    w = oracle.weight(layers[0].weight, layers[0].scales, layers[0].zeros, K)
+    ones = torch.ones(3, 5, N, dtype=torch.float64, device=device)
+    assert_close(x.grad, ones @ w, ones @ w.abs())

@@ -1,0 +1,297 @@
+"""torch.library.opcheck for every op, gradients and vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from gemm_case import Call, Case, build
+from strategies import BF16, FP16, FP32
+from tolerance import assert_close, assert_identical
+from torch import Tensor
+from torch.library import opcheck
+
+import intlass_ops
+from intlass_ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn
+
+OPS = torch.ops.intlass
+
+
+def _x(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _codes(*shape: int) -> Tensor:
+    return torch.randint(-8, 8, shape, generator=torch.Generator().manual_seed(0))
+
+
+def _matmul(case: Case, **requires_grad: bool) -> tuple[Any, tuple[Any, ...]]:
+    """The op of a case and its arguments in the schema's order."""
+    call = build(case, "cpu", numbers="random")
+    o = call.options
+    if requires_grad.get("a"):
+        call.a = call.a.detach().requires_grad_()
+    if requires_grad.get("bias"):
+        o["bias"] = o["bias"].detach().requires_grad_()
+    last = (o.get("a_zero"), o.get("alpha"), o.get("bias"), case.out)
+    if case.w == "s8":
+        args = (call.a, call.w, o.get("a_scale"), call.scales, *last)
+        return OPS.matmul_int8_bf16_tn.default, args
+    args = (call.a, call.w, call.scales, o.get("zeros"), case.k, o.get("a_scale"), *last)
+    return OPS.matmul_int4_bf16_tn.default, args
+
+
+_DYNAMIC, _STATIC = OPS.quantize_dynamic.default, OPS.quantize_static.default
+SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
+    "pack": (OPS.pack_int4.default, (_codes(3, 5),), {}),
+    "pack-int8-transposed": (OPS.pack_int4.default, (_codes(6, 4).to(torch.int8).T,), {}),
+    "unpack": (OPS.unpack_int4.default, (oracle.pack(_codes(3, 5)), 5), {}),
+    "unpack-u4": (OPS.unpack_int4.default, (oracle.pack(_codes(2, 3, 6)), 6), {"signed": False}),
+    "quantize-token": (_DYNAMIC, (_x(3, 8), 8, "token", None, True, None), {}),
+    "quantize-group": (_DYNAMIC, (_x(2, 3, 32, dtype=BF16), 4, "group", 16, False, None), {}),
+    "quantize-channel": (_DYNAMIC, (_x(8, 3).T, 4, "channel", None, True, None), {}),
+    "quantize-tensor": (_DYNAMIC, (_x(4, 6, dtype=FP16), 8, "tensor", None, False, 7), {}),
+    "static-token": (_STATIC, (_x(3, 8), _x(3, 1), None, 8, "token", None, None), {}),
+    "static-group": (
+        _STATIC,
+        (_x(3, 32), _x(3, 2), _codes(3, 2).to(torch.int32), 4, "group", 16, 5),
+        {},
+    ),
+    "dequantize-u4": (
+        OPS.dequantize.default,
+        (oracle.pack(_codes(4, 32)), _x(4, 2), _x(4), 32, BF16),
+        {},
+    ),
+    "dequantize-s8": (
+        OPS.dequantize.default,
+        (_codes(9, 4).to(torch.int8).T, _x(), None, 9, FP32),
+        {},
+    ),
+    "w4a16": (
+        *_matmul(
+            Case("bf16", "u4", (2, 3), 7, 48, groups=3, bias=BF16, alpha="tensor"),
+            a=True,
+            bias=True,
+        ),
+        {},
+    ),
+    "w4a16-fp32": (*_matmul(Case("fp32", "s4", (3,), 5, 33), a=True), {}),
+    "w4a8": (
+        *_matmul(
+            Case("s8", "u4", (3,), 7, 64, groups=2, a_scale="token", a_zero=torch.int32, bias=FP32),
+            bias=True,
+        ),
+        {},
+    ),
+    "w4a4": (
+        *_matmul(Case("u4", "s4", (3,), 7, 33, a_scale="flat", a_zero=torch.uint8, out=FP16)),
+        {},
+    ),
+    "w8a16": (
+        *_matmul(Case("fp16", "s8", (4,), 7, 48, groups=3, bias=FP32, out=FP32), a=True, bias=True),
+        {},
+    ),
+    "w8a8": (
+        *_matmul(Case("s8", "s8", (2, 3), 7, 33, a_scale="token", a_zero=FP32, alpha="tensor")),
+        {},
+    ),
+    "w8a8-transposed": (*_matmul(Case("s8", "s8", (3,), 8, 16, w_layout="transposed")), {}),
+}
+
+
+def _to(value: Any, device: str) -> Any:
+    if not isinstance(value, Tensor) or device == "cpu":
+        return value
+    return value.detach().to(device).requires_grad_(value.requires_grad)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name: str, device: str) -> None:
+    """Schema, fake kernel, autograd registration, AOT dispatch with dynamic shapes."""
+    op, args, kwargs = SAMPLES[name]
+    opcheck(op, tuple(_to(a, device) for a in args), kwargs)
+
+
+def test_opcheck_of_a_quantiser_that_must_refuse_gradients(device: str) -> None:
+    """Without AOT dispatch, which would go backward; test_quantize_ops.py does, and is refused."""
+    x = _x(3, 8).to(device).requires_grad_()
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(_DYNAMIC, (x, 8, "token", None, True, None), test_utils=checks)
+
+
+def test_every_op_has_a_sample() -> None:
+    sampled = {op._schema.name for op, _, _ in SAMPLES.values()}
+    assert sampled == {
+        f"intlass::{name}"
+        for name in (
+            "pack_int4",
+            "unpack_int4",
+            "quantize_dynamic",
+            "quantize_static",
+            "matmul_int4_bf16_tn",
+            "matmul_int8_bf16_tn",
+            "dequantize",
+        )
+    }
+
+
+# ---------------------------------------------------------------------------------------- gradients
+
+
+def _differentiable(case: Case, device: str, numbers: str) -> Call:
+    call = build(case, device, numbers=numbers)
+    call.a.requires_grad_()
+    call.options["bias"].requires_grad_()
+    return call
+
+
+def _expected_gradients(call: Call, grad: Tensor) -> tuple[oracle.Expected, oracle.Expected]:
+    """float64 dX and dbias with their magnitudes."""
+    w = oracle.weight(call.w, call.scales, call.options.get("zeros"), call.case.k)
+    alpha = float(call.options.get("alpha", 1.0))
+    g = grad.double()
+    rows = g.reshape(-1, g.shape[-1])
+    return (
+        oracle.Expected(alpha * (g @ w), abs(alpha) * (g.abs() @ w.abs())),
+        oracle.Expected(rows.sum(0), rows.abs().sum(0)),
+    )
+
+
+_GRADIENT_CASES = [
+    Case(x, w, lead, 24, k, groups, alpha=alpha, bias=bias, out=out)
+    for x, w, lead, k, groups, alpha, bias, out in (
+        ("fp32", "s4", (5,), 48, 3, "none", FP32, None),
+        ("fp32", "u4", (2, 3), 33, 1, "float", BF16, None),
+        ("bf16", "u4", (5,), 64, 2, "tensor", FP32, None),
+        ("bf16", "s8", (7,), 32, 1, "none", BF16, FP32),
+        ("fp16", "s8", (), 48, 3, "float", FP16, BF16),
+        ("fp16", "s4", (1,), 32, 1, "none", FP32, None),
+    )
+]
+
+
+@pytest.mark.parametrize("case", _GRADIENT_CASES, ids=str)
+def test_gradients_of_integers_are_exact(case: Case, device: str) -> None:
+    call = _differentiable(case, device, "exact")
+    y = call.run()
+    grad = torch.randint(-2, 3, y.shape, generator=torch.Generator().manual_seed(1))
+    grad = grad.to(y.dtype).to(device)
+    y.backward(grad)
+    expected_a, expected_bias = _expected_gradients(call, grad)
+    assert_identical(call.a.grad, oracle.round_to(expected_a.y, call.a.dtype))
+    bias = call.options["bias"]
+    assert_identical(bias.grad, oracle.round_to(expected_bias.y, bias.dtype))
+
+
+@pytest.mark.parametrize("case", _GRADIENT_CASES, ids=str)
+def test_gradients_stay_within_the_tolerance(case: Case, device: str) -> None:
+    call = _differentiable(case, device, "random")
+    y = call.run()
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype).to(device)
+    y.backward(grad)
+    expected_a, expected_bias = _expected_gradients(call, grad)
+    assert_close(call.a.grad, *expected_a)
+    assert_close(call.options["bias"].grad, *expected_bias)
+
+
+@pytest.mark.parametrize("wanted", ["a", "bias"])
+def test_only_the_gradient_that_is_wanted(wanted: str, device: str) -> None:
+    call = build(Case("bf16", "u4", bias=FP32), device)
+    leaves = {"a": call.a, "bias": call.options["bias"]}
+    leaves[wanted].requires_grad_()
+    call.run().float().sum().backward()
+    assert {name for name, leaf in leaves.items() if leaf.grad is not None} == {wanted}
+
+
+def test_the_bias_of_integer_activations_has_a_gradient(device: str) -> None:
+    call = build(Case("s8", "s8", a_scale="token", bias=FP32), device)
+    call.options["bias"].requires_grad_()
+    call.run().float().sum().backward()
+    assert call.options["bias"].grad.tolist() == [5.0] * 48
+
+
+@pytest.mark.parametrize("name", ["scales", "zeros", "alpha", "a_scale", "a_zero"])
+def test_gradients_that_do_not_exist_are_refused_by_name(name: str, device: str) -> None:
+    x = "s8" if name.startswith("a_") else "bf16"
+    a_zero = FP32 if name == "a_zero" else None
+    case = Case(
+        x, "u4", zero=FP32, alpha="tensor", a_scale="token" if x == "s8" else "none", a_zero=a_zero
+    )
+    call = build(case, device)
+    (call.scales if name == "scales" else call.options[name]).requires_grad_()
+    y = call.run()  # inference without no_grad() stays possible
+    with pytest.raises(RuntimeError, match=f"^matmul_int4_bf16_tn: {name} requires a gradient"):
+        y.float().sum().backward()
+
+
+def test_no_graph_is_kept_without_gradients(device: str) -> None:
+    call = build(Case("bf16", "u4", bias=FP32), device)
+    assert not call.run().requires_grad
+    call.a.requires_grad_()
+    with torch.no_grad():
+        assert not call.run().requires_grad
+
+
+# --------------------------------------------------------------------------------------------- vmap
+
+
+def _powers_of_two(*shape: int) -> Tensor:
+    return torch.exp2(_codes(*shape) % 3)
+
+
+def _loop(fn: Callable[..., Tensor], in_dims: tuple[int | None, ...], *args: Tensor) -> Tensor:
+    size = next(a.shape[d] for a, d in zip(args, in_dims, strict=True) if d is not None)
+    return torch.stack(
+        [
+            fn(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(size)
+        ]
+    )
+
+
+@pytest.mark.parametrize("in_dims", [(0, None, None), (1, None, None), (0, 0, 0), (None, 0, None)])
+def test_vmap_of_float_activations(in_dims: tuple[int | None, ...], device: str) -> None:
+    a = _codes(4, 4, 32).to(BF16).to(device)
+    w = oracle.pack(_codes(4, 6, 32)).to(device)
+    scales = _powers_of_two(4, 6, 2).to(device)
+    args = (
+        a,
+        w if in_dims[1] is not None else w[0],
+        scales if in_dims[2] is not None else scales[0],
+    )
+    y = torch.vmap(matmul_int4_bf16_tn, in_dims=in_dims)(*args)
+    assert_identical(y, _loop(matmul_int4_bf16_tn, in_dims, *args))
+
+
+@pytest.mark.parametrize("in_dims", [(0, None, None, None), (0, None, 0, None), (0, 0, 0, 0)])
+@pytest.mark.parametrize("a_scale_shape", [(4, 5, 1), (4, 5), (4, 1)], ids=str)
+def test_vmap_of_integer_activations_with_scales_per_token(
+    in_dims: tuple[int | None, ...], a_scale_shape: tuple[int, ...], device: str
+) -> None:
+    args = [
+        _codes(4, 5, 32).to(torch.int8),
+        _codes(4, 6, 32).to(torch.int8),
+        _powers_of_two(*a_scale_shape),
+        _powers_of_two(4, 6, 2),
+    ]
+    args = [
+        t.to(device) if d is not None else t[0].to(device)
+        for t, d in zip(args, in_dims, strict=True)
+    ]
+    y = torch.vmap(matmul_int8_bf16_tn, in_dims=in_dims)(*args)
+    assert_identical(y, _loop(matmul_int8_bf16_tn, in_dims, *args))
+
+
+def test_vmap_of_packing(device: str) -> None:
+    codes = _codes(5, 3, 6).to(device)
+    packed = torch.vmap(intlass_ops.pack_int4, in_dims=1)(codes)
+    assert_identical(packed, oracle.pack(codes.movedim(1, 0)))
+    back = torch.vmap(lambda p: intlass_ops.unpack_int4(p, 6), in_dims=2, out_dims=1)(
+        packed.movedim(0, 2)
+    )
+    assert_identical(back.long(), codes)
+    with pytest.raises(ValueError, match="pack_int4: q is a scalar"):
+        torch.vmap(intlass_ops.pack_int4)(torch.arange(4, device=device))

@@ -1,0 +1,53 @@
+"""Compiles the kernels of the common GPU tests in parallel, before the first of them runs.
+
+Each kernel costs NVRTC up to seconds on one core. The calls themselves say which kernels they need:
+they are made once with a stand-in that notes the configuration in place of launching it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import strategies
+import torch
+from gemm_case import build
+
+from intlass_ops import quantize_int4, quantize_int8
+from intlass_ops.cuda import jit
+
+
+@functools.cache
+def compile_common_kernels() -> None:
+    cases = (
+        strategies.cover,
+        strategies.dtype_cases,
+        strategies.table_cases,
+        strategies.identity_cases,
+        strategies.long_cases,
+        strategies.special_cases,
+        strategies.random_gpu_cases,
+    )
+    calls = [build(case, "cuda").run for make in cases for case in make()]
+    for shape, granularity, group_size in strategies.QUANTIZED_SHAPES:
+        for dtype, symmetric in itertools.product(strategies.FLOATS, (True, False)):
+            x = torch.zeros(shape, dtype=dtype, device="cuda")
+            options = {"granularity": granularity, "group_size": group_size, "symmetric": symmetric}
+            calls += [functools.partial(q, x, **options) for q in (quantize_int8, quantize_int4)]
+    noted: dict[Any, None] = {}
+
+    class Note:
+        def launch(self, *_: object) -> None:
+            pass
+
+    def note(config: Any, _device_index: int) -> Note:
+        noted[config] = None
+        return Note()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jit, "get", note)
+        for call in calls:
+            call()
+    jit.warmup(list(noted), progress=False)
