@@ -15,7 +15,14 @@ from typing import ClassVar
 
 SPAN_K = 32  # k of one span, operands.cuh
 BITS = {"bf16": 16, "fp16": 16, "s8": 8, "s4": 4, "u4": 4}
-OUT_BYTES = {"__nv_bfloat16": 2, "__half": 2, "float": 4}
+TYPE_BYTES = {
+    "float": 4,
+    "int": 4,
+    "__nv_bfloat16": 2,
+    "__half": 2,
+    "signed char": 1,
+    "unsigned char": 1,
+}
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
 
@@ -23,8 +30,9 @@ class Grouping(IntEnum):
     """How the scale groups of a row lie in the spans of the main loop (gemm.cu)."""
 
     CHANNEL = 0  # one group: scaled once, after all of K
-    ALIGNED = 1  # groups of whole spans
-    STRADDLING = 2  # a group may end inside a span: group_size 16, 48, ...
+    TILE = 1  # groups of whole block_k
+    SPAN = 2  # groups of whole spans
+    STRADDLING = 3  # a group may end inside a span: group_size 16, 48, ...
 
 
 @dataclass(frozen=True)
@@ -93,15 +101,19 @@ class Gemm:
 
     @property
     def smem_bytes(self) -> int:
+        """The ring, and in its place the epilogue's tile with the vectors of its rows."""
         bits = self.block_m * BITS[self.x_kind] + self.block_n * BITS[self.w_kind]
         ring = self.num_stages * bits * self.block_k // 8
-        out = OUT_BYTES[self.out_type]
+        out = TYPE_BYTES[self.out_type]
         vectors = 4 * (2 * self.block_m + self.block_n)
         return max(ring, vectors + self.block_m * (self.block_n + 16 // out) * out)
 
-    def blocks(self, m: int, n: int) -> int:
+    def tiles(self, m: int, n: int) -> int:
         """Output tiles, each the work of split_k thread blocks."""
         return math.ceil(m / self.block_m) * math.ceil(n / self.block_n)
+
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        return self.tiles(m, n), self.split_k, 1
 
     @property
     def values_per_block(self) -> int:
@@ -134,9 +146,6 @@ class Skinny:
 
     source: ClassVar[str] = "skinny.cu"
     entry: ClassVar[str] = "skinny"
-    split_k: ClassVar[int] = 1
-    smem_bytes: ClassVar[int] = 0
-
     x_kind: str
     w_kind: str
     scale_type: str
@@ -151,14 +160,20 @@ class Skinny:
     chunks_per_group: int
     grouping: int
     has_zeros: bool
+    whole: bool
     has_a_zero: bool = False
 
     @property
     def threads(self) -> int:
         return 32 * self.warps
 
-    def blocks(self, m: int, n: int) -> int:
-        return math.ceil(n / (16 * self.tiles_n))
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        return math.ceil(n / (16 * self.tiles_n)), 1, 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory: none, the warps' sums are static."""
+        return 0
 
     def __str__(self) -> str:
         return (
@@ -191,10 +206,20 @@ def why_not_skinny(shape: Shape) -> str | None:
 
 
 def _pick_skinny(device: Device, shape: Shape) -> Skinny:
+    """32 rows a block; warps by how many blocks there are: few blocks need many loads in flight.
+
+    Measured on an H200 over warps x unroll x rows (docs/notes/kernels.md): the best of each shape
+    holds 16 warps of 128 registers on an SM, as one, two or four blocks.
+    """
     chunk_k = 512 // BITS[shape.w_kind]
     chunks = math.ceil(shape.k / chunk_k)
-    warps = 16 if chunks > 16 else 8
-    channel = grouping_of(shape.k, shape.group_size) is Grouping.CHANNEL
+    blocks = math.ceil(shape.n / 32)
+    warps = 16 if blocks <= device.sm_count else 8 if chunks > 32 or blocks < 512 else 4
+    # Zero points and the second half of a chunk's groups need registers that a second chunk holds.
+    groups_per_chunk = max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
+    unroll = 1 if shape.has_zeros or groups_per_chunk > 1 else 2
+    while warps > 1 and warps * unroll > chunks:
+        warps //= 2
     return Skinny(
         x_kind=shape.x_kind,
         w_kind=shape.w_kind,
@@ -202,14 +227,15 @@ def _pick_skinny(device: Device, shape: Shape) -> Skinny:
         zero_type=shape.zero_type,
         out_type=shape.out_type,
         tiles_m=math.ceil(shape.m / 8),
-        tiles_n=1,
+        tiles_n=2,
         warps=warps,
-        unroll=2,
-        blocks_per_sm=1,
-        groups_per_chunk=1 if channel else max(1, chunk_k // shape.group_size),
-        chunks_per_group=1 if channel else max(1, shape.group_size // chunk_k),
-        grouping=min(grouping_of(shape.k, shape.group_size), Grouping.ALIGNED),
+        unroll=unroll,
+        blocks_per_sm=16 // warps if warps > 2 else 4,
+        groups_per_chunk=groups_per_chunk,
+        chunks_per_group=max(1, min(shape.group_size, shape.k) // chunk_k),
+        grouping=Grouping.CHANNEL if shape.group_size >= shape.k else Grouping.SPAN,
         has_zeros=shape.has_zeros,
+        whole=shape.k % (chunk_k * warps * unroll) == 0,
     )
 
 
@@ -248,10 +274,12 @@ class Shape:
     group_size: int
 
 
-def grouping_of(k: int, group_size: int) -> Grouping:
+def grouping_of(k: int, group_size: int, block_k: int) -> Grouping:
     if group_size >= k:
         return Grouping.CHANNEL
-    return Grouping.STRADDLING if group_size % SPAN_K else Grouping.ALIGNED
+    if group_size % block_k == 0:
+        return Grouping.TILE
+    return Grouping.STRADDLING if group_size % SPAN_K else Grouping.SPAN
 
 
 @lru_cache(maxsize=65536)
@@ -262,16 +290,12 @@ def pick(device: Device, shape: Shape) -> Gemm | Skinny:
 
 def _pick_gemm(device: Device, shape: Shape) -> Gemm:
     """Tile by M, stages by shared memory, split_k by SM count."""
-    if shape.m <= 8:
-        block_m, block_n, warps_m, warps_n = 8, 64, 1, 4
-    elif shape.m <= 16:
-        block_m, block_n, warps_m, warps_n = 16, 64, 1, 4
-    elif shape.m <= 32:
-        block_m, block_n, warps_m, warps_n = 32, 64, 1, 4
-    elif shape.m <= 256:
-        block_m, block_n, warps_m, warps_n = 64, 64, 1, 4
+    wide = shape.x_kind == "s8" and shape.w_kind == "s8" and shape.m > 512
+    if wide and shape.group_size >= shape.k and not shape.has_a_zero:
+        block_m, block_n, warps_m, warps_n, num_stages = 128, 128, 2, 2, 3
     else:
-        block_m, block_n, warps_m, warps_n = 64, 128, 1, 4
+        block_m = min(64, max(8, 1 << (shape.m - 1).bit_length())) if shape.m else 8
+        block_n, warps_m, warps_n, num_stages = 128, 1, 4, 4
     config = Gemm(
         x_kind=shape.x_kind,
         w_kind=shape.w_kind,
@@ -283,9 +307,9 @@ def _pick_gemm(device: Device, shape: Shape) -> Gemm:
         block_k=128,
         warps_m=warps_m,
         warps_n=warps_n,
-        num_stages=4,
+        num_stages=num_stages,
         split_k=1,
-        grouping=grouping_of(shape.k, shape.group_size),
+        grouping=grouping_of(shape.k, shape.group_size, 128),
         has_zeros=shape.has_zeros,
         has_a_zero=shape.has_a_zero,
         aligned=shape.aligned,
@@ -294,10 +318,10 @@ def _pick_gemm(device: Device, shape: Shape) -> Gemm:
         config = replace(config, num_stages=config.num_stages - 1)
     if problem := why_illegal(config, device):
         raise ValueError(f"no configuration for {shape} on {device.arch}: {problem}")
-    tiles = config.blocks(shape.m, shape.n)
+    tiles = config.tiles(shape.m, shape.n)
     k_tiles = math.ceil(shape.k / config.block_k)
-    # Fill the GPU twice over, in stripes of at least four tiles of K; powers of two: few kernels.
-    wanted = min(2 * device.sm_count // max(tiles, 1), k_tiles // 4, 8)
+    # One block for each SM, in stripes of at least four tiles of K; powers of two: few kernels.
+    wanted = min(device.sm_count // max(tiles, 1), k_tiles // 4, 8)
     return replace(config, split_k=1 << max(wanted, 1).bit_length() - 1)
 
 
@@ -316,8 +340,6 @@ class Quantize:
     threads_per_segment: int
     threads: int
     chunks: int
-
-    smem_bytes: ClassVar[int] = 0
 
     def __str__(self) -> str:
         return f"quantize int{self.bits} {self.threads_per_segment}x{self.vector}x{self.chunks}"
@@ -360,25 +382,25 @@ PAIRS = (
 def shipped_configs() -> Iterator[tuple[Gemm | Skinny | Quantize, tuple[str, ...]]]:
     """A covering set of what the picks can return, each with the architectures it is built for.
 
-    Every pair of kinds meets every grouping and block shape; scale, zero and output types, which
-    only change a load or a store, rotate through it.
+    Every pair of kinds meets every block shape and every grouping; groups, scale, zero and output
+    types, which change little code, rotate through the combinations rather than multiply them.
     """
     types = ("__nv_bfloat16", "float", "__half")
+    zero_types = (*types, "unsigned char", "int")
     turn = 0
     for x, w in PAIRS:
-        for m in (1, 8, 16, 32, 64, 4096):
-            for group_size in (4096, 128, 16):
-                has_a_zero = x == "u4" or (x == "s8" and m == 32)
+        for m in (1, 16, 32, 64, 4096):
+            for group_size in (4096, 128, 16) if m == 64 else ((4096, 128, 64, 32, 16)[turn % 5],):
                 turn += 1
                 shape = Shape(
                     x_kind=x,
                     w_kind=w,
                     scale_type=types[turn % 3],
-                    zero_type=types[turn // 3 % 3] if w == "u4" else "float",
+                    zero_type=zero_types[turn % 5] if w == "u4" else "float",
                     out_type=types[turn // 2 % 3],
                     has_zeros=w == "u4",
-                    has_a_zero=has_a_zero,
-                    aligned=turn % 5 != 0,
+                    has_a_zero=x == "u4" or (x == "s8" and m == 32),
+                    aligned=turn % 7 != 0,
                     m=m,
                     n=4096,
                     k=4096,
@@ -386,9 +408,7 @@ def shipped_configs() -> Iterator[tuple[Gemm | Skinny | Quantize, tuple[str, ...
                 )
                 for arch in ARCHS:
                     yield pick(device_of(arch), shape), (arch,)
-    for x_type in types:
-        for bits in (8, 4):
-            for symmetric in (True, False):
-                for vector, length in ((8, 64), (8, 4096), (2, 5), (8, 100_000)):
-                    stochastic = length == 64
-                    yield pick_quantize(x_type, bits, symmetric, stochastic, vector, length), ARCHS
+    for turn, (bits, symmetric) in enumerate(((8, True), (4, False), (8, False), (4, True))):
+        for x_type in types:
+            for vector, length in ((8, 4096), (2, 5), (8, 100_000)):
+                yield pick_quantize(x_type, bits, symmetric, turn > 1, vector, length), ARCHS

@@ -73,98 +73,73 @@ _load_lock = threading.Lock()
 def matmul_int4_a16(
     a: Tensor, packed_w: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, k: int
 ) -> Tensor | None:
-    """float32 [M, N] = a @ w.T, w = (q - zeros) * scales, or None where nothing fast fits.
+    """float32 [..., N] = a @ w.T, w = (q - zeros) * scales, or None where nothing fast fits.
 
-    a [M, K] floating; packed_w uint8 [N, ceil(K/2)]; scales, zeros [1 or N, 1 or K/group_size].
+    a [..., K] floating; packed_w uint8 [N, ceil(K/2)]; scales, zeros [1 or N, 1 or K/group_size].
     """
-    kernels = _kernels()
+    kernels = _loaded or _kernels()
     if kernels is None or not _has_memory(a, packed_w):
         return None
-    m, n = a.shape[0], packed_w.shape[0]
+    n = packed_w.shape[0]
+    m = a.numel() // k
     a, packed_w = _dense(a), packed_w.contiguous()
-    zeros = None if zeros is None else _readable(zeros)
-    y = a.new_empty(m, n)
+    if zeros is not None and zeros.dtype not in _KIND:
+        zeros = zeros.to(torch.float32)
+    y = a.new_empty((*a.shape[:-1], n))
     threads = torch.get_num_threads()
+    tables = (*_table(scales), *_table(zeros))
     if m < _DENSE_FROM_M:
         kernels["matmul_int4"](
-            y.data_ptr(),
-            a.data_ptr(),
-            m,
-            packed_w.data_ptr(),
-            *_table(scales),
-            *_table(zeros),
-            n,
-            k,
-            group_size,
-            threads,
+            y.data_ptr(), a.data_ptr(), m, packed_w.data_ptr(), *tables, n, k, group_size, threads
         )
         return y
-    even_odd = torch.cat((a[:, 0::2], a[:, 1::2]), dim=1)  # the order of decoded rows
+    x = a.view(m, k)
+    even_odd = torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)  # the order of decoded rows
 
     def decode(first: int, count: int, block: Tensor) -> None:
-        kernels["dequantize_int4"](
-            block.data_ptr(),
-            packed_w[first:].data_ptr(),
-            *_table(scales, first),
-            *_table(zeros, first),
-            count,
-            k,
-            group_size,
-            threads,
-        )
+        codes = packed_w[first:].data_ptr()
+        tables = (*_table(scales, first), *_table(zeros, first))
+        kernels["dequantize_int4"](block.data_ptr(), codes, *tables, count, k, group_size, threads)
 
     return _by_blocks(even_odd, y, decode)
 
 
 def matmul_int8_a16(a: Tensor, b: Tensor, scales: Tensor, group_size: int) -> Tensor | None:
-    """float32 [M, N] = a @ w.T, w = b * scales, or None where nothing fast fits.
+    """float32 [..., N] = a @ w.T, w = b * scales, or None where nothing fast fits.
 
-    a [M, K] floating; b int8 [N, K]; scales [1 or N, 1 or K/group_size].
+    a [..., K] floating; b int8 [N, K]; scales [1 or N, 1 or K/group_size].
     """
-    kernels = _kernels()
+    kernels = _loaded or _kernels()
     if kernels is None or not _has_memory(a, b):
         return None
-    m, (n, k) = a.shape[0], b.shape
+    n, k = b.shape
+    m = a.numel() // k
     a, b = _dense(a), b.contiguous()
-    y = a.new_empty(m, n)
+    y = a.new_empty((*a.shape[:-1], n))
     threads = torch.get_num_threads()
     if m < _DENSE_FROM_M:
         kernels["matmul_int8"](
-            y.data_ptr(),
-            a.data_ptr(),
-            m,
-            b.data_ptr(),
-            *_table(scales),
-            n,
-            k,
-            group_size,
-            threads,
+            y.data_ptr(), a.data_ptr(), m, b.data_ptr(), *_table(scales), n, k, group_size, threads
         )
         return y
 
     def decode(first: int, count: int, block: Tensor) -> None:
-        kernels["dequantize_int8"](
-            block.data_ptr(),
-            b[first:].data_ptr(),
-            *_table(scales, first),
-            count,
-            k,
-            group_size,
-            threads,
-        )
+        codes = b[first:].data_ptr()
+        table = _table(scales, first)
+        kernels["dequantize_int8"](block.data_ptr(), codes, *table, count, k, group_size, threads)
 
-    return _by_blocks(a, y, decode)
+    return _by_blocks(a.view(m, k), y, decode)
 
 
-def _by_blocks(a: Tensor, y: Tensor, decode: Callable[[int, int, Tensor], None]) -> Tensor:
-    """y = a @ w.T, with some rows of w at a time made by ``decode(first, count, block)``."""
-    n, k = y.shape[1], a.shape[1]
+def _by_blocks(x: Tensor, y: Tensor, decode: Callable[[int, int, Tensor], None]) -> Tensor:
+    """y = x @ w.T, with some rows of w at a time made by ``decode(first, count, block)``."""
+    (m, k), n = x.shape, y.shape[-1]
     rows = min(n, max(64, _BLOCK_ELEMENTS // k))
-    block = a.new_empty(rows, k)
+    block, out = x.new_empty(rows, k), y.view(m, n)
     for first in range(0, n, rows):
         count = min(rows, n - first)
         decode(first, count, block)
-        torch.mm(a, block[:count].T, out=y[:, first : first + count])
+        torch.mm(x, block[:count].T, out=out[:, first : first + count])
     return y
 
 
@@ -177,10 +152,6 @@ def _dense(a: Tensor) -> Tensor:
     return (a if a.dtype is torch.float32 else a.to(torch.float32)).contiguous()
 
 
-def _readable(t: Tensor) -> Tensor:
-    return t if t.dtype in _KIND else t.to(torch.float32)
-
-
 def _table(t: Tensor | None, first: int = 0) -> tuple[int | None, int, int, int]:
     """A [1 or N, 1 or G] table from row ``first``: address, kind, strides (0 where it repeats)."""
     if t is None:
@@ -189,7 +160,9 @@ def _table(t: Tensor | None, first: int = 0) -> tuple[int | None, int, int, int]
     row, column = t.stride()
     if rows == 1:
         row = 0
-    address = t.data_ptr() + t.element_size() * first * row
+    address = t.data_ptr()
+    if first:
+        address += t.element_size() * first * row
     return address, _KIND[t.dtype], row, column if columns > 1 else 0
 
 

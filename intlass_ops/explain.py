@@ -139,15 +139,16 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
 @contextlib.contextmanager
 def _module_paths(fn: Callable[..., Any]) -> Iterator[None]:
+    def leave(*_: object) -> None:
+        _modules.pop()
+
     handles = []
     if isinstance(fn, torch.nn.Module) and not hasattr(fn, "_orig_mod"):
         for name, module in fn.named_modules():
             handles.append(
                 module.register_forward_pre_hook(lambda _m, _a, name=name: _modules.append(name))
             )
-            handles.append(
-                module.register_forward_hook(lambda *_: _modules.pop() and None, always_call=True)
-            )
+            handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:

@@ -60,15 +60,15 @@ class RepeatInterleave(Idiom):
 
 class IntegerZeros(Idiom):
     def forward(self, x: Tensor) -> Tensor:
-        q = self.unpack().to(torch.int32).view(N, -1, GROUP) - self.z.to(torch.int32)[..., None]
-        return x @ (q.to(self.dtype) * self.s[..., None]).reshape(N, K).T
+        q = self.unpack().to(torch.int32).view(N, -1, GROUP) - self.z.to(torch.int32).unsqueeze(-1)
+        return x @ (q.to(self.dtype) * self.s.unsqueeze(-1)).reshape(N, K).T
 
 
 class DivideByInverse(Idiom):
     def forward(self, x: Tensor) -> Tensor:
         q = self.unpack().float().view(N, -1, GROUP)
         inverse = 1.0 / self.s.float()
-        w = (q - self.z.float()[..., None]) / inverse[..., None]
+        w = (q - self.z.float().unsqueeze(-1)) / inverse.unsqueeze(-1)
         return nn.functional.linear(x, w.view(N, K).to(self.dtype))
 
 
@@ -81,14 +81,14 @@ class AddShift(Idiom):
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.unpack().to(self.dtype).view(N, -1, GROUP)
-        return x @ torch.addcmul(self.b[..., None], q, self.s[..., None]).view(N, K).t()
+        return x @ torch.addcmul(self.b.unsqueeze(-1), q, self.s.unsqueeze(-1)).view(N, K).t()
 
 
 class SignExtendWhere(Idiom):
     def forward(self, x: Tensor) -> Tensor:
         q = self.unpack().to(torch.int8)
         q = torch.where(q > 7, q - 16, q)
-        w = q.to(self.dtype).view(N, -1, GROUP) * self.s[..., None]
+        w = q.to(self.dtype).view(N, -1, GROUP) * self.s.unsqueeze(-1)
         return nn.functional.linear(x, w.view(N, K))
 
 
@@ -96,7 +96,7 @@ class SignExtendShift(Idiom):
     def forward(self, x: Tensor) -> Tensor:
         p = self.p.view(torch.int8)
         q = torch.stack([(p << 4) >> 4, p >> 4], dim=-1).view(N, K)
-        w = q.to(self.dtype).view(N, -1, GROUP) * self.s[..., None]
+        w = q.to(self.dtype).view(N, -1, GROUP) * self.s.unsqueeze(-1)
         return nn.functional.linear(x, w.view(N, K))
 
 
@@ -107,7 +107,7 @@ class HalvesCat(Idiom):
 
     def forward(self, x: Tensor) -> Tensor:
         q = torch.cat([self.p % 16, self.p // 16], dim=1).to(self.dtype)
-        w = (q.view(N, -1, GROUP) - 8) * self.s[..., None]
+        w = (q.view(N, -1, GROUP) - 8) * self.s.unsqueeze(-1)
         return nn.functional.linear(x, w.flatten(1))
 
 
@@ -116,7 +116,7 @@ class Int32Words(Idiom):
 
     def setup(self, q: Tensor, s: Tensor, z: Tensor) -> None:
         shifts = torch.arange(8) * 4
-        words = (q.t().reshape(K // 8, 8, N) << shifts[None, :, None]).sum(1)
+        words = (q.t().reshape(K // 8, 8, N) << shifts.view(1, -1, 1)).sum(1)
         self.register_buffer("words", words.to(torch.int64).to(torch.int32))
         self.register_buffer("shifts", shifts.to(torch.int32))
         self.register_buffer("s", s.t().contiguous())
@@ -124,7 +124,7 @@ class Int32Words(Idiom):
         self.register_buffer("bias", torch.randn(N).to(s.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        q = (self.words[:, None, :] >> self.shifts[None, :, None]) & 15
+        q = (self.words.unsqueeze(1) >> self.shifts.view(1, -1, 1)) & 15
         q = q.reshape(K, N)
         s, z = self.s.repeat_interleave(GROUP, 0), self.z.repeat_interleave(GROUP, 0)
         return torch.matmul(x, (q - z).to(self.dtype) * s) + self.bias
@@ -137,9 +137,10 @@ class ActOrder(Int32Words):
         self.register_buffer("g_idx", (torch.randperm(K, generator=g) // GROUP).to(torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
-        q = ((self.words[:, None, :] >> self.shifts[None, :, None]) & 15).reshape(K, N)
+        q = ((self.words.unsqueeze(1) >> self.shifts.view(1, -1, 1)) & 15).reshape(K, N)
         g = self.g_idx.long()
-        return torch.matmul(x, (q - self.z[g]).to(self.dtype) * self.s[g])
+        z, s = (torch.ops.aten.index.Tensor(t, [g]) for t in (self.z, self.s))
+        return torch.matmul(x, (q - z).to(self.dtype) * s)
 
 
 class Int8PerChannel(Idiom):
@@ -149,7 +150,7 @@ class Int8PerChannel(Idiom):
         self.register_buffer("s", s[:, 0].clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.w.to(self.dtype) * self.s[:, None])
+        return nn.functional.linear(x, self.w.to(self.dtype) * self.s.unsqueeze(1))
 
 
 class Int8Epilogue(Int8PerChannel):
@@ -170,7 +171,7 @@ class Int8Asymmetric(Int8PerChannel):
         self.register_buffer("z", torch.rand(N, generator=g) * 100 + 70)
 
     def forward(self, x: Tensor) -> Tensor:
-        w = (self.w.float() - self.z[:, None]) * self.s.float()[:, None]
+        w = (self.w.float() - self.z.unsqueeze(1)) * self.s.float().unsqueeze(1)
         return nn.functional.linear(x, w.to(x.dtype))
 
 
@@ -238,7 +239,10 @@ class Table(Idiom):
         self.register_buffer("table", torch.linspace(-1, 1, 16).pow(3).to(s.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.table[self.unpack().long()].view(N, -1, GROUP) * self.s[..., None]
+        codes = self.unpack().long()
+        w = torch.ops.aten.index.Tensor(self.table, [codes]).view(N, -1, GROUP) * self.s.unsqueeze(
+            -1
+        )
         return nn.functional.linear(x, w.view(N, K))
 
 
@@ -283,7 +287,7 @@ class Clamped(SubMul):
 class Squared(Int8PerChannel):
     def forward(self, x: Tensor) -> Tensor:
         w = self.w.to(self.dtype)
-        return nn.functional.linear(x, w * w.abs() * self.s[:, None])
+        return nn.functional.linear(x, w * w.abs() * self.s.unsqueeze(1))
 
 
 AFFINE: dict[str, Callable[..., Idiom]] = {

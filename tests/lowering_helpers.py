@@ -70,9 +70,38 @@ def outcomes() -> list[str]:
 
 
 def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
-    assert y.shape == expected.shape and y.dtype == expected.dtype
+    assert y.shape == expected.shape
+    assert y.dtype == expected.dtype
     return float((y.float() - expected.float()).abs().max() / expected.float().abs().max())
 
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 SWAPPED, DECLINED, DENSE = records.SWAPPED, records.DECLINED, records.DENSE
+
+
+def cuda_trace(module: torch.nn.Module, x: torch.Tensor) -> torch.fx.Graph:
+    """The graph a CUDA model would hand to our pass, after the pass; needs no GPU.
+
+    Parameters and buffers become fake CUDA tensors; operations are decomposed as Inductor does.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = [
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
+            for t in state.values()
+        ]
+        fake_x = torch.empty(x.shape, dtype=x.dtype, device="cuda")
+
+        def call(x: torch.Tensor, *tensors: torch.Tensor) -> Any:
+            named = dict(zip(state, tensors, strict=True))
+            return torch.func.functional_call(module, named, (x,))
+
+        with torch.no_grad():
+            traced = make_fx(call, decomposition_table=select_decomp_table())(fake_x, *fakes)
+    graph = traced.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    graph_pass.rewrite(graph, graph_pass.editor_for(graph, frozenset(placeholders[1:])))
+    return graph

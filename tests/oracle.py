@@ -41,11 +41,9 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 def pack(codes: Tensor) -> Tensor:
     """Codes [..., K] to bytes [..., ceil(K/2)], even k in the low nibble; zero behind odd K."""
-    q = codes.cpu().numpy().astype(np.int64)
-    packed = np.zeros((*q.shape[:-1], -(-q.shape[-1] // 2)), dtype=np.uint8)
-    for k in range(q.shape[-1]):
-        packed[..., k // 2] |= ((q[..., k] % 16) << (4 * (k % 2))).astype(np.uint8)
-    return torch.from_numpy(packed).to(codes.device)
+    padded = torch.nn.functional.pad(codes.long() % 16, (0, codes.shape[-1] % 2))
+    pairs = padded.reshape(*codes.shape[:-1], padded.shape[-1] // 2, 2)
+    return (pairs[..., 0] + 16 * pairs[..., 1]).to(torch.uint8)
 
 
 def unpack(packed: Tensor, k: int, signed: bool) -> Tensor:

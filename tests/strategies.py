@@ -6,11 +6,14 @@ of them first, in parallel (warm_kernels.py).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from gemm_case import CODES, LAYOUTS, Case
 from hypothesis import strategies as st
+
+import intlass_ops as ia
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FLOATS = (FP32, BF16, FP16)
@@ -45,6 +48,17 @@ QUANTIZED_SHAPES: tuple[tuple[tuple[int, ...], Any, int | None], ...] = (
     ((3, 90), "group", 15),
     ((2, 4, 48), "group", 48),
 )
+
+SCHEMES = {
+    "w4a16": ia.Int4WeightOnly(group_size=32),
+    "w4a16-symmetric": ia.Int4WeightOnly(group_size=16, symmetric=True),
+    "w4a16-channel": ia.Int4WeightOnly(group_size=None),
+    "w8a16": ia.Int8WeightOnly(),
+    "w8a16-group": ia.Int8WeightOnly(group_size=32),
+    "w8a8": ia.Int8DynamicActivationInt8Weight(),
+    "w4a8": ia.Int8DynamicActivationInt4Weight(group_size=32),
+    "w4a4": ia.Int4DynamicActivationInt4Weight(group_size=32),
+}
 
 
 def a_zero_of(x: str) -> torch.dtype | None:
@@ -185,6 +199,70 @@ def random_gpu_cases() -> list[Case]:
         for g in (1, 2, 4)
         for layout in ("contiguous", "offset")
         for a_zero in ((None, torch.int32) if x == "s8" else (a_zero_of(x),))
+    ]
+
+
+# One of each kind of main loop: W4A16 with zero points, W4A8 with both kinds of them, W8A8, W4A4.
+KINDS = {
+    "w4a16": Case("bf16", "u4", k=320, groups=10, scale=BF16, bias=BF16),
+    "w4a8": Case("s8", "u4", k=320, groups=10, scale=BF16, a_scale="token", a_zero=torch.int32),
+    "w8a8": Case("s8", "s8", k=320, a_scale="token"),
+    "w4a4": Case("u4", "s4", k=320, a_zero=torch.uint8),
+}
+# K long enough to be split among blocks: one kind that has groups, one that has not.
+SPLIT = {
+    "w4a16": Case("bf16", "u4", (20,), 48, 8192, groups=64, scale=BF16, out=FP32),
+    "w8a8": Case("s8", "s8", (20,), 48, 8192, a_scale="token", a_zero=torch.int32, out=FP32),
+}
+# Few tokens, split K, many tiles: what runs on streams, in graphs and threads.
+MIXED = {
+    "few-tokens": Case("bf16", "u4", (1,), 256, 1024, groups=8, scale=BF16),
+    "split": SPLIT["w4a16"],
+    "split-integers": SPLIT["w8a8"],
+    "many-tokens": Case("fp16", "s8", (300,), 256, 512),
+}
+
+
+def k_cases(kind: str, m: int) -> list[Case]:
+    """Tails of words, of spans, of tiles and of stripes."""
+    sizes = (1, 7, 8, 9, 16, 31, 32, 33, 63, 65, 127, 128, 129, 130, 255, 257, 500, 2049, 4100)
+    return [replace(KINDS[kind], lead=(m,), k=k, groups=1) for k in sizes]
+
+
+def group_cases(kind: str, m: int) -> list[Case]:
+    """Groups that end inside a lane's word of a span, at its end, and after several tiles."""
+    return [
+        replace(KINDS[kind], lead=(m,), k=groups * size, groups=groups)
+        for size in (16, 32, 48, 64, 80, 96, 112, 128, 256, 512)
+        for groups in (1, 2, 3, 7)
+    ]
+
+
+def split_cases(kind: str) -> list[Case]:
+    """Stripes of whole groups and of parts of them; fewer stripes than there are blocks."""
+    return [
+        replace(SPLIT[kind], k=k, groups=1 if SPLIT[kind].groups == 1 else k // 128)
+        for k in (512, 1024, 2048, 4096, 6144, 8192)
+    ]
+
+
+def large_cases() -> list[Case]:
+    return [
+        Case(x, w, (1000,), 2048, 4096, groups=32 if w == "u4" else 1, out=BF16)
+        for x in ("bf16", "s8")
+        for w in ("u4", "s8")
+    ]
+
+
+def gpu_cases() -> list[Case]:
+    """One for each kernel of test_cuda_ops.py."""
+    return [
+        *(replace(c, lead=(m,), n=65) for c in KINDS.values() for m in (1, 9, 17, 33, 300)),
+        *(c for kind in KINDS for m in (1, 20) for c in k_cases(kind, m)),
+        *(c for kind in ("w4a16", "w4a8") for m in (1, 20) for c in group_cases(kind, m)),
+        *(c for kind in SPLIT for c in split_cases(kind)),
+        *MIXED.values(),
+        *large_cases(),
     ]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from gemm_case import Case, build
 from illegal import MUTATIONS, Mutation
-from strategies import BF16, FP32, a_zero_of
+from strategies import BF16, FP32, SCHEMES, a_zero_of
 from tolerance import assert_identical
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -22,14 +22,7 @@ from torch.export import Dim
 
 import intlass_ops as ia
 
-SCHEMES = {
-    "w4a16": ia.Int4WeightOnly(group_size=32),
-    "w8a16": ia.Int8WeightOnly(),
-    "w8a8": ia.Int8DynamicActivationInt8Weight(),
-    "w4a8": ia.Int8DynamicActivationInt4Weight(group_size=32),
-    "w4a4": ia.Int4DynamicActivationInt4Weight(group_size=32),
-}
-each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+each_scheme = pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w8a8", "w4a8", "w4a4"])
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""explain and strict: every dispatch is reported with its module, and fallbacks can be forbidden."""
+"""explain and strict: every dispatch is reported with its module, fallbacks can be forbidden."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_report_is_a_table_that_counts_repeated_calls(device: str) -> None:
     model, x = net(device), torch.randn(3, 64, device=device, dtype=BF16)
     explanation = ia.explain(lambda: [model(x) for _ in range(4)])
     lines = str(explanation).splitlines()
-    assert lines[0].split() == ["module", "op", "scheme", "M", "N", "K", "group", "kernel", "calls", "why"]
+    assert " ".join(lines[0].split()) == "module op scheme M N K group kernel calls why"
     assert len(lines) == 3
     assert all(" 4 " in line for line in lines[1:])
     assert "w4a16" in lines[1]

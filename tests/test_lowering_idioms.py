@@ -106,10 +106,10 @@ class DynamicActivation(nn.Module):
         if self.spelling == "int_mm":
             y = torch._int_mm(q, self.w.t()).float() * scale * self.s.float()
         elif self.spelling == "dequantised":
-            w = self.w.to(x.dtype) * self.s[:, None]
+            w = self.w.to(x.dtype) * self.s.unsqueeze(1)
             y = nn.functional.linear((q.to(x.dtype) * scale.to(x.dtype)), w)
         else:
-            w = self.w.float() * self.s.float()[:, None]
+            w = self.w.float() * self.s.float().unsqueeze(1)
             y = (q.float() * scale) @ w.t()
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 

@@ -130,7 +130,8 @@ def test_warm_caches_with_other_weights(tmp_path: Path, monkeypatch: pytest.Monk
         hits = dynamo_counters["aot_autograd"]["autograd_cache_hit"]
         hits += dynamo_counters["inductor"]["fxgraph_cache_hit"]
         bypasses = dynamo_counters["inductor"]["fxgraph_cache_bypass"]
-        assert hits >= 1 and bypasses == 0, dict(dynamo_counters["inductor"])
+        assert hits >= 1, dict(dynamo_counters["aot_autograd"])
+        assert bypasses == 0, dict(dynamo_counters["inductor"])
     torch._dynamo.reset()
 
 
@@ -151,7 +152,9 @@ def test_training_keeps_every_gradient() -> None:
         model.zero_grad()
         x = X.clone().requires_grad_()
         call(x).float().square().sum().backward()  # type: ignore[operator]
-        assert x.grad is not None and model.a.grad is not None and model.b.grad is not None
+        assert x.grad is not None
+        assert model.a.grad is not None
+        assert model.b.grad is not None
         return [x.grad, model.a.grad.clone(), model.b.grad.clone()]
 
     with fresh():
@@ -227,7 +230,8 @@ def test_backend_takes_mode_and_options() -> None:
         other = Remember()
         options = {"joint_custom_pre_pass": other}
         y = torch.compile(module, backend=lowering.backend, options=options)(X)
-        assert close(y, module(X)) and other.calls == 1
+        assert close(y, module(X))
+        assert other.calls == 1
         assert outcomes() == [SWAPPED]
     with fresh(), pytest.raises(Exception, match="nonsense"):
         torch.compile(module, backend=lowering.backend, options={"nonsense": 1})(X)
@@ -239,3 +243,83 @@ def test_the_pass_is_one_object_with_a_stable_identity() -> None:
     assert graph_pass.Chain((other,)) == graph_pass.Chain((other,))
     assert graph_pass.Chain((other,)).uuid() != graph_pass.LOWERING.uuid()
     assert graph_pass.Chain((print,)).uuid() is None
+
+
+class Attention(nn.Module):
+    """q, k and v of one input, the last with another group structure if asked."""
+
+    def __init__(self, third: type[graph_zoo.Idiom]) -> None:
+        super().__init__()
+        self.q, self.k = graph_zoo.SubMul(seed=1), graph_zoo.SubMul(seed=2)
+        self.v = third(seed=3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q(x), self.k(x), self.v(x).relu()
+
+
+@pytest.mark.parametrize("third", [graph_zoo.HalvesCat, graph_zoo.Int8Asymmetric])
+def test_siblings_become_one_gemm(third: type[graph_zoo.Idiom]) -> None:
+    """Packed alike they are one GEMM; otherwise still one op, and right either way."""
+    backend = Counting()
+    with fresh(), torch.no_grad():
+        module = Attention(third)
+        compiled = torch.compile(module, backend=backend, fullgraph=True)
+        for got, want in zip(compiled(X), module(X), strict=True):
+            assert close(got, want)
+        assert outcomes() == [SWAPPED] * 3
+        assert lowering.counters()["fused"] == 2
+        module.k.s.mul_(3)
+        for got, want in zip(compiled(X), module(X), strict=True):
+            assert close(got, want)
+        (graph,) = backend.graphs
+        calls = [n for n in graph.graph.nodes if "linear_from_leaves" in str(n.target)]
+        assert len(calls) == 1
+
+
+def test_equal_outputs_do_not_become_aliases() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = graph_zoo.SubMul()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return x.relu().view(-1), x.relu().view(-1), self.linear(x)
+
+    with fresh(), torch.no_grad():
+        a, b, _ = torch.compile(Twice(), backend=Counting(), fullgraph=True)(X)
+        a.zero_()
+        assert bool((b != 0).any())
+
+
+def test_captured_weights_are_refreshed_in_their_buffers() -> None:
+    """What a CUDA graph replay reads: the same memory, with the new values."""
+    with fresh(), torch.no_grad():
+        module = graph_zoo.SubMul()
+        compiled = torch.compile(module, backend=lowering.backend, mode="reduce-overhead")
+        compiled(X)
+        (entry,) = (e for e in runtime._MEMO.values() if any(r() is module.p for r in e.leaves))
+        entry.captured = True
+        before = [t.data_ptr() for each in entry.packed for t in each.tensors()]
+        old = [t.clone() for each in entry.packed for t in each.tensors()]
+        _update_in_place(module)
+        runtime.refresh_captured()
+        after = [t for each in entry.packed for t in each.tensors()]
+        assert [t.data_ptr() for t in after] == before
+        assert any(not torch.equal(a, b) for a, b in zip(after, old, strict=True))
+        assert close(compiled(X), module(X))
+        assert lowering.counters()["run.refreshed"] == 1
+        lowering.invalidate()
+        assert [t.data_ptr() for each in entry.packed for t in each.tensors()] == before
+
+
+def test_a_captured_weight_that_changes_structure_is_an_error() -> None:
+    with fresh(), torch.no_grad():
+        module = graph_zoo.SubMul()
+        compiled = torch.compile(module, backend=Counting())
+        compiled(X)
+        (entry,) = (e for e in runtime._MEMO.values() if any(r() is module.p for r in e.leaves))
+        entry.captured = True
+        module.s.fill_(0.01)
+        module.z.fill_(8)
+        with pytest.raises(RuntimeError, match="captured in a CUDA graph"):
+            runtime.refresh_captured()

@@ -15,7 +15,7 @@ import strategies
 import torch
 from gemm_case import build
 
-from intlass_ops import quantize_int4, quantize_int8
+from intlass_ops import quantize_, quantize_int4, quantize_int8
 from intlass_ops.cuda import jit
 
 
@@ -29,6 +29,7 @@ def compile_common_kernels() -> None:
         strategies.long_cases,
         strategies.special_cases,
         strategies.random_gpu_cases,
+        strategies.gpu_cases,
     )
     calls = [build(case, "cuda").run for make in cases for case in make()]
     for shape, granularity, group_size in strategies.QUANTIZED_SHAPES:
@@ -36,6 +37,10 @@ def compile_common_kernels() -> None:
             x = torch.zeros(shape, dtype=dtype, device="cuda")
             options = {"granularity": granularity, "group_size": group_size, "symmetric": symmetric}
             calls += [functools.partial(q, x, **options) for q in (quantize_int8, quantize_int4)]
+    for scheme, dtype in itertools.product(strategies.SCHEMES.values(), strategies.FLOATS):
+        layer = torch.nn.Sequential(torch.nn.Linear(64, 96)).to("cuda", dtype)
+        quantize_(layer, scheme)
+        calls += [functools.partial(layer, layer[0].bias.new_zeros(m, 64)) for m in (8, 15, 300)]
     noted: dict[Any, None] = {}
 
     class Note:

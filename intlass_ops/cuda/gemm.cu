@@ -74,15 +74,15 @@ __device__ __forceinline__ void flush(Totals& total, const Sums& sum, const Grou
     for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        float v = value(sum.y[i][j][e]) * P::unit;
-        if constexpr (has_zeros) v -= g.z[i][e / 2] * (value(sum.x[j][e % 2]) * P::unit_x);
+        float v = value(sum.y[i][j][e]);
+        if constexpr (has_zeros) v -= g.z[i][e / 2] * value(sum.x[j][e % 2]);
         total.y[i][j][e] += g.s[i][e / 2] * v;
       }
     if constexpr (has_a_zero)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float v = value(sum.w[i][2 * h]) * P::unit_w;
-        if constexpr (has_zeros) v -= g.z[i][h] * float(count);
+        float v = value(sum.w[i][2 * h]) * (P::unit_w / P::unit);
+        if constexpr (has_zeros) v -= g.z[i][h] * (float(count) / P::unit_x);
         total.w[i][h] += g.s[i][h] * v;
       }
   }
@@ -103,7 +103,7 @@ struct Span {
   typename P::B x[tiles_m];
 
   // `valid`: how many k lie between this lane's first and the end of K
-  __device__ __forceinline__ void load(u32 smem_w, u32 smem_x, int warp_n, int warp_m, int lane, int s,
+  __device__ __forceinline__ void load(const char* smem_w, const char* smem_x, int warp_n, int warp_m, int lane, int s,
                                        i64 valid) {
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i) {
@@ -141,15 +141,8 @@ struct Span {
   }
 };
 
-__device__ __forceinline__ void load_stage(const Params& p, u32 stage, i64 n0, i64 m0, i64 k0, i64 k_end) {
-  TileW::fill<threads, Config::aligned>(stage, p.w, p.w_stride, n0, p.n, int(k0 * W::bits / 8),
-                                        int((k_end * W::bits + 7) / 8));
-  TileX::fill<threads, Config::aligned>(stage + TileW::bytes, p.x, p.x_stride, m0, p.m,
-                                        int(k0 * X::bits / 8), int((k_end * X::bits + 7) / 8));
-}
-
 // Sum this block's stripe [k_begin, k_end) of K into `total`. k_begin is a multiple of block_k.
-__device__ __forceinline__ void mainloop(const Params& p, u32 smem, i64 n0, i64 m0, i64 k_begin, i64 k_end,
+__device__ __forceinline__ void mainloop(const Params& p, char* smem, i64 n0, i64 m0, i64 k_begin, i64 k_end,
                                          Totals& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_n = warp % warps_n, warp_m = warp / warps_n;
@@ -172,31 +165,38 @@ __device__ __forceinline__ void mainloop(const Params& p, u32 smem, i64 n0, i64 
     scales.load(p, row0, lane, group);
   };
 
-#pragma unroll
-  for (int s = 0; s < num_stages - 1; ++s) {
-    if (s < num_tiles) load_stage(p, smem + s * stage_bytes, n0, m0, k_begin + s * block_k, k_end);
-    cp_async_commit();
-  }
+  TileFiller<TileW, threads, Config::aligned> fill_w(p.w, p.w_stride, n0, p.n, int(k_begin * W::bits / 8),
+                                                     int((k_end * W::bits + 7) / 8));
+  TileFiller<TileX, threads, Config::aligned> fill_x(p.x, p.x_stride, m0, p.m, int(k_begin * X::bits / 8),
+                                                     int((k_end * X::bits + 7) / 8));
+  auto fill_stage = [&](int tile) {
+    if (tile < num_tiles) {
+      char* stage = smem + tile % num_stages * stage_bytes;
+      fill_w.fill_next(stage);
+      fill_x.fill_next(stage + TileW::bytes);
+    }
+    cp_async_commit();  // an empty group past the end keeps the count of groups in flight
+  };
+
+#pragma unroll 1
+  for (int s = 0; s < num_stages - 1; ++s) fill_stage(s);
   for (int tile = 0; tile < num_tiles; ++tile) {
     cp_async_wait<num_stages - 2>();
     __syncthreads();
-    const int next = tile + num_stages - 1;
-    if (next < num_tiles)
-      load_stage(p, smem + next % num_stages * stage_bytes, n0, m0, k_begin + i64(next) * block_k, k_end);
-    cp_async_commit();
+    fill_stage(tile + num_stages - 1);
 
-    const u32 smem_w = smem + tile % num_stages * stage_bytes, smem_x = smem_w + TileW::bytes;
+    const char* smem_w = smem + tile % num_stages * stage_bytes, *smem_x = smem_w + TileW::bytes;
 #pragma unroll
     for (int s = 0; s < block_k / span_k; ++s) {
       const i64 k0 = k_begin + i64(tile) * block_k + s * span_k;
       const i64 mine = k0 + lane % 4 * 8;  // this lane's eight k, which lie in one group
       Span span;
-      if constexpr (grouping == channel) {
+      if constexpr (grouping == channel || grouping == tile_groups) {
         span.load(smem_w, smem_x, warp_n, warp_m, lane, s, k_end - mine);
         span.accumulate<true>(sum, true);
       } else if (k0 < k_end) {
         span.load(smem_w, smem_x, warp_n, warp_m, lane, s, k_end - mine);
-        if constexpr (grouping == aligned_groups) {
+        if constexpr (grouping == span_groups) {
           span.accumulate<true>(sum, true);
           if (k0 + span_k >= group_end) close_group(group_end);
         } else {
@@ -210,6 +210,7 @@ __device__ __forceinline__ void mainloop(const Params& p, u32 smem, i64 n0, i64 
         }
       }
     }
+    if (grouping == tile_groups && k_begin + i64(tile + 1) * block_k >= group_end) close_group(group_end);
   }
   cp_async_wait<0>();
   if (grouping == channel || k_end > group_begin) flush(total, sum, scales, int(k_end - group_begin));
@@ -309,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(threads) gemm(const __grid_constant
   float* values = reinterpret_cast<float*>(&total);
 #pragma unroll
   for (int v = 0; v < int(sizeof(Totals) / 4); ++v) values[v] = 0.f;
-  if (k_begin < k_end) mainloop(p, smem_address(smem), n0, m0, k_begin, k_end, total);
+  if (k_begin < k_end) mainloop(p, smem, n0, m0, k_begin, k_end, total);
   if constexpr (Config::split_k > 1)
     if (!reduce_stripes(p, tile, total)) return;
   __syncthreads();  // the ring's last readers are done with the memory the epilogue writes

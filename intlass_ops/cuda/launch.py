@@ -73,13 +73,13 @@ def matmul(
         group_size=p.group_size,
     )
     c = config.pick(_device(a.device.index), shape)
-    tiles = c.blocks(m, p.n)
+    grid = c.grid(m, p.n)
     workspace = None
     arrivals = 0
     stream = torch.cuda.current_stream(a.device).cuda_stream
     if isinstance(c, config.Gemm) and c.split_k > 1:
-        workspace = a.new_empty(tiles * c.split_k * c.values_per_block, dtype=torch.float32)
-        arrivals = _arrival_counters(a.device, stream, tiles)
+        workspace = a.new_empty(grid[0] * c.split_k * c.values_per_block, dtype=torch.float32)
+        arrivals = _arrival_counters(a.device, stream, grid[0])
     if a_scale is not None:
         a_scale = a_scale.reshape(-1)
     if a_zero is not None:
@@ -103,7 +103,7 @@ def matmul(
         *(_dtype_code(t) for t in (bias, alpha, a_scale, a_zero)),
     )
     kernel = jit.get(c, a.device.index)
-    kernel.launch((tiles, c.split_k, 1), (c.threads, 1, 1), c.smem_bytes, parameters, stream)
+    kernel.launch(grid, (c.threads, 1, 1), c.smem_bytes, parameters, stream)
     if listening():
         why = config.why_not_skinny(shape) or f"M={m} is bound by reading W once"
         record(p.op, p.scheme, (m, p.n, p.k, p.group_size), str(c), why)

@@ -36,22 +36,25 @@ __device__ __forceinline__ u32 smem_address(const void* p) {
 
 // 16 bytes, of which the first `valid` are read and the rest are zero
 __device__ __forceinline__ void cp_async_16(u32 smem, const void* gmem, int valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(valid));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(valid)
+               : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;"); }
 template <int n> __device__ __forceinline__ void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(n));
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
 }
 
-template <int words> __device__ __forceinline__ void load_shared(u32 (&v)[words], u32 address) {
-  if constexpr (words == 4)
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(address));
-  else if constexpr (words == 2)
-    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(address));
-  else
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v[0]) : "r"(address));
+// Plain loads, which the compiler may move ahead of the MMAs but not across a barrier.
+template <int words> __device__ __forceinline__ void load_shared(u32 (&v)[words], const char* from) {
+  if constexpr (words == 4) {
+    const uint4 t = *reinterpret_cast<const uint4*>(from);
+    v[0] = t.x, v[1] = t.y, v[2] = t.z, v[3] = t.w;
+  } else if constexpr (words == 2) {
+    const uint2 t = *reinterpret_cast<const uint2*>(from);
+    v[0] = t.x, v[1] = t.y;
+  } else {
+    v[0] = *reinterpret_cast<const u32*>(from);
+  }
 }
 
 // A tile of rows in shared memory, kept in 16-byte chunks. A warp reads one span of eight rows at a
@@ -77,35 +80,57 @@ template <class Kind, int rows_, int block_k> struct SmemTile {
     return row * row_bytes + ((chunk ^ swizzle(row)) << 4);
   }
   // A lane's words of span `s` of row `row`; quarter = lane % 4
-  static __device__ __forceinline__ void load(u32 (&v)[words], u32 base, int row, int s, int quarter) {
+  static __device__ __forceinline__ void load(u32 (&v)[words], const char* base, int row, int s, int quarter) {
     const int byte = s * span_bytes<Kind> + quarter * words * 4;
     load_shared(v, base + chunk_offset(row, byte >> 4) + (byte & 15));
   }
+};
 
-  // Copy rows [row0, row0 + rows) and bytes from `byte0` of a row-major matrix into the tile;
-  // whatever lies outside the matrix becomes zero. `aligned`: rows start on 16-byte boundaries.
-  template <int threads, bool aligned>
-  static __device__ __forceinline__ void fill(u32 base, const char* gmem, i64 stride, i64 row0,
-                                              i64 matrix_rows, int byte0, int matrix_bytes) {
-    const int existing = int(min(i64(rows), matrix_rows - row0));
-    const char* tile = gmem + row0 * stride + byte0;
+// Fills one tile after another along the rows of a row-major matrix. A thread copies the same
+// 16-byte column of every row_step-th row, so that all it keeps is a pointer and a byte count.
+// Whatever lies outside the matrix becomes zero. `aligned`: rows start on 16-byte boundaries.
+template <class Tile, int threads, bool aligned> struct TileFiller {
+  static constexpr int row_step = threads / Tile::chunks;
+  static constexpr int steps = (Tile::rows + row_step - 1) / row_step;
+  static_assert(threads % Tile::chunks == 0 && row_step % 8 == 0,
+                "the rows of a thread must share one swizzle, which repeats every eight rows");
+
+  const char* from;
+  i64 step_bytes;
+  int to, rows_left, bytes_left;
+
+  __device__ __forceinline__ TileFiller(const char* gmem, i64 stride, i64 row0, i64 matrix_rows, int byte0,
+                                        int matrix_bytes) {
+    const int row = threadIdx.x / Tile::chunks, chunk = threadIdx.x % Tile::chunks;
+    from = gmem + (row0 + row) * stride + byte0 + chunk * 16;
+    step_bytes = row_step * stride;
+    to = Tile::chunk_offset(row, chunk);
+    rows_left = int(min(i64(Tile::rows), matrix_rows - row0)) - row;
+    bytes_left = matrix_bytes - byte0 - chunk * 16;
+  }
+
+  __device__ __forceinline__ void fill_next(char* tile) {
+    const int valid = max(0, min(16, bytes_left));
+    const char* p = from;
 #pragma unroll
-    for (int i = threadIdx.x; i < rows * chunks; i += threads) {
-      const int row = i / chunks, chunk = i % chunks;
-      const int left = matrix_bytes - byte0 - chunk * 16;
-      const int valid = row < existing ? max(0, min(16, left)) : 0;
-      const char* from = valid ? tile + row * stride + chunk * 16 : gmem;
-      const u32 to = base + chunk_offset(row, chunk);
-      if constexpr (aligned) {
-        cp_async_16(to, from, valid);
-      } else {
-        u32 v[4] = {0, 0, 0, 0};
+    for (int i = 0; i < steps; ++i, p += step_bytes) {
+      if (Tile::rows % row_step && i == steps - 1 && int(threadIdx.x) / Tile::chunks + i * row_step >= Tile::rows)
+        break;
+      copy_16(tile + to + i * row_step * Tile::row_bytes, p, i * row_step < rows_left ? valid : 0);
+    }
+    from += Tile::row_bytes;
+    bytes_left -= Tile::row_bytes;
+  }
+
+  static __device__ __forceinline__ void copy_16(char* to, const char* from, int valid) {
+    if constexpr (aligned) {
+      cp_async_16(smem_address(to), from, valid);
+    } else {
+      u32 v[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int b = 0; b < 16; ++b)
-          if (b < valid) v[b / 4] |= u32(static_cast<unsigned char>(from[b])) << (8 * (b % 4));
-        asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]),
-                     "r"(v[3]));
-      }
+      for (int b = 0; b < 16; ++b)
+        if (b < valid) v[b / 4] |= u32(static_cast<unsigned char>(from[b])) << (8 * (b % 4));
+      *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
     }
   }
 };

@@ -22,18 +22,22 @@ using Zero = Config::zero_type;
 using Out = Config::out_type;
 constexpr bool has_zeros = Config::has_zeros, has_a_zero = Config::has_a_zero;
 
-// channel: one scale a row, applied after all of K. aligned: groups of whole spans. straddling: a
-// group may end inside a span (group_size 16, 48, ...)
-enum Grouping { channel, aligned_groups, straddling_groups };
+// channel: one scale a row, applied after all of K. tile: groups of whole block_k. span: groups of
+// whole spans. straddling: a group may end inside a span (group_size 16, 48, ...)
+enum Grouping { channel, tile_groups, span_groups, straddling_groups };
 constexpr int grouping = Config::grouping;
 
-__device__ __forceinline__ float scale_of(const Params& p, i64 row, i64 group) {
-  return as_float(static_cast<const Scale*>(p.scales)[row * p.scale_row + group * p.scale_group]);
+// Scale and zero point in the units of the accumulators: total += s * (acc - z * xsum). The units are
+// powers of two, so nothing is rounded; u4 reaches the MMA as q - 8.
+__device__ __forceinline__ float in_units_of_scale(Scale s) { return as_float(s) * P::unit; }
+__device__ __forceinline__ float in_units_of_zero(Zero z) {
+  return (as_float(z) - code_offset<W>)*(P::unit_x / P::unit);
 }
-// The zero point of the signed codes: u4 reaches the MMA as q - 8
+__device__ __forceinline__ float scale_of(const Params& p, i64 row, i64 group) {
+  return in_units_of_scale(static_cast<const Scale*>(p.scales)[row * p.scale_row + group * p.scale_group]);
+}
 __device__ __forceinline__ float zero_of(const Params& p, i64 row, i64 group) {
-  return as_float(static_cast<const Zero*>(p.zeros)[row * p.zero_row + group * p.zero_group]) -
-         code_offset<W>;
+  return in_units_of_zero(static_cast<const Zero*>(p.zeros)[row * p.zero_row + group * p.zero_group]);
 }
 __device__ __forceinline__ float alpha_of(const Params& p) {
   return p.alpha ? load_as_float(p.alpha, 0, p.alpha_dtype) : 1.f;

@@ -22,18 +22,21 @@ constexpr int rows = 16 * tiles_n, tokens = 8 * tiles_m;
 static_assert(!has_a_zero, "a zero point of the activations needs row sums, which gemm.cu forms");
 static_assert(passes == 1 || passes == 2 || passes == 4, "a group is whole lanes of a chunk");
 
+// `inside` is known to hold where the warps' shares of K have no tail (Config::whole)
 __device__ __forceinline__ void load_weights(u32 (&v)[4], const char* from, bool inside) {
-  v[0] = v[1] = v[2] = v[3] = 0;
-  if (inside)
+  if constexpr (!Config::whole) v[0] = v[1] = v[2] = v[3] = 0;
+  if (Config::whole || inside)
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                  : "l"(from));
 }
 
 template <int words> __device__ __forceinline__ void load_tokens(u32 (&v)[words], const char* from, bool inside) {
+  if constexpr (!Config::whole) {
 #pragma unroll
-  for (int i = 0; i < words; ++i) v[i] = 0;
-  if (!inside) return;
+    for (int i = 0; i < words; ++i) v[i] = 0;
+    if (!inside) return;
+  }
   if constexpr (words == 4)
     asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
@@ -60,25 +63,30 @@ struct Sums {
 
 typedef float Totals[tiles_n][tiles_m][4];
 
-__device__ __forceinline__ void flush(Totals& total, const Sums& sum, const float (&s)[tiles_n][2],
-                                      const float (&z)[tiles_n][2]) {
+__device__ __forceinline__ void flush(Totals& total, const Sums& sum, const Scale (&s)[tiles_n][2],
+                                      const Zero (&z)[tiles_n][2]) {
 #pragma unroll
   for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
-    for (int j = 0; j < tiles_m; ++j)
+    for (int h = 0; h < 2; ++h) {
+      const float scale = in_units_of_scale(s[i][h]);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float v = value(sum.y[i][j][e]) * P::unit;
-        if constexpr (has_zeros) v -= z[i][e / 2] * (value(sum.x[j][e % 2]) * P::unit_x);
-        total[i][j][e] += s[i][e / 2] * v;
-      }
+      for (int j = 0; j < tiles_m; ++j)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float v = value(sum.y[i][j][2 * h + c]);
+          if constexpr (has_zeros) v -= in_units_of_zero(z[i][h]) * value(sum.x[j][c]);
+          total[i][j][2 * h + c] += scale * v;
+        }
+    }
 }
 
 // What a lane needs of one chunk, all of it in flight before any of it is used.
 struct Chunk {
   u32 w[tiles_n][2][4];
   u32 x[tiles_m][spans][span_words<X>];
-  float s[passes][tiles_n][2], z[passes][tiles_n][2];
+  Scale s[passes][tiles_n][2];
+  Zero z[passes][tiles_n][2];
 };
 
 extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
@@ -88,27 +96,31 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   const int k = int(p.k), chunks = (k + chunk_k - 1) / chunk_k;
   const int groups = grouping == channel ? 1 : k / int(p.group_size);
 
-  i64 row[tiles_n][2];
   const char* w_row[tiles_n][2];
-  const char* x_row[tiles_m];
+  const Scale* s_row[tiles_n][2];
+  const Zero* z_row[tiles_n][2];
 #pragma unroll
   for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      row[i][h] = min(n0 + i * 16 + h * 8 + lane / 4, p.n - 1);  // a repeated row is never stored
-      w_row[i][h] = p.w + row[i][h] * p.w_stride + quarter * 16;
+      const i64 row = min(n0 + i * 16 + h * 8 + lane / 4, p.n - 1);  // a repeated row is never stored
+      w_row[i][h] = p.w + row * p.w_stride + quarter * 16;
+      s_row[i][h] = static_cast<const Scale*>(p.scales) + row * p.scale_row;
+      z_row[i][h] = static_cast<const Zero*>(p.zeros) + row * p.zero_row;
     }
+  const char* x_row[tiles_m];
 #pragma unroll
-  for (int j = 0; j < tiles_m; ++j)
-    x_row[j] = p.x + (j * 8 + lane / 4) * p.x_stride + quarter * lane_k * X::bits / 8;
+  for (int j = 0; j < tiles_m; ++j)  // nor is a repeated token
+    x_row[j] = p.x + min(i64(j * 8 + lane / 4), p.m - 1) * p.x_stride + quarter * lane_k * X::bits / 8;
+  const int scale_group = int(p.scale_group), zero_group = int(p.zero_group);
 
-  auto load_scales = [&](float (&s)[tiles_n][2], float (&z)[tiles_n][2], int group) {
+  auto load_scales = [&](Scale (&s)[tiles_n][2], Zero (&z)[tiles_n][2], int group) {
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        s[i][h] = scale_of(p, row[i][h], group);
-        if constexpr (has_zeros) z[i][h] = zero_of(p, row[i][h], group);
+        s[i][h] = s_row[i][h][group * scale_group];
+        if constexpr (has_zeros) z[i][h] = z_row[i][h][group * zero_group];
       }
   };
   auto load_chunk = [&](Chunk& c, int chunk) {
@@ -121,13 +133,13 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
       for (int t = 0; t < spans; ++t)
-        load_tokens(c.x[j][t], x_row[j] + (chunk * chunk_k + t * 8) * X::bits / 8,
-                    inside && j * 8 + lane / 4 < int(p.m));
+        load_tokens(c.x[j][t], x_row[j] + (chunk * chunk_k + t * 8) * X::bits / 8, inside);
     if constexpr (grouping != channel)
 #pragma unroll
-      for (int pass = 0; pass < passes; ++pass)
-        load_scales(c.s[pass], c.z[pass],
-                    min(passes == 1 ? chunk / Config::chunks_per_group : chunk * passes + pass, groups - 1));
+      for (int pass = 0; pass < passes; ++pass) {
+        const int group = passes == 1 ? chunk / Config::chunks_per_group : chunk * passes + pass;
+        load_scales(c.s[pass], c.z[pass], Config::whole ? group : min(group, groups - 1));
+      }
   };
 
   Totals total = {};
@@ -176,7 +188,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     for (int u = 0; u < unroll; ++u) use_chunk(c[u]);
   }
   if constexpr (grouping == channel) {
-    float s[tiles_n][2], z[tiles_n][2];
+    Scale s[tiles_n][2];
+    Zero z[tiles_n][2];
     load_scales(s, z, 0);
     flush(total, sum, s, z);
   }
@@ -191,12 +204,14 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
         partial[warp][j * 8 + quarter * 2 + e % 2][i * 16 + e / 2 * 8 + lane / 4] = total[i][j][e];
   __syncthreads();
   const float alpha = alpha_of(p);
-  for (int i = threadIdx.x; i < tokens * rows; i += threads) {
-    const i64 m = i / rows, n = n0 + i % rows;
-    if (m >= p.m || n >= p.n) continue;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < int(p.m) * rows; i += threads) {
+    const int m = i / rows, row = i % rows;
+    const i64 n = n0 + row;
+    if (n >= p.n) continue;
     float v = 0.f;
 #pragma unroll
-    for (int k = 0; k < warps; ++k) v += partial[k][m][i % rows];
+    for (int w = 0; w < warps; ++w) v += partial[w][m][row];
     store_rounded(static_cast<Out*>(p.out) + m * p.n + n, v * (alpha * a_scale_of(p, m)) + bias_of(p, n));
   }
 }

@@ -22,6 +22,7 @@ __all__ = [
     "disable",
     "enable",
     "invalidate",
+    "refresh",
     "report",
 ]
 
@@ -44,9 +45,7 @@ def backend(
 def enable() -> None:
     """Make every plain `torch.compile(model)` of this process swap quantised linears too.
 
-    Idempotent. Under CUDA graphs prefer `backend="intlass"`: only there can a weight that
-    changes in place be refreshed before a replay, so under `enable()` weights that need
-    repacking are repacked inside each captured graph: right, but slower.
+    Idempotent; chains with a pass that is already installed.
     """
     graph_pass.install()
 
@@ -54,6 +53,14 @@ def enable() -> None:
 def disable() -> None:
     """Undo `enable()`; leaves other passes on the hook alone. Compiled graphs stay as they are."""
     graph_pass.uninstall()
+
+
+def refresh() -> None:
+    """Repack what changed in place before replaying a CUDA graph you captured yourself.
+
+    Graphs that torch.compile captures (mode="reduce-overhead") are refreshed at each call.
+    """
+    runtime.refresh_captured()
 
 
 def invalidate() -> None:

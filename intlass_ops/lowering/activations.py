@@ -20,8 +20,8 @@ from torch.fx import Node
 
 from .editor import Editor, aten
 from .gemms import shape_of
+from .probing import LeafMeta, synthetic
 from .program import Evaluation, NotASlice, extract, is_pure
-from .weights import LeafMeta, synthetic
 
 # A dequantisation is a handful of operations; a longer path is something else.
 MAX_STEPS = 24
@@ -97,7 +97,9 @@ def _between(codes: Node, x: Node) -> tuple[list[Node], list[Node]]:
         depends[node] = False
         if depth > MAX_STEPS or node.op != "call_function" or not is_pure(node.target):
             return False
-        if any([visit(each, depth + 1) for each in node.all_input_nodes]):
+        # Every input is visited, also after the first that depends.
+        answers = {visit(each, depth + 1) for each in node.all_input_nodes}
+        if True in answers:
             depends[node] = True
             inner.append(node)
         return depends[node]
@@ -134,7 +136,7 @@ def _leaf(node: Node, seed: int, sizes: dict[Any, int]) -> Any:
     for i in range(len(shape) - 2, -1, -1):
         strides[i] = strides[i + 1] * max(shape[i + 1], 1)
     meta = LeafMeta(shape, tuple(strides), value.dtype, None)
-    return synthetic(meta, 1 << 62, seed, torch.device("cpu"))
+    return synthetic(meta, 1 << 62, seed, torch.device("cpu"), small=True)
 
 
 _SOLVED: dict[tuple[Any, ...], tuple[Any, Any] | None] = {}
@@ -144,16 +146,17 @@ _LOCK = threading.Lock()
 def _solve(
     program: Any, codes: Node, leaves: Sequence[Node], x: Node, sizes: dict[Any, int]
 ) -> Activation | None:
-    signature = tuple((str(shape_of(n)), str(getattr(n.meta.get("val"), "dtype", n.meta.get("val"))))
-                      for n in (codes, *leaves))  # fmt: skip
+    values = [node.meta.get("val") for node in (codes, *leaves)]
+    dtypes = [str(getattr(value, "dtype", value)) for value in values]
+    signature = (*dtypes, *(str(shape_of(node)) for node in (codes, *leaves)))
     key = (program.text, signature)
     with _LOCK:
         known = key in _SOLVED
         answer = _SOLVED.get(key)
     if not known:
         try:
-            values = [_leaf(node, 2000 + i, sizes) for i, node in enumerate((codes, *leaves))]
-            answer = _evaluate(program, values)
+            made = [_leaf(node, 2000 + i, sizes) for i, node in enumerate((codes, *leaves))]
+            answer = _evaluate(program, made)
         except Exception:
             # Whatever cannot be evaluated on its own is no dequantisation we know.
             answer = None

@@ -15,19 +15,20 @@ import torch
 from torch.fx import Graph, Node
 
 from .gemms import Gemm, column_like, shape_of, static_shape
+from .probing import LeafMeta, WeightForm, probe, synthetic
 from .program import Evaluation, NotASlice, Program, extract, walk
-from .weights import LeafMeta, NotAffine, Recipe, WeightForm, probe, synthetic
+from .weights import NotAffine, Recipe
 
 aten: Any = torch.ops.aten
 CAST = torch.ops.prims.convert_element_type.default
 
-# Operand positions that hold indices into dimension `dim` (an argument, or 0) of operand 0.
-_INDEXING = {
-    aten.index.Tensor: None,
-    aten.index_select.default: 2,
-    aten.gather.default: 2,
-    aten.embedding.default: 1,
-}
+# Operations whose integer operand is an index into operand 0, not codes.
+_INDEXING = (
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.gather.default,
+    aten.embedding.default,
+)
 _TRANSPARENT = (
     CAST,
     aten._to_copy.default,
@@ -206,15 +207,15 @@ def _index_sizes(inner: Sequence[Node]) -> dict[Node, int]:
     for node in inner:
         if node.target not in _INDEXING:
             continue
-        data = node.args[0]
-        assert isinstance(data, Node)
-        shape = shape_of(data)
+        data, *rest = node.args
+        shape = shape_of(data) if isinstance(data, Node) else ()
+        pairs: list[tuple[Any, Any]]
         if node.target is aten.index.Tensor:
-            pairs = [(index, dim) for dim, index in enumerate(node.args[1])]  # type: ignore[arg-type]
+            pairs = [(index, dim) for dim, index in enumerate(list(rest[0]))]  # type: ignore[arg-type]
         elif node.target is aten.embedding.default:
-            pairs = [(node.args[1], 0)]
+            pairs = [(rest[0], 0)]
         else:
-            pairs = [(node.args[2], node.args[1])]
+            pairs = [(rest[1], rest[0])]
         for index, dim in pairs:
             while isinstance(index, Node) and index.target in _TRANSPARENT:
                 index = index.args[0]

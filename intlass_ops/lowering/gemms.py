@@ -93,6 +93,9 @@ def readings(node: Node) -> Iterator[Gemm]:
         if found is not None:
             yield found
         return
+    elif target is aten.sum.dim_IntList:
+        yield from _vector_product(node)
+        return
     else:
         return
     for found in (
@@ -101,6 +104,45 @@ def readings(node: Node) -> Iterator[Gemm]:
     ):
         if found is not None:
             yield found
+
+
+def _vector_product(node: Node) -> Iterator[Gemm]:
+    """(x[1, K, 1] * w[1, K, N]).sum(1): what Inductor makes of a one-row mm when it tunes."""
+    product = node.args[0]
+    if list(node.args[1]) != [1] or len(node.args) > 2 or node.kwargs:  # type: ignore[arg-type]
+        return
+    if not isinstance(product, Node) or product.target is not aten.mul.Tensor:
+        return
+    left, right = product.args
+    if not (
+        isinstance(left, Node)
+        and isinstance(right, Node)
+        and left.target is right.target is aten.unsqueeze.default
+        and (left.args[1], right.args[1]) == (2, 0)
+    ):
+        return
+    x, weight = left.args[0], right.args[0]
+    assert isinstance(x, Node)
+    assert isinstance(weight, Node)
+    if len(shape_of(x)) != 2 or len(shape_of(weight)) != 2 or shape_of(x)[0] != 1:
+        return
+    x, weight = (_uncast(each) for each in (x, weight))
+    found = _operand(node, x, weight, None, left=False)
+    if found is not None:
+        yield found
+
+
+def _uncast(node: Node) -> Node:
+    """Before a widening to float32, which changes no value."""
+    source = node.args[0] if node.target is _CAST else None
+    narrow = isinstance(source, Node) and source.meta["val"].dtype in (
+        torch.bfloat16,
+        torch.float16,
+    )
+    if narrow and node.meta["val"].dtype == torch.float32:
+        assert isinstance(source, Node)
+        return source
+    return node
 
 
 def is_gemm(node: Node) -> bool:

@@ -14,21 +14,21 @@ does), `torch._guards.TracingContext.try_get().fw_metadata.static_input_indices`
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch._inductor.compile_fx as compile_module
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
-
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import records, rules, runtime
+from . import records, rules, runtime, siblings
 from .editor import Editor
-from .gemms import is_gemm
 
 HOOK = "joint_custom_pre_pass"
 
@@ -41,20 +41,34 @@ class LoweringPass(CustomGraphPass):
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        edit = _editor(graph)
-        swapped = False
-        for node in list(graph.nodes):
-            decision = rules.lower(edit, node) if is_gemm(node) else None
-            if decision is not None:
-                records.record(decision)
-                swapped |= decision.outcome == records.SWAPPED
-        if swapped:
-            # Forwards what is left of the old chains goes: it may hold gigabytes otherwise.
-            graph.eliminate_dead_code()
-            graph.lint()
+        rewrite(graph, _editor(graph))
 
     def uuid(self) -> bytes:
         return _own_hash()
+
+
+def rewrite(graph: torch.fx.Graph, edit: Editor) -> None:
+    """Apply the rules to every product of a graph and record each decision."""
+    if not any(rules.concerns(node) for node in graph.nodes):
+        return
+    if not edit.training:
+        records.count("merged", siblings.merge_equal(graph))
+    for node in [node for node in graph.nodes if rules.concerns(node)]:
+        decision = rules.lower(edit, node)
+        if decision is not None:
+            records.record(decision)
+    records.count("fused", siblings.fuse(edit))
+    # The old dequantisation must go before Inductor plans memory for it.
+    graph.eliminate_dead_code()
+    graph.lint()
+
+
+def editor_for(
+    graph: torch.fx.Graph, static: frozenset[torch.fx.Node], *, training: bool = False
+) -> Editor:
+    values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
+    fake_mode = torch._guards.detect_fake_mode(values)
+    return Editor(graph, static, fake_mode, _disable_current_modes, training=training)
 
 
 def _editor(graph: torch.fx.Graph) -> Editor:
@@ -63,14 +77,8 @@ def _editor(graph: torch.fx.Graph) -> Editor:
     metadata = context.fw_metadata if context is not None else None
     indices = metadata.static_input_indices if metadata is not None else ()
     static = frozenset(placeholders[i] for i in indices if i < len(placeholders))
-    values = [node.meta.get("val") for node in placeholders]
-    return Editor(
-        graph,
-        static,
-        torch._guards.detect_fake_mode(values),
-        _disable_current_modes,
-        training=any(node.name.startswith("tangents") for node in placeholders),
-    )
+    training = any(node.name.startswith("tangents") for node in placeholders)
+    return editor_for(graph, static, training=training)
 
 
 class Chain(CustomGraphPass):
@@ -142,6 +150,7 @@ def _chained(hook: Any) -> CustomGraphPass:
 
 def install() -> None:
     setattr(inductor_config, HOOK, _chained(getattr(inductor_config, HOOK)))
+    _guard_replays()
 
 
 def uninstall() -> None:
@@ -152,6 +161,7 @@ def uninstall() -> None:
         elif each is not LOWERING:
             rest.append(each)
     setattr(inductor_config, HOOK, None if not rest else rest[0] if len(rest) == 1 else rest)
+    _unguard_replays()
 
 
 def compile_with_pass(
@@ -161,18 +171,42 @@ def compile_with_pass(
     mode: str | None,
     options: Mapping[str, Any] | None,
 ) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx
-
     chosen = dict(torch._TorchCompileInductorWrapper(mode, dict(options or {}), None).config)
     chosen[HOOK] = _chained(chosen.get(HOOK, getattr(inductor_config, HOOK)))
-    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=chosen)
-    if not chosen.get("triton.cudagraphs", inductor_config.triton.cudagraphs):
-        return compiled
+    compiled: Any = compile_module.compile_fx(gm, list(example_inputs), config_patches=chosen)
+    if chosen.get("triton.cudagraphs", inductor_config.triton.cudagraphs):
+        return _refreshing(compiled)
+    return cast(Callable[..., Any], compiled)
 
-    # A replayed CUDA graph runs no Python, so a weight that changed in place since the capture
-    # must be repacked, into the buffers the graph reads, before the replay.
+
+def _refreshing(compiled: Any) -> Callable[..., Any]:
+    """A replayed CUDA graph runs no Python, so a weight that changed in place since the capture
+    must be repacked, into the buffers the graph reads, before the replay."""
+
     def refreshed(*args: Any) -> Any:
         runtime.refresh_captured()
         return compiled(*args)
 
     return refreshed
+
+
+def _guard_replays() -> None:
+    """Do the same for plain Inductor, whose entry point is looked up at each compile."""
+    if hasattr(compile_module.compile_fx, "intlass_original"):
+        return
+    original = compile_module.compile_fx
+
+    @functools.wraps(original)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        # compile_fx calls itself with its config_patches in force: the inner call sees them.
+        compiled = original(*args, **kwargs)
+        return _refreshing(compiled) if inductor_config.triton.cudagraphs else compiled
+
+    guarded.intlass_original = original  # type: ignore[attr-defined]
+    compile_module.compile_fx = guarded
+
+
+def _unguard_replays() -> None:
+    original = getattr(compile_module.compile_fx, "intlass_original", None)
+    if original is not None:
+        compile_module.compile_fx = original

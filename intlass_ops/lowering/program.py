@@ -200,10 +200,38 @@ def dependents(program: Program, index: int) -> list[int]:
     return found
 
 
+def _affine_tensor(q: Tensor, scale: Any, zero: Any, *_: Any, **__: Any) -> Tensor:
+    return (q.double() - zero) * scale
+
+
+def _affine_channel(q: Tensor, scale: Tensor, zero: Any, axis: int, *_: Any, **__: Any) -> Tensor:
+    shape = [-1 if i == axis % q.dim() else 1 for i in range(q.dim())]
+    shift = 0 if zero is None else zero.reshape(shape)
+    return (q.double() - shift) * scale.double().reshape(shape)
+
+
+def _affine_group(q: Tensor, scale: Tensor, zero: Any, *rest: Any, **__: Any) -> Tensor:
+    grouped = q.double().reshape(*scale.shape, -1)
+    shift = 0 if zero is None else zero.unsqueeze(-1)
+    return ((grouped - shift) * scale.double().unsqueeze(-1)).reshape(q.shape)
+
+
+# PT2E's dequantisers insist on integer codes; in the wide evaluation codes are float64.
+_WIDE: dict[str, Callable[..., Tensor]] = {
+    "quantized_decomposed.dequantize_per_tensor.default": _affine_tensor,
+    "quantized_decomposed.dequantize_per_tensor.tensor": _affine_tensor,
+    "quantized_decomposed.dequantize_per_tensor.tensor2": _affine_tensor,
+    "quantized_decomposed.dequantize_per_token.default": _affine_tensor,
+    "quantized_decomposed.dequantize_per_channel.default": _affine_channel,
+    "quantized_decomposed.dequantize_per_channel_group.default": _affine_group,
+}
+
+
 def _apply(op: Operation, values: Sequence[Any], device: torch.device, wide: bool) -> Any:
     args = _decode(op.args, values, device, wide)
     kwargs = _decode(op.kwargs, values, device, wide)
-    result = _resolve(op.target)(*args, **kwargs)
+    function = _WIDE.get(op.target) if wide else None
+    result = (function or _resolve(op.target))(*args, **kwargs)
     if op.target.startswith(_UNINITIALISED):
         # Fixed contents: a slice that lets uninitialised memory through fails its proof.
         result.view(torch.uint8).fill_(0x5A) if result.is_contiguous() else result.fill_(90)

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from . import activations
+from . import activations, adapters
 from .activations import Activation
 from .editor import CAST, Editor, Slice, aten
-from .gemms import Epilogue, Gemm, column_like, epilogue, readings, shape_of
+from .gemms import Epilogue, Gemm, column_like, epilogue, is_gemm, readings, shape_of
+from .probing import WeightForm
 from .program import NotASlice, walk
 from .records import DECLINED, DENSE, SWAPPED, Decision
-from .weights import NotAffine, WeightForm
+from .weights import NotAffine
 
 # The unsigned detour was recognised and undone: signed codes, no zero point.
 SHIFTED = "shifted"
@@ -73,10 +74,12 @@ def _is_direct(m: Match) -> bool:
 
 
 def _emit_direct(edit: Editor, m: Match, bias: Node | None) -> Node:
-    assert m.form.codes_leaf is not None and m.form.scale_value is not None
+    assert m.form.codes_leaf is not None
+    assert m.form.scale_value is not None
     weight = m.piece.node_of(m.form.codes_leaf)
     scale = m.piece.node_of(m.form.scale_value)
-    assert weight is not None and scale is not None
+    assert weight is not None
+    assert scale is not None
     flat = scale.meta["val"].numel()
     if shape_of(scale) not in ((flat,), ()):
         scale = edit.call(aten.reshape.default, scale, [flat])
@@ -96,9 +99,7 @@ def _emit_ones(edit: Editor, m: Match, bias: Node | None) -> Node:
     assert m.form.codes_leaf is not None
     weight = m.piece.node_of(m.form.codes_leaf)
     assert weight is not None
-    one = edit.call(
-        aten.full.default, [], 1.0, dtype=torch.float32, device=m.x.meta["val"].device
-    )
+    one = edit.call(aten.full.default, [], 1.0, dtype=torch.float32, device=m.x.meta["val"].device)
     return edit.call(
         torch.ops.intlass.matmul_int8_bf16_tn.default,
         m.x,
@@ -164,7 +165,18 @@ def path_of(node: Node) -> str:
 def lower(edit: Editor, node: Node) -> Decision | None:
     """Rewrite `node` if it is a quantised linear; None if it is no GEMM of a static weight."""
     dense: Decision | None = None
-    for gemm in readings(node):
+    opaque = adapters.opaque_reason(node)
+    if opaque is not None:
+        return _declined(node, opaque)
+    adapter = adapters.ADAPTERS.get(str(node.target))
+    if adapter is not None:
+        try:
+            found = [adapter(edit, node)]
+        except NotAffine as problem:
+            return _declined(node, str(problem))
+    else:
+        found = list(readings(node))
+    for gemm in found:
         try:
             walk(gemm.weight, edit.is_leaf)
             piece = edit.slice_of(gemm, ())
@@ -184,6 +196,18 @@ def lower(edit: Editor, node: Node) -> Decision | None:
             reason = f"{INTERNAL}: {type(problem).__name__}: {str(problem).splitlines()[:1]}"
             return _decide(gemm, DECLINED, "quantised", reason)
     return dense
+
+
+def _declined(node: Node, reason: str) -> Decision:
+    return Decision(node.name, path_of(node), str(node.target), DECLINED, "quantised", reason)
+
+
+def concerns(node: Node) -> bool:
+    """Whether `lower` has anything to say about a node."""
+    if node.op != "call_function":
+        return False
+    name = str(node.target)
+    return name in adapters.ADAPTERS or adapters.opaque_reason(node) is not None or is_gemm(node)
 
 
 def _decide(

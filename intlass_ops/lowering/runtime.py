@@ -1,8 +1,8 @@
 """What rewritten graphs call: a GEMM that finds, proves and packs its weight from the leaves.
 
-Lives here: the op `intlass::linear_from_leaves`, packing of a measured weight into our storage,
-and the memo that makes packing happen once per weight. Not here: how codes are found
-(weights.py), the GEMMs (torch.ops.intlass.matmul_*).
+Lives here: the op `intlass::linear_from_leaves` and the memo that makes packing happen once per
+weight. Not here: how codes are found (weights.py) and stored (storage.py), the GEMMs
+(torch.ops.intlass.matmul_*).
 
 The memo is keyed on the identity of the leaves, held weakly, and on what changes when they are
 written: PyTorch's version counter and the data pointer. Packed tensors never leave this file, so
@@ -11,118 +11,35 @@ nothing can reuse their memory in place.
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import records
-from .weights import Measured, NotAffine, Recipe, evaluate_real, measure
-
-INT4 = "int4"
-INT8 = "int8"
-INT4_PAIR = "int4 pair"
-DENSE = "dense"
-
-
-@dataclass
-class Packed:
-    """One weight in our storage. `order`: the K permutation of an act-order weight.
-
-    INT4_PAIR is an 8-bit weight with zeros: w = 16 * scales * high + scales * (low - zeros).
-    """
-
-    kind: str
-    weight: Tensor
-    scales: Tensor | None = None
-    zeros: Tensor | None = None
-    high: Tensor | None = None
-    high_scales: Tensor | None = None
-    order: Tensor | None = None
-    reason: str = ""
-
-    def tensors(self) -> list[Tensor]:
-        values = (getattr(self, each.name) for each in fields(self))
-        return [value for value in values if isinstance(value, Tensor)]
+from .storage import (
+    DENSE,
+    INT4,
+    INT8,
+    Packed,
+    dense_weight,
+    pack_all,
+    recipes_of,
+    split_leaves,
+)
+from .weights import Recipe
 
 
-def _compact(values: Tensor) -> Tensor:
-    """float64 parameters in the smallest floating dtype that holds them exactly, else float32."""
-    for dtype in (torch.bfloat16, torch.float16):
-        narrow = values.to(dtype)
-        if torch.equal(narrow.double(), values):
-            return narrow
-    return values.float()
-
-
-def pack(recipe: Recipe, leaves: Sequence[Tensor]) -> Packed:
-    """Evaluate, prove and pack; a weight that turns out not to be affine is kept dense."""
-    with torch.no_grad():
-        evaluation = evaluate_real(recipe, leaves)
-        try:
-            return _store(measure(evaluation, recipe))
-        except NotAffine as problem:
-            weight = evaluation.weight()
-            stacked = weight.reshape(recipe.batch, *weight.shape[-2:])
-            if recipe.layout == "kn":
-                stacked = stacked.transpose(1, 2)
-            dense = stacked.reshape(recipe.rows, recipe.k).contiguous()
-            # A leaf itself must not be kept alive by its own memo entry.
-            return Packed(DENSE, dense.clone(), reason=str(problem))
-
-
-def _store(found: Measured) -> Packed:
-    codes, zeros = found.codes, found.zeros
-    group = found.group_size
-    order = found.order
-
-    # Integer zeros vanish into the codes where the difference still fits.
-    if bool((zeros == zeros.round()).all()) and bool((zeros.abs() < 512).all()):
-        shifted = codes - zeros.to(torch.int16).repeat_interleave(group, dim=1)
-        low, high = (int(each) for each in torch.aminmax(shifted))
-        span = found.span[1] - found.span[0]
-        if low >= -8 and high <= 7:
-            return Packed(INT4, _pack4(shifted), _compact(found.scales), order=order)
-        if span > 15 and low >= -128 and high <= 127:
-            codes8 = shifted.to(torch.int8).contiguous()
-            return Packed(INT8, codes8, _compact(found.scales), order=order)
-    low, high = found.span
-    zeros = zeros - low
-    unsigned = codes - low
-    if high - low <= 15:
-        return Packed(INT4, _pack4(unsigned), _compact(found.scales), _compact(zeros), order=order)
-    if high - low > 255:
-        raise NotAffine(f"codes span [{low}, {high}]: more than 8 bits")
-    return Packed(
-        INT4_PAIR,
-        _pack4(unsigned & 15),
-        _compact(found.scales),
-        _compact(zeros),
-        _pack4(unsigned >> 4),
-        _compact(16 * found.scales),
-        order,
-    )
-
-
-def _pack4(codes: Tensor) -> Tensor:
-    if codes.shape[1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    nibbles = (codes & 15).to(torch.uint8)
-    return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
-
-
-def _pack_off_pool(recipe: Recipe, leaves: Sequence[Tensor]) -> Packed:
+def _pack_off_pool(recipes: Sequence[Recipe], leaves: Sequence[Tensor]) -> list[Packed]:
     """Pack in a thread of its own: CUDA-graph warm-up redirects the allocations of the calling
     thread into a pool that a later capture may overwrite."""
     if not leaves[0].is_cuda:
-        return pack(recipe, leaves)
-    result: list[Packed | BaseException] = []
+        return pack_all(recipes, leaves)
+    result: list[list[Packed] | BaseException] = []
     device = leaves[0].device
     caller = torch.cuda.current_stream(device)
 
@@ -130,7 +47,7 @@ def _pack_off_pool(recipe: Recipe, leaves: Sequence[Tensor]) -> Packed:
         try:
             with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
                 torch.cuda.current_stream().wait_stream(caller)
-                packed = pack(recipe, leaves)
+                packed = pack_all(recipes, leaves)
                 torch.cuda.current_stream().synchronize()
             result.append(packed)
         except BaseException as problem:
@@ -150,10 +67,12 @@ def _version(leaf: Tensor) -> tuple[int, int]:
 
 
 class _Entry:
-    """A packed weight and what its leaves looked like when it was packed."""
+    """Packed weights and what their leaves looked like when they were packed."""
 
-    def __init__(self, recipe: Recipe, leaves: Sequence[Tensor], packed: Packed) -> None:
-        self.recipe = recipe
+    def __init__(
+        self, recipes: Sequence[Recipe], leaves: Sequence[Tensor], packed: list[Packed]
+    ) -> None:
+        self.recipes = recipes
         self.leaves = tuple(weakref.ref(leaf) for leaf in leaves)
         self.versions = tuple(_version(leaf) for leaf in leaves)
         self.packed = packed
@@ -174,12 +93,7 @@ _MEMO: dict[tuple[Any, ...], _Entry] = {}
 _LOCK = threading.RLock()
 
 
-@functools.lru_cache(maxsize=65536)
-def _recipe(text: str) -> Recipe:
-    return Recipe.parse(text)
-
-
-def _look_up(text: str, leaves: Sequence[Tensor]) -> Packed | None:
+def _look_up(text: str, leaves: Sequence[Tensor]) -> list[Packed] | None:
     """The packed weight; None if it is cold inside a capture, where nothing can be measured."""
     key = (text, *(id(leaf) for leaf in leaves))
     capturing = leaves[0].is_cuda and torch.cuda.is_current_stream_capturing()
@@ -198,39 +112,42 @@ def _look_up(text: str, leaves: Sequence[Tensor]) -> Packed | None:
         if entry is not None and entry.captured and entry.live() is not None:
             _refresh(entry, leaves)
             return entry.packed
-        recipe = _recipe(text)
+        recipes = recipes_of(text)
         versions = tuple(_version(leaf) for leaf in leaves)
-        packed = _pack_off_pool(recipe, leaves)
-        records.count("run.packed")
-        if packed.kind == DENSE:
-            records.count("run.dense")
-            warnings.warn(
-                f"intlass: a weight [{recipe.rows}, {recipe.k}] stays dense: {packed.reason}",
-                stacklevel=2,
-            )
-        entry = _Entry(recipe, leaves, packed)
+        packed = _pack_off_pool(recipes, leaves)
+        records.count("run.packed", len(recipes))
+        for each in packed:
+            records.count(f"run.packed.{each.kind}")
+            if each.kind == DENSE:
+                records.count("run.dense")
+                warnings.warn(
+                    f"intlass: a weight {list(each.weight.shape)} stays dense: {each.reason}",
+                    stacklevel=2,
+                )
+        known = entry is not None
+        entry = _Entry(recipes, leaves, packed)
         entry.versions = versions
         _MEMO[key] = entry
-        for leaf in leaves:
-            weakref.finalize(leaf, _MEMO.pop, key, None)
+        if not known:
+            for leaf in leaves:
+                weakref.finalize(leaf, _MEMO.pop, key, None)
         return packed
 
 
 def _refresh(entry: _Entry, leaves: Sequence[Tensor]) -> None:
     """Repack in place, so that captured CUDA graphs read the new values."""
     versions = tuple(_version(leaf) for leaf in leaves)
-    new = _pack_off_pool(entry.recipe, leaves)
+    new = _pack_off_pool(entry.recipes, leaves)
     old = entry.packed
-    same = new.kind == old.kind and [(t.shape, t.dtype) for t in new.tensors()] == [
-        (t.shape, t.dtype) for t in old.tensors()
-    ]
-    if not same:
+    if [each.form() for each in new] != [each.form() for each in old]:
+        kinds = [", ".join(each.kind for each in packed) for packed in (old, new)]
         raise RuntimeError(
-            f"linear_from_leaves: a weight captured in a CUDA graph as {old.kind} is now "
-            f"{new.kind} with other shapes or dtypes; call torch.compiler.reset() and recompile"
+            f"linear_from_leaves: a weight captured in a CUDA graph as {kinds[0]} is now "
+            f"{kinds[1]} with other shapes or dtypes; call torch.compiler.reset() and recompile"
         )
-    for target, source in zip(old.tensors(), new.tensors(), strict=True):
-        target.copy_(source)
+    for before, after in zip(old, new, strict=True):
+        for target, source in zip(before.tensors(), after.tensors(), strict=True):
+            target.copy_(source)
     entry.versions = versions
     records.count("run.refreshed")
 
@@ -259,7 +176,8 @@ def invalidate() -> None:
 def packed_bytes() -> int:
     """Memory held by repacked weights."""
     entries = list(_MEMO.values())
-    return sum(t.numel() * t.element_size() for e in entries for t in e.packed.tensors())
+    tensors = [t for entry in entries for each in entry.packed for t in each.tensors()]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _multiply(
@@ -280,27 +198,25 @@ def _multiply(
     assert packed.scales is not None
     scales = packed.scales[rows]
     zeros = None if packed.zeros is None else packed.zeros[rows]
-    ops: Any = torch.ops.intlass
+    int4: Callable[..., Tensor] = torch.ops.intlass.matmul_int4_bf16_tn
+    int8: Callable[..., Tensor] = torch.ops.intlass.matmul_int8_bf16_tn
     common = {"a_scale": a_scale, "a_zero": a_zero}
     if packed.kind == INT8:
-        y: Tensor = ops.matmul_int8_bf16_tn(
-            x, weight, a_scale, scales, a_zero=a_zero, bias=bias, out_dtype=out_dtype
-        )
-        return y
+        return int8(x, weight, a_scale, scales, a_zero=a_zero, bias=bias, out_dtype=out_dtype)
     if packed.kind == INT4:
-        y = ops.matmul_int4_bf16_tn(
-            x, weight, scales, zeros, k=k, bias=bias, out_dtype=out_dtype, **common
-        )
-        return y
-    assert packed.high is not None and packed.high_scales is not None
+        tail = {"bias": bias, "out_dtype": out_dtype}
+        return int4(x, weight, scales, zeros, k=k, **common, **tail)
+    assert packed.high is not None
+    assert packed.high_scales is not None
     none = torch.zeros((), dtype=packed.high_scales.dtype, device=x.device)
-    top = ops.matmul_int4_bf16_tn(
-        x, packed.high[rows], packed.high_scales[rows], none, k=k, out_dtype=torch.float32, **common
-    )
-    y = top + ops.matmul_int4_bf16_tn(
-        x, weight, scales, zeros, k=k, out_dtype=torch.float32, **common
-    )
-    return (y if bias is None else y + bias.float()).to(out_dtype)
+    wide = {"k": k, "out_dtype": torch.float32, **common}
+    y = int4(x, packed.high[rows], packed.high_scales[rows], none, **wide)
+    y = y + int4(x, weight, scales, zeros, **wide)
+    return _finish(y, bias, out_dtype)
+
+
+def _finish(y: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    return (y if bias is None else y.float() + bias.float()).to(out_dtype)
 
 
 def _dense(
@@ -317,7 +233,7 @@ def _dense(
         y = y if a_scale is None else y * a_scale.float()
     else:
         y = torch.nn.functional.linear(x, weight.to(x.dtype))
-    return (y if bias is None else y.float() + bias.float()).to(out_dtype)
+    return _finish(y, bias, out_dtype)
 
 
 def _linear(
@@ -329,23 +245,23 @@ def _linear(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    parsed = _recipe(recipe)
+    recipes = recipes_of(recipe)
     packed = _look_up(recipe, leaves)
     if packed is None:
-        weight = evaluate_real(parsed, leaves).weight()
-        stacked = weight.reshape(parsed.batch, *weight.shape[-2:])
-        if parsed.layout == "kn":
-            stacked = stacked.transpose(1, 2)
-        packed = Packed(DENSE, stacked.reshape(parsed.rows, parsed.k))
-    dtype = out_dtype or x.dtype
-    args = (parsed.k, a_scale, a_zero, bias, dtype)
-    if parsed.batch == 1:
-        return _multiply(x, packed, slice(None), *args)
-    parts = [
-        _multiply(x[e], packed, slice(e * parsed.n, (e + 1) * parsed.n), *args)
-        for e in range(parsed.batch)
-    ]
-    return torch.stack(parts)
+        parts = zip(recipes, split_leaves(recipes, leaves), strict=True)
+        packed = [Packed(DENSE, dense_weight(each, part)) for each, part in parts]
+    first = recipes[0]
+    k, dtype = first.k, out_dtype or x.dtype
+    if first.batch == 1:
+        every = slice(None)
+        outputs = [_multiply(x, each, every, k, a_scale, a_zero, bias, dtype) for each in packed]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    stacked = []
+    for e in range(first.batch):
+        scale, zero = (t if t is None or t.dim() < 3 else t[e] for t in (a_scale, a_zero))
+        rows = slice(e * first.n, (e + 1) * first.n)
+        stacked.append(_multiply(x[e], packed[0], rows, k, scale, zero, bias, dtype))
+    return torch.stack(stacked)
 
 
 def _linear_fake(
@@ -357,11 +273,12 @@ def _linear_fake(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _recipe(recipe).n), dtype=out_dtype or x.dtype)
+    n = sum(each.n for each in recipes_of(recipe))
+    return x.new_empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype)
 
 
 # A fragment: ops/ owns the namespace.
-LIBRARY = torch.library.Library("intlass", "FRAGMENT")  # noqa: TOR901
+LIBRARY = torch.library.Library("intlass", "FRAGMENT")
 LIBRARY.define(
     "linear_from_leaves(Tensor x, Tensor[] leaves, str recipe, Tensor? a_scale=None, "
     "Tensor? a_zero=None, Tensor? bias=None, ScalarType? out_dtype=None) -> Tensor",

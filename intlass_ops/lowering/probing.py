@@ -1,0 +1,226 @@
+"""Compile-time proof: which value of a slice holds the codes, for any values of its leaves.
+
+Lives here: `probe`, which measures a slice on synthetic leaves, so that the decision depends on no
+value and a cached graph serves every weight; `synthetic` leaves; what is proved (`WeightForm`).
+Not here: the measuring (weights.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .program import Evaluation, NotASlice
+from .weights import Measured, NotAffine, Recipe, measure
+
+# Each measured candidate costs a few evaluations of the slice.
+MAX_CANDIDATES = 12
+
+
+@dataclass(frozen=True)
+class WeightForm:
+    """What `probe` proved about a slice, for any values of its leaves."""
+
+    recipe: Recipe
+    group_size: int
+    span: tuple[int, int]
+    has_zeros: bool
+    codes_are_weight: bool  # no scale inside the slice: it comes later, as an epilogue
+    codes_leaf: int | None  # the leaf that already is int8 W[N, K], if one is
+    scale_value: int | None  # a value of the program equal to the per-channel scales
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.span[1] - self.span[0] < 16 else 8
+
+
+@dataclass(frozen=True)
+class LeafMeta:
+    """What probing needs to know about a leaf: never its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    index_into: int | None  # the leaf is used as an index into a dimension of this size
+
+
+def synthetic(
+    meta: LeafMeta, numel: int, seed: int, device: torch.device, *, small: bool = False
+) -> Tensor:
+    """Random contents for a leaf: full-range integers, weight-like or scale-like floats.
+
+    small: wide integers too few to be packed codes are zero points, in [0, 15].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    extent = 1 + sum((s - 1) * t for s, t in zip(meta.shape, meta.stride, strict=True) if s)
+    extent = 0 if 0 in meta.shape else extent
+    if meta.index_into is not None:
+        values = torch.arange(extent) * meta.index_into // max(extent, 1)
+        flat = values.to(meta.dtype)
+    elif meta.dtype == torch.bool:
+        flat = torch.randint(0, 2, (extent,), generator=generator).bool()
+    elif meta.dtype.is_floating_point:
+        if 2 * math.prod(meta.shape) >= numel:
+            flat = torch.randn(extent, generator=generator).to(meta.dtype)
+        else:
+            flat = (torch.rand(extent, generator=generator) + 0.5).to(meta.dtype)
+    elif small and meta.dtype.itemsize >= 4 and 16 * math.prod(meta.shape) <= numel:
+        flat = torch.randint(0, 16, (extent,), generator=generator).to(meta.dtype)
+    else:
+        bytes_ = torch.randint(
+            0, 256, (extent * meta.dtype.itemsize,), dtype=torch.uint8, generator=generator
+        )
+        # No byte may look like the exponent of an infinity: scales are often stored as bytes.
+        bytes_ = torch.where((bytes_ & 0x7C) == 0x7C, bytes_ ^ 0x40, bytes_)
+        flat = bytes_.view(meta.dtype)
+    return flat.to(device).as_strided(meta.shape, meta.stride)
+
+
+_PROBED: dict[tuple[object, ...], WeightForm | str] = {}
+_LOCK = threading.Lock()
+
+
+def probe(
+    metas: Sequence[LeafMeta],
+    shape: Recipe,
+    device: torch.device,
+) -> WeightForm:
+    """Find the codes of a slice and prove its structure on synthetic leaves.
+
+    `shape` is a recipe whose codes are still unknown. Raises NotAffine. Equal slices (the layers
+    of a model) are probed once.
+    """
+    key = (shape.text(), tuple(metas))
+    with _LOCK:
+        known = _PROBED.get(key)
+    if known is None:
+        try:
+            known = _probe(metas, shape, device, small=False)
+        except (NotAffine, NotASlice) as problem:
+            known = str(problem)
+            with contextlib.suppress(NotAffine, NotASlice):
+                # A zero point drawn from all of int64 hides the codes behind its size.
+                known = _probe(metas, shape, device, small=True)
+        with _LOCK:
+            _PROBED[key] = known
+    if isinstance(known, str):
+        raise NotAffine(known)
+    return known
+
+
+def _probe(
+    metas: Sequence[LeafMeta],
+    shape: Recipe,
+    device: torch.device,
+    *,
+    small: bool,
+) -> WeightForm:
+    numel = shape.rows * shape.k
+    leaves = [synthetic(meta, numel, 1000 + i, device, small=small) for i, meta in enumerate(metas)]
+    try:
+        evaluation = Evaluation(shape.program, leaves)
+    except Exception as problem:
+        raise NotAffine(f"the slice cannot be evaluated on its own: {problem}") from problem
+    if evaluation.weight().dtype.is_complex or evaluation.weight().dtype == torch.bool:
+        raise NotAffine(f"the weight is {evaluation.weight().dtype}")
+    best: tuple[tuple[int, ...], Recipe, Measured] | None = None
+    reason = "no integer-valued tensor of the weight's size"
+    tried = 0
+    for index in _candidates(evaluation, shape.rows * shape.k):
+        tried += 1
+        if tried > MAX_CANDIDATES:
+            break
+        recipe = replace(shape, codes=index)
+        try:
+            found = measure(evaluation, recipe)
+        except (NotAffine, NotASlice) as problem:
+            reason = str(problem)
+            continue
+        except IndexError:
+            reason = "the codes index a table: not integers times a scale"
+            continue
+        except Exception as problem:
+            # Some candidates are inputs of bit operations, which float64 codes cannot enter.
+            reason = f"{type(problem).__name__} downstream of the codes"
+            continue
+        if not _same_codes(found.codes, evaluation.values[index]):
+            reason = "the weight keeps only part of its codes (a clamp?)"
+            continue
+        low, high = found.span
+        levels = high - low + 1
+        bits = 4 if levels <= 16 else 8 if levels <= 256 else 9
+        rank = (int(found.order is not None), bits, -found.group_size)
+        if best is None or rank < best[0]:
+            best = (rank, recipe, found)
+        if rank[:2] == (0, 4):
+            break
+    if best is None:
+        raise NotAffine(reason)
+    _, recipe, found = best
+    low, high = found.span
+    if high - low > 255:
+        raise NotAffine(f"codes span [{low}, {high}]: more than 8 bits")
+    return _describe(evaluation, recipe, found)
+
+
+def _same_codes(found: Tensor, source: Tensor) -> bool:
+    """Whether the recovered codes are the source's own values, in whatever order."""
+    ours = torch.sort(found.flatten()).values
+    return torch.equal(ours.double(), torch.sort(source.flatten().double()).values)
+
+
+def _candidates(evaluation: Evaluation, numel: int) -> list[int]:
+    """Integer-valued values with as many elements as the weight, nearest to the weight first."""
+    found = []
+    for index in range(evaluation.program.result, -1, -1):
+        value = evaluation.values[index]
+        if not isinstance(value, Tensor) or value.numel() != numel or value.dtype == torch.bool:
+            continue
+        if value.dtype.is_complex:
+            continue
+        if value.dtype.is_floating_point and not (
+            bool((value == value.round()).all()) and bool((value != value.flatten()[0]).any())
+        ):
+            continue
+        found.append(index)
+    return found
+
+
+def _describe(evaluation: Evaluation, recipe: Recipe, found: Measured) -> WeightForm:
+    leaf = scale_value = None
+    per_channel = found.group_size == recipe.k and found.order is None
+    for i in range(evaluation.program.leaves):
+        value = evaluation.values[i]
+        if (
+            value.dtype == torch.int8
+            and tuple(value.shape) == (recipe.rows, recipe.k)
+            and value.is_contiguous()
+            and torch.equal(value.to(torch.int16), found.codes)
+        ):
+            leaf = i
+    if per_channel:
+        scales = found.scales[:, 0]
+        for i, value in enumerate(evaluation.values):
+            if (
+                isinstance(value, Tensor)
+                and value.dtype.is_floating_point
+                and value.numel() in (1, recipe.rows)
+                and torch.equal(value.double().flatten().expand(recipe.rows), scales)
+            ):
+                scale_value = i
+                break
+    return WeightForm(
+        recipe=recipe,
+        group_size=found.group_size,
+        span=found.span,
+        has_zeros=bool((found.zeros != 0).any()),
+        codes_are_weight=bool((found.scales == 1).all()) and not bool((found.zeros != 0).any()),
+        codes_leaf=leaf,
+        scale_value=scale_value,
+    )

@@ -1,0 +1,180 @@
+"""Models quantised by the real libraries, for the lowering tests and benchmarks/lowering_table.py.
+
+`LIBRARY` maps "library: scheme" to a maker of (model, input) and what becomes of its linears. A
+missing library raises ImportError from the maker; nothing here knows about the lowering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IN, HIDDEN = 256, 128
+Case = tuple[nn.Module, Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    make: Callable[[], Case]
+    outcome: str  # what is expected of each of the two linears: "swapped" or "declined"
+    scheme: str  # how the compiled graph computes it; 8 bits of storage may pack to 4 at run time
+
+
+def mlp(dtype: torch.dtype = torch.bfloat16) -> Case:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(IN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, IN, bias=False))
+    return model.to(dtype).eval(), torch.randn(5, IN).to(dtype)
+
+
+def _torchao(config: Callable[[Any], Any]) -> Callable[[], Case]:
+    def make() -> Case:
+        import torchao.quantization as q
+
+        model, x = mlp()
+        q.quantize_(model, config(q))
+        return model, x
+
+    return make
+
+
+def _granularity(name: str, *args: int) -> Any:
+    import torchao.quantization.granularity as granularity
+
+    return getattr(granularity, name)(*args)
+
+
+def _intx(bits: int, group: int) -> Callable[[Any], Any]:
+    return lambda q: q.IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{bits}"), granularity=_granularity("PerGroup", group)
+    )
+
+
+def _hqq(bits: int, axis: int) -> Callable[[], Case]:
+    def make() -> Case:
+        from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
+
+        model, x = mlp()
+        HQQLinear.set_backend(HQQBackend.PYTORCH)
+        for i in (0, 2):
+            config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
+            model[i] = HQQLinear(model[i], config, compute_dtype=x.dtype, device="cpu")
+        return model, x
+
+    return make
+
+
+def _quanto(weights: str, dtype: torch.dtype) -> Callable[[], Case]:
+    def make() -> Case:
+        from optimum import quanto
+
+        model, x = mlp(dtype)
+        quanto.quantize(model, weights=getattr(quanto, weights))
+        quanto.freeze(model)
+        return model, x
+
+    return make
+
+
+def _pt2e(dynamic: bool) -> Callable[[], Case]:
+    def make() -> Case:
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+        from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+            X86InductorQuantizer,
+            get_default_x86_inductor_quantization_config,
+        )
+
+        model, x = mlp(torch.float32)
+        exported = torch.export.export(model, (x,)).module()
+        quantizer = X86InductorQuantizer()
+        quantizer.set_global(get_default_x86_inductor_quantization_config(is_dynamic=dynamic))
+        prepared = prepare_pt2e(exported, quantizer)
+        prepared(x)
+        return convert_pt2e(prepared), x
+
+    return make
+
+
+class PackedLinear(nn.Module):
+    """compressed-tensors pack-quantized, decompressed inside the graph by the library itself."""
+
+    def __init__(self, source: nn.Linear, group: int) -> None:
+        super().__init__()
+        from compressed_tensors.compressors import pack_to_int32
+
+        w = source.weight.detach().float().view(source.out_features, -1, group)
+        scale = w.abs().amax(-1, keepdim=True) / 7
+        q = (w / scale).round().clamp(-8, 7).to(torch.int8).view(source.out_features, -1)
+        self.shape = torch.Size(q.shape)
+        self.register_buffer("packed", pack_to_int32(q, 4))
+        self.register_buffer("scale", scale.to(source.weight.dtype))
+        self.bias = source.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        from compressed_tensors.compressors import unpack_from_int32
+
+        q = unpack_from_int32(self.packed, 4, self.shape).to(x.dtype)
+        w = (q.view(self.shape[0], self.scale.shape[1], -1) * self.scale).view(self.shape)
+        return nn.functional.linear(x, w, self.bias)
+
+
+def _compressed_tensors() -> Case:
+    model, x = mlp()
+    model[0], model[2] = PackedLinear(model[0], 32), PackedLinear(model[2], 32)
+    return model, x
+
+
+LIBRARY: dict[str, Entry] = {
+    "torchao: int8 weight-only per row": Entry(
+        _torchao(lambda q: q.Int8WeightOnlyConfig()), "swapped", "w8a16"
+    ),
+    "torchao: int8 weight-only per tensor": Entry(
+        _torchao(lambda q: q.Int8WeightOnlyConfig(granularity=_granularity("PerTensor"))),
+        "swapped",
+        "w8a16",
+    ),
+    "torchao: int8 weight-only group 64": Entry(
+        _torchao(lambda q: q.Int8WeightOnlyConfig(granularity=_granularity("PerGroup", 64))),
+        "swapped",
+        "w8a16",
+    ),
+    "torchao: intx int4 weight-only group 32": Entry(_torchao(_intx(4, 32)), "swapped", "w8a16"),
+    "torchao: intx int8 weight-only group 64": Entry(_torchao(_intx(8, 64)), "swapped", "w8a16"),
+    "torchao: int8 dynamic activation, int8 weight": Entry(
+        _torchao(lambda q: q.Int8DynamicActivationInt8WeightConfig()), "swapped", "w8a8"
+    ),
+    "torchao: int8 dynamic asymmetric activation, int8 weight": Entry(
+        _torchao(
+            lambda q: q.Int8DynamicActivationInt8WeightConfig(
+                act_mapping_type=q.MappingType.ASYMMETRIC
+            )
+        ),
+        "swapped",
+        "w8a8",
+    ),
+    "torchao: 8da4w group 32": Entry(
+        _torchao(
+            lambda q: q.Int8DynamicActivationIntxWeightConfig(
+                weight_dtype=torch.int4, weight_granularity=_granularity("PerGroup", 32)
+            )
+        ),
+        "swapped",
+        "w8a8",
+    ),
+    "hqq: 4-bit axis 1": Entry(_hqq(4, 1), "swapped", "w4a16"),
+    "hqq: 8-bit axis 1": Entry(_hqq(8, 1), "swapped", "w8a16"),
+    "hqq: 3-bit axis 1": Entry(_hqq(3, 1), "swapped", "w4a16"),
+    "hqq: 2-bit axis 1": Entry(_hqq(2, 1), "swapped", "w4a16"),
+    "hqq: 4-bit axis 0": Entry(_hqq(4, 0), "declined", "quantised"),
+    "optimum-quanto: qint8": Entry(_quanto("qint8", torch.bfloat16), "swapped", "w8a16"),
+    "optimum-quanto: qint4 fp32": Entry(_quanto("qint4", torch.float32), "swapped", "w4a16"),
+    "optimum-quanto: qfloat8": Entry(_quanto("qfloat8", torch.bfloat16), "declined", "quantised"),
+    "compressed-tensors: pack-quantized, decompressed in graph": Entry(
+        _compressed_tensors, "swapped", "w4a16"
+    ),
+    "PT2E x86: static": Entry(_pt2e(False), "swapped", "w8a8"),
+    "PT2E x86: dynamic": Entry(_pt2e(True), "swapped", "w8a8"),
+}
