@@ -117,9 +117,9 @@ class Gemm:
 
     @property
     def values_per_block(self) -> int:
-        """fp32 values a block leaves in the workspace when K is split."""
-        row_sums = 4 * self.warps_m * self.block_n if self.has_a_zero else 0
-        return self.block_m * self.block_n + row_sums
+        """Words a block leaves in the workspace when K is split: gemm.cu, add_stripes."""
+        tiles_m, tiles_n = self.block_m // self.warps_m // 8, self.block_n // self.warps_n // 16
+        return self.threads * 4 * (tiles_n * tiles_m + tiles_n + tiles_m)
 
     def __str__(self) -> str:
         split = f" split_k={self.split_k}" if self.split_k > 1 else ""
@@ -199,6 +199,9 @@ def why_not_skinny(shape: Shape) -> str | None:
     if shape.x_kind in ("s4", "u4"):
         return "no INT4 activations"
     chunk_k = 512 // BITS[shape.w_kind]
+    if shape.k % (chunk_k // 4):
+        # rows may be aligned all the same, with padding between them
+        return f"K={shape.k} does not fill the last 16 bytes of a row of W"
     whole_chunks = shape.group_size >= shape.k or shape.group_size % chunk_k == 0
     if not whole_chunks and shape.group_size not in (chunk_k // 2, chunk_k // 4):
         return f"group_size={shape.group_size} does not divide chunks of {chunk_k} k"
@@ -218,6 +221,10 @@ def _pick_skinny(device: Device, shape: Shape) -> Skinny:
     # Zero points and the second half of a chunk's groups need registers that a second chunk holds.
     groups_per_chunk = max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
     unroll = 1 if shape.has_zeros or groups_per_chunk > 1 else 2
+    # Where one token tile of codes without zero points does with 128 registers, others take twice.
+    crowded = shape.m > 8 or unroll == 1
+    warps_per_sm = 8 if crowded else 16
+    warps = min(warps, warps_per_sm)
     while warps > 1 and warps * unroll > chunks:
         warps //= 2
     return Skinny(
@@ -230,7 +237,7 @@ def _pick_skinny(device: Device, shape: Shape) -> Skinny:
         tiles_n=2,
         warps=warps,
         unroll=unroll,
-        blocks_per_sm=16 // warps if warps > 2 else 4,
+        blocks_per_sm=min(4, warps_per_sm // warps),
         groups_per_chunk=groups_per_chunk,
         chunks_per_group=max(1, min(shape.group_size, shape.k) // chunk_k),
         grouping=Grouping.CHANNEL if shape.group_size >= shape.k else Grouping.SPAN,
@@ -296,6 +303,9 @@ def _pick_gemm(device: Device, shape: Shape) -> Gemm:
     else:
         block_m = min(64, max(8, 1 << (shape.m - 1).bit_length())) if shape.m else 8
         block_n, warps_m, warps_n, num_stages = 128, 1, 4, 4
+    grouping = grouping_of(shape.k, shape.group_size, 128)
+    if grouping is Grouping.STRADDLING:
+        block_n = 64  # masked fragments take registers
     config = Gemm(
         x_kind=shape.x_kind,
         w_kind=shape.w_kind,
@@ -309,7 +319,7 @@ def _pick_gemm(device: Device, shape: Shape) -> Gemm:
         warps_n=warps_n,
         num_stages=num_stages,
         split_k=1,
-        grouping=grouping_of(shape.k, shape.group_size, 128),
+        grouping=grouping,
         has_zeros=shape.has_zeros,
         has_a_zero=shape.has_a_zero,
         aligned=shape.aligned,

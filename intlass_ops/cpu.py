@@ -192,17 +192,18 @@ def _load() -> dict[str, Any] | None:
 
 
 def _binary() -> bytes:
-    compiler = _compiler()
-    if compiler is None:
+    found = compiler()
+    if found is None:
         raise KernelCompileError(
             "no C++ compiler (g++ or clang++) was found; on Debian and Ubuntu: apt-get install g++"
         )
     cache = CubinCache(default_directory())
-    binary, _ = cache.get_or_build(_cache_key(compiler), lambda: _build(compiler))
+    binary, _ = cache.get_or_build(_cache_key(found), lambda: _build(found))
     return binary
 
 
-def _compiler() -> str | None:
+def compiler() -> str | None:
+    """The C++ compiler, as torch.compile would choose it."""
     candidates = (os.environ.get("CXX"), "g++", "clang++", "c++")
     return next((found for c in candidates if c and (found := shutil.which(c))), None)
 

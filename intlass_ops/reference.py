@@ -80,6 +80,19 @@ def matmul(
     return out
 
 
+def seed_key(seed: int) -> int:
+    """64 bits that differ in half their places for any two seeds (the splitmix64 finaliser).
+
+    Indices are combined with the key by XOR: small seeds themselves would only permute the draws of
+    a tensor, and steps 0, 1, 2, ... of a training run would all make the same error in its sum.
+    """
+    mask = 0xFFFFFFFFFFFFFFFF
+    key = (seed + 0x9E3779B97F4A7C15) & mask
+    key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & mask
+    return key ^ (key >> 31)
+
+
 def uniform(seed: int, count: int, device: torch.device) -> Tensor:
     """``count`` float32 values in [0, 1) that depend on (seed, index) alone.
 
@@ -87,6 +100,7 @@ def uniform(seed: int, count: int, device: torch.device) -> Tensor:
     device, in any launch order and inside a captured graph.
     """
     mask = 0xFFFFFFFF
+    seed = seed_key(seed)
     x = torch.arange(count, device=device, dtype=torch.int64)
     x = ((x & mask) ^ (((x >> 32) * 0x9E3779B9) & mask) ^ (seed & mask)) & mask
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
@@ -113,7 +127,8 @@ def quantization_parameters(x: Tensor, bits: int, symmetric: bool) -> tuple[Tens
             else (x.new_zeros(x.shape[0], 1), x.new_zeros(x.shape[0], 1))
         )
         span, levels = high - low, 2**bits - 1
-    scale = torch.where(span == 0, 1.0, (span / levels).clamp(min=2.0**-149))
+    # A tensor as divisor: CUDA multiplies by the reciprocal of a number, which rounds twice.
+    scale = torch.where(span == 0, 1.0, (span / torch.full_like(span, levels)).clamp(min=2.0**-149))
     if low is None:
         return scale, None
     first = -128 if bits == 8 else 0
@@ -130,7 +145,7 @@ def quantize(
 ) -> Tensor:
     """Integer codes of x [S, L]: round(x / scale) + zero, saturated, NaN to 0; int8.
 
-    ``seed`` None rounds half to even, else stochastically: floor(x / scale + u), u = uniform().
+    ``seed`` None rounds half to even, else stochastically: up if uniform() is below the fraction.
     A floating ``zero`` is added before the rounding, an integer one after it.
     """
     r = x.float() / scale.float()
@@ -139,7 +154,8 @@ def quantize(
     if seed is None:
         r = torch.round(r)
     else:
-        r = torch.floor(r + uniform(seed, r.numel(), r.device).view_as(r))
+        below = torch.floor(r)
+        r = below + (uniform(seed, r.numel(), r.device).view_as(r) < r - below)
     if zero is not None and not zero.is_floating_point():
         r = r + zero.float()
     low, high = code_range(bits, zero is None)

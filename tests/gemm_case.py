@@ -28,7 +28,8 @@ X_DTYPE = {
     "u4": torch.uint8,
 }
 CODES = {"s8": (-128, 127), "s4": (-8, 7), "u4": (0, 15)}
-LAYOUTS = ("contiguous", "transposed", "columns", "rows", "offset", "expanded")
+# "expanded" alone changes values, and comes last so that others can leave it out.
+LAYOUTS = ("contiguous", "transposed", "columns", "padded", "rows", "offset", "expanded")
 # Scales far from 1, one kind a row: see `special_scales`.
 SPECIALS = ("one", "zero", "subnormal", "huge", "inf", "nan")
 
@@ -112,19 +113,24 @@ def relayout(t: Tensor, layout: str) -> Tensor:
         return t
     if layout == "transposed":
         return t.mT.contiguous().mT if t.dim() > 1 else relayout(t, "rows")
-    if layout == "columns":  # of a wider matrix
-        wide = torch.full((*t.shape[:-1], t.shape[-1] + 5), 77, dtype=t.dtype, device=t.device)
-        wide[..., 3 : 3 + t.shape[-1]] = t
-        return wide[..., 3 : 3 + t.shape[-1]]
+    # What lies around the values is as harmful as can be, should a kernel read it.
+    garbage = math.nan if t.is_floating_point() else 77
+    if layout in ("columns", "padded"):  # of a wider matrix, from an odd or an aligned one on
+        first, width = (3, 5) if layout == "columns" else (0, 64 - t.shape[-1] % 64)
+        shape = (*t.shape[:-1], t.shape[-1] + width)
+        wide = torch.full(shape, garbage, dtype=t.dtype, device=t.device)
+        wide[..., first : first + t.shape[-1]] = t
+        return wide[..., first : first + t.shape[-1]]
     if layout == "rows":  # every second one
-        tall = torch.full((2 * t.shape[0], *t.shape[1:]), 77, dtype=t.dtype, device=t.device)
+        shape = (2 * t.shape[0], *t.shape[1:])
+        tall = torch.full(shape, garbage, dtype=t.dtype, device=t.device)
         tall[::2] = t
         return tall[::2]
     if layout == "offset":
         flat = t.new_empty(t.numel() + 1)
         flat[1:] = t.reshape(-1)
         return flat[1:].view(t.shape)
-    if layout == "expanded":  # the one layout that changes values: the first row is all rows
+    if layout == "expanded":  # the first row for all
         return t[:1].expand_as(t)
     raise ValueError(layout)
 

@@ -143,6 +143,36 @@ class ActOrder(Int32Words):
         return torch.matmul(x, (q - z).to(self.dtype) * s)
 
 
+class AwqOrder(Idiom):
+    """AutoAWQ's naive path: int32 [K, N / 8], nibbles of N in the order 0 4 1 5 2 6 3 7."""
+
+    ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+    def setup(self, q: Tensor, s: Tensor, z: Tensor) -> None:
+        def words(values: Tensor) -> Tensor:
+            blocks = values.reshape(values.shape[0], N // 8, 8)[..., list(self.ORDER)]
+            return (blocks << (torch.arange(8) * 4)).sum(-1).to(torch.int32)
+
+        order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+        self.register_buffer("order", (torch.arange(N).view(-1, 8)[:, order]).flatten())
+        self.register_buffer("shifts", torch.arange(0, 32, 4))
+        self.register_buffer("qweight", words(q.t()))
+        self.register_buffer("qzeros", words(z.t()))
+        self.register_buffer("s", s.t().contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        def unpack(words: Tensor) -> Tensor:
+            nibbles = torch.bitwise_right_shift(words.unsqueeze(-1), self.shifts).to(torch.int8)
+            flat = nibbles.view(words.shape[0], -1)
+            ordered = torch.ops.aten.index.Tensor(flat, [None, self.order])
+            return torch.bitwise_and(ordered, 15)
+
+        q = unpack(self.qweight)
+        z = unpack(self.qzeros).repeat_interleave(GROUP, dim=0)
+        w = (q - z) * self.s.repeat_interleave(GROUP, dim=0)
+        return torch.matmul(x, w)
+
+
 class Int8PerChannel(Idiom):
     def setup(self, q: Tensor, s: Tensor, z: Tensor) -> None:
         g = torch.Generator().manual_seed(6)
@@ -294,7 +324,7 @@ AFFINE: dict[str, Callable[..., Idiom]] = {
     cls.__name__: cls
     for cls in (
         SubMul, RepeatInterleave, IntegerZeros, DivideByInverse, AddShift, SignExtendWhere,
-        SignExtendShift, HalvesCat, Int32Words, ActOrder, Int8PerChannel, Int8Epilogue,
+        SignExtendShift, HalvesCat, AwqOrder, Int32Words, ActOrder, Int8PerChannel, Int8Epilogue,
         Int8Asymmetric, Conv1dLayout, Einsum, WeightLeft, Experts,
     )
 }  # fmt: skip

@@ -1,13 +1,11 @@
-"""The ops under what only a GPU has: tiles and tails of its kernels, streams, CUDA graphs, threads,
-dirty memory, tensors beyond 2^31 elements, several devices.
+"""The ops under what only a GPU has: tiles and tails of its kernels, dirty memory, tensors beyond
+2^31 elements, several devices. Streams, threads and CUDA graphs: test_cuda_streams.py.
 
 The tests that CPU and GPU share run on both from their own files (fixture `device`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import oracle
@@ -29,7 +27,7 @@ from strategies import (
     split_cases,
 )
 from tolerance import assert_identical
-from torch import Tensor, nn
+from torch import Tensor
 
 import intlass_ops as ia
 
@@ -48,7 +46,7 @@ def poison() -> None:
     """Leave NaN (all bits set) in the memory that the next allocations will get."""
     blocks = [
         torch.full((1 << size,), 0xFF, dtype=torch.uint8, device="cuda")
-        for size in range(9, 28)
+        for size in range(9, 26)
         for _ in range(4)
     ]
     del blocks
@@ -137,160 +135,6 @@ def test_nothing_waits_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-# --------------------------------------------------------------------------- streams and threads
-
-
-@pytest.mark.parametrize("name", MIXED)
-def test_runs_on_the_current_stream(name: str) -> None:
-    """The activations arrive late on a side stream: whoever ran elsewhere would miss them."""
-    call = build(MIXED[name], "cuda")
-    expected = call.run()
-    late = torch.zeros_like(call.a)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        late.copy_(call.a)
-        y = replace(call, a=late).run()
-    stream.synchronize()
-    assert_identical(y, expected)
-
-
-def test_quantisers_run_on_the_current_stream() -> None:
-    x = torch.randn(64, 512, device="cuda")
-    expected, _, _ = ia.quantize_int8(x)
-    late = torch.zeros_like(x)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        late.copy_(x)
-        q, _, _ = ia.quantize_int8(late)
-    stream.synchronize()
-    assert_identical(q, expected)
-
-
-def test_streams_do_not_disturb_each_other() -> None:
-    """Kernels that split K, at once on four streams: they share no counters and no workspace."""
-    calls = [build(replace(case, seed=s), "cuda") for s in range(2) for case in SPLIT.values()]
-    expected = [call.run() for call in calls]
-    streams = [torch.cuda.Stream() for _ in calls]
-    torch.cuda.synchronize()
-    results: list[list[Tensor]] = [[] for _ in calls]
-    for _ in range(50):
-        for call, stream, ys in zip(calls, streams, results, strict=True):
-            with torch.cuda.stream(stream):
-                ys.append(call.run())
-    torch.cuda.synchronize()
-    for ys, y in zip(results, expected, strict=True):
-        for got in ys:
-            assert_identical(got, y)
-
-
-@pytest.mark.parametrize("own_stream", [True, False], ids=["own-streams", "one-stream"])
-def test_eight_threads(own_stream: bool) -> None:
-    calls = [build(case, "cuda") for case in MIXED.values()]
-    expected = [call.run() for call in calls]
-    torch.cuda.synchronize()
-
-    def hammer(turn: int) -> None:
-        stream = torch.cuda.Stream() if own_stream else torch.cuda.default_stream()
-        with torch.cuda.stream(stream):
-            for i in range(100):
-                which = (i + turn) % len(calls)
-                y = calls[which].run()
-                if i % 10 == 0:
-                    assert_identical(y, expected[which])
-
-    with ThreadPoolExecutor(8) as pool:
-        for done in [pool.submit(hammer, turn) for turn in range(8)]:
-            done.result()
-
-
-# ------------------------------------------------------------------------------------ CUDA graphs
-
-
-def capture(fn: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        fn()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = fn()
-    return graph, out
-
-
-@pytest.mark.parametrize("name", MIXED)
-def test_graphs_replay_with_new_activations(name: str) -> None:
-    call = build(MIXED[name], "cuda")
-    graph, out = capture(call.run)
-    for seed in range(1, 4):
-        call.a.copy_(build(replace(MIXED[name], seed=seed), "cuda").a)
-        out.fill_(torch.nan)
-        graph.replay()
-        assert_identical(out, oracle.round_to(call.expected().y, call.case.out_dtype))
-
-
-def test_a_graph_of_a_layer_that_quantises_its_activations() -> None:
-    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64)).to(BF16).cuda()
-    ia.quantize_(model, ia.Int8DynamicActivationInt8Weight())
-    x = torch.randn(20, 128, dtype=BF16, device="cuda")
-    with torch.no_grad():
-        graph, out = capture(lambda: model(x))
-        for _ in range(3):
-            x.normal_()
-            graph.replay()
-            assert_identical(out, model(x))
-
-
-def test_two_graphs_replay_at_once() -> None:
-    """Each graph has arrival counters of its own: replays on two streams overlap freely."""
-    calls = [build(replace(SPLIT["w4a16"], seed=seed), "cuda") for seed in range(2)]
-    expected = [call.run() for call in calls]
-
-    def several(call: Call) -> Callable[[], Tensor]:
-        return lambda: torch.stack([call.run() for _ in range(8)])
-
-    graphs = [capture(several(call)) for call in calls]
-    streams = [torch.cuda.Stream() for _ in calls]
-    torch.cuda.synchronize()
-    for _ in range(25):
-        for (graph, _), stream in zip(graphs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-        torch.cuda.synchronize()
-        for (_, out), y in zip(graphs, expected, strict=True):
-            assert_identical(out, y.expand_as(out))
-
-
-def test_a_graph_replays_beside_eager_calls() -> None:
-    captured, eager = (build(replace(SPLIT["w8a8"], seed=seed), "cuda") for seed in range(2))
-    expected_captured, expected_eager = captured.run(), eager.run()
-    graph, out = capture(captured.run)
-    side = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    for _ in range(50):
-        with torch.cuda.stream(side):
-            graph.replay()
-        y = eager.run()
-        torch.cuda.synchronize()
-        assert_identical(out, expected_captured)
-        assert_identical(y, expected_eager)
-
-
-def test_torch_compile_with_cuda_graphs() -> None:
-    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64)).to(BF16).cuda()
-    ia.quantize_(model, ia.Int4WeightOnly(group_size=128))
-    torch._dynamo.reset()
-    fn = torch.compile(model, mode="reduce-overhead", fullgraph=True)
-    with torch.no_grad():
-        for _ in range(4):
-            x = torch.randn(1, 128, dtype=BF16, device="cuda")
-            assert_identical(fn(x).clone(), model(x))
-
-
 # -------------------------------------------------------------------------------------- quantisers
 
 
@@ -320,8 +164,8 @@ HUGE_ROWS, HUGE_K = 70_000, 1 << 15
 
 @pytest.fixture
 def _large_memory() -> None:
-    free, _ = torch.cuda.mem_get_info()
     torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
     if free < 60 << 30:
         pytest.skip(f"needs 60 GiB of free GPU memory, {free >> 30} GiB are")
 

@@ -89,6 +89,26 @@ def outcomes_after(module: nn.Module, x: Tensor) -> list[str]:
     return outcomes()
 
 
+def test_clamps_that_no_synthetic_value_reaches_still_count() -> None:
+    """An int8 leaf behind a clamp, or a scale behind one, must not be read around it."""
+
+    class ClampedWeight(graph_zoo.Int8PerChannel):
+        def forward(self, x: Tensor) -> Tensor:
+            w = self.w.to(self.dtype) * self.s.unsqueeze(1)
+            return nn.functional.linear(x, w.clamp(-1e4, 1e4))
+
+    class ClampedScale(graph_zoo.Int8PerChannel):
+        def forward(self, x: Tensor) -> Tensor:
+            s = self.s.clamp(min=0.25)
+            return nn.functional.linear(x, self.w.to(self.dtype) * s.unsqueeze(1))
+
+    x = torch.randn(4, graph_zoo.K).bfloat16()
+    clamped = ClampedWeight()
+    clamped.s[3] = 1e5
+    for module in (clamped, ClampedScale()):
+        assert len(outcomes_after(module, x)) == 1
+
+
 class DynamicActivation(nn.Module):
     """Per-token symmetric int8 activations, int8 weight, in several spellings of the product."""
 

@@ -117,6 +117,21 @@ def test_one_graph_for_all_row_counts() -> None:
         assert outcomes() == [SWAPPED]
 
 
+def test_dynamic_rows_with_int8_activations() -> None:
+    from test_lowering_idioms import DynamicActivation
+
+    backend = Counting()
+    with fresh(), torch.no_grad():
+        for spelling in ("int_mm", "dequantised"):
+            module = DynamicActivation(spelling)
+            compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
+            for rows in (20, 33, 300):
+                x = torch.randn(2, rows, 128).bfloat16()
+                assert close(compiled(x), module(x))
+        assert backend.compiles == 2
+        assert [d.scheme for d in lowering.report()] == ["w8a8", "w8a8"]
+
+
 def test_warm_caches_with_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph from the FX graph or AOTAutograd cache must use the weights of this model."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -323,3 +338,57 @@ def test_a_captured_weight_that_changes_structure_is_an_error() -> None:
         module.z.fill_(8)
         with pytest.raises(RuntimeError, match="captured in a CUDA graph"):
             runtime.refresh_captured()
+
+
+def test_constants_made_in_forward_and_closures() -> None:
+    """Neither is a parameter or buffer; the codes are integers of a fixed shape all the same."""
+    g = torch.Generator().manual_seed(9)
+    packed = torch.randint(0, 256, (48, 64), generator=g).to(torch.uint8)
+    scale = (torch.rand(48, 4, 1, generator=g) * 0.02 + 0.01).bfloat16()
+
+    def product(x: Tensor) -> Tensor:
+        shifts = torch.tensor([0, 4], dtype=torch.uint8)
+        q = ((packed.unsqueeze(-1) >> shifts) & 15).view(48, 4, 32).to(x.dtype)
+        return nn.functional.linear(x, ((q - 8) * scale).view(48, 128))
+
+    with fresh(), torch.no_grad():
+        compiled = torch.compile(product, backend=Counting(), fullgraph=True)
+        assert close(compiled(X), product(X))
+        packed.bitwise_xor_(0x77)
+        assert close(compiled(X), product(X))
+        assert outcomes() == [SWAPPED], lowering.report()
+
+
+def test_arguments_as_weights() -> None:
+    def product(x: Tensor, q: Tensor, s: Tensor) -> Tensor:
+        return x @ (q.to(x.dtype) * s).t()
+
+    g = torch.Generator().manual_seed(10)
+    q = torch.randint(-128, 128, (48, 128), generator=g).to(torch.int8)
+    s = (torch.rand(48, 1, generator=g) * 0.01).bfloat16()
+    with fresh(), torch.no_grad():
+        compiled = torch.compile(product, backend=Counting(), fullgraph=True)
+        assert close(compiled(X, q, s), product(X, q, s))
+        assert outcomes() == [SWAPPED], lowering.report()
+
+
+def test_op_has_a_truthful_schema_and_fake() -> None:
+    with fresh(), torch.no_grad():
+        backend = Counting()
+        module = graph_zoo.SubMul()
+        torch.compile(module, backend=backend, fullgraph=True)(X)
+        (graph,) = backend.graphs
+        (call,) = (n for n in graph.graph.nodes if "linear_from_leaves" in str(n.target))
+    leaves = [module.p, module.z, module.s]
+    recipe = next(arg for arg in call.args if isinstance(arg, str))
+    dtypes = [leaf.meta["val"].dtype for leaf in call.args[1]]
+    shapes = [leaf.meta["val"].shape for leaf in call.args[1]]
+    ordered = [
+        next(t for t in leaves if t.dtype == d and t.shape == s)
+        for d, s in zip(dtypes, shapes, strict=True)
+    ]
+    torch.library.opcheck(
+        torch.ops.intlass.linear_from_leaves.default,
+        (X, ordered, recipe),
+        test_utils=("test_schema", "test_faketensor"),
+    )

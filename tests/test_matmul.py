@@ -1,8 +1,8 @@
 """matmul_int4_bf16_tn, matmul_int8_bf16_tn and dequantize against the oracle: exactly where float32
-has nothing to round, by the tolerance rule at random, and what they refuse.
+has nothing to round, by the tolerance rule at random.
 
-Compilation, gradients and vmap: test_compile_ops.py, test_opcheck.py. Kernels under streams, graphs
-and threads: test_cuda_ops.py.
+Refusals: test_matmul_refusals.py. Compilation, gradients, vmap: test_compile_ops.py,
+test_opcheck.py. What only a GPU has: test_cuda_ops.py, test_cuda_streams.py.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from gemm_case import CODES, X_DTYPE, Call, Case, build, float32_is_exact, relayout
+from gemm_case import CODES, X_DTYPE, Case, build, float32_is_exact, relayout
 from gemm_checks import check_bounded, check_exact, check_large_sum
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from illegal import MUTATIONS, Mutation
 from strategies import (
     BF16,
     FLOATS,
     FP16,
     FP32,
-    a_zero_of,
     cover,
     dtype_cases,
     identity_cases,
@@ -33,7 +31,6 @@ from strategies import (
 )
 from tolerance import assert_identical
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from intlass_ops import dequantize, matmul_int4_bf16_tn, matmul_int8_bf16_tn
 
@@ -241,63 +238,3 @@ def test_int8_sums_reach_the_edge_of_int32(low: int, high: int, device: str) -> 
     for out in FLOATS:
         y = matmul_int8_bf16_tn(a, b, one, one, out_dtype=out)
         assert_identical(y, oracle.round_to(exact, out))
-
-
-# ---------------------------------------------------------------------------------------- refusals
-
-_REFUSED_CASES = tuple(
-    Case(x, w, lead=(2,), n=5, k=96, a_zero=a_zero_of(x))
-    for x, w in (("bf16", "u4"), ("fp32", "s8"), ("s8", "s8"), ("s8", "u4"), ("u4", "s4"))
-)
-
-
-def error_of(call: Call) -> Exception:
-    with pytest.raises((ValueError, TypeError)) as caught:
-        call.run()
-    return caught.value
-
-
-def check_refusal(mutation: Mutation, call: Call) -> None:
-    """The same error on the call's device, on meta tensors and on fake ones."""
-    illegal = mutation.mutate(call)
-    error = error_of(illegal)
-    assert type(error) is mutation.error
-    assert str(error).startswith(f"{call.case.op.__name__}: ")
-    for fragment in mutation.fragments(illegal):
-        assert fragment in str(error)
-    on_meta = error_of(illegal.map(lambda t: t.to("meta")))
-    assert (type(on_meta), str(on_meta)) == (type(error), str(error))
-    with FakeTensorMode() as mode:
-        fake = error_of(illegal.map(mode.from_tensor))
-    assert (type(fake), str(fake)) == (type(error), str(error))
-
-
-@pytest.mark.parametrize(
-    ("mutation", "case"),
-    [(m, c) for c in _REFUSED_CASES for m in MUTATIONS if m.applies(c)],
-    ids=str,
-)
-def test_illegal_calls_are_refused_alike_everywhere(
-    mutation: Mutation, case: Case, device: str
-) -> None:
-    check_refusal(mutation, build(case, device))
-
-
-@given(st.data())
-def test_any_illegal_call_is_refused(device: str, data: st.DataObject) -> None:
-    case = data.draw(legal_cases())
-    mutation = data.draw(st.sampled_from([m for m in MUTATIONS if m.applies(case)]))
-    check_refusal(mutation, build(case, device))
-
-
-@pytest.mark.parametrize("name", ["w", "scales", "zeros", "bias", "alpha", "a_scale", "a_zero"])
-def test_tensors_on_two_devices_are_refused(name: str) -> None:
-    case = Case("s8", "u4", bias=FP32, alpha="tensor", a_scale="token", a_zero=FP32)
-    call = build(case, "cpu")
-    if name in call.options:
-        call.options[name] = call.options[name].to("meta")
-    else:
-        call = replace(call, **{name: getattr(call, name).to("meta")})
-    shown = {"w": "packed_w"}.get(name, name)
-    with pytest.raises(ValueError, match=f"matmul_int4_bf16_tn: {shown} is on meta, .* on cpu"):
-        call.run()

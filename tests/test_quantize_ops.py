@@ -14,6 +14,7 @@ import torch
 from gemm_case import LAYOUTS, relayout
 from hypothesis import given
 from hypothesis import strategies as st
+from quantize_case import BITS, code_range, codes_of, each_symmetry, each_width, random
 from strategies import BF16, FLOATS, FP32, QUANTIZED_SHAPES
 from tolerance import assert_identical
 from torch import Tensor
@@ -21,24 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from intlass_ops import quantize_int4, quantize_int8
 
-BITS = {8: quantize_int8, 4: quantize_int4}
 SMALLEST = 2.0**-149
-each_width = pytest.mark.parametrize("bits", [8, 4], ids="int{}".format)
-each_symmetry = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 GRANULARITIES = ("token", "tensor", "channel", "group")
-
-
-def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
-    if symmetric:
-        return (-127, 127) if bits == 8 else (-7, 7)
-    return (-128, 127) if bits == 8 else (0, 15)
-
-
-def codes_of(q: Tensor, k: int, bits: int, symmetric: bool) -> Tensor:
-    """int64 codes of what the quantiser returned."""
-    assert q.dtype == (torch.int8 if bits == 8 else torch.uint8)
-    return q.long() if bits == 8 else oracle.unpack(q, k, symmetric)
 
 
 def check_against_the_oracle(
@@ -59,10 +45,6 @@ def check_against_the_oracle(
     else:
         assert zero.dtype == torch.int32
         assert_identical(zero.cpu().long(), expected.zero)
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = FP32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 # ----------------------------------------------------------------------------- dynamic quantisation
@@ -281,75 +263,6 @@ def test_integer_zero_points_join_after_the_rounding_and_floating_ones_before(de
     assert quantize_int8(x, one, integer).tolist() == [3, 5, 5]
     assert quantize_int8(x, one, integer.float()).tolist() == [4, 4, 6]
     assert quantize_int8(x, one, torch.tensor(0.25, device=device)).tolist() == [1, 2, 3]
-
-
-# ------------------------------------------------------------------------------ stochastic rounding
-
-
-def stochastic(x: Tensor, seed: int, bits: int = 8, **options: Any) -> Any:
-    return BITS[bits](x, rounding="stochastic", seed=seed, **options)
-
-
-@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.9])
-@pytest.mark.parametrize("seed", [0, 1, -7, 2**40 + 3])
-def test_stochastic_rounding_is_unbiased(seed: int, fraction: float, device: str) -> None:
-    count = 1 << 18
-    x = torch.full((count,), 3 + fraction, device=device)
-    q = stochastic(x, seed, scale=torch.ones((), device=device)).double()
-    assert set(q.unique().tolist()) == {3.0, 4.0}
-    deviation = math.sqrt(fraction * (1 - fraction) / count)
-    assert abs(q.mean().item() - 3 - fraction) < 4.5 * deviation
-    # neighbours are independent: the mean of their products is the product of their means
-    up = q - 3 - fraction
-    for distance in (1, 2, 64, 4096):
-        assert abs((up[distance:] * up[:-distance]).mean().item()) < 4.5 * deviation
-
-
-def test_stochastic_rounding_of_negative_numbers_is_unbiased(device: str) -> None:
-    x = torch.full((1 << 18,), -2.3, device=device)
-    q = stochastic(x, 5, scale=torch.ones((), device=device)).double()
-    assert set(q.unique().tolist()) == {-3.0, -2.0}
-    assert abs(q.mean().item() + 2.3) < 4.5 * math.sqrt(0.21 / (1 << 18))
-
-
-def test_different_seeds_are_independent(device: str) -> None:
-    x, one = torch.full((1 << 16,), 0.5, device=device), torch.ones((), device=device)
-    draws = torch.stack([stochastic(x, seed, scale=one).double() for seed in range(8)]) - 0.5
-    correlation = (draws @ draws.T / x.numel() * 4).fill_diagonal_(0)
-    assert correlation.abs().max() < 4.5 / math.sqrt(x.numel())
-
-
-@each_symmetry
-@each_width
-def test_stochastic_codes_depend_on_seed_and_index_alone(
-    bits: int, symmetric: bool, device: str
-) -> None:
-    x = random(16, 96).to(device)
-    q, scale, zero = stochastic(x, 11, bits, symmetric=symmetric)
-    again, _, _ = stochastic(x, 11, bits, symmetric=symmetric)
-    assert_identical(again, q)
-    head, _, _ = stochastic(x[:5], 11, bits, symmetric=symmetric)
-    assert_identical(head, q[:5])
-    other, _, _ = stochastic(x, 12, bits, symmetric=symmetric)
-    assert not torch.equal(other, q)
-    # one of the two neighbours, and the scale of rounding to nearest
-    nearest, same_scale, _ = BITS[bits](x, symmetric=symmetric)
-    assert_identical(scale, same_scale)
-    steps = x.double() / scale.double() + (0 if zero is None else zero.double())
-    codes = codes_of(q, 96, bits, symmetric)
-    low, high = code_range(bits, symmetric)
-    assert ((codes - steps).abs() < 1 + 1e-4).all()
-    assert low <= codes.min() <= codes.max() <= high
-    assert not torch.equal(nearest, q)
-
-
-def test_without_a_seed_each_call_draws_anew_from_torch(device: str) -> None:
-    x = random(8, 64).to(device)
-    torch.manual_seed(3)
-    first, second = (quantize_int8(x, rounding="stochastic")[0] for _ in range(2))
-    assert not torch.equal(first, second)
-    torch.manual_seed(3)
-    assert_identical(quantize_int8(x, rounding="stochastic")[0], first)
 
 
 # ----------------------------------------------------------------------------------------- refusals

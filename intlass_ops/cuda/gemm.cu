@@ -26,30 +26,21 @@ constexpr int stage_bytes = TileX::bytes + TileW::bytes;
 // fp32 values a thread owns of the block's tile: total[n tile][m tile][4], and row sums for a_zero
 struct Totals {
   float y[tiles_n][tiles_m][4];
-  float w[tiles_n][2];
+  float w[has_a_zero ? tiles_n : 1][2];
 };
-constexpr int thread_values = tiles_n * tiles_m * 4 + (has_a_zero ? tiles_n * 2 : 0);
 
+// The accumulators of the group being summed
 struct Sums {
   Acc y[tiles_n][tiles_m][4];
-  Acc x[tiles_m][4];  // ones @ X: per token
-  Acc w[tiles_n][4];  // W @ ones: per row
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int j = 0; j < tiles_m; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        x[j][e] = 0;
-#pragma unroll
-        for (int i = 0; i < tiles_n; ++i) y[i][j][e] = 0;
-      }
-#pragma unroll
-    for (int i = 0; i < tiles_n; ++i)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) w[i][e] = 0;
-  }
+  Acc x[has_zeros ? tiles_m : 1][4];   // ones @ X: per token
+  Acc w[has_a_zero ? tiles_n : 1][4];  // W @ ones: per row
 };
+
+template <class T> __device__ __forceinline__ void clear(T& values) {
+  u32* words = reinterpret_cast<u32*>(&values);
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 4); ++i) words[i] = 0;
+}
 
 struct GroupScales {
   float s[tiles_n][2], z[tiles_n][2];
@@ -141,24 +132,23 @@ struct Span {
   }
 };
 
-// Sum this block's stripe [k_begin, k_end) of K into `total`. k_begin is a multiple of block_k.
+// Sum this block's stripe [k_begin, k_end) of K: into `sum` if there is one scale a row, else into
+// `total`. k_begin is a multiple of block_k.
 __device__ __forceinline__ void mainloop(const Params& p, char* smem, i64 n0, i64 m0, i64 k_begin, i64 k_end,
-                                         Totals& total) {
+                                         Sums& sum, Totals& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_n = warp % warps_n, warp_m = warp / warps_n;
   const i64 row0 = n0 + warp_n * tiles_n * 16;
   const int num_tiles = int((k_end - k_begin + block_k - 1) / block_k);
 
-  Sums sum;
-  sum.clear();
   GroupScales scales;
   i64 group = grouping == channel ? 0 : k_begin / p.group_size;
   i64 group_end = grouping == channel ? p.k : (group + 1) * p.group_size;
   i64 group_begin = k_begin;  // first k of the group within this stripe
-  scales.load(p, row0, lane, group);
+  if (grouping != channel) scales.load(p, row0, lane, group);
   auto close_group = [&](i64 end) {
     flush(total, sum, scales, int(end - group_begin));
-    sum.clear();
+    clear(sum);
     group_begin = group_end;
     group_end += p.group_size;
     group = min(group + 1, p.k / p.group_size - 1);
@@ -213,18 +203,20 @@ __device__ __forceinline__ void mainloop(const Params& p, char* smem, i64 n0, i6
     if (grouping == tile_groups && k_begin + i64(tile + 1) * block_k >= group_end) close_group(group_end);
   }
   cp_async_wait<0>();
-  if (grouping == channel || k_end > group_begin) flush(total, sum, scales, int(k_end - group_begin));
+  if (grouping != channel && k_end > group_begin) flush(total, sum, scales, int(k_end - group_begin));
 }
 
-// Add the stripes of a tile in order. True for the block that arrived last and now holds the sum.
-__device__ __forceinline__ bool reduce_stripes(const Params& p, i64 tile, Totals& total) {
-  constexpr int split_k = Config::split_k;
+// Add the stripes of a tile in order; integers stay exact. True for the block that arrived last and
+// now holds the sum. A thread's values of a stripe lie `threads` apart, in room for Sums or Totals.
+template <class T, class Values> __device__ __forceinline__ bool add_stripes(const Params& p, i64 tile, Values& mine) {
+  constexpr int split_k = Config::split_k, count = sizeof(Values) / 4;
+  constexpr int room = 4 * (tiles_n * tiles_m + tiles_n + tiles_m);
+  static_assert(count <= room, "config.Gemm.values_per_block must hold every value of a thread");
   __shared__ bool last;
-  float* values = reinterpret_cast<float*>(&total);
-  float* stripes = p.workspace + tile * split_k * thread_values * threads + threadIdx.x;
+  T* values = reinterpret_cast<T*>(&mine);
+  T* stripes = reinterpret_cast<T*>(p.workspace) + tile * split_k * room * threads + threadIdx.x;
 #pragma unroll
-  for (int v = 0; v < thread_values; ++v)
-    __stcg(stripes + (i64(blockIdx.y) * thread_values + v) * threads, values[v]);
+  for (int v = 0; v < count; ++v) __stcg(stripes + (i64(blockIdx.y) * room + v) * threads, values[v]);
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -234,11 +226,11 @@ __device__ __forceinline__ bool reduce_stripes(const Params& p, i64 tile, Totals
   __syncthreads();
   if (!last) return false;
   __threadfence();
-#pragma unroll
-  for (int v = 0; v < thread_values; ++v) values[v] = 0.f;
+  clear(mine);
+#pragma unroll 1
   for (int s = 0; s < split_k; ++s)
 #pragma unroll
-    for (int v = 0; v < thread_values; ++v) values[v] += __ldcg(stripes + (i64(s) * thread_values + v) * threads);
+    for (int v = 0; v < count; ++v) values[v] += __ldcg(stripes + (i64(s) * room + v) * threads);
   return true;
 }
 
@@ -306,13 +298,23 @@ extern "C" __global__ void __launch_bounds__(threads) gemm(const __grid_constant
   const i64 k_begin = min(i64(blockIdx.y) * per_stripe * block_k, p.k);
   const i64 k_end = min(k_begin + per_stripe * block_k, p.k);
 
+  Sums sum;
   Totals total;
-  float* values = reinterpret_cast<float*>(&total);
-#pragma unroll
-  for (int v = 0; v < int(sizeof(Totals) / 4); ++v) values[v] = 0.f;
-  if (k_begin < k_end) mainloop(p, smem, n0, m0, k_begin, k_end, total);
-  if constexpr (Config::split_k > 1)
-    if (!reduce_stripes(p, tile, total)) return;
+  clear(sum);
+  clear(total);
+  if (k_begin < k_end) mainloop(p, smem, n0, m0, k_begin, k_end, sum, total);
+  if constexpr (Config::split_k > 1) {
+    if constexpr (grouping == channel) {
+      if (!add_stripes<Acc>(p, tile, sum)) return;
+    } else {
+      if (!add_stripes<float>(p, tile, total)) return;
+    }
+  }
+  if constexpr (grouping == channel) {
+    GroupScales scales;
+    scales.load(p, n0 + threadIdx.x / 32 % warps_n * tiles_n * 16, threadIdx.x % 32, 0);
+    flush(total, sum, scales, int(p.k));
+  }
   __syncthreads();  // the ring's last readers are done with the memory the epilogue writes
   epilogue(p, smem, n0, m0, total);
 }

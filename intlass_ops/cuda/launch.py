@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import config
+from .. import config, reference
 from ..explain import listening, record
 from ..packing import packed_size
 from . import jit
@@ -127,9 +127,9 @@ def quantize(
     scale = x.new_empty(segments, dtype=torch.float32)
     zero = None if symmetric else x.new_empty(segments, dtype=torch.int32)
     if segments:
-        unsigned_seed = (seed or 0) % 2**64
+        key = 0 if seed is None else reference.seed_key(seed)
         parameters = _QUANTIZE_PARAMS.pack(
-            *(_pointer(t) for t in (x, q, scale, zero)), segments, length, unsigned_seed
+            *(_pointer(t) for t in (x, q, scale, zero)), segments, length, key
         )
         blocks = math.ceil(segments / (c.threads // c.threads_per_segment))
         stream = torch.cuda.current_stream(x.device).cuda_stream

@@ -80,7 +80,7 @@ struct Range {
   }
 };
 
-// reference.uniform: lowbias32 of index and seed
+// reference.uniform: lowbias32 of index and reference.seed_key
 __device__ __forceinline__ float uniform(unsigned long long seed, unsigned long long index) {
   u32 h = u32(index) ^ (u32(index >> 32) * 0x9E3779B9u) ^ u32(seed);
   h = (h ^ (h >> 16)) * 0x7FEB352Du;
@@ -91,7 +91,12 @@ __device__ __forceinline__ float uniform(unsigned long long seed, unsigned long 
 
 __device__ __forceinline__ int code(float v, float scale, float zero, const Params& p, i64 index) {
   float r = __fdiv_rn(v, scale);
-  r = stochastic ? floorf(r + uniform(p.seed, index)) : rintf(r);
+  if constexpr (stochastic) {
+    const float below = floorf(r);
+    r = below + (uniform(p.seed, index) < r - below ? 1.f : 0.f);
+  } else {
+    r = rintf(r);
+  }
   r += zero;
   if (r != r) return 0;
   return int(fminf(fmaxf(r, low_code), high_code));

@@ -81,6 +81,16 @@ __device__ __forceinline__ void flush(Totals& total, const Sums& sum, const Scal
     }
 }
 
+// The type and the value of `first` or of `second`
+template <bool pick_first, class First, class Second> struct Select {
+  using type = First;
+  static __device__ __forceinline__ First of(First first, Second) { return first; }
+};
+template <class First, class Second> struct Select<false, First, Second> {
+  using type = Second;
+  static __device__ __forceinline__ Second of(First, Second second) { return second; }
+};
+
 // What a lane needs of one chunk, all of it in flight before any of it is used.
 struct Chunk {
   u32 w[tiles_n][2][4];
@@ -187,31 +197,42 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
     for (int u = 0; u < unroll; ++u) use_chunk(c[u]);
   }
-  if constexpr (grouping == channel) {
-    Scale s[tiles_n][2];
-    Zero z[tiles_n][2];
-    load_scales(s, z, 0);
-    flush(total, sum, s, z);
-  }
-
-  __shared__ float partial[warps][tokens][rows];
+  // Grouped: the warps' fp32 totals. One scale a row: their accumulators, so that integers are summed
+  // exactly; the scale comes after.
+  using Sum = typename Select<grouping == channel, Acc, float>::type;
+  __shared__ Sum partial[warps][tokens][rows];
+  __shared__ Acc partial_x[grouping == channel && has_zeros ? warps : 1][tokens];
 #pragma unroll
-  for (int i = 0; i < tiles_n; ++i)
+  for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
-    for (int j = 0; j < tiles_m; ++j)
+    for (int e = 0; e < 4; ++e) {
+      const int m = j * 8 + quarter * 2 + e % 2;
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        partial[warp][j * 8 + quarter * 2 + e % 2][i * 16 + e / 2 * 8 + lane / 4] = total[i][j][e];
+      for (int i = 0; i < tiles_n; ++i)
+        partial[warp][m][i * 16 + e / 2 * 8 + lane / 4] =
+            Select<grouping == channel, Acc, float>::of(sum.y[i][j][e], total[i][j][e]);
+      if constexpr (grouping == channel && has_zeros) partial_x[warp][m] = sum.x[j][e];
+    }
   __syncthreads();
   const float alpha = alpha_of(p);
 #pragma unroll 1
   for (int i = threadIdx.x; i < int(p.m) * rows; i += threads) {
-    const int m = i / rows, row = i % rows;
-    const i64 n = n0 + row;
+    const int m = i / rows, r = i % rows;
+    const i64 n = n0 + r;
     if (n >= p.n) continue;
-    float v = 0.f;
+    Sum y = 0;
 #pragma unroll
-    for (int w = 0; w < warps; ++w) v += partial[w][m][row];
+    for (int w = 0; w < warps; ++w) y += partial[w][m][r];
+    float v = value(y);
+    if constexpr (grouping == channel) {
+      if constexpr (has_zeros) {
+        Acc x = 0;
+#pragma unroll
+        for (int w = 0; w < warps; ++w) x += partial_x[w][m];
+        v -= zero_of(p, n, 0) * value(x);
+      }
+      v *= scale_of(p, n, 0);
+    }
     store_rounded(static_cast<Out*>(p.out) + m * p.n + n, v * (alpha * a_scale_of(p, m)) + bias_of(p, n));
   }
 }

@@ -53,7 +53,8 @@ class IntEmbedding(nn.Module):
         rows = self.table.weight[ids].to(torch.float32)  # [..., K]
         scales = self.table.scales[ids].to(torch.float32)  # [..., K/group_size]
         grouped = rows.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)
-        return grouped.flatten(-2).to(self.dtype)
+        embedded: Tensor = grouped.flatten(-2).to(self.dtype)
+        return embedded
 
 
 def config_of(file: GGUFFile) -> LlamaConfig:
@@ -229,7 +230,8 @@ def _embedding(table: nn.Module, dtype: torch.dtype) -> nn.Module:
     if isinstance(table, IntLinear):
         return IntEmbedding(table, dtype)
     assert isinstance(table, nn.Linear)
-    return nn.Embedding.from_pretrained(table.weight, freeze=True)
+    embedding: nn.Module = nn.Embedding.from_pretrained(table.weight, freeze=True)
+    return embedding
 
 
 def _dense_linear(weight: Tensor) -> nn.Linear:

@@ -25,6 +25,27 @@ from .program import Evaluation, NotASlice, extract, is_pure
 
 # A dequantisation is a handful of operations; a longer path is something else.
 MAX_STEPS = 24
+# Nothing checks an activation again at run time, so only operations that are affine for every value
+# count (a clamp might bite on a real one).
+_AFFINE = (
+    "aten._to_copy.",
+    "aten._unsafe_view.",
+    "aten.add.Tensor",
+    "aten.alias.",
+    "aten.clone.",
+    "aten.detach.",
+    "aten.div.Tensor",
+    "aten.expand.",
+    "aten.mul.Tensor",
+    "aten.reshape.",
+    "aten.squeeze.",
+    "aten.sub.Tensor",
+    "aten.unsqueeze.",
+    "aten.view.default",
+    "prims.convert_element_type.",
+    "quantized_decomposed.dequantize_per_tensor.",
+    "quantized_decomposed.dequantize_per_token.",
+)
 CODES = (torch.int8, torch.uint8)
 
 
@@ -48,7 +69,7 @@ def match(edit: Editor, x: Node) -> Activation | None:
     if codes is None:
         return None
     inner, leaves = _between(codes, x)
-    if not inner:
+    if not inner or not all(str(node.target).startswith(_AFFINE) for node in inner):
         return None
     try:
         program, _ = extract([codes, *leaves], inner)

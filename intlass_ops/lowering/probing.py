@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .program import Evaluation, NotASlice
-from .weights import Measured, NotAffine, Recipe, measure
+from .program import Evaluation, NotASlice, Program, dependents
+from .weights import Measured, NotAffine, NotGrouped, Recipe, measure
 
 # Each measured candidate costs a few evaluations of the slice.
 MAX_CANDIDATES = 12
+# Rows looked at when probing; the whole slice is evaluated, since its shapes are constants in it.
+PROBED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class WeightForm:
     has_zeros: bool
     codes_are_weight: bool  # no scale inside the slice: it comes later, as an epilogue
     codes_leaf: int | None  # the leaf that already is int8 W[N, K], if one is
-    scale_value: int | None  # a value of the program equal to the per-channel scales
+    # values equal to the per-channel scales, nearest to the weight first: one further away may
+    # lack a clamp that synthetic scales do not reach
+    scale_values: tuple[int, ...]
 
     @property
     def bits(self) -> int:
@@ -131,16 +135,22 @@ def _probe(
         raise NotAffine(f"the weight is {evaluation.weight().dtype}")
     best: tuple[tuple[int, ...], Recipe, Measured] | None = None
     reason = "no integer-valued tensor of the weight's size"
+    settled = False
     tried = 0
+    step = max(1, shape.rows // PROBED_ROWS)
     for index in _candidates(evaluation, shape.rows * shape.k):
         tried += 1
         if tried > MAX_CANDIDATES:
             break
         recipe = replace(shape, codes=index)
         try:
-            found = measure(evaluation, recipe)
+            found = measure(evaluation, recipe, step)
+        except NotGrouped as problem:
+            # Nothing nearer the truth will be said about another candidate.
+            reason, settled = str(problem), True
+            continue
         except (NotAffine, NotASlice) as problem:
-            reason = str(problem)
+            reason = reason if settled else str(problem)
             continue
         except IndexError:
             reason = "the codes index a table: not integers times a scale"
@@ -166,13 +176,17 @@ def _probe(
     low, high = found.span
     if high - low > 255:
         raise NotAffine(f"codes span [{low}, {high}]: more than 8 bits")
-    return _describe(evaluation, recipe, found)
+    return _describe(evaluation, recipe, found, step)
 
 
 def _same_codes(found: Tensor, source: Tensor) -> bool:
-    """Whether the recovered codes are the source's own values, in whatever order."""
-    ours = torch.sort(found.flatten()).values
-    return torch.equal(ours.double(), torch.sort(source.flatten().double()).values)
+    """Whether the recovered codes span what the source spans: a clamp downstream would cut it.
+
+    The rows looked at may miss an extreme value, never a tenth of the range.
+    """
+    least, most = (float(each) for each in torch.aminmax(source))
+    low, high = (float(each) for each in torch.aminmax(found))
+    return least <= low and high <= most and high - low >= 0.9 * (most - least)
 
 
 def _candidates(evaluation: Evaluation, numel: int) -> list[int]:
@@ -192,29 +206,60 @@ def _candidates(evaluation: Evaluation, numel: int) -> list[int]:
     return found
 
 
-def _describe(evaluation: Evaluation, recipe: Recipe, found: Measured) -> WeightForm:
-    leaf = scale_value = None
-    per_channel = found.group_size == recipe.k and found.order is None
-    for i in range(evaluation.program.leaves):
+# Between an int8 leaf and a weight these change no code and apply a scale, whatever its values.
+_PLAIN = (
+    "aten._to_copy.",
+    "aten._unsafe_view.",
+    "aten.alias.",
+    "aten.clone.",
+    "aten.detach.",
+    "aten.expand.",
+    "aten.mul.Tensor",
+    "aten.permute.",
+    "aten.reshape.",
+    "aten.squeeze.",
+    "aten.t.",
+    "aten.transpose.",
+    "aten.unsqueeze.",
+    "aten.view.default",
+    "prims.convert_element_type.",
+)
+
+
+def _only_scaled(program: Program, leaf: int) -> bool:
+    """Whether nothing but casts, views and products lies between a leaf and the weight.
+
+    Only then may the leaf be read in place: there is no packing to prove the values again, and a
+    clamp that no synthetic value reaches could bite on a real one.
+    """
+    path = dependents(program, leaf)
+    return all(program.operations[i - program.leaves].target.startswith(_PLAIN) for i in path)
+
+
+def _describe(evaluation: Evaluation, recipe: Recipe, found: Measured, step: int) -> WeightForm:
+    program = evaluation.program
+    leaf = None
+    for i in range(program.leaves):
         value = evaluation.values[i]
         if (
             value.dtype == torch.int8
             and tuple(value.shape) == (recipe.rows, recipe.k)
             and value.is_contiguous()
-            and torch.equal(value.to(torch.int16), found.codes)
+            and torch.equal(value[::step].to(torch.int16), found.codes)
+            and _only_scaled(program, i)
         ):
             leaf = i
-    if per_channel:
+    scale_values: list[int] = []
+    if found.group_size == recipe.k and found.order is None:
         scales = found.scales[:, 0]
         for i, value in enumerate(evaluation.values):
             if (
                 isinstance(value, Tensor)
                 and value.dtype.is_floating_point
                 and value.numel() in (1, recipe.rows)
-                and torch.equal(value.double().flatten().expand(recipe.rows), scales)
+                and torch.equal(value.double().flatten().expand(recipe.rows)[::step], scales)
             ):
-                scale_value = i
-                break
+                scale_values.append(i)
     return WeightForm(
         recipe=recipe,
         group_size=found.group_size,
@@ -222,5 +267,5 @@ def _describe(evaluation: Evaluation, recipe: Recipe, found: Measured) -> Weight
         has_zeros=bool((found.zeros != 0).any()),
         codes_are_weight=bool((found.scales == 1).all()) and not bool((found.zeros != 0).any()),
         codes_leaf=leaf,
-        scale_value=scale_value,
+        scale_values=tuple(reversed(scale_values)),
     )

@@ -201,7 +201,8 @@ def dependents(program: Program, index: int) -> list[int]:
 
 
 def _affine_tensor(q: Tensor, scale: Any, zero: Any, *_: Any, **__: Any) -> Tensor:
-    return (q.double() - zero) * scale
+    result: Tensor = (q.double() - zero) * scale
+    return result
 
 
 def _affine_channel(q: Tensor, scale: Tensor, zero: Any, axis: int, *_: Any, **__: Any) -> Tensor:

@@ -62,22 +62,19 @@ class Rule:
     why: str
 
 
+def _scale_node(m: Match) -> Node | None:
+    found = (m.piece.node_of(i) for i in m.form.scale_values)
+    return next((node for node in found if node is not None), None)
+
+
 def _is_direct(m: Match) -> bool:
-    form = m.form
-    return (
-        m.gemm.batch == 1
-        and form.codes_leaf is not None
-        and not form.has_zeros
-        and form.scale_value is not None
-        and m.piece.node_of(form.scale_value) is not None
-    )
+    plain = m.gemm.batch == 1 and m.form.codes_leaf is not None and not m.form.has_zeros
+    return plain and _scale_node(m) is not None
 
 
 def _emit_direct(edit: Editor, m: Match, bias: Node | None) -> Node:
     assert m.form.codes_leaf is not None
-    assert m.form.scale_value is not None
-    weight = m.piece.node_of(m.form.codes_leaf)
-    scale = m.piece.node_of(m.form.scale_value)
+    weight, scale = m.piece.node_of(m.form.codes_leaf), _scale_node(m)
     assert weight is not None
     assert scale is not None
     flat = scale.meta["val"].numel()

@@ -25,6 +25,10 @@ class NotAffine(Exception):
     """The slice is not (codes - zeros) * scales in groups along K; the message says why."""
 
 
+class NotGrouped(NotAffine):
+    """Affine, but its scales are not laid out in groups along K."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a rewritten graph carries for one weight, next to its leaves.
@@ -75,7 +79,7 @@ class Measured:
 
 def as_nk(weight: Tensor, recipe: Recipe) -> Tensor:
     """The result of a slice as W[batch * N, K]."""
-    rows, columns = (recipe.k, recipe.n) if recipe.layout == "kn" else (recipe.rows, recipe.k)
+    rows, columns = (recipe.k, recipe.n) if recipe.layout == "kn" else (recipe.n, recipe.k)
     if weight.shape[-2:] != (rows, columns) or weight.numel() != recipe.rows * recipe.k:
         raise NotAffine(f"the weight has shape {tuple(weight.shape)}, not {(rows, columns)}")
     stacked = weight.reshape(recipe.batch, rows, columns)
@@ -84,33 +88,53 @@ def as_nk(weight: Tensor, recipe: Recipe) -> Tensor:
     return stacked.reshape(recipe.rows, recipe.k)
 
 
-def measure(evaluation: Evaluation, recipe: Recipe) -> Measured:
-    """Codes, scales and zeros of the evaluated slice, verified against its own weight."""
+def measure(evaluation: Evaluation, recipe: Recipe, step: int = 1) -> Measured:
+    """Codes, scales and zeros of the evaluated slice, verified against its own weight.
 
-    def downstream(codes: Tensor) -> Tensor:
-        result = evaluation.with_codes(recipe.codes, codes)
-        return as_nk(result.double(), recipe)
+    step: look at every step-th row only. Probing does; packing looks at all of them.
+    """
 
-    true_codes = evaluation.values[recipe.codes].double()
-    offset = downstream(torch.zeros_like(true_codes))
-    scale = downstream(torch.ones_like(true_codes)) - offset
+    def rows(weight: Tensor) -> Tensor:
+        return as_nk(weight, recipe)[::step].double()
+
+    source = evaluation.values[recipe.codes]
+    true_codes = source.double()
+    zero = rows(evaluation.with_codes(recipe.codes, torch.zeros_like(true_codes))).clone()
+    scale = rows(evaluation.with_codes(recipe.codes, torch.ones_like(true_codes))) - zero
+    raw = rows(evaluation.with_codes(recipe.codes, true_codes))
+    codes = torch.empty(raw.shape, dtype=torch.int16, device=raw.device)
+    weight = as_nk(evaluation.weight(), recipe)[::step]
+    # In blocks that stay in cache; `zero` comes in as the offset and leaves as the zero point.
+    block = max(1, _BLOCK_ELEMENTS // max(recipe.k, 1)) if not raw.is_cuda else raw.shape[0]
+    for start in range(0, raw.shape[0], max(block, 1)):
+        part = slice(start, start + block)
+        codes[part], zero[part] = _solve(raw[part], zero[part], scale[part], weight[part])
+    return _grouped(codes, scale, zero)
+
+
+_BLOCK_ELEMENTS = 1 << 17
+
+
+def _solve(raw: Tensor, offset: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and zero points from the weight at the true codes, at 0, and its slope."""
     live = scale != 0
     if not bool((live | (offset == 0)).all()):
         raise NotAffine("part of the weight does not depend on the codes")
-    raw = torch.where(live, (downstream(true_codes) - offset) / scale, 0.0)
-    codes = raw.round()
-    if not bool(((raw - codes).abs() <= 1e-6 * (1 + codes.abs())).all()):
+    slope = torch.where(live, scale, 1.0)
+    exact = (raw - offset) / slope
+    codes = exact.round()
+    if not bool(((exact - codes).abs() <= 1e-6 * (1 + codes.abs())).all()):
         raise NotAffine("the weight is not an affine function of the codes (a look-up table?)")
-    zero = torch.where(live, -offset / scale, 0.0)
-    nearest = zero.round()
-    zero = torch.where((zero - nearest).abs() <= 1e-9 * (1 + zero.abs()), nearest, zero)
-    _verify(evaluation.weight(), recipe, codes, scale, zero)
     if bool((codes.abs() > 32767).any()):
         raise NotAffine("the codes need more than 16 bits")
-    return _grouped(codes.to(torch.int16), scale, zero)
+    zero = -offset / slope
+    nearest = zero.round()
+    zero = torch.where((zero - nearest).abs() <= 1e-9 * (1 + zero.abs()), nearest, zero)
+    _verify(weight, codes, scale, zero)
+    return codes.to(torch.int16), zero
 
 
-def _verify(weight: Tensor, recipe: Recipe, codes: Tensor, scale: Tensor, zero: Tensor) -> None:
+def _verify(weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> None:
     """(codes - zero) * scale must be the graph's own weight up to the roundings of its dtype.
 
     The graph may round q - z, the product and a shift separately: four half-ulps of the largest
@@ -120,7 +144,7 @@ def _verify(weight: Tensor, recipe: Recipe, codes: Tensor, scale: Tensor, zero: 
     if weight.dtype.is_floating_point:
         info = torch.finfo(weight.dtype)
         eps, tiny = info.eps, info.smallest_normal * info.eps
-    graph = as_nk(weight, recipe).double()
+    graph = weight.double()
     bound = 2 * eps * (codes.abs() + zero.abs()) * scale.abs() + 2 * tiny
     if not bool((((codes - zero) * scale - graph).abs() <= bound + 1e-12 * graph.abs()).all()):
         raise NotAffine("(codes - zeros) * scales does not reproduce the weight")
@@ -148,7 +172,7 @@ def _grouped(codes: Tensor, scale: Tensor, zero: Tensor) -> Measured:
         if not _usable(group, k):
             rows = _boundaries(scale.t(), zero.t())
             along_n = rows > 1 and rows % GROUP_STEP == 0
-            raise NotAffine(
+            raise NotGrouped(
                 "groups run along N, not along K"
                 if along_n
                 else f"scales change every {group} columns, not in groups of {GROUP_STEP}"

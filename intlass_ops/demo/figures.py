@@ -1,0 +1,190 @@
+"""What the demo measures: speed, memory, logits, perplexity, and whether two texts agree.
+
+Lives here: numbers only. Not here: models and compiling (integrations/), the course (__init__.py), the output
+(show.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import pydoc_data.topics
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..explain import Dispatch
+from ..integrations.static_decoding import Chosen, Decoder
+from ..nn import IntLinear
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second; medians over several calls."""
+
+    prefill: float
+    decode: float
+
+
+def speeds(decoders: list[Decoder], tokens: list[int], seconds: float) -> list[Speed]:
+    """Prefill and decode speed of each decoder, measured in turns so that all see the same machine.
+
+    A prefill is one full chunk, a decode step includes the choice of its token on the host.
+    """
+    chunk = decoders[0].chunk
+    prompt = (tokens * (1 + chunk // len(tokens)))[:chunk]
+    prefill: list[list[float]] = [[] for _ in decoders]
+    decode: list[list[float]] = [[] for _ in decoders]
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds * len(decoders) or len(prefill[0]) < 3:
+        for i, decoder in enumerate(decoders):
+            _synchronize(decoder.device)
+            begin = time.perf_counter()
+            token = int(decoder.prefill(prompt)[-1].argmax())
+            prefill[i].append(time.perf_counter() - begin)
+            for position in range(chunk, min(chunk + 16, decoder.step.length)):
+                begin = time.perf_counter()
+                token = int(decoder.next(token, position).argmax())
+                decode[i].append(time.perf_counter() - begin)
+    return [
+        Speed(chunk / statistics.median(p), 1 / statistics.median(d))
+        for p, d in zip(prefill, decode, strict=True)
+    ]
+
+
+def english(tokenizer: Any, windows: int, length: int) -> list[list[int]]:
+    """Real English in windows of ``length`` tokens: the language reference that Python carries."""
+    topics = pydoc_data.topics.topics
+    text = "\n".join(topics[key] for key in sorted(topics, key=lambda k: -len(topics[k])))
+    # A token is at least one character, and text costs time to tokenise.
+    tokens = tokenizer(text[: 8 * windows * length])["input_ids"]
+    return [tokens[i * length : (i + 1) * length] for i in range(windows)]
+
+
+@dataclass
+class Quality:
+    """Perplexity on the windows seen, and the largest distance of a logit from the reference."""
+
+    tokens: int = 0
+    loss: float = 0.0
+    difference: float = 0.0
+
+    def see(self, logits: Tensor, tokens: list[int], reference: Tensor) -> None:
+        targets = torch.tensor(tokens[1:], device=logits.device)
+        loss = nn.functional.cross_entropy(logits[:-1], targets, reduction="sum")
+        self.loss += float(loss)
+        self.tokens += len(targets)
+        self.difference = max(self.difference, float((logits - reference).abs().max()))
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss / self.tokens)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two greedy texts compare. ``gap``: how far apart the reference rates the two tokens."""
+
+    same: int  # tokens before the first difference
+    total: int
+    gap: float | None = None
+
+    def holds(self, tolerance: float) -> bool:
+        return self.gap is None or self.gap <= tolerance
+
+
+def agreement(ours: list[Chosen], reference: list[Chosen]) -> Agreement:
+    """Compare up to the first difference: after it the two continue different texts."""
+    for i, (a, b) in enumerate(zip(ours, reference, strict=False)):
+        if a.token != b.token:
+            gap = float(b.logits[b.token] - b.logits[a.token])
+            return Agreement(i, len(reference), gap)
+    return Agreement(len(reference), len(reference))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Memory of parameters and buffers, each storage once; the KV cache is not part of a model."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def linears(model: nn.Module) -> tuple[int, int]:
+    """(quantised linears, all linears); a table counts where it multiplies, not where it embeds."""
+    found = {
+        id(module): isinstance(module, IntLinear)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (IntLinear, nn.Linear)) and "embed_tokens" not in path.split(".")
+    }
+    return sum(found.values()), len(found)
+
+
+def kernels(dispatches: Iterable[Dispatch], linears: int) -> dict[str, int]:
+    """How many linears each kernel ran, from the dispatches of a call (CUDA graphs: of a few)."""
+    counts = Counter(f"{d.op} ({d.scheme}): {d.kernel}" for d in dispatches)
+    calls = max(1, counts.total() // linears)
+    return {name: count // calls for name, count in sorted(counts.items())}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where the figures come from: command, commit, versions, device."""
+    import transformers
+
+    return {
+        "command": " ".join(["python -m intlass_ops", *sys.argv[1:]]),
+        "commit": _commit(),
+        "intlass_ops": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cuda": torch.version.cuda,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def write_json(path: str, figures: dict[str, Any]) -> None:
+    Path(path).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """The checkout's commit, "+" appended where files differ from it; None outside one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*command: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *command], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return commit + ("+" if commit and git("status", "--porcelain", "-uno") else "") or None
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,80 @@
+"""The private hooks of PyTorch that lowering/graph_pass.py stands on: fail loudly when one goes."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import entry_points
+
+import graph_zoo
+import pytest
+import torch
+from lowering_helpers import SWAPPED, fresh, outcomes
+
+from intlass_ops import lowering
+from intlass_ops.lowering import editor, graph_pass, program, rules
+
+
+def test_inductor_hook_and_entry_point() -> None:
+    config = torch._inductor.config
+    assert hasattr(config, graph_pass.HOOK)
+    assert issubclass(graph_pass.LoweringPass, torch._inductor.custom_graph_pass.CustomGraphPass)
+    parameters = inspect.signature(torch._inductor.compile_fx.compile_fx).parameters
+    assert "config_patches" in parameters
+    wrapper = torch._TorchCompileInductorWrapper("reduce-overhead", {}, None)
+    assert wrapper.config["triton.cudagraphs"] is True
+
+
+def test_static_inputs_are_told_to_the_pass() -> None:
+    seen: list[int] = []
+
+    class Look(torch._inductor.custom_graph_pass.CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            seen.append(len(graph_pass._editor(graph).static))
+
+        def uuid(self) -> str:
+            return "look"
+
+    with fresh(), torch.no_grad():
+        options = {"joint_custom_pre_pass": Look()}
+        torch.compile(graph_zoo.SubMul(), options=options)(torch.randn(2, graph_zoo.K).bfloat16())
+    assert seen == [3], "TracingContext.fw_metadata.static_input_indices lost the buffers"
+
+
+@pytest.mark.parametrize(("mode", "graphs"), [(None, False), ("reduce-overhead", True)])
+def test_mode_reaches_inductor(mode: str | None, graphs: bool) -> None:
+    seen: list[bool] = []
+
+    class Look(torch._inductor.custom_graph_pass.CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            seen.append(torch._inductor.config.triton.cudagraphs)
+
+        def uuid(self) -> str:
+            return "look"
+
+    x = torch.randn(2, graph_zoo.K).bfloat16()
+    config = torch._inductor.config
+    with fresh(), torch.no_grad(), config.patch(joint_custom_pre_pass=Look()):
+        torch.compile(graph_zoo.SubMul(), backend=lowering.backend, mode=mode)(x)
+        assert outcomes() == [SWAPPED]
+    assert seen == [graphs]
+
+
+def test_backend_is_registered_by_name() -> None:
+    names = {each.name for each in entry_points(group="torch_dynamo_backends")}
+    if "intlass" not in names:
+        pytest.skip("the package is not installed, only imported")
+    with fresh(), torch.no_grad():
+        x = torch.randn(2, graph_zoo.K).bfloat16()
+        torch.compile(graph_zoo.SubMul(), backend="intlass")(x)
+        assert outcomes() == [SWAPPED]
+
+
+def test_recipes_survive_as_text() -> None:
+    """A recipe in a cached graph is read back by another process."""
+    from intlass_ops.lowering.weights import Recipe
+
+    text = '[1,[["aten.alias.default",[{"v":0}],{"k":{}}]]]'
+    recipe = Recipe(program.Program(text), 0, "kn", 2, 3, 5)
+    assert Recipe.parse(recipe.text()) == recipe
+    assert len({rule.name for rule in rules.RULES}) == len(rules.RULES)
+    assert editor.CAST is torch.ops.prims.convert_element_type.default
