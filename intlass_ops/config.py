@@ -234,7 +234,8 @@ def _pick_skinny(device: Device, shape: Shape) -> Skinny:
         zero_type=shape.zero_type,
         out_type=shape.out_type,
         tiles_m=math.ceil(shape.m / 8),
-        tiles_n=2,
+        # 16 rows where 32 leave SMs idle, or where masked fragments of 16 tokens need the registers
+        tiles_n=1 if 2 * blocks <= device.sm_count or (groups_per_chunk > 1 and shape.m > 8) else 2,
         warps=warps,
         unroll=unroll,
         blocks_per_sm=min(4, warps_per_sm // warps),
@@ -304,8 +305,8 @@ def _pick_gemm(device: Device, shape: Shape) -> Gemm:
         block_m = min(64, max(8, 1 << (shape.m - 1).bit_length())) if shape.m else 8
         block_n, warps_m, warps_n, num_stages = 128, 1, 4, 4
     grouping = grouping_of(shape.k, shape.group_size, 128)
-    if grouping is Grouping.STRADDLING:
-        block_n = 64  # masked fragments take registers
+    if grouping is Grouping.STRADDLING or shape.has_zeros:
+        block_n = 64  # masked fragments, or sums of x beside two sets of accumulators
     config = Gemm(
         x_kind=shape.x_kind,
         w_kind=shape.w_kind,

@@ -68,6 +68,7 @@ _KIND = {
 }
 
 _load_lock = threading.Lock()
+_memory = threading.local()
 
 
 def matmul_int4_a16(
@@ -135,12 +136,22 @@ def _by_blocks(x: Tensor, y: Tensor, decode: Callable[[int, int, Tensor], None])
     """y = x @ w.T, with some rows of w at a time made by ``decode(first, count, block)``."""
     (m, k), n = x.shape, y.shape[-1]
     rows = min(n, max(64, _BLOCK_ELEMENTS // k))
-    block, out = x.new_empty(rows, k), y.view(m, n)
+    block, out = _scratch(rows * k).view(rows, k), y.view(m, n)
     for first in range(0, n, rows):
         count = min(rows, n - first)
         decode(first, count, block)
         torch.mm(x, block[:count].T, out=out[:, first : first + count])
     return y
+
+
+def _scratch(elements: int) -> Tensor:
+    """A buffer of this thread, kept: fresh pages for every product cost more than decoding."""
+    held: Tensor | None = getattr(_memory, "block", None)
+    if held is None or held.numel() < elements:
+        with torch.inference_mode(False):
+            size = max(elements, _BLOCK_ELEMENTS)
+            held = _memory.block = torch.empty(size, dtype=torch.float32, device="cpu")
+    return held[:elements]
 
 
 def _has_memory(a: Tensor, w: Tensor) -> bool:

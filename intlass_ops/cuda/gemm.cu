@@ -290,7 +290,8 @@ __device__ __forceinline__ void epilogue(const Params& p, char* smem, i64 n0, i6
   }
 }
 
-extern "C" __global__ void __launch_bounds__(threads) gemm(const __grid_constant__ Params p) {
+// One block an SM is enough for the compiler: it would rather spill than lose a second.
+extern "C" __global__ void __launch_bounds__(threads, 1) gemm(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) char smem[];
   const i64 tiles_of_m = (p.m + block_m - 1) / block_m;
   const i64 tile = blockIdx.x, m0 = tile % tiles_of_m * block_m, n0 = tile / tiles_of_m * block_n;

@@ -178,6 +178,25 @@ def _load(config: KernelConfig, device_index: int) -> Kernel:
     return kernel
 
 
+def allocate_zeroed(device_index: int, num_bytes: int) -> int:
+    """Address of zeroed memory that is never freed and belongs to no pool of PyTorch's.
+
+    For what outlives a call: a tensor made while CUDA graphs are warmed up or captured would lie in
+    the graph's pool. Not during a capture, which allocation would break.
+    """
+    driver = _cupy("cupy_backends.cuda.api.driver")
+    runtime = _cupy("cupy_backends.cuda.api.runtime")
+    context = driver.ctxGetCurrent()
+    runtime.setDevice(device_index)
+    try:
+        address: int = runtime.malloc(num_bytes)
+        runtime.memset(address, 0, num_bytes)
+        runtime.deviceSynchronize()
+    finally:
+        driver.ctxSetCurrent(context)
+    return address
+
+
 def _cupy(module: str) -> Any:
     """A module of CuPy, which has no type stubs and is first imported when a GPU is used."""
     return importlib.import_module(module)
@@ -220,7 +239,7 @@ _is_child_of_cuda_process = False
 
 def _before_fork() -> None:
     global _was_cuda_in_use
-    _was_cuda_in_use = bool(_kernels) or bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    _was_cuda_in_use = bool(_kernels) or bool(torch.cuda.is_initialized())
 
 
 def _after_fork_in_child() -> None:

@@ -75,11 +75,11 @@ def matmul(
     c = config.pick(_device(a.device.index), shape)
     grid = c.grid(m, p.n)
     workspace = None
-    arrivals = 0
+    arrivals, arrivals_tensor = 0, None
     stream = torch.cuda.current_stream(a.device).cuda_stream
     if isinstance(c, config.Gemm) and c.split_k > 1:
         workspace = a.new_empty(grid[0] * c.split_k * c.values_per_block, dtype=torch.float32)
-        arrivals = _arrival_counters(a.device, stream, grid[0])
+        arrivals, arrivals_tensor = _arrival_counters(a, stream, grid[0])
     if a_scale is not None:
         a_scale = a_scale.reshape(-1)
     if a_zero is not None:
@@ -104,6 +104,7 @@ def matmul(
     )
     kernel = jit.get(c, a.device.index)
     kernel.launch(grid, (c.threads, 1, 1), c.smem_bytes, parameters, stream)
+    del arrivals_tensor  # kept until the launch is enqueued
     if listening():
         why = config.why_not_skinny(shape) or f"M={m} is bound by reading W once"
         record(p.op, p.scheme, (m, p.n, p.k, p.group_size), str(c), why)
@@ -147,29 +148,49 @@ def _device(index: int) -> config.Device:
 # Kernels that split K count the arrivals of a tile in ints that are zero before and after a launch.
 # Launches of one stream follow each other and share a slab; a captured launch may be replayed on
 # any stream, beside any other, so it gets ints of its own that are never handed out again.
-_SLAB = 1 << 18
-_stream_slabs: dict[tuple[int, int], Tensor] = {}
-_capture_slabs: dict[int, tuple[Tensor, int]] = {}
+_SLAB = 1 << 18  # ints
 
 
-def _arrival_counters(device: torch.device, stream: int, count: int) -> int:
-    """Address of ``count`` zeroed int32 for one launch on ``stream``."""
+class _Counters:
+    """The arrival counters of one device: a slab for each stream, one for captured launches."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.of_stream: dict[int, tuple[int, int]] = {}  # stream -> address, ints
+        self.captured = jit.allocate_zeroed(index, 4 * _SLAB)
+        self.captured_used = 0
+
+    def for_stream(self, stream: int, count: int) -> int:
+        address, size = self.of_stream.get(stream, (0, 0))
+        if size < count:
+            size = max(count, 4096)
+            address = jit.allocate_zeroed(self.index, 4 * size)
+            self.of_stream[stream] = address, size
+        return address
+
+    def for_capture(self, count: int) -> int | None:
+        first = self.captured_used
+        if first + count > _SLAB:
+            return None
+        self.captured_used += count
+        return self.captured + 4 * first
+
+
+_counters: dict[int, _Counters] = {}
+
+
+def _arrival_counters(a: Tensor, stream: int, count: int) -> tuple[int, Tensor | None]:
+    """Address of ``count`` zeroed ints for one launch on ``stream``, and the tensor they lie in."""
+    counters = _counters.get(a.device.index)
     if torch.cuda.is_current_stream_capturing():
-        slab, used = _capture_slabs.get(device.index, (None, 0))
-        if slab is None or used + count > slab.numel():
-            # The zeroing becomes a node of the graph: right, if slower, and rare.
-            slab, used = torch.zeros(max(count, _SLAB), dtype=torch.int32, device=device), 0
-        _capture_slabs[device.index] = slab, used + count
-        return slab.data_ptr() + 4 * used
-    key = (device.index, stream)
-    counters = _stream_slabs.get(key)
-    if counters is None or counters.numel() < count:
-        counters = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        _stream_slabs[key] = counters
-        if device.index not in _capture_slabs:
-            slab = torch.zeros(_SLAB, dtype=torch.int32, device=device)
-            _capture_slabs[device.index] = slab, 0
-    return counters.data_ptr()
+        address = None if counters is None else counters.for_capture(count)
+        if address is None:  # the zeroing becomes a node of the graph: right, if slower, and rare
+            zeroed = a.new_zeros(count, dtype=torch.int32)
+            return zeroed.data_ptr(), zeroed
+        return address, None
+    if counters is None:
+        counters = _counters[a.device.index] = _Counters(a.device.index)
+    return counters.for_stream(stream, count), None
 
 
 def _rows(a: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What the demo measures: speed, memory, logits, perplexity, and whether two texts agree.
 
-Lives here: numbers only. Not here: models and compiling (integrations/), the course (__init__.py), the output
-(show.py).
+Lives here: numbers only. Not here: models and compiling (integrations/), the course
+(__init__.py), the output (show.py).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from ..nn import IntLinear
 class Speed:
     """Tokens a second; medians over several calls."""
 
-    prefill: float
-    decode: float
+    prefill: float = math.nan
+    decode: float = math.nan
 
 
 def speeds(decoders: list[Decoder], tokens: list[int], seconds: float) -> list[Speed]:

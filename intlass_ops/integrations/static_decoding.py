@@ -133,10 +133,13 @@ class Decoder:
                 f"{count} tokens do not fit: the cache holds {self.step.length}, "
                 f"in chunks of {self.chunk}"
             )
-        ids = torch.tensor([tokens + [0] * (padded - count)], device=self.device)
-        at = torch.arange(padded, device=self.device)
-        chunks = zip(ids.split(self.chunk, 1), at.split(self.chunk), strict=True)
-        logits = [self.call(i.contiguous(), p).clone() for i, p in chunks]
+        tokens = tokens + [0] * (padded - count)
+        logits = []
+        for start in range(0, padded, self.chunk):
+            # Not slices of one tensor: torch.compile compiles anew for other strides.
+            ids = torch.tensor([tokens[start : start + self.chunk]], device=self.device)
+            at = torch.arange(start, start + self.chunk, device=self.device)
+            logits.append(self.call(ids, at).clone())
         return torch.cat(logits)[:count]
 
     def generate(self, tokens: list[int], count: int, stop: set[int]) -> Iterator[Chosen]:

@@ -13,7 +13,7 @@ import torch
 
 NAMESPACE = "intlass"
 # Lives as long as the process: dropping it would unregister the ops.
-LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -28,10 +28,10 @@ def define(
     """Register the op of ``schema``; returns its qualified name. Ops neither alias nor mutate."""
     name = schema.split("(", 1)[0]
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-    LIBRARY.define(schema, tags=tags)  # type: ignore[no-untyped-call]
+    LIBRARY.define(schema, tags=tags)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
-    LIBRARY.impl(name, cuda, "CUDA")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
     return f"{NAMESPACE}::{name}"
 
 
