@@ -58,7 +58,8 @@ struct GroupScales {
 };
 
 // total += s * (sums - z * xsum), and the same for the rows' own sums; `count` k entered the sums
-__device__ __forceinline__ void flush(Totals& total, const Sums& sum, const GroupScales& g, int count) {
+__device__ __forceinline__ void flush(Totals& total, const Sums& sum, const GroupScales& g,
+                                      int count) {
 #pragma unroll
   for (int i = 0; i < tiles_n; ++i) {
 #pragma unroll
@@ -81,7 +82,8 @@ __device__ __forceinline__ void flush(Totals& total, const Sums& sum, const Grou
 
 // Bytes past the end of K are zero, which is no zero for u4 (q - 8): make them code 8. `valid`
 // counts the k of this lane's word that exist.
-template <class Kind, int words> __device__ __forceinline__ void blank_tail(u32 (&v)[words], i64 valid) {
+template <class Kind, int words>
+__device__ __forceinline__ void blank_tail(u32 (&v)[words], i64 valid) {
   if constexpr (same<Kind, u4>::value)
     if (valid < 8) {
       const u32 keep = valid <= 0 ? 0u : (1u << (4 * valid)) - 1;
@@ -94,8 +96,8 @@ struct Span {
   typename P::B x[tiles_m];
 
   // `valid`: how many k lie between this lane's first and the end of K
-  __device__ __forceinline__ void load(const char* smem_w, const char* smem_x, int warp_n, int warp_m, int lane, int s,
-                                       i64 valid) {
+  __device__ __forceinline__ void load(const char* smem_w, const char* smem_x, int warp_n,
+                                       int warp_m, int lane, int s, i64 valid) {
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i) {
       u32 lo[TileW::words], hi[TileW::words];
@@ -134,8 +136,8 @@ struct Span {
 
 // Sum this block's stripe [k_begin, k_end) of K: into `sum` if there is one scale a row, else into
 // `total`. k_begin is a multiple of block_k.
-__device__ __forceinline__ void mainloop(const Params& p, char* smem, i64 n0, i64 m0, i64 k_begin, i64 k_end,
-                                         Sums& sum, Totals& total) {
+__device__ __forceinline__ void mainloop(const Params& p, char* smem, i64 n0, i64 m0, i64 k_begin,
+                                         i64 k_end, Sums& sum, Totals& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_n = warp % warps_n, warp_m = warp / warps_n;
   const i64 row0 = n0 + warp_n * tiles_n * 16;
@@ -155,10 +157,10 @@ __device__ __forceinline__ void mainloop(const Params& p, char* smem, i64 n0, i6
     scales.load(p, row0, lane, group);
   };
 
-  TileFiller<TileW, threads, Config::aligned> fill_w(p.w, p.w_stride, n0, p.n, int(k_begin * W::bits / 8),
-                                                     int((k_end * W::bits + 7) / 8));
-  TileFiller<TileX, threads, Config::aligned> fill_x(p.x, p.x_stride, m0, p.m, int(k_begin * X::bits / 8),
-                                                     int((k_end * X::bits + 7) / 8));
+  TileFiller<TileW, threads, Config::aligned> fill_w(
+      p.w, p.w_stride, n0, p.n, int(k_begin * W::bits / 8), int((k_end * W::bits + 7) / 8));
+  TileFiller<TileX, threads, Config::aligned> fill_x(
+      p.x, p.x_stride, m0, p.m, int(k_begin * X::bits / 8), int((k_end * X::bits + 7) / 8));
   auto fill_stage = [&](int tile) {
     if (tile < num_tiles) {
       char* stage = smem + tile % num_stages * stage_bytes;
@@ -175,7 +177,7 @@ __device__ __forceinline__ void mainloop(const Params& p, char* smem, i64 n0, i6
     __syncthreads();
     fill_stage(tile + num_stages - 1);
 
-    const char* smem_w = smem + tile % num_stages * stage_bytes, *smem_x = smem_w + TileW::bytes;
+    const char *smem_w = smem + tile % num_stages * stage_bytes, *smem_x = smem_w + TileW::bytes;
 #pragma unroll
     for (int s = 0; s < block_k / span_k; ++s) {
       const i64 k0 = k_begin + i64(tile) * block_k + s * span_k;
@@ -200,15 +202,18 @@ __device__ __forceinline__ void mainloop(const Params& p, char* smem, i64 n0, i6
         }
       }
     }
-    if (grouping == tile_groups && k_begin + i64(tile + 1) * block_k >= group_end) close_group(group_end);
+    if (grouping == tile_groups && k_begin + i64(tile + 1) * block_k >= group_end)
+      close_group(group_end);
   }
   cp_async_wait<0>();
-  if (grouping != channel && k_end > group_begin) flush(total, sum, scales, int(k_end - group_begin));
+  if (grouping != channel && k_end > group_begin)
+    flush(total, sum, scales, int(k_end - group_begin));
 }
 
 // Add the stripes of a tile in order; integers stay exact. True for the block that arrived last and
 // now holds the sum. A thread's values of a stripe lie `threads` apart, in room for Sums or Totals.
-template <class T, class Values> __device__ __forceinline__ bool add_stripes(const Params& p, i64 tile, Values& mine) {
+template <class T, class Values>
+__device__ __forceinline__ bool add_stripes(const Params& p, i64 tile, Values& mine) {
   constexpr int split_k = Config::split_k, count = sizeof(Values) / 4;
   constexpr int room = 4 * (tiles_n * tiles_m + tiles_n + tiles_m);
   static_assert(count <= room, "config.Gemm.values_per_block must hold every value of a thread");
@@ -216,7 +221,8 @@ template <class T, class Values> __device__ __forceinline__ bool add_stripes(con
   T* values = reinterpret_cast<T*>(&mine);
   T* stripes = reinterpret_cast<T*>(p.workspace) + tile * split_k * room * threads + threadIdx.x;
 #pragma unroll
-  for (int v = 0; v < count; ++v) __stcg(stripes + (i64(blockIdx.y) * room + v) * threads, values[v]);
+  for (int v = 0; v < count; ++v)
+    __stcg(stripes + (i64(blockIdx.y) * room + v) * threads, values[v]);
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -235,9 +241,11 @@ template <class T, class Values> __device__ __forceinline__ bool add_stripes(con
 }
 
 // Scale, shift, round once, and write the tile through shared memory in 16-byte rows.
-__device__ __forceinline__ void epilogue(const Params& p, char* smem, i64 n0, i64 m0, const Totals& total) {
+__device__ __forceinline__ void epilogue(const Params& p, char* smem, i64 n0, i64 m0,
+                                         const Totals& total) {
   constexpr int pitch = block_n + 16 / sizeof(Out);
-  float* factor = reinterpret_cast<float*>(smem);  // alpha * a_scale, a_zero: per token; bias: per row
+  float* factor =
+      reinterpret_cast<float*>(smem);  // alpha * a_scale, a_zero: per token; bias: per row
   float* a_zero = factor + block_m;
   float* bias = a_zero + block_m;
   Out* tile = reinterpret_cast<Out*>(bias + block_n);
@@ -295,7 +303,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) gemm(const __grid_const
   extern __shared__ __align__(128) char smem[];
   const i64 tiles_of_m = (p.m + block_m - 1) / block_m;
   const i64 tile = blockIdx.x, m0 = tile % tiles_of_m * block_m, n0 = tile / tiles_of_m * block_n;
-  const i64 k_tiles = (p.k + block_k - 1) / block_k, per_stripe = (k_tiles + Config::split_k - 1) / Config::split_k;
+  const i64 k_tiles = (p.k + block_k - 1) / block_k,
+            per_stripe = (k_tiles + Config::split_k - 1) / Config::split_k;
   const i64 k_begin = min(i64(blockIdx.y) * per_stripe * block_k, p.k);
   const i64 k_end = min(k_begin + per_stripe * block_k, p.k);
 

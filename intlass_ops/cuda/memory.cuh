@@ -21,13 +21,16 @@ __device__ __forceinline__ float load_as_float(const void* p, i64 i, int dtype) 
 template <class T> __device__ __forceinline__ float as_float(T v) { return float(v); }
 
 __device__ __forceinline__ void store_rounded(float* p, float v) { *p = v; }
-__device__ __forceinline__ void store_rounded(__nv_bfloat16* p, float v) { *p = __float2bfloat16_rn(v); }
+__device__ __forceinline__ void store_rounded(__nv_bfloat16* p, float v) {
+  *p = __float2bfloat16_rn(v);
+}
 __device__ __forceinline__ void store_rounded(__half* p, float v) { *p = __float2half_rn(v); }
 
 // int32 to float, rounded to odd: a later rounding to a narrower type is then the only one
 __device__ __forceinline__ float to_float_odd(int v) {
   float f = __int2float_rz(v);
-  return (__float2int_rz(f) != v && v != (int)0x80000000) ? __int_as_float(__float_as_int(f) | 1) : f;
+  return (__float2int_rz(f) != v && v != (int)0x80000000) ? __int_as_float(__float_as_int(f) | 1)
+                                                          : f;
 }
 
 __device__ __forceinline__ u32 smem_address(const void* p) {
@@ -45,7 +48,8 @@ template <int n> __device__ __forceinline__ void cp_async_wait() {
 }
 
 // Plain loads, which the compiler may move ahead of the MMAs but not across a barrier.
-template <int words> __device__ __forceinline__ void load_shared(u32 (&v)[words], const char* from) {
+template <int words>
+__device__ __forceinline__ void load_shared(u32 (&v)[words], const char* from) {
   if constexpr (words == 4) {
     const uint4 t = *reinterpret_cast<const uint4*>(from);
     v[0] = t.x, v[1] = t.y, v[2] = t.z, v[3] = t.w;
@@ -80,7 +84,8 @@ template <class Kind, int rows_, int block_k> struct SmemTile {
     return row * row_bytes + ((chunk ^ swizzle(row)) << 4);
   }
   // A lane's words of span `s` of row `row`; quarter = lane % 4
-  static __device__ __forceinline__ void load(u32 (&v)[words], const char* base, int row, int s, int quarter) {
+  static __device__ __forceinline__ void load(u32 (&v)[words], const char* base, int row, int s,
+                                              int quarter) {
     const int byte = s * span_bytes<Kind> + quarter * words * 4;
     load_shared(v, base + chunk_offset(row, byte >> 4) + (byte & 15));
   }
@@ -99,8 +104,8 @@ template <class Tile, int threads, bool aligned> struct TileFiller {
   i64 step_bytes;
   int to, rows_left, bytes_left;
 
-  __device__ __forceinline__ TileFiller(const char* gmem, i64 stride, i64 row0, i64 matrix_rows, int byte0,
-                                        int matrix_bytes) {
+  __device__ __forceinline__ TileFiller(const char* gmem, i64 stride, i64 row0, i64 matrix_rows,
+                                        int byte0, int matrix_bytes) {
     const int row = threadIdx.x / Tile::chunks, chunk = threadIdx.x % Tile::chunks;
     from = gmem + (row0 + row) * stride + byte0 + chunk * 16;
     step_bytes = row_step * stride;
@@ -114,7 +119,8 @@ template <class Tile, int threads, bool aligned> struct TileFiller {
     const char* p = from;
 #pragma unroll
     for (int i = 0; i < steps; ++i, p += step_bytes) {
-      if (Tile::rows % row_step && i == steps - 1 && int(threadIdx.x) / Tile::chunks + i * row_step >= Tile::rows)
+      if (Tile::rows % row_step && i == steps - 1 &&
+          int(threadIdx.x) / Tile::chunks + i * row_step >= Tile::rows)
         break;
       copy_16(tile + to + i * row_step * Tile::row_bytes, p, i * row_step < rows_left ? valid : 0);
     }

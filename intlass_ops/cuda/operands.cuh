@@ -67,39 +67,37 @@ template <class X> __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
 template <class X> struct half_words;
 template <> struct half_words<bf16> {
   static constexpr u32 one = 0x3f803f80, minus_one = 0xbf80bf80;
-  static constexpr u32 magic = 0x43004300;         // 128: adding an integer below 128 sets low bits
-  static constexpr u32 minus_offset4 = 0xc308c308; // -(128 + 8)
+  static constexpr u32 magic = 0x43004300;  // 128: adding an integer below 128 sets low bits
+  static constexpr u32 minus_offset4 = 0xc308c308;  // -(128 + 8)
 };
 template <> struct half_words<fp16> {
   static constexpr u32 one = 0x3c003c00, minus_one = 0xbc00bc00;
-  static constexpr u32 magic = 0x64006400;         // 1024
-  static constexpr u32 minus_offset4 = 0xe408e408; // -(1024 + 8)
+  static constexpr u32 magic = 0x64006400;          // 1024
+  static constexpr u32 minus_offset4 = 0xe408e408;  // -(1024 + 8)
 };
 
-__device__ __forceinline__ void mma_16816(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], bf16) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+__device__ __forceinline__ void mma_16816(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
+                                          bf16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-__device__ __forceinline__ void mma_16816(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], fp16) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+__device__ __forceinline__ void mma_16816(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
+                                          fp16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ __forceinline__ void mma_16832(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  asm(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ __forceinline__ void mma_16832(int (&d)[4], const u32 (&a)[2], const u32 b) {
-  asm(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s4.s4.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s4.s4.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
       "{%0,%1,%2,%3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(b));
@@ -166,7 +164,8 @@ template <class X> struct Int8Float16Pair : Float16Pair<X> {
     using C = half_words<X>;
     if constexpr (same<X, bf16>::value) {
       // bf16 has seven mantissa bits: (128 + low seven bits) - (256 if negative else 128)
-      return fma2<X>(and_or(w, 0x00800080, C::magic), C::minus_one, and_or(w, 0x007f007f, C::magic));
+      return fma2<X>(and_or(w, 0x00800080, C::magic), C::minus_one,
+                     and_or(w, 0x007f007f, C::magic));
     } else {
       return fma2<X>(and_xor(w, 0x00ff00ff, 0x64806480), C::one, 0xe480e480);  // 1152 + q - 1152
     }

@@ -6,10 +6,11 @@ struct Params {
   const char *x, *w;
   const void *scales, *zeros, *a_scale, *a_zero, *alpha, *bias;
   void* out;
-  float* workspace;  // split_k > 1: [tiles, split_k, values of a block]
-  int* arrivals;     // split_k > 1: one zero per tile, left at zero
+  float* workspace;                 // split_k > 1: [tiles, split_k, values of a block]
+  int* arrivals;                    // split_k > 1: one zero per tile, left at zero
   i64 m, n, k, x_stride, w_stride;  // strides in bytes
-  i64 group_size, scale_row, scale_group, zero_row, zero_group;  // strides in elements, 0 to broadcast
+  i64 group_size, scale_row, scale_group, zero_row,
+      zero_group;  // strides in elements, 0 to broadcast
   i64 a_scale_row, a_zero_row, bias_dtype, alpha_dtype, a_scale_dtype, a_zero_dtype;
 };
 
@@ -34,10 +35,12 @@ __device__ __forceinline__ float in_units_of_zero(Zero z) {
   return (as_float(z) - code_offset<W>)*(P::unit_x / P::unit);
 }
 __device__ __forceinline__ float scale_of(const Params& p, i64 row, i64 group) {
-  return in_units_of_scale(static_cast<const Scale*>(p.scales)[row * p.scale_row + group * p.scale_group]);
+  return in_units_of_scale(
+      static_cast<const Scale*>(p.scales)[row * p.scale_row + group * p.scale_group]);
 }
 __device__ __forceinline__ float zero_of(const Params& p, i64 row, i64 group) {
-  return in_units_of_zero(static_cast<const Zero*>(p.zeros)[row * p.zero_row + group * p.zero_group]);
+  return in_units_of_zero(
+      static_cast<const Zero*>(p.zeros)[row * p.zero_row + group * p.zero_group]);
 }
 __device__ __forceinline__ float alpha_of(const Params& p) {
   return p.alpha ? load_as_float(p.alpha, 0, p.alpha_dtype) : 1.f;
@@ -46,7 +49,8 @@ __device__ __forceinline__ float a_scale_of(const Params& p, i64 m) {
   return p.a_scale ? load_as_float(p.a_scale, m * p.a_scale_row, p.a_scale_dtype) : 1.f;
 }
 __device__ __forceinline__ float a_zero_of(const Params& p, i64 m) {
-  return has_a_zero ? load_as_float(p.a_zero, m * p.a_zero_row, p.a_zero_dtype) - code_offset<X> : 0.f;
+  return has_a_zero ? load_as_float(p.a_zero, m * p.a_zero_row, p.a_zero_dtype) - code_offset<X>
+                    : 0.f;
 }
 __device__ __forceinline__ float bias_of(const Params& p, i64 n) {
   return p.bias ? load_as_float(p.bias, n, p.bias_dtype) : 0.f;
@@ -54,4 +58,6 @@ __device__ __forceinline__ float bias_of(const Params& p, i64 n) {
 
 // An accumulator as a number: exact per group, and rounded to odd where int32 exceeds 24 bits
 __device__ __forceinline__ float value(float v) { return v; }
-__device__ __forceinline__ float value(int v) { return grouping == channel ? to_float_odd(v) : float(v); }
+__device__ __forceinline__ float value(int v) {
+  return grouping == channel ? to_float_odd(v) : float(v);
+}

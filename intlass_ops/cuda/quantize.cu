@@ -25,9 +25,7 @@ constexpr float low_code = symmetric ? -qmax : (bits == 8 ? -128.f : 0.f);
 constexpr float high_code = symmetric ? qmax : (bits == 8 ? 127.f : 15.f);
 static_assert(threads % group == 0 && group % 32 == 0, "whole warps share a segment");
 
-struct Vector {
-  T v[vector];
-};
+struct Vector { T v[vector]; };
 
 __device__ __forceinline__ Vector load(const T* p, i64 i, i64 length) {
   Vector r;
@@ -35,7 +33,8 @@ __device__ __forceinline__ Vector load(const T* p, i64 i, i64 length) {
     if (i < length) {
       const int4* from = reinterpret_cast<const int4*>(p + i);
 #pragma unroll
-      for (int c = 0; c < int(vector * sizeof(T) / 16); ++c) reinterpret_cast<int4*>(r.v)[c] = __ldcs(from + c);
+      for (int c = 0; c < int(vector * sizeof(T) / 16); ++c)
+        reinterpret_cast<int4*>(r.v)[c] = __ldcs(from + c);
       return r;
     }
   }
@@ -66,8 +65,7 @@ struct Range {
   // over the threads of the segment; every thread gets the result
   __device__ __forceinline__ void reduce() {
 #pragma unroll
-    for (int d = 16; d; d /= 2)
-      merge(__shfl_xor_sync(~0u, low, d), __shfl_xor_sync(~0u, high, d));
+    for (int d = 16; d; d /= 2) merge(__shfl_xor_sync(~0u, low, d), __shfl_xor_sync(~0u, high, d));
     if constexpr (group > 32) {
       __shared__ float lows[threads / 32], highs[threads / 32];
       const int warp = threadIdx.x / 32, first = warp / (group / 32) * (group / 32);
@@ -102,12 +100,14 @@ __device__ __forceinline__ int code(float v, float scale, float zero, const Para
   return int(fminf(fmaxf(r, low_code), high_code));
 }
 
-__device__ __forceinline__ void store(const Params& p, i64 segment, i64 i, const Vector& r, float scale, float zero) {
+__device__ __forceinline__ void store(const Params& p, i64 segment, i64 i, const Vector& r,
+                                      float scale, float zero) {
   if (i >= p.length) return;
   int c[vector];
 #pragma unroll
   for (int e = 0; e < vector; ++e)
-    c[e] = i + e < p.length ? code(as_float(r.v[e]), scale, zero, p, segment * p.length + i + e) : 0;
+    c[e] =
+        i + e < p.length ? code(as_float(r.v[e]), scale, zero, p, segment * p.length + i + e) : 0;
   if constexpr (bits == 8) {
     signed char* q = static_cast<signed char*>(p.q) + segment * p.length + i;
     if constexpr (vector == 8) {
@@ -167,6 +167,7 @@ extern "C" __global__ void __launch_bounds__(threads) quantize(const __grid_cons
 #pragma unroll
     for (int c = 0; c < chunks; ++c) store(p, segment, first + c * step, kept[c], scale, zero);
   } else {
-    for (i64 i = first; i < p.length; i += step) store(p, segment, i, load(x, i, p.length), scale, zero);
+    for (i64 i = first; i < p.length; i += step)
+      store(p, segment, i, load(x, i, p.length), scale, zero);
   }
 }

@@ -14,10 +14,10 @@
 
 constexpr int warps = Config::warps, threads = 32 * warps;
 constexpr int tiles_m = Config::tiles_m, tiles_n = Config::tiles_n;
-constexpr int unroll = Config::unroll;                      // chunks a warp has in flight
-constexpr int chunk_k = 512 / W::bits;                      // k of 64 bytes
-constexpr int lane_k = chunk_k / 4, spans = lane_k / 8;     // k of a lane, in words of eight
-constexpr int passes = Config::groups_per_chunk;            // groups a chunk holds, at least one
+constexpr int unroll = Config::unroll;                   // chunks a warp has in flight
+constexpr int chunk_k = 512 / W::bits;                   // k of 64 bytes
+constexpr int lane_k = chunk_k / 4, spans = lane_k / 8;  // k of a lane, in words of eight
+constexpr int passes = Config::groups_per_chunk;         // groups a chunk holds, at least one
 constexpr int rows = 16 * tiles_n, tokens = 8 * tiles_m;
 static_assert(!has_a_zero, "a zero point of the activations needs row sums, which gemm.cu forms");
 static_assert(passes == 1 || passes == 2 || passes == 4, "a group is whole lanes of a chunk");
@@ -31,7 +31,8 @@ __device__ __forceinline__ void load_weights(u32 (&v)[4], const char* from, bool
                  : "l"(from));
 }
 
-template <int words> __device__ __forceinline__ void load_tokens(u32 (&v)[words], const char* from, bool inside) {
+template <int words>
+__device__ __forceinline__ void load_tokens(u32 (&v)[words], const char* from, bool inside) {
   if constexpr (!Config::whole) {
 #pragma unroll
     for (int i = 0; i < words; ++i) v[i] = 0;
@@ -113,7 +114,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const i64 row = min(n0 + i * 16 + h * 8 + lane / 4, p.n - 1);  // a repeated row is never stored
+      const i64 row =
+          min(n0 + i * 16 + h * 8 + lane / 4, p.n - 1);  // a repeated row is never stored
       w_row[i][h] = p.w + row * p.w_stride + quarter * 16;
       s_row[i][h] = static_cast<const Scale*>(p.scales) + row * p.scale_row;
       z_row[i][h] = static_cast<const Zero*>(p.zeros) + row * p.zero_row;
@@ -121,10 +123,11 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   const char* x_row[tiles_m];
 #pragma unroll
   for (int j = 0; j < tiles_m; ++j)  // nor is a repeated token
-    x_row[j] = p.x + min(i64(j * 8 + lane / 4), p.m - 1) * p.x_stride + quarter * lane_k * X::bits / 8;
+    x_row[j] =
+        p.x + min(i64(j * 8 + lane / 4), p.m - 1) * p.x_stride + quarter * lane_k * X::bits / 8;
   const int scale_group = int(p.scale_group), zero_group = int(p.zero_group);
 
-  auto load_scales = [&](Scale (&s)[tiles_n][2], Zero (&z)[tiles_n][2], int group) {
+  auto load_scales = [&](Scale(&s)[tiles_n][2], Zero(&z)[tiles_n][2], int group) {
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
@@ -233,6 +236,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       }
       v *= scale_of(p, n, 0);
     }
-    store_rounded(static_cast<Out*>(p.out) + m * p.n + n, v * (alpha * a_scale_of(p, m)) + bias_of(p, n));
+    store_rounded(static_cast<Out*>(p.out) + m * p.n + n,
+                  v * (alpha * a_scale_of(p, m)) + bias_of(p, n));
   }
 }

@@ -1,0 +1,73 @@
+"""A covering set of small kernel launches, to be run under NVIDIA's compute-sanitizer:
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python3 tests/sanitize.py
+
+Also for racecheck, initcheck and synccheck. No references here: test_cuda_ops.py checks the values.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+import intlass_ops
+from intlass_ops.config import PAIRS
+from intlass_ops.cuda import jit
+
+# (M, N, K, group_size): skinny and tiled, tails of every kind, K split, groups inside a span
+SHAPES = (
+    (1, 48, 512, 128),
+    (9, 65, 512, 64),
+    (3, 70, 304, 16),
+    (33, 200, 1024, 1024),
+    (65, 130, 480, 48),
+    (70, 65, 101, 101),
+    (17, 64, 4096, 128),
+)
+
+
+def product(x: str, w: str, m: int, n: int, k: int, group_size: int) -> None:
+    low, high = {"s8": (-128, 128), "s4": (-8, 8), "u4": (0, 16)}[w]
+    codes = torch.randint(low, high, (n, k), dtype=torch.int8, device="cuda")
+    scales = torch.rand(n, k // group_size, device="cuda")
+    zeros = torch.rand_like(scales) * 15 if w == "u4" else None
+    a_scale = a_zero = None
+    if x in ("bf16", "fp16"):
+        a = torch.randn(m, k, device="cuda", dtype=torch.bfloat16 if x == "bf16" else torch.half)
+    else:
+        low, high = {"s8": (-128, 128), "s4": (-8, 8), "u4": (0, 16)}[x]
+        a = torch.randint(low, high, (m, k), dtype=torch.int8, device="cuda")
+        a = a if x == "s8" else intlass_ops.pack_int4(a)
+        a_scale = torch.rand(m, 1, device="cuda")
+        if x == "u4" or (x == "s8" and m % 2):
+            a_zero = torch.randint(0, 16, (m, 1), dtype=torch.int32, device="cuda")
+    bias = torch.randn(n, device="cuda")
+    if w == "s8":
+        intlass_ops.matmul_int8_bf16_tn(a, codes, a_scale, scales, a_zero=a_zero, bias=bias)
+    else:
+        packed = intlass_ops.pack_int4(codes)
+        intlass_ops.matmul_int4_bf16_tn(
+            a, packed, scales, zeros, k=k, a_scale=a_scale, a_zero=a_zero, bias=bias
+        )
+
+
+def main() -> None:
+    launches = 0
+    for (x, w), shape in itertools.product(PAIRS, SHAPES):
+        product(x, w, *shape)
+        launches += 1
+    for dtype, quantize, symmetric, (m, k) in itertools.product(
+        (torch.bfloat16, torch.float32),
+        (intlass_ops.quantize_int8, intlass_ops.quantize_int4),
+        (True, False),
+        ((5, 33), (3, 4096), (1, 70_000)),
+    ):
+        quantize(torch.randn(m, k, dtype=dtype, device="cuda"), symmetric=symmetric)
+        launches += 1
+    torch.cuda.synchronize()
+    print(f"{launches} launches on {torch.cuda.get_device_name()}, {jit.arch_of(0)}")
+
+
+if __name__ == "__main__":
+    main()
