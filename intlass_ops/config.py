@@ -400,26 +400,32 @@ def shipped_configs() -> Iterator[tuple[Gemm | Skinny | Quantize, tuple[str, ...
     zero_types = (*types, "unsigned char", "int")
     turn = 0
     for x, w in PAIRS:
-        for m in (1, 16, 32, 64, 4096):
-            for group_size in (4096, 128, 16) if m == 64 else ((4096, 128, 64, 32, 16)[turn % 5],):
-                turn += 1
-                shape = Shape(
-                    x_kind=x,
-                    w_kind=w,
-                    scale_type=types[turn % 3],
-                    zero_type=zero_types[turn % 5] if w == "u4" else "float",
-                    out_type=types[turn // 2 % 3],
-                    has_zeros=w == "u4",
-                    has_a_zero=x == "u4" or (x == "s8" and m == 32),
-                    aligned=turn % 7 != 0,
-                    m=m,
-                    n=4096,
-                    k=4096,
-                    group_size=group_size,
-                )
-                for arch in ARCHS:
-                    yield pick(device_of(arch), shape), (arch,)
+        # M = 64 and more share a block shape, but for the wide one of INT8.
+        cases = [(1, (4096, 128, 64, 32)[turn % 4]), (16, (128, 64, 32, 4096)[turn % 4])]
+        cases += [
+            (64, 4096),
+            (64, 128),
+            (64, 16),
+            *([(4096, 4096)] if (x, w) == ("s8", "s8") else []),
+        ]
+        for m, group_size in cases:
+            turn += 1
+            shape = Shape(
+                x_kind=x,
+                w_kind=w,
+                scale_type=types[turn % 3],
+                zero_type=zero_types[turn % 5] if w == "u4" else "float",
+                out_type=types[turn // 2 % 3],
+                has_zeros=w == "u4",
+                has_a_zero=x == "u4" or (x == "s8" and group_size == 16),
+                aligned=turn % 7 != 0,
+                m=m,
+                n=4096,
+                k=4096,
+                group_size=group_size,
+            )
+            for arch in ARCHS:
+                yield pick(device_of(arch), shape), (arch,)
     for turn, (bits, symmetric) in enumerate(((8, True), (4, False), (8, False), (4, True))):
-        for x_type in types:
-            for vector, length in ((8, 4096), (2, 5), (8, 100_000)):
-                yield pick_quantize(x_type, bits, symmetric, turn > 1, vector, length), ARCHS
+        for x_type, (vector, length) in zip(types, ((8, 4096), (2, 5), (8, 100_000)), strict=True):
+            yield pick_quantize(x_type, bits, symmetric, turn > 1, vector, length), ARCHS

@@ -21,7 +21,7 @@ constexpr int kWidest = 16;
 #else
 constexpr int kWidest = 8;
 #endif
-constexpr long kWorthThreads = 1 << 15;  // codes from which a second thread pays
+constexpr long kWorthThreads = 1 << 17;  // codes: 5 us of work, what waking a thread costs
 
 template <int L>
 struct Lanes {

@@ -14,7 +14,7 @@ from .source import KernelConfig, Program
 from .toolkit import OLDEST_ARCH, Compiler
 
 # NVRTC's defaults keep denormals, IEEE division and rounding ties: never a fast-math option here.
-_OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--generate-line-info")
+_OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 _ARCH = re.compile(r"(sm|compute)_(\d+)[af]?")
 
 _log = logging.getLogger(__name__)

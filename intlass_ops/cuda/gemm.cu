@@ -320,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) gemm(const __grid_const
       if (!add_stripes<float>(p, tile, total)) return;
     }
   }
-  if constexpr (grouping == channel) {
+  if (grouping == channel && p.k > 0) {  // an empty sum is zero, whatever the scale
     GroupScales scales;
     scales.load(p, n0 + threadIdx.x / 32 % warps_n * tiles_n * 16, threadIdx.x % 32, 0);
     flush(total, sum, scales, int(p.k));

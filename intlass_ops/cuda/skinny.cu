@@ -234,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
         for (int w = 0; w < warps; ++w) x += partial_x[w][m];
         v -= zero_of(p, n, 0) * value(x);
       }
-      v *= scale_of(p, n, 0);
+      v = p.k ? v * scale_of(p, n, 0) : 0.f;  // an empty sum is zero, whatever the scale
     }
     store_rounded(static_cast<Out*>(p.out) + m * p.n + n,
                   v * (alpha * a_scale_of(p, m)) + bias_of(p, n));

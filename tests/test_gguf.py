@@ -1,0 +1,236 @@
+"""GGUF files: codes kept bit for bit, values equal to gguf's own, damage named and not believed."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+gguf = pytest.importorskip("gguf")
+
+from gguf import GGMLQuantizationType as Type  # noqa: E402
+from gguf import quants  # noqa: E402
+from tiny_gguf import finish, write_tensors  # noqa: E402
+from tolerance import assert_close  # noqa: E402
+
+from intlass_ops import IntLinear, unpack_int4  # noqa: E402
+from intlass_ops.formats import FormatError  # noqa: E402
+from intlass_ops.formats.gguf import BLOCK, GGUFFile  # noqa: E402
+
+KINDS = (Type.Q4_0, Type.Q4_1, Type.Q8_0)
+rng = np.random.default_rng(0)
+
+
+def random_weight(n: int = 24, k: int = 4 * BLOCK) -> np.ndarray:
+    return (rng.standard_normal((n, k)) * rng.lognormal(size=(n, 1))).astype(np.float32)
+
+
+def stored_codes(raw: np.ndarray, kind: Type, k: int) -> np.ndarray:
+    """The file's codes [N, K], decoded independently of the reader."""
+    size = {Type.Q4_0: 18, Type.Q4_1: 20, Type.Q8_0: 34}[kind]
+    blocks = raw.reshape(raw.shape[0], -1, size)
+    if kind == Type.Q8_0:
+        return blocks[..., 2:].view(np.int8).reshape(-1, k)
+    nibbles = blocks[..., size - 16 :]
+    codes = np.concatenate((nibbles & 15, nibbles >> 4), axis=-1).reshape(-1, k).astype(np.int8)
+    return codes - 8 if kind == Type.Q4_0 else codes
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_codes_and_scales_are_those_of_the_file(tmp_path: Path, kind: Type) -> None:
+    values = random_weight()
+    file = GGUFFile(write_tensors(tmp_path / "w.gguf", {"w": (values, kind)}))
+    weight = file.weight("w")
+    raw = quants.quantize(values, kind)
+    n, k = values.shape
+    if weight.bits == 8:
+        codes = weight.codes
+    else:
+        codes = unpack_int4(weight.codes, k, signed=weight.zeros is None)
+    np.testing.assert_array_equal(codes.numpy(), stored_codes(raw, kind, k))
+    size = raw.shape[1] // (k // BLOCK)
+    halves = raw.reshape(n, -1, size)[..., :2].copy().view(np.float16)[..., 0]
+    np.testing.assert_array_equal(weight.scales.numpy(), halves)
+    assert (weight.shape, weight.group_size, weight.name) == ((n, k), BLOCK, "w")
+    assert (weight.zeros is not None) == (kind == Type.Q4_1)
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q8_0], ids=lambda kind: kind.name)
+def test_dequantized_equals_gguf_bit_for_bit(tmp_path: Path, kind: Type) -> None:
+    values = random_weight()
+    file = GGUFFile(write_tensors(tmp_path / "w.gguf", {"w": (values, kind)}))
+    expected = quants.dequantize(quants.quantize(values, kind), kind)
+    np.testing.assert_array_equal(file.weight("w").dequantize().numpy(), expected)
+    np.testing.assert_array_equal(file.dense("w").numpy(), expected)
+
+
+def test_q4_1_is_within_the_documented_rounding(tmp_path: Path) -> None:
+    values = random_weight(n=200) + rng.standard_normal((200, 1)).astype(np.float32) * 20
+    file = GGUFFile(write_tensors(tmp_path / "w.gguf", {"w": (values, Type.Q4_1)}))
+    raw = quants.quantize(values, Type.Q4_1).reshape(200, -1, 20)
+    d, m = (raw[..., i : i + 2].copy().view(np.float16).astype(np.float64) for i in (0, 2))
+    codes = stored_codes(raw.reshape(200, -1), Type.Q4_1, values.shape[1])
+    exact = codes.reshape(200, -1, BLOCK) * d + m
+    bound = 2.0**-23 * (np.abs(m) + np.abs(exact))
+    got = file.weight("w").dequantize().double().numpy().reshape(exact.shape)
+    assert np.all(np.abs(got - exact) <= bound)
+
+
+def test_q4_1_block_without_a_scale_is_its_minimum_exactly(tmp_path: Path) -> None:
+    raw = quants.quantize(random_weight(n=2), Type.Q4_1).reshape(2, -1, 20)
+    raw[0, 1, :2] = 0  # d = 0 and codes that are not
+    writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
+    writer.add_tensor("w", raw.reshape(2, -1), raw_dtype=Type.Q4_1)
+    weight = GGUFFile(finish(writer, tmp_path / "w.gguf")).weight("w")
+    minimum = raw[0, 1, 2:4].copy().view(np.float16)[0]
+    dense = weight.dequantize()
+    assert (dense[0, BLOCK : 2 * BLOCK] == float(minimum)).all()
+    others = torch.arange(dense.shape[1]).view(-1, BLOCK)[[0, 2, 3]].flatten()
+    expected = torch.from_numpy(quants.dequantize(raw.reshape(2, -1), Type.Q4_1))
+    torch.testing.assert_close(dense[:, others], expected[:, others], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("m", [1, 20])
+def test_linear_over_the_codes_is_within_tolerance(tmp_path: Path, kind: Type, m: int) -> None:
+    values = random_weight(n=40, k=8 * BLOCK)
+    weight = GGUFFile(write_tensors(tmp_path / "w.gguf", {"w": (values, kind)})).weight("w")
+    x = torch.randn(m, weight.shape[1], generator=torch.Generator().manual_seed(1))
+    y = IntLinear(weight.codes, weight.scales, weight.zeros)(x)
+    dense = quants.dequantize(quants.quantize(values, kind), kind)
+    w = torch.from_numpy(dense).double()
+    assert_close(y, x.double() @ w.T, x.double().abs() @ w.abs().T)
+
+
+def test_take_rows_moves_whole_rows(tmp_path: Path) -> None:
+    file = GGUFFile(write_tensors(tmp_path / "w.gguf", {"w": (random_weight(), Type.Q4_1)}))
+    weight, order = file.weight("w"), torch.randperm(24)
+    assert torch.equal(weight.take_rows(order).dequantize(), weight.dequantize()[order])
+
+
+def test_metadata_and_float_tensors_agree_with_gguf(tmp_path: Path) -> None:
+    path = tmp_path / "w.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint8("a.u8", 200)
+    writer.add_int64("a.i64", -(2**40))
+    writer.add_float64("a.f64", 0.1)
+    writer.add_bool("a.bool", True)
+    writer.add_array("a.texts", ["", "ünïcode", "x" * 300])
+    writer.add_array("a.numbers", [1, -2, 3])
+    writer.add_custom_alignment(64)
+    halves = rng.standard_normal((3, 5)).astype(np.float16)
+    writer.add_tensor("half", halves)
+    writer.add_tensor("whole", halves.astype(np.float32))
+    file = GGUFFile(finish(writer, path))
+    reader = gguf.GGUFReader(path)
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF."):
+            assert file.metadata[key] == field.contents(), key
+    assert [t.name for t in reader.tensors] == list(file.tensors)
+    assert [t.data_offset for t in reader.tensors] == [t.offset for t in file.tensors.values()]
+    for name in ("half", "whole"):
+        np.testing.assert_array_equal(file.dense(name).numpy(), halves.astype(np.float32))
+
+
+def small_file(path: Path) -> bytes:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_array("texts", ["one", "two"])
+    writer.add_array("numbers", [1, 2, 3])
+    writer.add_tensor("w", quants.quantize(random_weight(4, BLOCK), Type.Q4_1), raw_dtype=Type.Q4_1)
+    return finish(writer, path).read_bytes()
+
+
+def test_every_cut_of_a_file_is_an_error(tmp_path: Path) -> None:
+    whole = small_file(tmp_path / "whole.gguf")
+    cut = tmp_path / "cut.gguf"
+    end = GGUFFile(tmp_path / "whole.gguf").info("w")
+    for size in range(end.offset + end.nbytes):
+        cut.write_bytes(whole[:size])
+        with pytest.raises(FormatError, match=r"cut\.gguf"):
+            GGUFFile(cut).weight("w")
+
+
+def test_no_altered_byte_of_the_header_does_more_than_raise(tmp_path: Path) -> None:
+    whole = small_file(tmp_path / "whole.gguf")
+    header = GGUFFile(tmp_path / "whole.gguf").info("w").offset
+    altered = tmp_path / "altered.gguf"
+    for position in range(header):
+        for value in (0x00, 0x7F, 0xFF):
+            content = bytearray(whole)
+            content[position] = value
+            altered.write_bytes(content)
+            try:
+                file = GGUFFile(altered)
+                for name in file.tensors:
+                    file.weight(name)
+            except FormatError:
+                pass
+
+
+def header(version: int = 3, tensors: int = 0, entries: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, entries)
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def tensor(name: str, shape: tuple[int, ...], kind: int, offset: int = 0) -> bytes:
+    dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return text(name) + dimensions + struct.pack("<IQ", kind, offset)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b"PK\x03\x04" + bytes(64), "not a GGUF file"),
+        (header(version=1), "version 1; supported are"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
+        (header(entries=2**60), r"announces 1152921504606846976 items"),
+        (header(tensors=2**60), r"1152921504606846976 tensors are announced"),
+        (header(entries=1) + text("k") + struct.pack("<I", 99), "unknown value type 99"),
+        (header(entries=1) + text("k") + struct.pack("<IQ", 8, 2**62), "ends inside k"),
+        (header(entries=1) + text("k") + struct.pack("<IIQ", 9, 4, 2**61), "announces"),
+        (header(entries=1) + text("k") + struct.pack("<IIQ", 9, 9, 1), "value type 9"),
+        (header(entries=2) + 2 * (text("k") + struct.pack("<IB", 7, 1)), "occurs twice"),
+        (header(tensors=1) + tensor("w", (1,) * 5, 0), "5 dimensions"),
+        (header(tensors=1) + tensor("w", (33, 2), 3), "whole blocks of 32"),
+        (header(tensors=1) + tensor("w", (2**33, 2**33), 3), "ends inside tensor w"),
+        (header(tensors=1) + tensor("w", (32, 1), 3, 2**63), "ends inside tensor w"),
+        (header(tensors=2) + 2 * tensor("w", (1,), 0) + bytes(64), "'w' occurs twice"),
+    ],
+)
+def test_hostile_files_are_refused_by_name(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=message) as error:
+        GGUFFile(path)
+    assert str(path) in str(error.value)
+
+
+def test_unsupported_type_is_named_when_asked_for(tmp_path: Path) -> None:
+    values = rng.standard_normal((2, 256)).astype(np.float32)
+    tensors = {"good": (values, Type.Q8_0), "bad": (values, Type.Q5_0)}
+    file = GGUFFile(write_tensors(tmp_path / "w.gguf", tensors))
+    assert file.weight("good").bits == 8
+    with pytest.raises(FormatError, match=r"bad has type Q5_0; a weight is read from Q4_0"):
+        file.weight("bad")
+    with pytest.raises(FormatError, match=r"bad has type Q5_0; supported are F32"):
+        file.dense("bad")
+    with pytest.raises(FormatError, match="no tensor 'worse'"):
+        file.weight("worse")
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_block_parameter_that_is_not_finite_is_damage(tmp_path: Path, value: float) -> None:
+    raw = quants.quantize(random_weight(n=3), Type.Q4_1).reshape(3, -1, 20)
+    raw[1, 2, 2:4] = np.array([value], np.float16).view(np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
+    writer.add_tensor("w", raw.reshape(3, -1), raw_dtype=Type.Q4_1)
+    file = GGUFFile(finish(writer, tmp_path / "w.gguf"))
+    with pytest.raises(FormatError, match=r"w has a block parameter (inf|nan) \(row 1, block 2\)"):
+        file.weight("w")
