@@ -3,12 +3,16 @@
 Importing this package registers the `torch.ops.intlass` ops; it needs neither CUDA nor CuPy.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import ops
+from .cuda.jit import availability, warmup
 from .errors import (
     BackendUnavailableError,
     FallbackError,
     IntlassError,
     KernelCompileError,
+    KernelLaunchError,
     KernelNotReadyError,
 )
 from .explain import Dispatch, Explanation, explain, strict
@@ -32,6 +36,9 @@ from .quantize import (
     quantize_,
 )
 
+if TYPE_CHECKING:
+    from .lowering import disable, enable
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -47,9 +54,13 @@ __all__ = [
     "IntLinear",
     "IntlassError",
     "KernelCompileError",
+    "KernelLaunchError",
     "KernelNotReadyError",
     "Scheme",
+    "availability",
     "dequantize",
+    "disable",
+    "enable",
     "explain",
     "matmul_int4_bf16_tn",
     "matmul_int8_bf16_tn",
@@ -60,4 +71,14 @@ __all__ = [
     "quantize_int8",
     "strict",
     "unpack_int4",
+    "warmup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`enable` and `disable` bring Inductor, which takes seconds to import: on first use."""
+    if name in ("enable", "disable"):
+        from . import lowering
+
+        return getattr(lowering, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,17 +15,17 @@ pytest.importorskip("gguf")
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-from gguf import GGMLQuantizationType as Type  # noqa: E402
-from tiny_gguf import HIDDEN, LAYERS, write_llama, write_tensors  # noqa: E402
+from gguf import GGMLQuantizationType as Type
+from tiny_gguf import HIDDEN, LAYERS, write_llama, write_tensors
 
-from intlass_ops import IntLinear  # noqa: E402
-from intlass_ops.__main__ import main  # noqa: E402
-from intlass_ops.demo import MODEL_PACKAGE, course, figures  # noqa: E402
-from intlass_ops.demo.show import Show  # noqa: E402
-from intlass_ops.formats import FormatError  # noqa: E402
-from intlass_ops.formats.gguf import GGUFFile  # noqa: E402
-from intlass_ops.integrations import gguf_llama  # noqa: E402
-from intlass_ops.integrations.static_decoding import Chosen, Decoder  # noqa: E402
+from intlass_ops import IntLinear
+from intlass_ops.__main__ import main
+from intlass_ops.demo import MODEL_PACKAGE, course, figures
+from intlass_ops.demo.show import Show
+from intlass_ops.formats import FormatError
+from intlass_ops.formats.gguf import GGUFFile
+from intlass_ops.integrations import gguf_llama
+from intlass_ops.integrations.static_decoding import Chosen, Decoder
 
 LINEARS = 7 * LAYERS + 1
 
@@ -188,8 +188,7 @@ class Encoder:
     """Stands for a tokenizer whose characters take two tokens."""
 
     def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
-        text = bytes(tokens).decode("utf-8", errors="replace")
-        return text
+        return bytes(tokens).decode("utf-8", errors="replace")
 
 
 def test_show_streams_whole_characters_and_stays_plain_in_a_pipe() -> None:

@@ -1,0 +1,218 @@
+"""The CPU kernels: every group, tail, stride and parameter type, and life without a compiler."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tolerance import assert_close, assert_identical
+from torch import Tensor
+
+from intlass_ops import cpu, packing, reference
+
+pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="needs a C++ compiler")
+
+# Groups of one narrow vector, one, two and four wide ones, any; K odd; per channel.
+SHAPES = [
+    (1, 16, 16),
+    (5, 33, 33),
+    (7, 48, 16),
+    (3, 31, 31),
+    (64, 576, 32),
+    (20, 256, 128),
+    (9, 320, 64),
+    (70, 80, 80),
+    (9, 1001, 1001),
+    (2100, 512, 32),
+]
+ROWS = [1, 2, 3, 4, 7, 15, 16, 33]
+
+
+def generator(*seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(hash(seed) & 0xFFFF)
+
+
+def int4(n: int, k: int, signed: bool, seed: torch.Generator) -> Tensor:
+    low = -8 if signed else 0
+    return torch.randint(low, low + 16, (n, k), dtype=torch.int8, generator=seed)
+
+
+@pytest.mark.parametrize(("n", "k", "group"), SHAPES)
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize("signed", [True, False])
+def test_int4_is_within_tolerance(n: int, k: int, group: int, m: int, signed: bool) -> None:
+    seed = generator(n, k, m)
+    q, a = int4(n, k, signed, seed), torch.randn(m, k, generator=seed)
+    scales = torch.randn(n, k // group, generator=seed)
+    zeros = None if signed else 15 * torch.rand(n, k // group, generator=seed)
+    y = cpu.matmul_int4_a16(a, packing.pack(q), scales, zeros, group, k)
+    assert y is not None
+    w = reference.dequantize(q, scales, zeros)
+    assert_close(y, a.double() @ w.T, a.double().abs() @ w.abs().T)
+
+
+@pytest.mark.parametrize(("n", "k", "group"), SHAPES)
+@pytest.mark.parametrize("m", ROWS)
+def test_int8_is_within_tolerance(n: int, k: int, group: int, m: int) -> None:
+    seed = generator(n, k, m)
+    q = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=seed)
+    a, scales = torch.randn(m, k, generator=seed), torch.randn(n, k // group, generator=seed)
+    y = cpu.matmul_int8_a16(a, q, scales, group)
+    assert y is not None
+    w = reference.dequantize(q, scales, None)
+    assert_close(y, a.double() @ w.T, a.double().abs() @ w.abs().T)
+
+
+@pytest.mark.parametrize("m", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_identity_activations_give_the_weight_exactly(m: int, dtype: torch.dtype) -> None:
+    """One column at a time: (q - zero) * scale with powers of two, each in its place."""
+    n, k, group = 40, 64, 16
+    seed = generator(m)
+    q = int4(n, k, False, seed)
+    scales = 2.0 ** torch.randint(-3, 4, (n, k // group), generator=seed)
+    zeros = torch.randint(0, 16, (n, k // group), generator=seed)
+    a = torch.eye(k)[:m].to(dtype)
+    expected = reference.dequantize(q, scales, zeros)[:, :m].T.float()
+    for kind in (torch.uint8, torch.int32, torch.float32, torch.bfloat16):
+        y = cpu.matmul_int4_a16(a, packing.pack(q), scales.to(dtype), zeros.to(kind), group, k)
+        assert y is not None
+        assert_identical(y, expected)
+
+
+def test_codes_equal_to_their_zero_vanish() -> None:
+    """No sum of q apart from a sum of zeros: where w is 0 the product is 0, not nearly."""
+    q, a = torch.full((24, 96), 11, dtype=torch.int8), 1e6 * torch.randn(2, 96)
+    zeros = torch.full((24, 3), 11.0)
+    y = cpu.matmul_int4_a16(a, packing.pack(q), torch.rand(24, 3), zeros, 32, 96)
+    assert y is not None
+    assert (y == 0).all()
+
+
+@pytest.mark.parametrize("value", [2.0**-24, 2.0**-14, 65504.0, -0.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_parameters_are_read_exactly(value: float, dtype: torch.dtype) -> None:
+    scales = torch.full((3, 2), value, dtype=dtype)
+    q = torch.ones(3, 32, dtype=torch.int8)
+    y = cpu.matmul_int8_a16(torch.eye(32)[:1], q, scales, 16)
+    assert y is not None
+    # The scale times the zeros of the other columns: NaN if it is not finite.
+    expected = torch.full((1, 3), value).to(dtype).float() + (0 * scales[:, 1].float())
+    assert_identical(y, expected)
+
+
+@pytest.mark.parametrize("m", [2, 40])
+def test_broadcast_and_strided_parameters(m: int) -> None:
+    n, k, group = 48, 128, 32
+    seed = generator(m)
+    q, a = int4(n, k, False, seed), torch.randn(k, m, generator=seed).T
+    table = torch.rand(k // group, 2 * n, generator=seed)
+    many = table[:, ::2].T  # [N, G], neither stride 1
+    one, column = torch.rand(1, 1, generator=seed), torch.rand(n, 1, generator=seed)
+    row = torch.rand(1, k // group, generator=seed)
+    for scales in (many, one, column, row):
+        for zeros in (many, one, column, None):
+            codes = q if zeros is not None else q - 8
+            strided = torch.stack((packing.pack(codes), packing.pack(codes)), 2)[..., 1]
+            y = cpu.matmul_int4_a16(a, strided, scales, zeros, group, k)
+            assert y is not None
+            w = reference.dequantize(codes, scales, zeros)
+            assert_close(y, a.double() @ w.T, a.double().abs() @ w.abs().T)
+
+
+def test_leading_dimensions_are_kept() -> None:
+    q, scales = torch.randint(-128, 128, (10, 64), dtype=torch.int8), torch.rand(10, 1)
+    for lead in ((), (3,), (2, 1, 9)):
+        a = torch.randn(*lead, 64)
+        y = cpu.matmul_int8_a16(a, q, scales, 64)
+        assert y is not None
+        assert y.shape == (*lead, 10)
+        torch.testing.assert_close(y, a @ (q * scales).T)
+
+
+def test_nothing_to_point_at_is_left_to_the_reference() -> None:
+    scales, q = torch.ones(4, 1), torch.ones(4, 32, dtype=torch.int8)
+    assert cpu.matmul_int8_a16(torch.ones(0, 32), q, scales, 32) is None
+    assert cpu.matmul_int8_a16(torch.ones(2, 32), q[:0], scales[:0], 32) is None
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert cpu.matmul_int8_a16(torch.ones(2, 32), q, scales, 32) is None
+        assert mode is not None
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, empty_kernel_cache: Path) -> Path:
+    """As in a process that has not used the kernels yet, with an empty cache."""
+    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setattr(cpu, "_load_tried", False)
+    return empty_kernel_cache
+
+
+def product() -> Tensor | None:
+    q = torch.ones(2, 32, dtype=torch.int8)
+    return cpu.matmul_int8_a16(torch.ones(1, 32), q, torch.ones(2, 1), 32)
+
+
+def test_library_is_built_once_for_all_processes(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert product() is not None
+    (entry,) = fresh.glob("*.cubin")
+    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setattr(cpu, "_load_tried", False)
+    monkeypatch.setattr(cpu, "_build", lambda _: pytest.fail("built a second time"))
+    assert product() is not None
+    assert entry.exists()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_no_compiler_is_one_warning_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "compiler", lambda: None)
+    with pytest.warns(
+        RuntimeWarning, match=r"slow reference: no C\+\+ compiler .* apt-get install"
+    ):
+        assert product() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert product() is None
+    x = torch.randn(3, 32)
+    q = torch.randint(-128, 128, (2, 32), dtype=torch.int8)
+    y = torch.ops.intlass.matmul_int8_bf16_tn(x, q, None, torch.ones(2))
+    torch.testing.assert_close(y, x @ q.float().T)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho 'out of ideas' >&2; exit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(cpu, "compiler", lambda: str(broken))
+    with pytest.warns(RuntimeWarning, match=r"(?s)returned 3.*out of ideas"):
+        assert product() is None
+
+
+def test_key_depends_on_the_compiler(tmp_path: Path) -> None:
+    keys = set()
+    for version in ("12.2", "13.1"):
+        fake = tmp_path / version
+        fake.write_text(f"#!/bin/sh\necho {version}\n")
+        fake.chmod(0o755)
+        keys.add(cpu._cache_key(str(fake)))
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("target", ["x86-64-v3", "x86-64"])
+@pytest.mark.usefixtures("fresh")
+def test_lesser_processors_compute_the_same(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 lanes with and without AVX2, on whatever x86 machine this runs."""
+    if platform.machine() != "x86_64":
+        pytest.skip("x86 only")
+    flags = [f"-march={target}" if f.startswith("-march") else f for f in cpu._FLAGS]
+    monkeypatch.setattr(cpu, "_FLAGS", tuple("-O1" if f == "-O3" else f for f in flags))
+    for n, k, group in SHAPES[:6]:
+        test_int4_is_within_tolerance(n, k, group, 3, signed=False)
+        test_int4_is_within_tolerance(n, k, group, 16, signed=True)
+        test_int8_is_within_tolerance(n, k, group, 3)
+        test_int8_is_within_tolerance(n, k, group, 16)
