@@ -67,6 +67,9 @@ inline typename Lanes<L>::Int widen(const Byte* p) {
 
 template <int L>
 inline float sum(typename Lanes<L>::Float v) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16) return _mm512_reduce_add_ps((__m512)v);
+#endif
   float t[L];
   std::memcpy(t, &v, sizeof t);
   for (int half = L / 2; half > 0; half /= 2)
@@ -125,7 +128,7 @@ struct Table {
       case kBFloat16:
         return convert<uint16_t>(values, first, column, count, out, bfloat_to_float);
       case kFloat16:
-        return convert<uint16_t>(values, first, column, count, out, half_to_float);
+        return fill_from_half(first, count, out);
       case kInt32:
         return convert<int32_t>(values, first, column, count, out, as_is);
       case kInt8:
@@ -133,6 +136,16 @@ struct Table {
       case kUInt8:
         return convert<uint8_t>(values, first, column, count, out, as_is);
     }
+  }
+
+  void fill_from_half(long first, long count, float* out) const {
+    long g = 0;
+#if defined(__F16C__)
+    const uint16_t* p = static_cast<const uint16_t*>(values) + first;
+    if (column == 1)
+      for (; g + 8 <= count; g += 8) store(out + g, _mm256_cvtph_ps(load<__m128i>(p + g)));
+#endif
+    convert<uint16_t>(values, first + g * column, column, count - g, out + g, half_to_float);
   }
 
   static constexpr float kEight = 8.0f;
@@ -150,89 +163,127 @@ struct Row {
   const float *scales, *zeros;
 };
 
-// Decodes one row. Calls visit(low, high, j) for every L bytes and visit_one(low, high, j) for each
-// byte left over in a group: low and high hold (q - zero) * scale of the columns 2j, 2j + 2, ...
-// and 2j + 1, 2j + 3, .... kPerGroup: vectors in a group with nothing left over, 0 for any group.
-template <int L, int kPerGroup, class Visit, class VisitOne>
-inline void decode_int4(const Weight& w, Row row, Visit&& visit, VisitOne&& visit_one) {
+// Nibbles of L bytes to (q - zero) * scale. AVX-512 looks the sixteen values up in a register.
+template <int L>
+struct Nibbles {
   using Float = typename Lanes<L>::Float;
   using Int = typename Lanes<L>::Int;
+  Float scale, zero;
+  Int flip;
+#if defined(__AVX512F__)
+  static constexpr bool kLookUp = L == 16;
+#else
+  static constexpr bool kLookUp = false;
+#endif
+
+  // flip: 0x88 turns two's complement nibbles into offset ones, whose zero is 8.
+  Nibbles(float s, float z, int flip_bits) {
+    scale = s - Float{};
+    zero = z - Float{};
+    flip = flip_bits - Int{};
+    if constexpr (kLookUp) {
+      Int code = {};
+      for (int i = 0; i < L; ++i) code[i] = i;
+      scale *= __builtin_convertvector(code ^ (flip & 15), Float) - zero;
+    }
+  }
+
+  Float value(Int nibble) const {
+#if defined(__AVX512F__)
+    if constexpr (kLookUp) return (Float)_mm512_permutexvar_ps((__m512i)nibble, (__m512)scale);
+#endif
+    return (__builtin_convertvector((nibble ^ flip) & 15, Float) - zero) * scale;
+  }
+};
+
+// Decodes R rows. Calls visit(r, low, high, j) for every L bytes, and visit_one for each byte left
+// over in a group: low and high hold the weights of columns 2j, 2j + 2, ... and 2j + 1, 2j + 3, ....
+// kPerGroup: vectors in a group with nothing left over, 0 for any group.
+template <int L, int kPerGroup, int R, class Visit, class VisitOne>
+inline void decode_int4(const Weight& w, const Row* rows, Visit&& visit, VisitOne&& visit_one) {
   const long bytes = kPerGroup ? kPerGroup * L : (w.group + 1) / 2;
   const long vectors = kPerGroup ? kPerGroup : bytes / L;
-  const uint8_t* codes = static_cast<const uint8_t*>(row.codes);
-  // Two's complement nibbles become offset ones, whose zero is 8.
   const int flip = w.zeros.kind == kNone ? 0x88 : 0;
-  const Int flips = flip - Int{};
   const long groups = w.groups, k = w.k;
-  long j = 0;
   for (long g = 0; g < groups; ++g) {
-    const float scale = row.scales[g], zero = row.zeros[g];
-    const Float s = scale - Float{}, z = zero - Float{};
-    for (long v = 0; v < vectors; ++v, j += L) {
-      const Int b = widen<L>(codes + j) ^ flips;
-      visit((__builtin_convertvector(b & 15, Float) - z) * s,
-            (__builtin_convertvector(b >> 4, Float) - z) * s, j);
+    const long start = g * bytes;
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* codes = static_cast<const uint8_t*>(rows[r].codes);
+      const float scale = rows[r].scales[g], zero = rows[r].zeros[g];
+      const Nibbles<L> nibbles(scale, zero, flip);
+      for (long v = 0; v < vectors; ++v) {
+        const auto b = widen<L>(codes + start + v * L);
+        visit(r, nibbles.value(b), nibbles.value(b >> 4), start + v * L);
+      }
+      if constexpr (kPerGroup == 0)
+        for (long j = start + vectors * L; j < start + bytes; ++j) {
+          const int b = codes[j] ^ flip;
+          const float high = ((b >> 4) - zero) * scale;
+          visit_one(r, ((b & 15) - zero) * scale, 2 * j + 1 < k ? high : 0.0f, j);
+        }
     }
-    if constexpr (kPerGroup == 0)
-      for (; j < (g + 1) * bytes; ++j) {
-        const int b = codes[j] ^ flip;
-        const float high = ((b >> 4) - zero) * scale;
-        visit_one(((b & 15) - zero) * scale, 2 * j + 1 < k ? high : 0.0f, j);
-      }
   }
 }
 
-// The same for INT8: visit(values, j), one column a lane.
-template <int L, int kPerGroup, class Visit, class VisitOne>
-inline void decode_int8(const Weight& w, Row row, Visit&& visit, VisitOne&& visit_one) {
+// The same for INT8: visit(r, values, j), one column a lane.
+template <int L, int kPerGroup, int R, class Visit, class VisitOne>
+inline void decode_int8(const Weight& w, const Row* rows, Visit&& visit, VisitOne&& visit_one) {
   using Float = typename Lanes<L>::Float;
-  const long vectors = kPerGroup ? kPerGroup : w.group / L;
-  const int8_t* codes = static_cast<const int8_t*>(row.codes);
-  const long groups = w.groups, group = w.group;
-  long j = 0;
+  const long groups = w.groups, group = kPerGroup ? kPerGroup * L : w.group;
+  const long vectors = kPerGroup ? kPerGroup : group / L;
   for (long g = 0; g < groups; ++g) {
-    const float scale = row.scales[g];
-    const Float s = scale - Float{};
-    for (long v = 0; v < vectors; ++v, j += L)
-      visit(__builtin_convertvector(widen<L>(codes + j), Float) * s, j);
-    if constexpr (kPerGroup == 0)
-      for (; j < (g + 1) * group; ++j) visit_one(codes[j] * scale, j);
+    const long start = g * group;
+    for (int r = 0; r < R; ++r) {
+      const int8_t* codes = static_cast<const int8_t*>(rows[r].codes);
+      const float scale = rows[r].scales[g];
+      const Float s = scale - Float{};
+      for (long v = 0; v < vectors; ++v) {
+        const long j = start + v * L;
+        visit(r, __builtin_convertvector(widen<L>(codes + j), Float) * s, j);
+      }
+      if constexpr (kPerGroup == 0)
+        for (long j = start + vectors * L; j < start + group; ++j) visit_one(r, codes[j] * scale, j);
+    }
   }
 }
 
-// y[m, n] for one row of w and M rows of a. INT4: `even` and `odd` are the columns of a of either
-// parity, `a_row` apart; INT8: `even` is a.
-template <int Bits, int M, int L, int kPerGroup>
-inline void dot_row(const Weight& w, long n, Row row, const float* even, const float* odd,
-                    long a_row, float* y) {
+// y[m, n .. n + R) for R rows of w and M rows of a. INT4: `even` and `odd` are the columns of a of
+// either parity, `a_row` apart; INT8: `even` is a.
+template <int Bits, int M, int L, int kPerGroup, int R>
+inline void dot_rows(const Weight& w, long n, const Row* rows, const float* even, const float* odd,
+                     long a_row, float* y) {
   using Float = typename Lanes<L>::Float;
-  Float acc[M], acc_odd[M];
-  float rest[M];
-  for (int m = 0; m < M; ++m) {
-    acc[m] = acc_odd[m] = Float{};
-    rest[m] = 0;
-  }
+  Float acc[R][M], acc_odd[R][M];
+  float rest[R][M];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) {
+      acc[r][m] = acc_odd[r][m] = Float{};
+      rest[r][m] = 0;
+    }
   if constexpr (Bits == 4) {
-    const auto visit = [&](Float low, Float high, long j) {
+    const auto visit = [&](int r, Float low, Float high, long j) {
       for (int m = 0; m < M; ++m) {
-        acc[m] += low * load<Float>(even + m * a_row + j);
-        acc_odd[m] += high * load<Float>(odd + m * a_row + j);
+        acc[r][m] += low * load<Float>(even + m * a_row + j);
+        acc_odd[r][m] += high * load<Float>(odd + m * a_row + j);
       }
     };
-    const auto visit_one = [&](float low, float high, long j) {
-      for (int m = 0; m < M; ++m) rest[m] += low * even[m * a_row + j] + high * odd[m * a_row + j];
+    const auto visit_one = [&](int r, float low, float high, long j) {
+      for (int m = 0; m < M; ++m)
+        rest[r][m] += low * even[m * a_row + j] + high * odd[m * a_row + j];
     };
-    decode_int4<L, kPerGroup>(w, row, visit, visit_one);
+    decode_int4<L, kPerGroup, R>(w, rows, visit, visit_one);
   } else {
-    const auto visit = [&](Float v, long j) {
-      for (int m = 0; m < M; ++m) acc[m] += v * load<Float>(even + m * a_row + j);
+    const auto visit = [&](int r, Float v, long j) {
+      for (int m = 0; m < M; ++m) acc[r][m] += v * load<Float>(even + m * a_row + j);
     };
-    const auto visit_one = [&](float v, long j) {
-      for (int m = 0; m < M; ++m) rest[m] += v * even[m * a_row + j];
+    const auto visit_one = [&](int r, float v, long j) {
+      for (int m = 0; m < M; ++m) rest[r][m] += v * even[m * a_row + j];
     };
-    decode_int8<L, kPerGroup>(w, row, visit, visit_one);
+    decode_int8<L, kPerGroup, R>(w, rows, visit, visit_one);
   }
-  for (int m = 0; m < M; ++m) y[m * w.n + n] = sum<L>(acc[m] + acc_odd[m]) + rest[m];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m)
+      y[m * w.n + n + r] = sum<L>(acc[r][m] + acc_odd[r][m]) + rest[r][m];
 }
 
 // Calls body(L, kPerGroup) as integral constants: the vectors that suit the group.
@@ -254,31 +305,44 @@ inline void with_vectors(const Weight& w, int codes_per_lane, Body&& body) {
     body(widest, integral_constant<int, 0>{});
 }
 
-// Calls body(n, row) for the rows of w, spread over the threads.
-template <int Bits, class Body>
-inline void for_each_row(const Weight& w, int threads, Body&& body) {
+// Calls body(n, rows, R) for R rows of w at a time, R a constant, spread over the threads.
+template <int Bits, int R, class Body>
+inline void for_each_rows(const Weight& w, int threads, Body&& body) {
   const long stride = Bits == 4 ? (w.k + 1) / 2 : w.k, groups = w.groups;
 #pragma omp parallel num_threads(threads) if (w.n * w.k > kWorthThreads)
   {
-    std::vector<float> buffer(2 * groups);
+    std::vector<float> buffer(2 * R * groups);
+    const auto row = [&](long n, int slot) {
+      float* scales = buffer.data() + 2 * slot * groups;
+      return Row{static_cast<const char*>(w.codes) + n * stride, w.scales.of(n, groups, scales),
+                 Bits == 4 ? w.zeros.of(n, groups, scales + groups) : nullptr};
+    };
 #pragma omp for schedule(static)
-    for (long n = 0; n < w.n; ++n)
-      body(n, Row{static_cast<const char*>(w.codes) + n * stride,
-                  w.scales.of(n, groups, buffer.data()),
-                  Bits == 4 ? w.zeros.of(n, groups, buffer.data() + groups) : nullptr});
+    for (long first = 0; first < w.n; first += R) {
+      Row rows[R];
+      if (first + R <= w.n) {
+        for (int r = 0; r < R; ++r) rows[r] = row(first + r, r);
+        body(first, rows, std::integral_constant<int, R>{});
+      } else {
+        for (long n = first; n < w.n; ++n) {
+          rows[0] = row(n, 0);
+          body(n, rows, std::integral_constant<int, 1>{});
+        }
+      }
+    }
   }
 }
 
+// A decoded weight serves M rows of a, an a that was loaded R rows of w.
 template <int Bits, int M>
 void dot(const Weight& w, const float* even, const float* odd, long a_row, float* y, int threads) {
   with_vectors(w, Bits == 4 ? 2 : 1, [&](auto lanes, auto per_group) {
-    for_each_row<Bits>(w, threads, [&](long n, Row row) {
-      dot_row<Bits, M, lanes(), per_group()>(w, n, row, even, odd, a_row, y);
+    for_each_rows<Bits, 4 / M>(w, threads, [&](long n, const Row* rows, auto count) {
+      dot_rows<Bits, M, lanes(), per_group(), count()>(w, n, rows, even, odd, a_row, y);
     });
   });
 }
 
-// Four rows of a share one decoding of w.
 template <int Bits>
 void matmul(const Weight& w, long m, const float* even, const float* odd, long a_row, float* y,
             int threads) {
@@ -329,17 +393,17 @@ void intlass_dequantize_int4(float* out, const uint8_t* codes, const void* s, in
   const Weight w{codes, {s, Kind(s_kind), s_row, s_column}, {z, Kind(z_kind), z_row, z_column},
                  n,     k, group};
   with_vectors(w, 2, [&](auto lanes, auto per_group) {
-    for_each_row<4>(w, threads, [&](long r, Row row) {
-      float *even = out + r * k, *odd = even + (k + 1) / 2;
-      const auto visit = [&](auto low, auto high, long j) {
+    for_each_rows<4, 1>(w, threads, [&](long n, const Row* row, auto) {
+      float *even = out + n * k, *odd = even + (k + 1) / 2;
+      const auto visit = [&](int, auto low, auto high, long j) {
         store(even + j, low);
         store(odd + j, high);
       };
-      const auto visit_one = [&](float low, float high, long j) {
+      const auto visit_one = [&](int, float low, float high, long j) {
         even[j] = low;
         if (2 * j + 1 < k) odd[j] = high;
       };
-      decode_int4<lanes(), per_group()>(w, row, visit, visit_one);
+      decode_int4<lanes(), per_group(), 1>(w, row, visit, visit_one);
     });
   });
 }
@@ -348,11 +412,11 @@ void intlass_dequantize_int8(float* out, const int8_t* codes, const void* s, int
                              long s_row, long s_column, long n, long k, long group, int threads) {
   const Weight w{codes, {s, Kind(s_kind), s_row, s_column}, {nullptr, kNone, 0, 0}, n, k, group};
   with_vectors(w, 1, [&](auto lanes, auto per_group) {
-    for_each_row<8>(w, threads, [&](long r, Row row) {
-      float* values = out + r * k;
-      decode_int8<lanes(), per_group()>(
-          w, row, [&](auto v, long j) { store(values + j, v); },
-          [&](float v, long j) { values[j] = v; });
+    for_each_rows<8, 1>(w, threads, [&](long n, const Row* row, auto) {
+      float* values = out + n * k;
+      const auto visit = [&](int, auto v, long j) { store(values + j, v); };
+      const auto visit_one = [&](int, float v, long j) { values[j] = v; };
+      decode_int8<lanes(), per_group(), 1>(w, row, visit, visit_one);
     });
   });
 }
