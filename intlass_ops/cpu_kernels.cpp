@@ -23,29 +23,23 @@ constexpr int kWidest = 8;
 #endif
 constexpr long kWorthThreads = 1 << 17;  // codes: 5 us of work, what waking a thread costs
 
-template <int L>
-struct Lanes {
+template <int L> struct Lanes {
   typedef float Float __attribute__((vector_size(4 * L)));
   typedef int32_t Int __attribute__((vector_size(4 * L)));
   typedef uint8_t U8 __attribute__((vector_size(L)));
   typedef int8_t S8 __attribute__((vector_size(L)));
 };
 
-template <class Vector, class T>
-inline Vector load(const T* p) {
+template <class Vector, class T> inline Vector load(const T* p) {
   Vector v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-template <class Vector>
-inline void store(float* p, Vector v) {
-  std::memcpy(p, &v, sizeof v);
-}
+template <class Vector> inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
 
 // L bytes to L int32. GCC splits the generic conversion into scalars, hence the intrinsics.
-template <int L, class Byte>
-inline typename Lanes<L>::Int widen(const Byte* p) {
+template <int L, class Byte> inline typename Lanes<L>::Int widen(const Byte* p) {
   constexpr bool is_signed = static_cast<Byte>(-1) < 0;
 #if defined(__AVX512F__)
   if constexpr (L == 16) {
@@ -65,8 +59,7 @@ inline typename Lanes<L>::Int widen(const Byte* p) {
   return __builtin_convertvector(load<Bytes>(p), typename Lanes<L>::Int);
 }
 
-template <int L>
-inline float sum(typename Lanes<L>::Float v) {
+template <int L> inline float sum(typename Lanes<L>::Float v) {
 #if defined(__AVX512F__)
   if constexpr (L == 16) return _mm512_reduce_add_ps((__m512)v);
 #endif
@@ -123,18 +116,12 @@ struct Table {
     switch (kind) {
       case kNone:  // two's complement nibbles become offset ones
         return convert<float>(&kEight, 0, 0, count, out, as_is);
-      case kFloat32:
-        return convert<float>(values, first, column, count, out, as_is);
-      case kBFloat16:
-        return convert<uint16_t>(values, first, column, count, out, bfloat_to_float);
-      case kFloat16:
-        return fill_from_half(first, count, out);
-      case kInt32:
-        return convert<int32_t>(values, first, column, count, out, as_is);
-      case kInt8:
-        return convert<int8_t>(values, first, column, count, out, as_is);
-      case kUInt8:
-        return convert<uint8_t>(values, first, column, count, out, as_is);
+      case kFloat32: return convert<float>(values, first, column, count, out, as_is);
+      case kBFloat16: return convert<uint16_t>(values, first, column, count, out, bfloat_to_float);
+      case kFloat16: return fill_from_half(first, count, out);
+      case kInt32: return convert<int32_t>(values, first, column, count, out, as_is);
+      case kInt8: return convert<int8_t>(values, first, column, count, out, as_is);
+      case kUInt8: return convert<uint8_t>(values, first, column, count, out, as_is);
     }
   }
 
@@ -164,8 +151,7 @@ struct Row {
 };
 
 // Nibbles of L bytes to (q - zero) * scale. AVX-512 looks the sixteen values up in a register.
-template <int L>
-struct Nibbles {
+template <int L> struct Nibbles {
   using Float = typename Lanes<L>::Float;
   using Int = typename Lanes<L>::Int;
   Float scale, zero;
@@ -242,7 +228,8 @@ inline void decode_int8(const Weight& w, const Row* rows, Visit&& visit, VisitOn
         visit(r, __builtin_convertvector(widen<L>(codes + j), Float) * s, j);
       }
       if constexpr (kPerGroup == 0)
-        for (long j = start + vectors * L; j < start + group; ++j) visit_one(r, codes[j] * scale, j);
+        for (long j = start + vectors * L; j < start + group; ++j)
+          visit_one(r, codes[j] * scale, j);
     }
   }
 }
@@ -282,13 +269,11 @@ inline void dot_rows(const Weight& w, long n, const Row* rows, const float* even
     decode_int8<L, kPerGroup, R>(w, rows, visit, visit_one);
   }
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m)
-      y[m * w.n + n + r] = sum<L>(acc[r][m] + acc_odd[r][m]) + rest[r][m];
+    for (int m = 0; m < M; ++m) y[m * w.n + n + r] = sum<L>(acc[r][m] + acc_odd[r][m]) + rest[r][m];
 }
 
 // Calls body(L, kPerGroup) as integral constants: the vectors that suit the group.
-template <class Body>
-inline void with_vectors(const Weight& w, int codes_per_lane, Body&& body) {
+template <class Body> inline void with_vectors(const Weight& w, int codes_per_lane, Body&& body) {
   using std::integral_constant;
   constexpr integral_constant<int, kWidest> widest;
   constexpr integral_constant<int, 8> narrow;
@@ -364,8 +349,8 @@ extern "C" {
 void intlass_matmul_int4(float* y, const float* a, long m, const uint8_t* codes, const void* s,
                          int s_kind, long s_row, long s_column, const void* z, int z_kind,
                          long z_row, long z_column, long n, long k, long group, int threads) {
-  const Weight w{codes, {s, Kind(s_kind), s_row, s_column}, {z, Kind(z_kind), z_row, z_column},
-                 n,     k, group};
+  const Weight w{
+      codes, {s, Kind(s_kind), s_row, s_column}, {z, Kind(z_kind), z_row, z_column}, n, k, group};
   // Aligned to cache lines, each row too: a load across two lines costs as much as two.
   const long half = (k + 1) / 2, a_row = (half + 15) / 16 * 16;
   const std::unique_ptr<float, decltype(&std::free)> memory(
@@ -390,8 +375,8 @@ void intlass_matmul_int8(float* y, const float* a, long m, const int8_t* codes, 
 void intlass_dequantize_int4(float* out, const uint8_t* codes, const void* s, int s_kind,
                              long s_row, long s_column, const void* z, int z_kind, long z_row,
                              long z_column, long n, long k, long group, int threads) {
-  const Weight w{codes, {s, Kind(s_kind), s_row, s_column}, {z, Kind(z_kind), z_row, z_column},
-                 n,     k, group};
+  const Weight w{
+      codes, {s, Kind(s_kind), s_row, s_column}, {z, Kind(z_kind), z_row, z_column}, n, k, group};
   with_vectors(w, 2, [&](auto lanes, auto per_group) {
     for_each_rows<4, 1>(w, threads, [&](long n, const Row* row, auto) {
       float *even = out + n * k, *odd = even + (k + 1) / 2;
@@ -408,8 +393,8 @@ void intlass_dequantize_int4(float* out, const uint8_t* codes, const void* s, in
   });
 }
 
-void intlass_dequantize_int8(float* out, const int8_t* codes, const void* s, int s_kind,
-                             long s_row, long s_column, long n, long k, long group, int threads) {
+void intlass_dequantize_int8(float* out, const int8_t* codes, const void* s, int s_kind, long s_row,
+                             long s_column, long n, long k, long group, int threads) {
   const Weight w{codes, {s, Kind(s_kind), s_row, s_column}, {nullptr, kNone, 0, 0}, n, k, group};
   with_vectors(w, 1, [&](auto lanes, auto per_group) {
     for_each_rows<8, 1>(w, threads, [&](long n, const Row* row, auto) {

@@ -237,8 +237,8 @@ def _checks(ours: Contender, dense: Contender | None, file: GGUFFile) -> list[tu
         what = f"the same text as the dequantised model, {texts.total} of {texts.total} tokens"
     else:
         what = (
-            f"the same text as the dequantised model up to token {texts.same + 1}, where its logits "
-            f"of the two tokens are {texts.gap:.2g} apart (tolerance {tolerance:.2g})"
+            f"the same text as the dequantised model up to token {texts.same + 1}, where its "
+            f"logits of the two tokens are {texts.gap:.2g} apart (tolerance {tolerance:.2g})"
         )
     checks.append((texts.holds(tolerance), what))
     ratio = ours.quality.perplexity / dense.quality.perplexity
