@@ -94,15 +94,13 @@ def matmul_int4_a16(
             y.data_ptr(), a.data_ptr(), m, packed_w.data_ptr(), *tables, n, k, group_size, threads
         )
         return y
-    x = a.view(m, k)
-    even_odd = torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)  # the order of decoded rows
 
     def decode(first: int, count: int, block: Tensor) -> None:
         codes = packed_w[first:].data_ptr()
         tables = (*_table(scales, first), *_table(zeros, first))
         kernels["dequantize_int4"](block.data_ptr(), codes, *tables, count, k, group_size, threads)
 
-    return _by_blocks(even_odd, y, decode)
+    return _by_blocks(a.view(m, k), y, decode)
 
 
 def matmul_int8_a16(a: Tensor, b: Tensor, scales: Tensor, group_size: int) -> Tensor | None:

@@ -371,7 +371,7 @@ void intlass_matmul_int8(float* y, const float* a, long m, const int8_t* codes, 
   matmul<8>(w, m, a, a, k, y, threads);
 }
 
-// w as float32 [N, K] for a dense product. INT4: the even columns first, then the odd ones.
+// w as float32 [N, K], for a dense product.
 void intlass_dequantize_int4(float* out, const uint8_t* codes, const void* s, int s_kind,
                              long s_row, long s_column, const void* z, int z_kind, long z_row,
                              long z_column, long n, long k, long group, int threads) {
@@ -379,14 +379,16 @@ void intlass_dequantize_int4(float* out, const uint8_t* codes, const void* s, in
       codes, {s, Kind(s_kind), s_row, s_column}, {z, Kind(z_kind), z_row, z_column}, n, k, group};
   with_vectors(w, 2, [&](auto lanes, auto per_group) {
     for_each_rows<4, 1>(w, threads, [&](long n, const Row* row, auto) {
-      float *even = out + n * k, *odd = even + (k + 1) / 2;
+      float* values = out + n * k;
       const auto visit = [&](int, auto low, auto high, long j) {
-        store(even + j, low);
-        store(odd + j, high);
+        for (int i = 0; i < lanes(); ++i) {
+          values[2 * (j + i)] = low[i];
+          values[2 * (j + i) + 1] = high[i];
+        }
       };
       const auto visit_one = [&](int, float low, float high, long j) {
-        even[j] = low;
-        if (2 * j + 1 < k) odd[j] = high;
+        values[2 * j] = low;
+        if (2 * j + 1 < k) values[2 * j + 1] = high;
       };
       decode_int4<lanes(), per_group(), 1>(w, row, visit, visit_one);
     });
