@@ -185,6 +185,219 @@ class Skinny:
         return _mma_sass(self.x_kind, arch)
 
 
+HOPPER_BLOCK_K = 128
+
+
+@dataclass(frozen=True)
+class Hopper:
+    """hopper.cu: a block's consumers compute 64 * tiles_n rows of W each, by block_m tokens."""
+
+    source: ClassVar[str] = "hopper.cu"
+    entry: ClassVar[str] = "hopper"
+
+    x_kind: str
+    w_kind: str
+    scale_type: str
+    zero_type: str
+    out_type: str
+    block_m: int
+    tiles_n: int
+    consumers: int
+    num_stages: int
+    multicast: int  # blocks of a cluster that share their tokens
+    split_k: int  # blocks of a cluster that share their tile
+    raster: int
+    grouping: int
+    groups_per_tile: int
+    has_zeros: bool
+    has_a_zero: bool = False
+
+    @property
+    def block_n(self) -> int:
+        return 64 * self.tiles_n * self.consumers
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.consumers + 1)
+
+    @property
+    def blocks_per_sm(self) -> int:
+        return 2 if self.consumers == 1 else 1
+
+    @property
+    def stage_bytes(self) -> int:
+        bits = self.block_m * BITS[self.x_kind] + self.block_n * BITS[self.w_kind]
+        sums = 4 * self.groups_per_tile * self.block_m if self.has_zeros else 0
+        return math.ceil((bits * HOPPER_BLOCK_K // 8 + sums) / 1024) * 1024
+
+    @property
+    def smem_bytes(self) -> int:
+        """Barriers and the ring, then staging for the output; or the exchange of split sums."""
+        ring = self.num_stages * self.stage_bytes
+        slab = math.gcd(64, self.block_m)
+        staging = self.consumers * (slab * (64 * TYPE_BYTES[self.out_type] + 16) + 4 * self.block_m)
+        exchange = self.block_m * (self.block_n + 4) * 4
+        return 1024 + (max(ring, exchange) if self.split_k > 1 else ring + staging)
+
+    @property
+    def wgmma(self) -> tuple[str, int]:
+        """Kind of the operands and tokens of its wgmma instructions."""
+        return self.x_kind, self.block_m
+
+    def tiles(self, m: int, n: int) -> int:
+        """Tiles that a cluster takes one after another."""
+        return math.ceil(m / self.block_m) * math.ceil(n / (self.block_n * self.multicast))
+
+    def grid(self, m: int, n: int, sm_count: int) -> tuple[int, int, int]:
+        """A block for every place on the GPU; with split_k, a cluster for every tile."""
+        cluster, tiles = self.multicast * self.split_k, self.tiles(m, n)
+        places = sm_count * self.blocks_per_sm // cluster
+        return (tiles if self.split_k > 1 else min(tiles, places)) * cluster, 1, 1
+
+    def __str__(self) -> str:
+        extra = f" split_k={self.split_k}" if self.split_k > 1 else ""
+        extra += f" multicast={self.multicast}" if self.multicast > 1 else ""
+        return (
+            f"hopper {self.x_kind}x{self.w_kind} "
+            f"{self.block_m}x{self.block_n}x{HOPPER_BLOCK_K}/{self.num_stages}{extra}"
+        )
+
+    def expected_sass(self, arch: str) -> tuple[str, ...]:
+        """Regular expressions of the tensor-core instructions the compiled kernel must hold."""
+        return (r"IGMMA\.64x" if self.x_kind == "s8" else r"HGMMA\.64x",)
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """token_sums.cu: sums of tokens over spans of k, which zero points multiply."""
+
+    source: ClassVar[str] = "token_sums.cu"
+    entry: ClassVar[str] = "token_sums"
+    x_kind: str
+    span: int
+    tokens: int = 32
+    spans: int = 8
+    threads: int = 256
+
+    def __str__(self) -> str:
+        return f"token_sums {self.x_kind} {self.span}"
+
+    def expected_sass(self, arch: str) -> tuple[str, ...]:
+        return ()
+
+
+def why_not_hopper(device: Device, shape: Shape) -> str | None:
+    """What keeps a problem from hopper.cu, or None."""
+    if device.arch != "sm_90a":
+        return f"{device.arch} has no wgmma"
+    if shape.has_a_zero:
+        return "activations with a zero point need row sums of W"
+    if not shape.aligned:
+        return "rows do not start on 16-byte boundaries"
+    if shape.x_kind in ("s4", "u4"):
+        return "no INT4 activations"
+    whole = shape.group_size >= shape.k
+    if shape.x_kind == "s8" and shape.w_kind == "s8" and not whole:
+        return "INT8 weights under INT8 activations have one scale a row"
+    if not whole and shape.group_size % HOPPER_BLOCK_K and shape.group_size not in (32, 64):
+        return f"group_size={shape.group_size} is neither 32, 64 nor a multiple of {HOPPER_BLOCK_K}"
+    return None
+
+
+# Tiles of hopper.cu: block_m, tiles_n, consumers, and the TOPS that an H200 reaches with them when
+# all SMs are busy, by activations and weights (measured at K = 4096, docs/notes/kernels.md).
+_HOPPER_TILES = {
+    ("bf16", 4, "groups"): (
+        (128, 2, 2, 570), (128, 1, 2, 525), (64, 2, 2, 430), (64, 1, 2, 385), (64, 1, 1, 370),
+        (32, 2, 2, 250), (32, 1, 1, 190),
+    ),
+    ("bf16", 4, "channel"): (
+        (256, 1, 2, 730), (128, 2, 2, 650), (128, 1, 2, 560), (64, 2, 2, 440), (64, 1, 1, 380),
+        (32, 2, 2, 260), (32, 1, 1, 200),
+    ),
+    ("s8", 4, "groups"): (
+        (128, 2, 2, 790), (128, 1, 2, 720), (64, 2, 2, 620), (64, 1, 2, 540), (64, 1, 1, 470),
+        (32, 2, 2, 330), (32, 1, 1, 250),
+    ),
+    ("s8", 4, "channel"): (
+        (256, 1, 2, 1400), (128, 2, 2, 1230), (128, 1, 2, 1080), (64, 2, 2, 850), (64, 1, 1, 630),
+        (32, 2, 2, 450), (32, 1, 1, 330),
+    ),
+    ("s8", 8, "channel"): (
+        (256, 1, 2, 1400), (128, 2, 2, 1340), (128, 1, 2, 1150), (128, 1, 1, 960),
+        (64, 2, 2, 830), (64, 1, 2, 740), (64, 1, 1, 620), (32, 2, 2, 430), (32, 1, 1, 330),
+    ),
+}  # fmt: skip
+_HOPPER_TILES["bf16", 8, "channel"] = _HOPPER_TILES["bf16", 4, "channel"]
+_HOPPER_TILES["bf16", 8, "groups"] = _HOPPER_TILES["bf16", 4, "groups"]
+_H200_SMS, _H200_BYTES_PER_US = 132, 4.2e6
+_LAUNCH_US = 3.5  # until the first product and after the last
+_SPLIT_US = {1: 0.0, 2: 1.0}  # of a cluster; those of four find too few places, and always lose
+_EXCHANGED_PER_US = 8192  # sums that a block leaves to its cluster
+
+
+def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
+    """Microseconds by the measured rates: what candidates are compared by, no promise."""
+    blocks = c.tiles(shape.m, shape.n) * c.split_k
+    per_sm = math.ceil(blocks / device.sm_count)
+    alone = 0.65 if c.blocks_per_sm == 2 and per_sm == 1 else 1.0  # nobody hides its latencies
+    if 2 * blocks <= device.sm_count * c.blocks_per_sm:
+        alone *= 1.3  # nor competes for L2
+    k_tiles = math.ceil(math.ceil(shape.k / HOPPER_BLOCK_K) / c.split_k)
+    work = 2 * c.block_m * c.block_n * HOPPER_BLOCK_K * k_tiles  # of a block
+    compute = per_sm * work / (rate * 1e6 / _H200_SMS * alone)
+    memory = shape.n * shape.k * BITS[c.w_kind] / 8 / _H200_BYTES_PER_US
+    exchange = (c.split_k > 1) * c.block_m * c.block_n / _EXCHANGED_PER_US
+    busy, idle = max(compute, memory), min(compute, memory)
+    return _LAUNCH_US + _SPLIT_US[c.split_k] + exchange + busy + idle / 8
+
+
+def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, float]]:
+    """The tiles that fit a problem, with as deep a ring as fits, and their predicted times."""
+    whole = shape.group_size >= shape.k and not shape.has_zeros
+    kind = "s8" if shape.x_kind == "s8" else "bf16"
+    tiles = _HOPPER_TILES[kind, BITS[shape.w_kind], "channel" if whole else "groups"]
+    groups_per_tile = max(1, HOPPER_BLOCK_K // min(shape.group_size, HOPPER_BLOCK_K))
+    if shape.group_size >= shape.k:
+        groups_per_tile = 1
+    several = Grouping.SPAN if groups_per_tile > 1 else Grouping.TILE
+    for block_m, tiles_n, consumers, rate in tiles:
+        if shape.has_zeros and block_m * tiles_n > 128:
+            continue  # the zero points' registers would spill
+        for split_k in _SPLIT_US:
+            c = Hopper(
+                x_kind=shape.x_kind,
+                w_kind=shape.w_kind,
+                scale_type=shape.scale_type,
+                zero_type=shape.zero_type,
+                out_type=shape.out_type,
+                block_m=block_m,
+                tiles_n=tiles_n,
+                consumers=consumers,
+                num_stages=1,
+                multicast=1,
+                split_k=split_k,
+                raster=8,
+                grouping=Grouping.CHANNEL if whole else several,
+                groups_per_tile=groups_per_tile,
+                has_zeros=shape.has_zeros,
+            )
+            crowded = c.tiles(shape.m, shape.n) * split_k > device.sm_count * c.blocks_per_sm
+            if split_k > 1 and (crowded or shape.k < 4 * split_k * HOPPER_BLOCK_K):
+                break
+            # two blocks on an SM, each with 1 KiB of the system's
+            room = (device.smem_per_block - 1024 * (c.blocks_per_sm - 1)) // c.blocks_per_sm
+            rest = c.smem_bytes - c.stage_bytes if split_k == 1 else 1024
+            c = replace(c, num_stages=min(8, (room - rest) // c.stage_bytes))
+            if c.num_stages >= 2 and c.smem_bytes <= room:
+                yield c, _hopper_time(c, rate, device, shape)
+
+
+def _pick_hopper(device: Device, shape: Shape) -> Hopper:
+    """The tile with the least predicted time."""
+    return min(hopper_candidates(device, shape), key=lambda candidate: candidate[1])[0]
+
+
 SKINNY_MAX_M = 16
 
 
@@ -291,9 +504,22 @@ def grouping_of(k: int, group_size: int, block_k: int) -> Grouping:
 
 
 @lru_cache(maxsize=65536)
-def pick(device: Device, shape: Shape) -> Gemm | Skinny:
-    """The configuration for a problem: the kernel family by M, its tile by shape and device."""
-    return _pick_gemm(device, shape) if why_not_skinny(shape) else _pick_skinny(device, shape)
+def pick(device: Device, shape: Shape) -> Gemm | Skinny | Hopper:
+    """The configuration for a problem: the kernel family by M and device, its tile by shape."""
+    if why_not_skinny(shape) is None:
+        return _pick_skinny(device, shape)
+    if why_not_hopper(device, shape) is None:
+        return _pick_hopper(device, shape)
+    return _pick_gemm(device, shape)
+
+
+def reason(device: Device, shape: Shape) -> str:
+    """Why `pick` chose the kernel family it chose."""
+    not_skinny = why_not_skinny(shape)
+    if not_skinny is None:
+        return f"M={shape.m} is bound by reading W once"
+    not_hopper = why_not_hopper(device, shape)
+    return not_skinny if not_hopper is None else f"{not_skinny}; {not_hopper}"
 
 
 def _pick_gemm(device: Device, shape: Shape) -> Gemm:
@@ -392,7 +618,44 @@ PAIRS = (
 )
 
 
-def shipped_configs() -> Iterator[tuple[Gemm | Skinny | Quantize, tuple[str, ...]]]:
+Config = Gemm | Skinny | Hopper | TokenSums | Quantize
+
+
+def without_wgmma(device: Device) -> Device:
+    """The same GPU, on which `pick` takes the portable kernels."""
+    return replace(device, arch="sm_90") if device.arch == "sm_90a" else device
+
+
+def _shipped_hopper(
+    types: tuple[str, ...], zero_types: tuple[str, ...]
+) -> Iterator[tuple[Hopper | TokenSums, tuple[str, ...]]]:
+    turn = 0
+    for x, w in PAIRS:
+        for group_size in (4096, 128, 32 + 32 * (turn % 2)):
+            for m in ((32, 128, 4096), (64, 512))[turn % 2]:
+                turn += 1
+                shape = Shape(
+                    x_kind=x,
+                    w_kind=w,
+                    scale_type=types[turn % 3],
+                    zero_type=zero_types[turn % 5] if w == "u4" else "float",
+                    out_type=types[turn // 2 % 3],
+                    has_zeros=w == "u4",
+                    has_a_zero=False,
+                    aligned=True,
+                    m=m,
+                    n=(4096, 28672)[turn % 2],
+                    k=4096,
+                    group_size=group_size,
+                )
+                if why_not_hopper(device_of("sm_90a"), shape) is None:
+                    yield _pick_hopper(device_of("sm_90a"), shape), ("sm_90a",)
+        if x in ("bf16", "fp16", "s8") and w == "u4":
+            for span in (128, 64, 32):
+                yield TokenSums(x, span), ("sm_90a",)
+
+
+def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
     """A covering set of what the picks can return, each with the architectures it is built for.
 
     Every pair of kinds meets every block shape and every grouping; groups, scale, zero and output
@@ -427,7 +690,8 @@ def shipped_configs() -> Iterator[tuple[Gemm | Skinny | Quantize, tuple[str, ...
                 group_size=group_size,
             )
             for arch in ARCHS:
-                yield pick(device_of(arch), shape), (arch,)
+                yield pick(without_wgmma(device_of(arch)), shape), (arch,)
+    yield from _shipped_hopper(types, zero_types)
     for turn, (bits, symmetric) in enumerate(((8, True), (4, False), (8, False), (4, True))):
         for x_type, (vector, length) in zip(types, ((8, 4096), (2, 5), (8, 100_000)), strict=True):
             yield pick_quantize(x_type, bits, symmetric, turn > 1, vector, length), ARCHS

@@ -5,7 +5,7 @@ How a weight becomes codes is quantize.py's; this file only stores and applies t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from .ops import (
     quantize_int4,
     quantize_int8,
 )
+
+if TYPE_CHECKING:
+    from .lowering.storage import Packed
 
 Activation = Literal["int8", "int4"] | None
 
@@ -117,3 +120,49 @@ class IntLinear(nn.Module):
             if after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))
         return self
+
+
+class PackedLinear(nn.Module):
+    """A weight in any form that lowering/storage.py knows: act-order, or 8 bits with zero points.
+
+    Called with activations and, if they are codes, their scale and zero point. `prepare_` makes
+    it; for plain weights it makes an `IntLinear` instead.
+    """
+
+    weight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    order: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, packed: Packed, in_features: int) -> None:
+        super().__init__()
+        self.kind, self.in_features = packed.kind, in_features
+        self.out_features = packed.weight.shape[0]
+        for name in ("weight", "scales", "zeros", "high", "high_scales", "order", "bias"):
+            self.register_buffer(name, getattr(packed, name, None))
+
+    def forward(
+        self,
+        x: Tensor,
+        a_scale: Tensor | None = None,
+        a_zero: Tensor | None = None,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        from .lowering.runtime import multiply
+        from .lowering.storage import Packed
+
+        parts = (self.weight, self.scales, self.zeros, self.high, self.high_scales, self.order)
+        bias = self.bias if bias is None else bias
+        every, dtype = slice(None), out_dtype or x.dtype
+        packed = Packed(self.kind, *parts)  # type: ignore[arg-type]
+        return multiply(x, packed, every, self.in_features, a_scale, a_zero, bias, dtype)
+
+    def extra_repr(self) -> str:
+        groups = self.scales.shape[1] if self.scales.dim() == 2 else 1
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"kind={self.kind}, group_size={self.in_features // groups}, "
+            f"zeros={self.zeros is not None}, act_order={self.order is not None}"
+        )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .nn import Activation, IntLinear
 from .ops import quantize_int4, quantize_int8
 from .ops._library import FLOATS
-from .ops.matmul import GROUP_STEP
+from .ops.problem import GROUP_STEP
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -45,6 +46,8 @@ def test_import_needs_neither_cupy_nor_cuda() -> None:
 
 @pytest.fixture
 def fresh_toolkit() -> Iterator[None]:
+    # An import of CuPy that fails half way cannot be repeated in the process: not under the fakes.
+    importlib.import_module("cupy")
     toolkit.compiler.cache_clear()
     yield
     toolkit.compiler.cache_clear()

@@ -1,41 +1,34 @@
-"""Compiled kernels on a GPU: load, remember, launch, warm up.
+"""Compiled kernels on a GPU: load, remember, warm up.
 
-    get(config, device_index)    the loaded Kernel, remembered
-    Kernel.launch(...)           enqueue on a stream: some microseconds of Python
+    get(config, device_index)    the loaded Kernel, remembered; kernel.py launches it
     arch_of(device)              what to compile for
     warmup(configs)              compile and load ahead
 
-The only file that calls CUDA's driver, through CuPy (cupy_backends and cupy.cuda.function, checked
-on CuPy 14.2 for CUDA 12 and 13). What compiles is compiler.py, what decides the launch launch.py.
-
-A kernel's parameters travel as one flat image of 64-bit words: a pointer or `long long` is a word,
-a struct is its words one after the other. CuPy's own Function makes several objects for each
-parameter; Kernel has the table that the driver reads ready and only fills the words in.
+With kernel.py the only file that calls CUDA's driver, through CuPy (cupy_backends and
+cupy.cuda.function, checked on CuPy 14.2 for CUDA 12 and 13). What compiles is compiler.py, what
+decides the launch launch.py.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
 import os
-import struct
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import BackendUnavailableError, KernelLaunchError, KernelNotReadyError
-from . import compiler, cubin, toolkit
+from . import compiler, kernel, toolkit
 from .compiler import compile_cubin as compile_cubin
+from .kernel import Kernel as Kernel
 from .source import KernelConfig
 from .toolkit import Availability as Availability
 from .toolkit import availability as availability
-
-Dim3 = tuple[int, int, int]
 
 _kernels: dict[tuple[KernelConfig, int], Kernel] = {}
 _load_lock = threading.Lock()
@@ -43,113 +36,13 @@ _load_lock = threading.Lock()
 
 def get(config: KernelConfig, device_index: int) -> Kernel:
     """The kernel of ``config`` on a device: at once if it is loaded there, else made ready."""
-    kernel = _kernels.get((config, device_index))
-    return kernel if kernel is not None else _load(config, device_index)
-
-
-class Kernel:
-    """A kernel loaded on one device; ``get`` makes them."""
-
-    def __init__(self, config: KernelConfig, device_index: int, image: bytes) -> None:
-        """Loads ``image`` on the device that is current."""
-        self.config = config
-        self.device_index = device_index
-        self._parameter_sizes = cubin.parameter_sizes(image, config.entry)
-        self._driver = _cupy("cupy_backends.cuda.api.driver")
-        self._module = _cupy("cupy.cuda.function").Module()
-        self._module.load(image)
-        self._function: int = self._module.get_function(config.entry).ptr
-        self._context: int = self._driver.ctxGetCurrent()
-        self._current_context: Callable[[], int] = self._driver.ctxGetCurrent
-        self._launch_kernel: Callable[..., None] = self._driver.launchKernel
-        self._smem_limit = 0
-        self._free_arguments: list[_Arguments] = []
-        # The driver may put off loading a function until it first runs, and cannot do it while a
-        # graph is being captured: asking for an attribute loads it now.
-        self.num_registers: int = self._driver.funcGetAttribute(
-            self._driver.CU_FUNC_ATTRIBUTE_NUM_REGS, self._function
-        )
-
-    def launch(
-        self, grid: Dim3, block: Dim3, smem_bytes: int, args: bytes | Sequence[int], stream_ptr: int
-    ) -> None:
-        """Enqueue on a stream of this kernel's device; another device may be current."""
-        if _is_child_of_cuda_process:
-            raise KernelLaunchError(_FORKED)
-        context = self._current_context()
-        if context == self._context:
-            self._launch(grid, block, smem_bytes, args, stream_ptr)
-            return
-        # Another device's context, or none: autograd's threads start without.
-        self._driver.ctxSetCurrent(self._context)
-        try:
-            self._launch(grid, block, smem_bytes, args, stream_ptr)
-        finally:
-            self._driver.ctxSetCurrent(context)
-
-    def _launch(
-        self, grid: Dim3, block: Dim3, smem_bytes: int, args: bytes | Sequence[int], stream_ptr: int
-    ) -> None:
-        # The driver copies the arguments before it returns, but other threads may run until then:
-        # every launch under way has its own. list.pop and list.append are atomic.
-        try:
-            arguments = self._free_arguments.pop()
-        except IndexError:
-            arguments = _Arguments(self._parameter_sizes)
-        try:
-            arguments.fill(args)
-            if smem_bytes > self._smem_limit:
-                self._raise_smem_limit(smem_bytes)
-            self._launch_kernel(
-                self._function, *grid, *block, smem_bytes, stream_ptr, arguments.table, 0
-            )
-        except Exception as error:
-            raise KernelLaunchError(
-                f"{self.config!r} did not launch on cuda:{self.device_index} with grid={grid}, "
-                f"block={block}, smem_bytes={smem_bytes}: {error}"
-            ) from error
-        finally:
-            self._free_arguments.append(arguments)
-
-    def _raise_smem_limit(self, smem_bytes: int) -> None:
-        """Dynamic shared memory beyond 48 KiB must be asked for, once."""
-        with _load_lock:
-            if smem_bytes > self._smem_limit:
-                attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self._driver.funcSetAttribute(self._function, attribute, smem_bytes)
-                self._smem_limit = smem_bytes
-
-
-class _Arguments:
-    """Room for the parameters of one launch, and the table of their addresses the driver reads."""
-
-    def __init__(self, sizes: tuple[int, ...]) -> None:
-        words = [(size + 7) // 8 for size in sizes]
-        self._num_words = sum(words)
-        self._num_bytes = 8 * self._num_words
-        self._image = bytearray(self._num_bytes or 8)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._image))
-        addresses = [start + 8 * sum(words[:i]) for i in range(len(words))]
-        self._table = (ctypes.c_void_p * (len(words) or 1))(*addresses)
-        self.table = ctypes.addressof(self._table)
-        pack = struct.Struct(f"={self._num_words}q").pack_into
-        self._pack: Callable[..., None] = functools.partial(pack, self._image, 0)
-
-    def fill(self, args: bytes | Sequence[int]) -> None:
-        """Raises for another number of words than the kernel takes, and for what is no integer."""
-        if isinstance(args, bytes):
-            if len(args) != self._num_bytes:
-                raise ValueError(f"{len(args)} bytes of arguments for {self._num_bytes}")
-            self._image[: self._num_bytes] = args
-        else:
-            if len(args) != self._num_words:
-                raise ValueError(f"{len(args)} argument words for {self._num_words}")
-            self._pack(*args)
+    loaded = _kernels.get((config, device_index))
+    return loaded if loaded is not None else _load(config, device_index)
 
 
 def _load(config: KernelConfig, device_index: int) -> Kernel:
-    if _is_child_of_cuda_process:
-        raise KernelLaunchError(_FORKED)
+    if kernel.is_child_of_cuda_process:
+        raise KernelLaunchError(kernel.FORKED)
     problem = availability().problem
     if problem is not None:
         raise BackendUnavailableError(problem)
@@ -164,18 +57,20 @@ def _load(config: KernelConfig, device_index: int) -> Kernel:
     driver = _cupy("cupy_backends.cuda.api.driver")
     runtime = _cupy("cupy_backends.cuda.api.runtime")
     with _load_lock:
-        kernel = _kernels.get((config, device_index))
-        if kernel is None:
+        loaded = _kernels.get((config, device_index))
+        if loaded is None:
             # Back by the context: cudaSetDevice on the way back would start the default device up
             # on a thread that had none current.
             context = driver.ctxGetCurrent()
             runtime.setDevice(device_index)
             try:
                 runtime.memGetInfo()  # any call that needs a context makes the device's current
-                kernel = _kernels[config, device_index] = Kernel(config, device_index, image)
+                module = _cupy("cupy.cuda.function").Module()
+                loaded = Kernel(config, device_index, image, driver, module)
+                _kernels[config, device_index] = loaded
             finally:
                 driver.ctxSetCurrent(context)
-    return kernel
+    return loaded
 
 
 def allocate_zeroed(device_index: int, num_bytes: int) -> int:
@@ -229,12 +124,7 @@ def _index_of(device: torch.device | int | str) -> int:
 
 # ------------------------------------------------------------------------------------------ fork
 
-_FORKED = (
-    "CUDA was in use in the parent process when this one was forked, and does not work here: start "
-    'workers with the "spawn" or "forkserver" method of multiprocessing'
-)
 _was_cuda_in_use = False
-_is_child_of_cuda_process = False
 
 
 def _before_fork() -> None:
@@ -243,8 +133,8 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _is_child_of_cuda_process, _load_lock
-    _is_child_of_cuda_process |= _was_cuda_in_use
+    global _load_lock
+    kernel.is_child_of_cuda_process |= _was_cuda_in_use
     _load_lock = threading.Lock()
 
 

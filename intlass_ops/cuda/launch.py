@@ -1,29 +1,30 @@
-"""From tensors to a kernel launch: grid, workspace, parameters of each kernel family.
+"""GEMMs on a GPU: from tensors to a kernel launch, with the grid, workspace and parameters.
 
-Not here: which configuration (config.py), how it is compiled and launched (jit.py), the argument
-checks (ops/).
+Not here: which configuration (config.py), how it is compiled and loaded (jit.py), what a plan is
+(plans.py), the argument checks (ops/problem.py).
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import config, reference
+from .. import config
 from ..explain import listening, record
-from ..packing import packed_size
-from . import jit
+from . import jit, launch_hopper
+from .arrivals import arrival_counters
+from .kernel import Launch
+from .plans import ALIGNMENT, TYPE, Key, contiguous_strides, device_of, empty, remember
 
 if TYPE_CHECKING:
-    from ..ops.matmul import Problem
+    from ..ops.problem import Problem
 
-_TYPE = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
-_ZERO_TYPE = {**_TYPE, torch.int32: "int", torch.int8: "signed char", torch.uint8: "unsigned char"}
+_ZERO_TYPE = {**TYPE, torch.int32: "int", torch.int8: "signed char", torch.uint8: "unsigned char"}
 # enum Dtype of memory.cuh
 _DTYPE_CODE = {
     torch.float32: 1,
@@ -33,12 +34,87 @@ _DTYPE_CODE = {
     torch.int8: 5,
     torch.uint8: 6,
 }
-_GEMM_PARAMS = struct.Struct("=27q")
-_QUANTIZE_PARAMS = struct.Struct("=6qQ")
-_ALIGNMENT = 16
+_PARAMS = struct.Struct("=27q")
+_WORDS = 11  # pointers, which come first
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def matmul(
+class MatmulPlan(NamedTuple):
+    """A GEMM of one signature, ready to run again and again."""
+
+    launch: Launch | None  # None: nothing to compute
+    copies: Callable[..., Operands] | None  # operands that this signature makes copies of
+    out_shape: tuple[int, ...]
+    out_strides: tuple[int, ...]
+    out_dtype: torch.dtype
+    device: torch.device
+    report: tuple[Any, ...]
+    tiles: int = 0  # split_k > 1: that many arrival counters
+    workspace: int = 0  # split_k > 1: that many floats
+    tail: launch_hopper.Tail | None = None
+
+    def run(
+        self,
+        a: Tensor,
+        w: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        a_scale: Tensor | None,
+        a_zero: Tensor | None,
+        alpha: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        out = empty(self.out_shape, self.out_strides, self.out_dtype, self.device)
+        if self.launch is None:
+            return out
+        kept: Any = None  # what must live until the launch is enqueued
+        if self.copies is not None:
+            a, w, zeros, a_scale, a_zero, bias = kept = self.copies(
+                a, w, zeros, a_scale, a_zero, bias
+            )
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        workspace = arrivals = 0
+        tail = b""
+        if self.tiles:
+            partial = empty((self.workspace,), (1,), torch.float32, self.device)
+            workspace = partial.data_ptr()
+            arrivals, counters = arrival_counters(a, stream, self.tiles)
+            kept = kept, partial, counters
+        elif self.tail is not None:
+            tail, sums = self.tail(a, w, stream)
+            kept = kept, sums
+        self.launch(
+            (
+                a.data_ptr(),
+                w.data_ptr(),
+                scales.data_ptr(),
+                0 if zeros is None else zeros.data_ptr(),
+                0 if a_scale is None else a_scale.data_ptr(),
+                0 if a_zero is None else a_zero.data_ptr(),
+                0 if alpha is None else alpha.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                out.data_ptr(),
+                workspace,
+                arrivals,
+            ),
+            stream,
+            tail,
+        )
+        if listening():
+            record(*self.report)
+        return out
+
+
+_plans: dict[Key, MatmulPlan] = {}
+
+
+def find(key: Key) -> MatmulPlan | None:
+    """The plan of a signature that was met before."""
+    return _plans.get(key)
+
+
+def make(
+    key: Key,
     p: Problem,
     a: Tensor,
     w: Tensor,
@@ -48,22 +124,26 @@ def matmul(
     a_zero: Tensor | None,
     alpha: Tensor | None,
     bias: Tensor | None,
-) -> Tensor:
-    """Run one GEMM; scales and zeros are [1 or N, 1 or G]."""
-    out = a.new_empty((*a.shape[:-1], p.n), dtype=p.out_dtype)
-    if out.numel() == 0:
-        return out
-    x = _rows(a)
-    w = w if w.stride(1) == 1 or w.shape[1] == 1 else w.contiguous()
+) -> MatmulPlan:
+    """The plan of a checked problem, remembered by ``key``; scales and zeros are as given."""
+    device = a.device
+    out_shape = (*a.shape[:-1], p.n)
+    strides = contiguous_strides(out_shape)
+    copied = _operands(a, w, zeros, a_scale, a_zero, bias)
+    operands = (a, w, zeros, a_scale, a_zero, bias)
+    # A view of the same dtype keeps its pointer, and the plan has the strides.
+    copies = any(_pointer(t) != _pointer(c) for t, c in zip(operands, copied, strict=True))
+    x, w, zeros, a_scale, a_zero, bias = copied
     m = x.shape[0]
-    if zeros is not None and zeros.dtype not in _ZERO_TYPE:
-        zeros = zeros.float()
+    if m * p.n == 0:
+        nothing = MatmulPlan(None, None, out_shape, strides, p.out_dtype, device, ())
+        return remember(_plans, key, nothing)
     shape = config.Shape(
         x_kind=p.x_kind,
         w_kind=p.w_kind,
-        scale_type=_TYPE[scales.dtype],
+        scale_type=TYPE[scales.dtype],
         zero_type="float" if zeros is None else _ZERO_TYPE[zeros.dtype],
-        out_type=_TYPE[p.out_dtype],
+        out_type=TYPE[p.out_dtype],
         has_zeros=zeros is not None,
         has_a_zero=a_zero is not None,
         aligned=_aligned(x) and _aligned(w),
@@ -72,125 +152,62 @@ def matmul(
         k=p.k,
         group_size=p.group_size,
     )
-    c = config.pick(_device(a.device.index), shape)
-    grid = c.grid(m, p.n)
-    workspace = None
-    arrivals, arrivals_tensor = 0, None
-    stream = torch.cuda.current_stream(a.device).cuda_stream
-    if isinstance(c, config.Gemm) and c.split_k > 1:
-        workspace = a.new_empty(grid[0] * c.split_k * c.values_per_block, dtype=torch.float32)
-        arrivals, arrivals_tensor = _arrival_counters(a, stream, grid[0])
-    if a_scale is not None:
-        a_scale = a_scale.reshape(-1)
-    if a_zero is not None:
-        a_zero = (a_zero if a_zero.dtype in _DTYPE_CODE else a_zero.float()).reshape(-1)
-    if bias is not None:
-        bias = bias.contiguous()
-    parameters = _GEMM_PARAMS.pack(
-        *(_pointer(t) for t in (x, w, scales, zeros, a_scale, a_zero, alpha, bias, out)),
-        _pointer(workspace),
-        arrivals,
+    gpu = device_of(device.index)
+    c = config.pick(gpu, shape)
+    grid = c.grid(m, p.n, gpu.sm_count) if isinstance(c, config.Hopper) else c.grid(m, p.n)
+    parameters = _PARAMS.pack(
+        *[0] * _WORDS,
         m,
         p.n,
         p.k,
         x.stride(0) * x.element_size(),
         w.stride(0) * w.element_size(),
         p.group_size,
-        *_broadcast_strides(scales),
-        *((0, 0) if zeros is None else _broadcast_strides(zeros)),
+        *_row_and_group_strides(scales),
+        *_row_and_group_strides(zeros),
         0 if a_scale is None or a_scale.numel() == 1 else a_scale.stride(0),
         0 if a_zero is None or a_zero.numel() == 1 else a_zero.stride(0),
         *(_dtype_code(t) for t in (bias, alpha, a_scale, a_zero)),
+    ) + bytes(launch_hopper.NUM_BYTES if isinstance(c, config.Hopper) else 0)
+    kernel = jit.get(c, device.index)
+    plan = MatmulPlan(
+        launch=kernel.bind(grid, (c.threads, 1, 1), c.smem_bytes, parameters, _WORDS),
+        copies=_operands if copies else None,
+        out_shape=out_shape,
+        out_strides=strides,
+        out_dtype=p.out_dtype,
+        device=device,
+        report=(p.op, p.scheme, (m, p.n, p.k, p.group_size), str(c), config.reason(gpu, shape)),
     )
-    kernel = jit.get(c, a.device.index)
-    kernel.launch(grid, (c.threads, 1, 1), c.smem_bytes, parameters, stream)
-    del arrivals_tensor  # kept until the launch is enqueued
-    if listening():
-        why = config.why_not_skinny(shape) or f"M={m} is bound by reading W once"
-        record(p.op, p.scheme, (m, p.n, p.k, p.group_size), str(c), why)
-    return out
+    if isinstance(c, config.Hopper):
+        plan = plan._replace(tail=launch_hopper.tail(c, x, w, p.k))
+    elif isinstance(c, config.Gemm) and c.split_k > 1:
+        tiles = grid[0]
+        plan = plan._replace(tiles=tiles, workspace=tiles * c.split_k * c.values_per_block)
+    return remember(_plans, key, plan)
 
 
-def quantize(
-    x: Tensor, bits: int, symmetric: bool, seed: int | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Quantise contiguous segments [S, L] (L even unless S is the tensor's rows, for INT4).
-
-    Returns flat codes, scale [S] and zero [S] or None.
-    """
-    segments, length = x.shape
-    vector = 8 if length % 8 == 0 and x.data_ptr() % _ALIGNMENT == 0 else 2
-    c = config.pick_quantize(
-        _TYPE[x.dtype], bits, symmetric, seed is not None, vector, max(length, 1)
+def _operands(
+    a: Tensor,
+    w: Tensor,
+    zeros: Tensor | None,
+    a_scale: Tensor | None,
+    a_zero: Tensor | None,
+    bias: Tensor | None,
+) -> Operands:
+    """As the kernels read them: [M, K], unit strides along K, dtypes they know."""
+    if zeros is not None and zeros.dtype not in _ZERO_TYPE:
+        zeros = zeros.float()
+    if a_zero is not None:
+        a_zero = (a_zero if a_zero.dtype in _DTYPE_CODE else a_zero.float()).reshape(-1)
+    return (
+        _rows(a),
+        w if w.stride(1) == 1 or w.shape[1] == 1 else w.contiguous(),
+        zeros,
+        None if a_scale is None else a_scale.reshape(-1),
+        a_zero,
+        None if bias is None else bias.contiguous(),
     )
-    stored = packed_size(length) if bits == 4 else length
-    q = x.new_empty(segments * stored, dtype=torch.uint8 if bits == 4 else torch.int8)
-    scale = x.new_empty(segments, dtype=torch.float32)
-    zero = None if symmetric else x.new_empty(segments, dtype=torch.int32)
-    if segments:
-        key = 0 if seed is None else reference.seed_key(seed)
-        parameters = _QUANTIZE_PARAMS.pack(
-            *(_pointer(t) for t in (x, q, scale, zero)), segments, length, key
-        )
-        blocks = math.ceil(segments / (c.threads // c.threads_per_segment))
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-        jit.get(c, x.device.index).launch((blocks, 1, 1), (c.threads, 1, 1), 0, parameters, stream)
-    return q, scale, zero
-
-
-@lru_cache
-def _device(index: int) -> config.Device:
-    return config.device_of(
-        jit.arch_of(index), torch.cuda.get_device_properties(index).multi_processor_count
-    )
-
-
-# Kernels that split K count the arrivals of a tile in ints that are zero before and after a launch.
-# Launches of one stream follow each other and share a slab; a captured launch may be replayed on
-# any stream, beside any other, so it gets ints of its own that are never handed out again.
-_SLAB = 1 << 18  # ints
-
-
-class _Counters:
-    """The arrival counters of one device: a slab for each stream, one for captured launches."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.of_stream: dict[int, tuple[int, int]] = {}  # stream -> address, ints
-        self.captured = jit.allocate_zeroed(index, 4 * _SLAB)
-        self.captured_used = 0
-
-    def for_stream(self, stream: int, count: int) -> int:
-        address, size = self.of_stream.get(stream, (0, 0))
-        if size < count:
-            size = max(count, 4096)
-            address = jit.allocate_zeroed(self.index, 4 * size)
-            self.of_stream[stream] = address, size
-        return address
-
-    def for_capture(self, count: int) -> int | None:
-        first = self.captured_used
-        if first + count > _SLAB:
-            return None
-        self.captured_used += count
-        return self.captured + 4 * first
-
-
-_counters: dict[int, _Counters] = {}
-
-
-def _arrival_counters(a: Tensor, stream: int, count: int) -> tuple[int, Tensor | None]:
-    """Address of ``count`` zeroed ints for one launch on ``stream``, and the tensor they lie in."""
-    counters = _counters.get(a.device.index)
-    if torch.cuda.is_current_stream_capturing():
-        address = None if counters is None else counters.for_capture(count)
-        if address is None:  # the zeroing becomes a node of the graph: right, if slower, and rare
-            zeroed = a.new_zeros(count, dtype=torch.int32)
-            return zeroed.data_ptr(), zeroed
-        return address, None
-    if counters is None:
-        counters = _counters[a.device.index] = _Counters(a.device.index)
-    return counters.for_stream(stream, count), None
 
 
 def _rows(a: Tensor) -> Tensor:
@@ -201,12 +218,15 @@ def _rows(a: Tensor) -> Tensor:
 
 def _aligned(t: Tensor) -> bool:
     row = t.stride(0) * t.element_size()
-    return row % _ALIGNMENT == 0 and t.data_ptr() % _ALIGNMENT == 0
+    return row % ALIGNMENT == 0 and t.data_ptr() % ALIGNMENT == 0
 
 
-def _broadcast_strides(t: Tensor) -> tuple[int, int]:
-    rows, groups = t.shape
-    return (t.stride(0) if rows > 1 else 0), (t.stride(1) if groups > 1 else 0)
+def _row_and_group_strides(t: Tensor | None) -> tuple[int, int]:
+    """Strides in elements of a scalar, [N], [N, 1] or [N, G]; 0 to broadcast."""
+    if t is None or t.numel() == 1:
+        return 0, 0
+    groups = t.shape[1] if t.dim() == 2 else 1
+    return (t.stride(0) if t.shape[0] > 1 else 0), (t.stride(1) if groups > 1 else 0)
 
 
 def _pointer(t: Tensor | None) -> int:

@@ -189,6 +189,40 @@ template <class X> struct Int8Float16Pair : Float16Pair<X> {
 template <> struct Pair<bf16, s8> : Int8Float16Pair<bf16> {};
 template <> struct Pair<fp16, s8> : Int8Float16Pair<fp16> {};
 
+// The same fragments of INT4 weights with one shift a word instead of three. A nibble stays where it
+// is and the multiplier of the FMA differs: fp16 has room for a second nibble above the first. bf16
+// has not, but its subnormals and their next binade form one line, bits 0..7 times 2^-133, of which
+// the FMA takes 2^6 away: `unit` is 64.
+template <class X, class W> struct FewShifts : Pair<X, W> {};
+template <class X, class W> struct FewShiftsInt4 : Pair<X, W> {
+  static constexpr bool narrow = same<X, bf16>::value;
+  static constexpr float unit = narrow ? 64.f : 1.f, unit_w = unit;
+  static __device__ __forceinline__ void row(u32 w, u32 (&f)[4]) {
+    constexpr u32 magic = narrow ? 0u : 0x64006400u;
+    constexpr u32 flip = same<W, s4>::value ? 0x00080008u : 0u;
+    constexpr u32 low_factor = narrow ? 0x7f007f00u : 0x3c003c00u;   // 2^127, 1
+    constexpr u32 high_factor = narrow ? 0x7d007d00u : 0x2c002c00u;  // a 16th of it
+    constexpr u32 low_bias = narrow ? 0xbe00be00u : 0xe408e408u;     // -8 / 64, -(1024 + 8)
+    constexpr u32 high_bias = narrow ? 0xbe00be00u : 0xd480d480u;    // -8 / 64, -(64 + 8)
+    const u32 upper = w >> 8;
+    f[0] = fma2<X>(and_xor(w, 0x000f000f, magic ^ flip), low_factor, low_bias);
+    f[1] = fma2<X>(and_xor(w, 0x00f000f0, magic ^ (flip << 4)), high_factor, high_bias);
+    f[2] = fma2<X>(and_xor(upper, 0x000f000f, magic ^ flip), low_factor, low_bias);
+    f[3] = fma2<X>(and_xor(upper, 0x00f000f0, magic ^ (flip << 4)), high_factor, high_bias);
+  }
+  static __device__ __forceinline__ typename Pair<X, W>::A w(const u32 (&lo)[1],
+                                                             const u32 (&hi)[1]) {
+    u32 l[4], h[4];
+    row(lo[0], l);
+    row(hi[0], h);
+    return {{{l[0], h[0], l[1], h[1]}, {l[2], h[2], l[3], h[3]}}};
+  }
+};
+template <> struct FewShifts<bf16, s4> : FewShiftsInt4<bf16, s4> {};
+template <> struct FewShifts<bf16, u4> : FewShiftsInt4<bf16, u4> {};
+template <> struct FewShifts<fp16, s4> : FewShiftsInt4<fp16, s4> {};
+template <> struct FewShifts<fp16, u4> : FewShiftsInt4<fp16, u4> {};
+
 // ---- integer activations: one m16n8k32 a span -----------------------------------------------
 struct IntPair {
   using Acc = int;

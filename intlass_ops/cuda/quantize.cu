@@ -9,8 +9,8 @@ struct Params {
   void* q;
   float* scale;
   int* zero;
-  i64 segments, length;
   unsigned long long seed;
+  i64 segments, length;
 };
 
 using T = Config::x_type;

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from . import wgmma
+
 SOURCE_DIR = Path(__file__).parent
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
@@ -71,9 +73,15 @@ def program(config: KernelConfig) -> Program:
     name = _display_name(config.source)
     return Program(
         name=name,
-        text=f'{config_struct(config)}#line 1 "{name}"\n{text}',
+        text=f'{config_struct(config)}{_wgmma(config)}#line 1 "{name}"\n{text}',
         headers=tuple(sorted(headers.items())),
     )
+
+
+def _wgmma(config: KernelConfig) -> str:
+    """What a config with a ``wgmma`` property asks for: (kind of the operands, columns)."""
+    shape = getattr(config, "wgmma", None)
+    return "" if shape is None else wgmma.wrappers(*shape)
 
 
 def config_struct(config: KernelConfig) -> str:

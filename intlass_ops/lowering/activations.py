@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .editor import Editor, aten
+from .editor import CAST, NUMBER, Editor, aten
 from .gemms import shape_of
 from .probing import LeafMeta, synthetic
-from .program import Evaluation, NotASlice, extract, is_pure
+from .program import Evaluation, NotASlice, extract, is_pure, walk
 
 # A dequantisation is a handful of operations; a longer path is something else.
 MAX_STEPS = 24
@@ -46,24 +46,28 @@ _AFFINE = (
     "quantized_decomposed.dequantize_per_tensor.",
     "quantized_decomposed.dequantize_per_token.",
 )
-CODES = (torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
 class Activation:
     """x = (codes - zero) * scale; scale and zero are nodes, numbers, or None (1 and 0).
 
-    A str for zero is the caller's own mark (rules.SHIFTED).
+    `codes` is int8, uint8 or a floating node of integers (see `_span`). A str for zero is the
+    caller's own mark (rules.SHIFTED).
     """
 
     codes: Node
     scale: Node | float | None
     zero: Node | float | str | None
 
+    @property
+    def unsigned(self) -> bool:
+        return _span(self.codes) == _SPANS[torch.uint8]
+
 
 def match(edit: Editor, x: Node) -> Activation | None:
     """The codes `x` was dequantised from, or None if it is a plain activation."""
-    if x.meta["val"].dtype in CODES:
+    if _span(x) is not None:
         return Activation(x, None, None)
     codes = _codes_behind(x)
     if codes is None:
@@ -80,8 +84,92 @@ def match(edit: Editor, x: Node) -> Activation | None:
         return _solve(program, codes, leaves, x, sizes)
 
 
+_SPANS = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
+_ROUNDED = (
+    aten.round.default,
+    aten.floor.default,
+    aten.ceil.default,
+    aten.trunc.default,
+)
+_BOUNDS = (
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.clamp_max.default,
+    aten.clamp.Tensor,
+    aten.clamp_min.Tensor,
+    aten.clamp_max.Tensor,
+    aten.minimum.default,
+    aten.maximum.default,
+)
+_FROM_ABOVE = (aten.clamp_max.default, aten.clamp_max.Tensor, aten.minimum.default)
+
+
+def _span(node: Node) -> tuple[int, int] | None:
+    """(-128, 127) or (0, 255) if a node holds integers of that range: by its dtype, or because it
+    is a clamp of something rounded (BitLinear and fake quantisation never leave floats)."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    if value.dtype in _SPANS:
+        return _SPANS[value.dtype]
+    if not value.dtype.is_floating_point or not _integral(node):
+        return None
+    low, high = _limits(node)
+    inside = (span for span in _SPANS.values() if span[0] <= low and high <= span[1])
+    return next(inside, None)
+
+
+def _limits(node: Node) -> tuple[float, float]:
+    """Bounds that the clamps at `node` enforce."""
+    low, high = -math.inf, math.inf
+    for _ in range(MAX_STEPS):
+        if node.target in _BOUNDS:
+            least, most = (*node.args[1:], None, None)[:2]
+            if node.target in _FROM_ABOVE:
+                least, most = None, least
+            least, most = _number(least), _number(most)
+            low = max(low, least) if isinstance(least, (int, float)) else low
+            high = min(high, most) if isinstance(most, (int, float)) else high
+        elif node.target is not CAST and node.target not in _ROUNDED:
+            # (Rounding stays inside bounds that are integers.)
+            break
+        source = node.args[0]
+        if not isinstance(source, Node):
+            break
+        node = source
+    return low, high
+
+
+def _number(value: Any) -> Any:
+    """A one-element constant of the graph as a number."""
+    while isinstance(value, Node) and value.target in (aten.lift_fresh_copy.default, CAST):
+        value = value.args[0]
+    return value.meta.get(NUMBER, value) if isinstance(value, Node) else value
+
+
+def _integral(value: Any, depth: int = 8) -> bool:
+    """Whether a value is integers whatever its inputs are."""
+    value = _number(value)
+    if not isinstance(value, Node):
+        return isinstance(value, (int, float)) and float(value).is_integer()
+    tensor = value.meta.get("val")
+    if not isinstance(tensor, Tensor) or depth == 0:
+        return False
+    if not tensor.dtype.is_floating_point:
+        return not tensor.dtype.is_complex
+    if value.target in _ROUNDED:
+        return True
+    if value.target is CAST:
+        return _integral(value.args[0], depth - 1)
+    if value.target in (aten.add.Tensor, aten.sub.Tensor):
+        return not value.kwargs and all(_integral(each, depth - 1) for each in value.args)
+    if value.target in _BOUNDS:
+        return all(each is None or _integral(each, depth - 1) for each in value.args)
+    return False
+
+
 def _codes_behind(x: Node) -> Node | None:
-    """The nearest 8-bit node with as many elements as `x`, following first tensor inputs."""
+    """The nearest node of 8-bit integers with as many elements as `x`."""
     frontier, seen = [x], {x}
     for _ in range(MAX_STEPS):
         following: list[Node] = []
@@ -94,7 +182,7 @@ def _codes_behind(x: Node) -> Node | None:
                     continue
                 if not _same_size(value, x.meta["val"]):
                     continue
-                if value.dtype in CODES:
+                if _span(each) is not None:
                     return each
                 seen.add(each)
                 following.append(each)
@@ -146,6 +234,11 @@ def _small(value: Any, sizes: dict[Any, int]) -> int:
 
 def _leaf(node: Node, seed: int, sizes: dict[Any, int]) -> Any:
     value = node.meta.get("val")
+    span = _span(node)
+    if span is not None and isinstance(value, Tensor):
+        generator = torch.Generator().manual_seed(seed)
+        size = [_small(each, sizes) for each in value.shape]
+        return torch.randint(span[0], span[1] + 1, size, generator=generator).to(value.dtype)
     if isinstance(value, (int, torch.SymInt)):
         return _small(value, sizes)
     if isinstance(value, (float, bool)):
@@ -176,8 +269,12 @@ def _solve(
         answer = _SOLVED.get(key)
     if not known:
         try:
-            made = [_leaf(node, 2000 + i, sizes) for i, node in enumerate((codes, *leaves))]
-            answer = _evaluate(program, made)
+            both = []
+            for seed in (2000, 5000):
+                made = [_leaf(node, seed + i, sizes) for i, node in enumerate((codes, *leaves))]
+                both.append(_evaluate(program, made))
+            # A number that other leaves would change is no constant.
+            answer = both[0] if both[0] == both[1] else None
         except Exception:
             # Whatever cannot be evaluated on its own is no dequantisation we know.
             answer = None
@@ -186,7 +283,34 @@ def _solve(
     if answer is None:
         return None
     scale, zero = (leaves[each] if isinstance(each, int) else each for each in answer)
+    if isinstance(zero, Node) and _is_zero(zero, codes, sizes):
+        zero = None
     return Activation(codes, scale, zero)
+
+
+def _is_zero(node: Node, codes: Node, sizes: dict[Any, int]) -> bool:
+    """Whether a zero point is spelled out of constants and always 0 (a symmetric quantiser)."""
+
+    def known(each: Node) -> bool:
+        size = isinstance(each.meta.get("val"), (int, torch.SymInt))
+        return each.op == "get_attr" or (each.op == "placeholder" and size)
+
+    try:
+        sources, inner = walk(node, known)
+        if not inner:
+            return False
+        values = [
+            getattr(e.graph.owning_module, str(e.target))
+            if e.op == "get_attr"
+            else _small(e.meta["val"], sizes)
+            for e in sources
+        ]
+        # The codes come first only to say where to compute.
+        program, _ = extract([codes, *sources], inner)
+        result = Evaluation(program, [torch.zeros(1), *values]).weight()
+        return result.numel() > 0 and bool((result == 0).all())
+    except Exception:
+        return False
 
 
 def _evaluate(program: Any, values: Sequence[Any]) -> tuple[Any, Any] | None:
@@ -202,8 +326,10 @@ def _evaluate(program: Any, values: Sequence[Any]) -> tuple[Any, Any] | None:
     if not torch.allclose(raw.flatten(), source.flatten(), rtol=0, atol=1e-6):
         return None
     zero = -offset / scale
-    eps = torch.finfo(x.dtype).eps
-    bound = 2 * eps * (raw.abs() + zero.abs()) * scale.abs() + torch.finfo(x.dtype).tiny
+    eps, tiny = 0.0, 0.0
+    if x.dtype.is_floating_point:
+        eps, tiny = torch.finfo(x.dtype).eps, torch.finfo(x.dtype).tiny
+    bound = 2 * eps * (raw.abs() + zero.abs()) * scale.abs() + tiny
     if not bool(((raw - zero) * scale - x.double()).abs().le(bound).all()):
         return None
     k = x.shape[-1]
@@ -223,9 +349,7 @@ def _name(rows: Tensor, leaves: Sequence[Any], unit: float) -> Any:
             continue
         if torch.equal(leaf.double().flatten().expand(rows.numel()), rows):
             return i
-    if bool((rows == rows[0]).all()) and not any(
-        isinstance(leaf, Tensor) and math.prod(leaf.shape) == 1 for leaf in leaves
-    ):
+    if bool((rows == rows[0]).all()):
         number = float(rows[0])
         return None if number == unit else number
     return "unknown"
@@ -233,7 +357,12 @@ def _name(rows: Tensor, leaves: Sequence[Any], unit: float) -> Any:
 
 def signed(edit: Editor, codes: Node) -> Node:
     """int8 codes: unsigned ones shifted by -128, bit for bit."""
-    if codes.meta["val"].dtype == torch.int8:
+    dtype = codes.meta["val"].dtype
+    if dtype == torch.int8:
         return codes
+    if dtype.is_floating_point:
+        if _span(codes) == _SPANS[torch.uint8]:
+            codes = edit.call(aten.sub.Tensor, edit.call(CAST, codes, torch.float32), 128)
+        return edit.call(CAST, codes, torch.int8)
     flipped = edit.call(aten.bitwise_xor.Scalar, codes, 128)
     return edit.call(aten.view.dtype, flipped, torch.int8)

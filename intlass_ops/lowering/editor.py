@@ -7,7 +7,7 @@ weights and which fake mode new nodes get their shapes from. Not here: what to r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from .program import Evaluation, NotASlice, Program, extract, walk
 from .weights import NotAffine, Recipe
 
 aten: Any = torch.ops.aten
+NUMBER = "intlass_number"
 CAST = torch.ops.prims.convert_element_type.default
 
 # Operations whose integer operand is an index into operand 0, not codes.
@@ -28,6 +29,14 @@ _INDEXING = (
     aten.index_select.default,
     aten.gather.default,
     aten.embedding.default,
+)
+_BY_INDEX = (
+    "aten._unsafe_index",
+    "aten.embedding",
+    "aten.gather",
+    "aten.index",
+    "aten.scatter",
+    "aten.take",
 )
 _TRANSPARENT = (
     CAST,
@@ -40,7 +49,19 @@ _TRANSPARENT = (
     aten.clone.default,
     aten.alias.default,
     aten.detach.default,
+    aten.lift_fresh_copy.default,
+    torch.ops.prims.device_put.default,
 )
+
+
+_INTEGERS = ("quantize", "round", "floor", "trunc", "ceil", "bitwise", "shift")
+
+
+def looks_quantised(leaves: Iterable[torch.dtype], operations: Iterable[str]) -> bool:
+    """Whether a slice has integers in it at all: a plain float weight needs no probing."""
+    if any(not dtype.is_floating_point and dtype != torch.bool for dtype in leaves):
+        return True
+    return any(any(word in name for word in _INTEGERS) for name in operations)
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,16 @@ class Editor:
         self._fake_mode = fake_mode
         self.undisturbed = undisturbed
         self._is_static: dict[Node, bool] = {}
+        self._note_numbers()
+
+    def _note_numbers(self) -> None:
+        """Write the value of one-element constants beside them: fake mode hides it later on."""
+        for node in self.graph.find_nodes(op="get_attr"):
+            constant = getattr(node.graph.owning_module, str(node.target), None)
+            if isinstance(constant, torch.Tensor) and constant.numel() == 1:
+                with self.undisturbed():
+                    if not isinstance(constant, torch.nn.Parameter):
+                        node.meta[NUMBER] = constant.item()
 
     def is_leaf(self, node: Node) -> bool:
         """Static placeholders and constants, and other placeholders of a fixed shape."""
@@ -95,6 +126,14 @@ class Editor:
             except NotASlice:
                 self._is_static[node] = False
         return self._is_static[node]
+
+    def quantised(self, node: Node) -> bool:
+        """Whether a node depends on weights and constants alone, and integers among them."""
+        if not self.is_static(node):
+            return False
+        leaves, inner = walk(node, self.certain_leaf)
+        dtypes = [leaf.meta["val"].dtype for leaf in leaves if "val" in leaf.meta]
+        return looks_quantised(dtypes, [str(each.target) for each in inner])
 
     def slice_of(self, gemm: Gemm, column_scales: Sequence[tuple[Node, bool]]) -> Slice:
         """The weight operand, times the scales its epilogue would have applied."""
@@ -157,7 +196,10 @@ class Editor:
     def probe(self, gemm: Gemm, piece: Slice) -> WeightForm:
         recipe = Recipe(piece.program, 0, gemm.layout, gemm.batch, gemm.n, gemm.k)
         device = piece.leaves[0].meta["val"].device if piece.leaves else torch.device("cpu")
-        if device.type == "cuda" and not torch.cuda.is_available():
+        # An index that synthetic values push out of range is an exception on a CPU; on a GPU it
+        # is a device-side assertion, which ends the process's CUDA context.
+        risky = any(op.target.startswith(_BY_INDEX) for op in piece.program.operations)
+        if device.type == "cuda" and (risky or not torch.cuda.is_available()):
             device = torch.device("cpu")
         with self.undisturbed(), torch.no_grad():
             try:

@@ -15,6 +15,8 @@ import torch
 from torch.fx import Node
 
 aten: Any = torch.ops.aten
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_CAST = torch.ops.prims.convert_element_type.default
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,13 @@ def static_shape(node: Node) -> tuple[int, ...] | None:
 def _operand(
     node: Node, x: Node, weight: Node, bias: Node | None, *, left: bool, linear: bool = False
 ) -> Gemm | None:
-    while weight.target is aten.expand.default and len(shape_of(weight)) == 3:
+    while weight.target in (*_VIEWS, aten.expand.default) and len(shape_of(weight)) == 3:
         inner = weight.args[0]
+        if weight.target in _VIEWS and isinstance(inner, Node):
+            if shape_of(inner) != shape_of(weight):
+                break
+            weight = inner
+            continue
         # One weight seen by a whole batch: leading dimensions of x, not stacked weights.
         if not isinstance(inner, Node) or shape_of(inner)[-2:] != shape_of(weight)[-2:]:
             break
@@ -126,13 +133,13 @@ def _vector_product(node: Node) -> Iterator[Gemm]:
     assert isinstance(weight, Node)
     if len(shape_of(x)) != 2 or len(shape_of(weight)) != 2 or shape_of(x)[0] != 1:
         return
-    x, weight = (_uncast(each) for each in (x, weight))
+    x, weight = (uncast(each) for each in (x, weight))
     found = _operand(node, x, weight, None, left=False)
     if found is not None:
         yield found
 
 
-def _uncast(node: Node) -> Node:
+def uncast(node: Node) -> Node:
     """Before a widening to float32, which changes no value."""
     source = node.args[0] if node.target is _CAST else None
     narrow = isinstance(source, Node) and source.meta["val"].dtype in (
@@ -161,10 +168,6 @@ class Epilogue:
     column_scales: tuple[tuple[Node, bool], ...] = ()  # (per-channel node, whether it divides)
     row_scales: tuple[Node, ...] = ()
     bias: Node | None = None
-
-
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_CAST = torch.ops.prims.convert_element_type.default
 
 
 def column_like(node: Any, n: int) -> bool:

@@ -14,20 +14,23 @@ does), `torch._guards.TracingContext.try_get().fw_metadata.static_input_indices`
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch._inductor.compile_fx as compile_module
+from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import records, rules, runtime, siblings
+from . import records, rules, runtime, siblings, spellings
 from .editor import Editor
 
 HOOK = "joint_custom_pre_pass"
@@ -49,14 +52,18 @@ class LoweringPass(CustomGraphPass):
 
 def rewrite(graph: torch.fx.Graph, edit: Editor) -> None:
     """Apply the rules to every product of a graph and record each decision."""
-    if not any(rules.concerns(node) for node in graph.nodes):
+    if not any(rules.concerns(node) or spellings.concerns(node) for node in graph.nodes):
         return
     if not edit.training:
         records.count("merged", siblings.merge_equal(graph))
+        records.count("respelled", spellings.respell(edit))
     for node in [node for node in graph.nodes if rules.concerns(node)]:
         decision = rules.lower(edit, node)
         if decision is not None:
             records.record(decision)
+    if not edit.training:
+        # Each linear wrote its own copy of the scale that it shares with its siblings.
+        siblings.merge_equal(graph)
     records.count("fused", siblings.fuse(edit))
     # The old dequantisation must go before Inductor plans memory for it.
     graph.eliminate_dead_code()
@@ -177,6 +184,47 @@ def compile_with_pass(
     if chosen.get("triton.cudagraphs", inductor_config.triton.cudagraphs):
         return _refreshing(compiled)
     return cast(Callable[..., Any], compiled)
+
+
+def recording_backend(
+    seen: list[tuple[torch.fx.GraphModule, tuple[Any, ...]]],
+) -> Callable[..., Any]:
+    """A backend that runs our pass, appends each graph and the tensors it is called with to `seen`,
+    and runs the graph as it is."""
+
+    def forward(fx: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        LOWERING(fx.graph)
+        fx.recompile()
+
+        def run(arguments: list[Any]) -> Any:
+            seen.append((fx, tuple(arguments)))
+            return fx(*arguments)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    return cast(
+        Callable[..., Any],
+        aot_autograd(
+            fw_compiler=forward,
+            inference_compiler=forward,
+            decompositions=select_decomp_table(),
+        ),
+    )
+
+
+def trace(module: torch.nn.Module, backend: Callable[..., Any], x: torch.Tensor) -> None:
+    """Run a module once under a backend, whole, with a dynamic number of rows x[1, M, K]."""
+    torch._dynamo.maybe_mark_dynamic(x, 1)
+    torch.compile(module, backend=backend, fullgraph=True)(x)
+
+
+@contextlib.contextmanager
+def many_traces() -> Iterator[None]:
+    """Room for a trace of every shape; afterwards no guard keeps a module alive."""
+    dynamo = torch._dynamo.config
+    with dynamo.patch(recompile_limit=4096, accumulated_recompile_limit=65536):
+        yield
 
 
 def _refreshing(compiled: Any) -> Callable[..., Any]:

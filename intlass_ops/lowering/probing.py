@@ -21,6 +21,8 @@ from .weights import Measured, NotAffine, NotGrouped, Recipe, measure
 
 # Each measured candidate costs a few evaluations of the slice.
 MAX_CANDIDATES = 12
+# A weight may be cut from a tensor of codes so many times its size.
+MAX_PARTS = 64
 # Rows looked at when probing; the whole slice is evaluated, since its shapes are constants in it.
 PROBED_ROWS = 256
 
@@ -190,20 +192,21 @@ def _same_codes(found: Tensor, source: Tensor) -> bool:
 
 
 def _candidates(evaluation: Evaluation, numel: int) -> list[int]:
-    """Integer-valued values with as many elements as the weight, nearest to the weight first."""
-    found = []
+    """Integer-valued values with as many elements as the weight, nearest to the weight first;
+    then larger ones, of which the weight may be a part (one of several stacked or padded)."""
+    found: list[tuple[bool, int, int]] = []
     for index in range(evaluation.program.result, -1, -1):
         value = evaluation.values[index]
-        if not isinstance(value, Tensor) or value.numel() != numel or value.dtype == torch.bool:
+        if not isinstance(value, Tensor) or value.dtype == torch.bool or value.dtype.is_complex:
             continue
-        if value.dtype.is_complex:
+        if not numel <= value.numel() <= MAX_PARTS * numel:
             continue
         if value.dtype.is_floating_point and not (
             bool((value == value.round()).all()) and bool((value != value.flatten()[0]).any())
         ):
             continue
-        found.append(index)
-    return found
+        found.append((value.numel() > numel, len(found), index))
+    return [index for *_, index in sorted(found)]
 
 
 # Between an int8 leaf and a weight these change no code and apply a scale, whatever its values.

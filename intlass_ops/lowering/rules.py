@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from . import activations, adapters
+from . import activations, adapters, integer_sums
 from .activations import Activation
-from .editor import CAST, Editor, Slice, aten
-from .gemms import Epilogue, Gemm, column_like, epilogue, is_gemm, readings, shape_of
+from .editor import CAST, Editor, Slice, aten, looks_quantised
+from .gemms import Epilogue, Gemm, epilogue, is_gemm, readings, shape_of
 from .probing import WeightForm
 from .program import NotASlice, walk
 from .records import DECLINED, DENSE, SWAPPED, Decision
@@ -41,6 +41,7 @@ class Match:
     x: Node
     a_scale: Node | None = None
     a_zero: Node | None = None
+    integer_bias: Node | None = None
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -143,15 +144,6 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 
-_INTEGERS = ("quantize", "round", "floor", "trunc", "ceil", "bitwise", "shift")
-
-
-def _looks_quantised(piece: Slice) -> bool:
-    """Whether a slice has integers in it at all: a plain float weight needs no probing."""
-    if any(not m.dtype.is_floating_point and m.dtype != torch.bool for m in piece.metas):
-        return True
-    return any(any(word in op.target for word in _INTEGERS) for op in piece.program.operations)
-
 
 def path_of(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
@@ -179,7 +171,8 @@ def lower(edit: Editor, node: Node) -> Decision | None:
             piece = edit.slice_of(gemm, ())
         except NotASlice:
             continue
-        if not _looks_quantised(piece):
+        operations = [op.target for op in piece.program.operations]
+        if not looks_quantised([meta.dtype for meta in piece.metas], operations):
             if all(edit.certain_leaf(leaf) for leaf in piece.leaves):
                 dense = dense or _decide(gemm, DENSE, "dense", "a floating-point weight")
             continue
@@ -230,11 +223,14 @@ def _match(edit: Editor, gemm: Gemm) -> Match:
     dtype = gemm.x.meta["val"].dtype
     if activation is None and dtype not in A16:
         raise NotAffine(f"activations are {dtype}")
-    start = None
-    if gemm.integer and dtype == torch.uint8:
-        start = _unsigned_correction(edit, gemm)
-        if start is not None:
-            activation = Activation(gemm.x, None, SHIFTED)
+    sums = integer_sums.read(edit, gemm) if gemm.integer else None
+    if sums is not None and sums.unshifted:
+        activation = Activation(gemm.x, None, SHIFTED)
+    if sums is not None and sums.zero is not None:
+        if activation is None or activation.zero is not None:
+            raise NotAffine("the activations have two zero points")
+        activation = replace(activation, zero=sums.zero)
+    start = None if sums is None else sums.last
     tail = epilogue(gemm, rows=gemm.integer, is_static=edit.is_static, start=start)
     if not tail.last.meta["val"].dtype.is_floating_point:
         raise NotAffine("the integer result is used as integers")
@@ -244,24 +240,15 @@ def _match(edit: Editor, gemm: Gemm) -> Match:
         not meta.dtype.is_floating_point and meta.dtype != torch.bool for meta in piece.metas
     ):
         raise NotAffine("the weight is quantised from a float one that trains: repacked each step")
-    return Match(gemm, piece, form, tail, activation, gemm.x)
+    bias = None if sums is None else sums.bias
+    if bias is not None and any(_many(each) for each in tail.row_scales):
+        raise NotAffine("an integer bias before a scale per row")
+    return Match(gemm, piece, form, tail, activation, gemm.x, integer_bias=bias)
 
 
-def _unsigned_correction(edit: Editor, gemm: Gemm) -> Node | None:
-    """x + 128 was multiplied instead of x; the node that subtracts 128 * rowsum(W) again."""
-    users = list(gemm.node.users)
-    if len(users) != 1 or users[0].target is not aten.sub.Tensor or users[0].kwargs:
-        return None
-    left, right = users[0].args
-    if left is not gemm.node or not isinstance(right, Node) or not column_like(right, gemm.n):
-        return None
-    if gemm.layout != "kn" or gemm.batch != 1 or not edit.is_static(right):
-        return None
-    with edit.undisturbed():
-        weight, shift = edit.values_of(gemm.weight, right)
-        sums = weight.reshape(gemm.k, gemm.n).double().sum(0)
-        same = torch.equal(shift.double().flatten(), 128 * sums)
-    return users[0] if same else None
+def _many(node: Node) -> bool:
+    numel = node.meta["val"].numel()
+    return not isinstance(numel, int) or numel != 1
 
 
 def _operands(edit: Editor, match: Match) -> Match:
@@ -284,7 +271,7 @@ def _operands(edit: Editor, match: Match) -> Match:
     zero = None
     if found.zero is not SHIFTED:
         zero = _parameter(edit, found.zero, lead, x)
-        if found.codes.meta["val"].dtype == torch.uint8:
+        if found.unsigned:
             zero = (
                 _parameter(edit, -128.0, lead, x)
                 if zero is None
@@ -317,6 +304,12 @@ def _apply(edit: Editor, match: Match) -> Decision:
             bias, late_bias = None, bias
         if bias is not None and len(shape_of(bias)) != 1:
             bias = edit.call(aten.reshape.default, bias, [gemm.n])
+        if match.integer_bias is not None:
+            tail = match.tail
+            more = integer_sums.as_float_bias(
+                edit, match.integer_bias, tail.column_scales, tail.row_scales
+            )
+            bias = more if bias is None else edit.call(aten.add.Tensor, bias, more)
         match = _operands(edit, match)
         new = rule.emit(edit, match, bias)
         if gemm.flipped:

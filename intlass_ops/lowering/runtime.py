@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,13 +71,14 @@ class _Entry:
     """Packed weights and what their leaves looked like when they were packed."""
 
     def __init__(
-        self, recipes: Sequence[Recipe], leaves: Sequence[Tensor], packed: list[Packed]
+        self, recipes: Sequence[Recipe], leaves: Sequence[Tensor], packed: list[Packed] | None
     ) -> None:
         self.recipes = recipes
         self.leaves = tuple(weakref.ref(leaf) for leaf in leaves)
         self.versions = tuple(_version(leaf) for leaf in leaves)
         self.packed = packed
         self.captured = False
+        self.uses = 0
 
     def live(self) -> tuple[Tensor, ...] | None:
         leaves = tuple(ref() for ref in self.leaves)
@@ -91,51 +93,72 @@ class _Entry:
 
 _MEMO: dict[tuple[Any, ...], _Entry] = {}
 _LOCK = threading.RLock()
+# By recipe: packings in a row that were outdated by a write after one call (a cache, not a weight).
+# From PATIENCE on, what was written is packed at its second sight only.
+_WASTED: Counter[str] = Counter()
+PATIENCE = 8
 
 
 def _look_up(text: str, leaves: Sequence[Tensor]) -> list[Packed] | None:
-    """The packed weight; None if it is cold inside a capture, where nothing can be measured."""
+    """The packed weight; None if it must be computed here: it is cold inside a capture, where
+    nothing can be measured, or packing it would not pay."""
     key = (text, *(id(leaf) for leaf in leaves))
     capturing = leaves[0].is_cuda and torch.cuda.is_current_stream_capturing()
     entry = _MEMO.get(key)
-    if entry is not None and entry.fresh(leaves):
+    if entry is not None and entry.packed is not None and entry.fresh(leaves):
         if capturing:
             entry.captured = True
+        entry.uses += 1
+        if entry.uses == 2:
+            _WASTED.pop(text, None)
         return entry.packed
     if capturing:
         records.count("run.captured_cold")
         return None
     with _LOCK:
         entry = _MEMO.get(key)
-        if entry is not None and entry.fresh(leaves):
+        seen = entry is not None and entry.fresh(leaves)
+        if entry is not None and seen and entry.packed is not None:
             return entry.packed
         if entry is not None and entry.captured and entry.live() is not None:
             _refresh(entry, leaves)
             return entry.packed
-        recipes = recipes_of(text)
-        versions = tuple(_version(leaf) for leaf in leaves)
-        packed = _pack_off_pool(recipes, leaves)
+        if entry is not None and not seen and entry.uses <= 1:
+            _WASTED[text] += 1
+        return _add(key, text, leaves, pack=seen or _WASTED[text] < PATIENCE)
+
+
+def _add(
+    key: tuple[Any, ...], text: str, leaves: Sequence[Tensor], *, pack: bool
+) -> list[Packed] | None:
+    recipes = recipes_of(text)
+    versions = tuple(_version(leaf) for leaf in leaves)
+    packed = _pack_off_pool(recipes, leaves) if pack else None
+    if packed is not None:
         records.count("run.packed", len(recipes))
-        for each in packed:
-            records.count(f"run.packed.{each.kind}")
-            if each.kind == DENSE:
-                records.count("run.dense")
-                warnings.warn(
-                    f"intlass: a weight {list(each.weight.shape)} stays dense: {each.reason}",
-                    stacklevel=2,
-                )
-        known = entry is not None
-        entry = _Entry(recipes, leaves, packed)
-        entry.versions = versions
-        _MEMO[key] = entry
-        if not known:
-            for leaf in leaves:
-                weakref.finalize(leaf, _MEMO.pop, key, None)
-        return packed
+    for each in packed or ():
+        records.count(f"run.packed.{each.kind}")
+        if each.kind == DENSE:
+            records.count("run.dense")
+            warnings.warn(
+                f"intlass: a weight {list(each.weight.shape)} stays dense: {each.reason}",
+                stacklevel=4,
+            )
+    known = key in _MEMO
+    entry = _Entry(recipes, leaves, packed)
+    entry.versions = versions
+    entry.uses = int(pack)
+    _MEMO[key] = entry
+    if not known:
+        for leaf in leaves:
+            weakref.finalize(leaf, _MEMO.pop, key, None)
+    return packed
 
 
 def _refresh(entry: _Entry, leaves: Sequence[Tensor]) -> None:
     """Repack in place, so that captured CUDA graphs read the new values."""
+    if entry.packed is None:
+        return
     versions = tuple(_version(leaf) for leaf in leaves)
     new = _pack_off_pool(entry.recipes, leaves)
     old = entry.packed
@@ -173,14 +196,21 @@ def invalidate() -> None:
                 _MEMO.pop(key, None)
 
 
+def take(leaves: Sequence[Tensor], text: str) -> Packed:
+    """The packed weight of one recipe, out of the memo: the caller owns it from now on."""
+    packed = _look_up(text, leaves) or pack_all(recipes_of(text), leaves)
+    _MEMO.pop((text, *(id(leaf) for leaf in leaves)), None)
+    return packed[0]
+
+
 def packed_bytes() -> int:
     """Memory held by repacked weights."""
     entries = list(_MEMO.values())
-    tensors = [t for entry in entries for each in entry.packed for t in each.tensors()]
+    tensors = [t for entry in entries for each in entry.packed or () for t in each.tensors()]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _multiply(
+def multiply(
     x: Tensor,
     packed: Packed,
     rows: slice,
@@ -248,19 +278,24 @@ def _linear(
     recipes = recipes_of(recipe)
     packed = _look_up(recipe, leaves)
     if packed is None:
-        parts = zip(recipes, split_leaves(recipes, leaves), strict=True)
-        packed = [Packed(DENSE, dense_weight(each, part)) for each, part in parts]
+        cold = zip(recipes, split_leaves(recipes, leaves), strict=True)
+        packed = [Packed(DENSE, dense_weight(each, part)) for each, part in cold]
     first = recipes[0]
     k, dtype = first.k, out_dtype or x.dtype
     if first.batch == 1:
         every = slice(None)
-        outputs = [_multiply(x, each, every, k, a_scale, a_zero, bias, dtype) for each in packed]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if len(packed) == 1:
+            return multiply(x, packed[0], every, k, a_scale, a_zero, bias, dtype)
+        sizes = [each.n for each in recipes]
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        parts = zip(packed, biases, strict=True)
+        outputs = [multiply(x, each, every, k, a_scale, a_zero, b, dtype) for each, b in parts]
+        return torch.cat(outputs, dim=-1)
     stacked = []
     for e in range(first.batch):
         scale, zero = (t if t is None or t.dim() < 3 else t[e] for t in (a_scale, a_zero))
         rows = slice(e * first.n, (e + 1) * first.n)
-        stacked.append(_multiply(x[e], packed[0], rows, k, scale, zero, bias, dtype))
+        stacked.append(multiply(x[e], packed[0], rows, k, scale, zero, bias, dtype))
     return torch.stack(stacked)
 
 

@@ -7,12 +7,13 @@ which linears are swapped (rules.py), how fused weights are packed (runtime.py).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from .editor import Editor, aten
+from .editor import CAST, Editor, aten
 from .program import is_pure
 
 LINEAR: Any = torch.ops.intlass.linear_from_leaves.default
@@ -76,8 +77,8 @@ def fuse(edit: Editor) -> int:
             continue
         x, leaves, recipe, a_scale, a_zero, bias, dtype = node.args
         batch = str(recipe).split("|", 3)[2]
-        movable = all(leaf.op == "placeholder" for leaf in leaves)
-        if batch != "1" or bias is not None or not movable:
+        movable = all(each.op == "placeholder" for each in (*leaves, *_some(bias)))
+        if batch != "1" or not movable:
             continue
         families.setdefault((x, a_scale, a_zero, dtype), []).append(node)
     saved = 0
@@ -86,6 +87,27 @@ def fuse(edit: Editor) -> int:
             _join(edit, family, x, a_scale, a_zero, dtype)
             saved += len(family) - 1
     return saved
+
+
+def _some(node: Node | None) -> tuple[Node, ...]:
+    return () if node is None else (node,)
+
+
+def _joined_bias(edit: Editor, family: list[Node]) -> Node | None:
+    """The members' biases in one vector, zeros for those without."""
+    parts: list[Any] = [node.args[5] for node in family]
+    known = [each.meta["val"].dtype for each in parts if each is not None]
+    if not known:
+        return None
+    dtype = functools.reduce(torch.promote_types, known)
+    for i, node in enumerate(family):
+        value = node.meta["val"]
+        if parts[i] is None:
+            size = [value.shape[-1]]
+            parts[i] = edit.call(aten.full.default, size, 0.0, dtype=dtype, device=value.device)
+        elif parts[i].meta["val"].dtype != dtype:
+            parts[i] = edit.call(CAST, parts[i], dtype)
+    return edit.call(aten.cat.default, parts)
 
 
 def _join(
@@ -98,7 +120,8 @@ def _join(
         leaves.extend(node.args[1])  # type: ignore[arg-type]
         recipes.append(str(node.args[2]))
     with edit.at(family[0]):
-        wide = edit.call(LINEAR, x, leaves, "\n".join(recipes), a_scale, a_zero, None, dtype)
+        bias = _joined_bias(edit, family)
+        wide = edit.call(LINEAR, x, leaves, "\n".join(recipes), a_scale, a_zero, bias, dtype)
         start = 0
         for node in family:
             n = node.meta["val"].shape[-1]

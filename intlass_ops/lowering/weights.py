@@ -108,19 +108,24 @@ def measure(evaluation: Evaluation, recipe: Recipe, step: int = 1) -> Measured:
     block = max(1, _BLOCK_ELEMENTS // max(recipe.k, 1)) if not raw.is_cuda else raw.shape[0]
     for start in range(0, raw.shape[0], max(block, 1)):
         part = slice(start, start + block)
-        codes[part], zero[part] = _solve(raw[part], zero[part], scale[part], weight[part])
+        codes[part], zero[part], scale[part] = _solve(
+            raw[part], zero[part], scale[part], weight[part]
+        )
     return _grouped(codes, scale, zero)
 
 
 _BLOCK_ELEMENTS = 1 << 17
 
 
-def _solve(raw: Tensor, offset: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and zero points from the weight at the true codes, at 0, and its slope."""
-    live = scale != 0
-    if not bool((live | (offset == 0)).all()):
-        raise NotAffine("part of the weight does not depend on the codes")
-    slope = torch.where(live, scale, 1.0)
+def _solve(
+    raw: Tensor, offset: Tensor, scale: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, zero points and scales from the weight at the true codes, at 0, and its slope.
+
+    A group whose slope is 0 is a constant c whatever its codes are: code 0, zero -c, scale 1.
+    """
+    constant = (scale == 0) & (offset != 0)
+    slope = torch.where(scale != 0, scale, 1.0)
     exact = (raw - offset) / slope
     codes = exact.round()
     if not bool(((exact - codes).abs() <= 1e-6 * (1 + codes.abs())).all()):
@@ -129,9 +134,10 @@ def _solve(raw: Tensor, offset: Tensor, scale: Tensor, weight: Tensor) -> tuple[
         raise NotAffine("the codes need more than 16 bits")
     zero = -offset / slope
     nearest = zero.round()
-    zero = torch.where((zero - nearest).abs() <= 1e-9 * (1 + zero.abs()), nearest, zero)
+    zero = torch.where((zero - nearest).abs() <= 1e-12 * nearest.abs(), nearest, zero)
+    scale = torch.where(constant, slope, scale)
     _verify(weight, codes, scale, zero)
-    return codes.to(torch.int16), zero
+    return codes.to(torch.int16), zero, scale
 
 
 def _verify(weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import packing, reference
-from ..cuda import launch
-from ._library import FLOATS, INTEGERS, LIBRARY, NAMESPACE, define, require_device, require_dtype
+from ..cuda import launch_quantize, plans
+from ._library import FLOATS, INTEGERS, define, require_device, require_dtype
 
 Granularity = Literal["token", "tensor", "group", "channel"]
 
@@ -115,18 +115,28 @@ def _dynamic_cuda(
     symmetric: bool,
     seed: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    number, length, shape = _segments(_name(bits), x, granularity, group_size)
-    # The kernel packs within a segment, so INT4 segments must not share or straddle a byte; one
-    # scale for the whole tensor is a reduction over all blocks, which PyTorch does well.
-    bytewise = bits == 8 or granularity == "token" or (length % 2 == 0 and x.shape[-1] % 2 == 0)
-    if granularity == "tensor" or not bytewise:
-        return _dynamic_cpu(x, bits, granularity, group_size, symmetric, seed)
-    q, scale, zero = launch.quantize(x.reshape(number, length).contiguous(), bits, symmetric, seed)
-    return (
-        q.view(_codes_shape(x, bits)),
-        scale.view(shape),
-        x.new_empty(0, dtype=torch.int32) if zero is None else zero.view(shape),
+    key = (
+        plans.signature(x),
+        bits,
+        granularity,
+        group_size,
+        symmetric,
+        seed is None,
+        x.data_ptr() % 16,
     )
+    plan = launch_quantize.find(key)
+    if plan is None:
+        number, length, shape = _segments(_name(bits), x, granularity, group_size)
+        # The kernel packs within a segment, so INT4 segments must not share or straddle a byte; one
+        # scale for the whole tensor is a reduction over all blocks, which PyTorch does well.
+        bytewise = bits == 8 or granularity == "token" or (length % 2 == 0 and x.shape[-1] % 2 == 0)
+        if granularity == "tensor" or not bytewise:
+            return _dynamic_cpu(x, bits, granularity, group_size, symmetric, seed)
+        codes_shape = _codes_shape(x, bits)
+        plan = launch_quantize.make(
+            key, x, number, length, codes_shape, shape, bits, symmetric, seed is not None
+        )
+    return plan.run(x, seed)
 
 
 def _per_segment(op: str, name: str, t: Tensor, number: Any, shape: tuple[Any, ...]) -> Tensor:
@@ -188,22 +198,6 @@ def _static(
     return _codes(x, q, bits)
 
 
-define(
-    "quantize_dynamic(Tensor x, int bits, str granularity, int? group_size, bool symmetric, "
-    "SymInt? seed) -> (Tensor, Tensor, Tensor)",
-    fake=_dynamic_fake,
-    cpu=_dynamic_cpu,
-    cuda=_dynamic_cuda,
-)
-define(
-    "quantize_static(Tensor x, Tensor scale, Tensor? zero, int bits, str granularity, "
-    "int? group_size, SymInt? seed) -> Tensor",
-    fake=_static_fake,
-    cpu=_static,
-    cuda=_static,
-)
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
@@ -214,10 +208,24 @@ def _no_gradient(ctx: Any, *_: Tensor) -> None:
     )
 
 
-for _op in ("quantize_dynamic", "quantize_static"):
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{_op}", _no_gradient, setup_context=_setup, lib=LIBRARY
-    )
+define(
+    "quantize_dynamic(Tensor x, int bits, str granularity, int? group_size, bool symmetric, "
+    "SymInt? seed) -> (Tensor, Tensor, Tensor)",
+    fake=_dynamic_fake,
+    cpu=_dynamic_cpu,
+    cuda=_dynamic_cuda,
+    setup_context=_setup,
+    backward=_no_gradient,
+)
+define(
+    "quantize_static(Tensor x, Tensor scale, Tensor? zero, int bits, str granularity, "
+    "int? group_size, SymInt? seed) -> Tensor",
+    fake=_static_fake,
+    cpu=_static,
+    cuda=_static,
+    setup_context=_setup,
+    backward=_no_gradient,
+)
 
 
 def _quantize(

@@ -1,0 +1,150 @@
+// What only Hopper has, one PTX instruction a function: TMA, mbarriers, wgmma's fences, clusters.
+// The wgmma instructions themselves name every register, so source.py writes them for each Config.
+#pragma once
+#include "memory.cuh"
+
+typedef unsigned long long u64;
+
+struct __align__(64) TensorMap { char bytes[128]; };  // CUtensorMap
+
+// ---- mbarriers: addresses in shared memory, one 64-bit word each --------------------------------
+__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+__device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+// Wait until the phase of this parity is over
+template <bool cluster_wide = false>
+__device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
+  if constexpr (cluster_wide)
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+  else
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+// Barriers made by one thread, before anything else uses them
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// ---- TMA: a box of a row-major matrix of bytes, at (byte column, row) ---------------------------
+__device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, int column, int row,
+                                         u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(smem),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+// ... into the same place of every block of the cluster that `mask` names
+__device__ __forceinline__ void tma_multicast(u32 smem, const TensorMap& map, int column, int row,
+                                              u32 barrier, unsigned short mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(smem),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(mask)
+      : "memory");
+}
+// `bytes`, a multiple of 16, of plain memory
+__device__ __forceinline__ void bulk_load(u32 smem, const char* from, int bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(smem),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// ---- clusters -----------------------------------------------------------------------------------
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+__device__ __forceinline__ float2 load_shared_float2(u32 smem) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(smem));
+  return v;
+}
+// Four words of shared memory of another block of the cluster
+__device__ __forceinline__ uint4 load_remote(u32 smem, int rank) {
+  uint4 v;
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [remote];\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "r"(smem), "r"(rank)
+      : "memory");
+  return v;
+}
+
+// ---- warpgroups ---------------------------------------------------------------------------------
+template <int registers> __device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers> __device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+// The threads of one warpgroup; barrier 0 is __syncthreads
+__device__ __forceinline__ void warpgroup_sync(int warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
+}
+// The threads of all consumers
+template <int threads> __device__ __forceinline__ void consumers_sync() {
+  asm volatile("bar.sync 8, %0;" ::"n"(threads) : "memory");
+}
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int pending> __device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+// Registers an asynchronous wgmma writes or reads: no access may move across this point.
+__device__ __forceinline__ void pin(float& v) { asm volatile("" : "+f"(v)::"memory"); }
+__device__ __forceinline__ void pin(int& v) { asm volatile("" : "+r"(v)::"memory"); }
+
+// A tile of 128-byte rows with TMA's 128-byte swizzle, rows along n or m, read along k. Eight rows
+// are 1024 bytes apart; a step along k adds its bytes to the start.
+__device__ __forceinline__ u64 tile_descriptor(u32 smem) {
+  return u64(smem >> 4 & 0x3fff) | u64(1024 >> 4) << 32 | u64(1) << 62;
+}
+
+// Four 8x8 blocks of 16-bit values, transposed: a lane's word of two neighbouring columns
+// goes to two neighbouring rows.
+__device__ __forceinline__ void store_transposed(u32 smem, const u32 (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
+               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}

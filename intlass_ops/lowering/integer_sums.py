@@ -1,0 +1,102 @@
+"""What follows an integer product while it still is integers: biases and zero-point corrections.
+
+Lives here: `read`, which understands the additions and subtractions of int32 nodes after
+`_int_mm` as what they mean for the dequantised product. Not here: the floating epilogue (gemms.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from .editor import CAST, Editor, aten
+from .gemms import Gemm, column_like, row_like, shape_of
+
+
+@dataclass(frozen=True)
+class IntegerTail:
+    """y = x @ w - zero * rowsum(w) + bias, up to node `last`.
+
+    zero: one integer a row (or one in all) to subtract from the activations; bias: int [N].
+    unshifted: the product was of x + 128, and 128 * rowsum(w) was subtracted again.
+    """
+
+    last: Node
+    zero: Node | None = None
+    bias: Node | None = None
+    unshifted: bool = False
+
+
+def read(edit: Editor, gemm: Gemm) -> IntegerTail:
+    """The longest chain of single-use integer sums after `gemm` that is understood."""
+    found = IntegerTail(gemm.node)
+    if gemm.batch != 1 or gemm.flipped:
+        return found
+    while len(found.last.users) == 1:
+        user = next(iter(found.last.users))
+        if user.target not in (aten.add.Tensor, aten.sub.Tensor) or user.kwargs:
+            break
+        if user.meta["val"].dtype.is_floating_point or shape_of(user) != shape_of(gemm.node):
+            break
+        left, right = user.args
+        subtracts = user.target is aten.sub.Tensor
+        other = right if left is found.last else left
+        if not isinstance(other, Node) or (subtracts and left is not found.last):
+            break
+        longer = _one(edit, gemm, found, user, other, subtracts)
+        if longer is None:
+            break
+        found = longer
+    return found
+
+
+def _one(
+    edit: Editor, gemm: Gemm, found: IntegerTail, user: Node, other: Node, subtracts: bool
+) -> IntegerTail | None:
+    if column_like(other, gemm.n) and edit.is_static(other):
+        unsigned = gemm.x.meta["val"].dtype == torch.uint8 and not found.unshifted
+        if subtracts and unsigned and _is_row_sum(edit, gemm, other, 128):
+            return IntegerTail(user, found.zero, found.bias, True)
+        if subtracts or found.bias is not None:
+            return None
+        return IntegerTail(user, found.zero, other, found.unshifted)
+    if other.target is not aten.mul.Tensor or found.zero is not None or not subtracts:
+        return None
+    for zero, sums in (other.args, other.args[::-1]):
+        if (
+            isinstance(sums, Node)
+            and isinstance(zero, Node)
+            and column_like(sums, gemm.n)
+            and row_like(zero, shape_of(gemm.node))
+            and edit.is_static(sums)
+            and _is_row_sum(edit, gemm, sums, 1)
+        ):
+            return IntegerTail(user, zero, found.bias, found.unshifted)
+    return None
+
+
+def _is_row_sum(edit: Editor, gemm: Gemm, node: Node, factor: int) -> bool:
+    """Whether `node` is factor * (sum of each row of the weight), for any weight."""
+    with edit.undisturbed():
+        weight, sums = edit.values_of(gemm.weight, node)
+        if gemm.layout == "kn":
+            weight = weight.reshape(gemm.k, gemm.n).t()
+        expected = factor * weight.reshape(gemm.n, gemm.k).double().sum(1)
+        return torch.equal(sums.double().flatten(), expected)
+
+
+def as_float_bias(
+    edit: Editor, bias: Node, columns: tuple[tuple[Node, bool], ...], rows: tuple[Node, ...]
+) -> Node:
+    """An integer bias [N] times the scales that follow it, one of each row scale in all."""
+    value = edit.call(aten.reshape.default, edit.call(CAST, bias, torch.float32), [-1])
+    for scale, divides in columns:
+        flat = edit.call(aten.reshape.default, scale, [-1])
+        operation = aten.div.Tensor if divides else aten.mul.Tensor
+        value = edit.call(operation, value, edit.call(CAST, flat, torch.float32))
+    for each in rows:
+        flat = edit.call(aten.reshape.default, each, [1])
+        value = edit.call(aten.mul.Tensor, value, edit.call(CAST, flat, torch.float32))
+    return value

@@ -1,0 +1,73 @@
+"""Op `intlass::dequantize`: the dense weight of packed INT4 or INT8 codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import packing, reference
+from ._library import FLOATS, define, require_dtype
+from .problem import check_parameters, rows_groups
+
+
+def _dequantize_check(
+    w: Tensor, scales: Tensor, zeros: Tensor | None, k: int, dtype: torch.dtype
+) -> None:
+    require_dtype("dequantize", "w", w.dtype, (torch.uint8, torch.int8))
+    if w.dim() != 2:
+        raise ValueError(f"dequantize: w has shape {tuple(w.shape)}; expected two dimensions")
+    stored = packing.packed_size(k) if w.dtype == torch.uint8 else k
+    if w.shape[1] != stored:
+        raise ValueError(f"dequantize: w has {w.shape[1]} columns; K={k} needs {stored}")
+    require_dtype("dequantize", "scales", scales.dtype, FLOATS)
+    require_dtype("dequantize", "dtype", dtype, FLOATS)
+    check_parameters("dequantize", "scales", scales, w.shape[0], k)
+    check_parameters("dequantize", "zeros", zeros, w.shape[0], k)
+
+
+def _dequantize_fake(
+    w: Tensor, scales: Tensor, zeros: Tensor | None, k: int, dtype: torch.dtype
+) -> Tensor:
+    _dequantize_check(w, scales, zeros, k, dtype)
+    return w.new_empty((w.shape[0], k), dtype=dtype)
+
+
+def _dequantize(
+    w: Tensor, scales: Tensor, zeros: Tensor | None, k: int, dtype: torch.dtype
+) -> Tensor:
+    _dequantize_check(w, scales, zeros, k, dtype)
+    codes = packing.unpack(w, k, zeros is None) if w.dtype == torch.uint8 else w
+    x = codes.contiguous().float()
+    if zeros is not None:
+        x = x - reference.expand_groups(rows_groups(zeros.float()), *codes.shape)
+    return (x * reference.expand_groups(rows_groups(scales.float()), *codes.shape)).to(dtype)
+
+
+define(
+    "dequantize(Tensor w, Tensor scales, Tensor? zeros, SymInt k, ScalarType dtype) -> Tensor",
+    fake=_dequantize_fake,
+    cpu=_dequantize,
+    cuda=_dequantize,
+)
+
+
+def dequantize(
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    *,
+    k: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Dense weight [N, K] = (q - zeros) * scales of packed INT4 (uint8) or INT8 codes.
+
+    Computed in fp32, rounded to ``dtype`` once; arguments as in :func:`matmul_int4_bf16_tn`.
+
+    >>> import torch
+    >>> dequantize(torch.tensor([[-1, 2]], dtype=torch.int8), torch.tensor([0.5]))
+    tensor([[-0.5000,  1.0000]])
+    """
+    if k is None:
+        k = w.shape[-1] * (2 if w.dtype == torch.uint8 else 1)
+    dense: Tensor = torch.ops.intlass.dequantize(w, scales, zeros, k, dtype)
+    return dense

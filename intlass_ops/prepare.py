@@ -1,0 +1,122 @@
+"""`prepare_(model)`: replace quantised linears of any library by packed ones, in place.
+
+Lives here: which modules are looked at, the order, and what is reported. Not here: layouts that
+graphs do not show (formats.py), reading a graph (lowering/capture.py).
+"""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+from torch import Tensor, nn
+
+from .formats import modules as formats
+from .lowering import capture
+from .lowering.records import DECLINED, SWAPPED, Decision
+from .nn import IntLinear, PackedLinear
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def prepare_(model: nn.Module) -> list[Decision]:
+    """Convert every quantised linear of ``model``, in place, one after the other.
+
+    For linears of torchao, HQQ, optimum-quanto, GPTQ, AWQ, compressed-tensors, GGUF, BitLinear and
+    hand-written modules: their codes, scales, zero points and biases are packed into an
+    `IntLinear` (or, with quantised activations, act-order or 8-bit zero points, a module that
+    keeps the library's own activation arithmetic), and the original is released before the next
+    one is read. The result needs no library, runs eager and under any torch.compile, and holds
+    each weight once. What a module computes is found by tracing it and proved on its own values, as
+    under ``torch.compile(backend="intlass")``; a module that cannot be proved stays as it is.
+
+    Returns one `Decision` per module looked at: ``path``, ``outcome`` ("swapped" or "declined"),
+    ``scheme`` and ``reason``. Plain floating-point layers are not looked at.
+
+    >>> import torch
+    >>> prepare_(torch.nn.Sequential(torch.nn.Linear(64, 64)))
+    []
+    """
+    found: list[tuple[nn.Module, str, str, nn.Module]] = []
+    for parent_path, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            path = f"{parent_path}.{name}" if parent_path else name
+            if child is not None and is_quantised(child):
+                found.append((parent, name, path, child))
+    if not found and is_quantised(model):
+        raise TypeError(
+            f"prepare_: the model is a {type(model).__name__} and cannot be replaced in place"
+        )
+    dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.bfloat16)
+    done: dict[nn.Module, tuple[nn.Module, Decision]] = {}
+    decisions = []
+    with capture.session() as session:
+        while found:
+            parent, name, path, child = found.pop(0)
+            if child not in done:
+                done[child] = _convert(session, child, path, dtype)
+            new, decision = done[child]
+            decisions.append(decision)
+            setattr(parent, name, new)
+            if not any(child is other for *_, other in found):
+                # A module used in several places is released after the last one.
+                done.pop(child)
+            del child
+    gc.collect()
+    return decisions
+
+
+def _convert(
+    session: capture.Session, module: nn.Module, path: str, dtype: torch.dtype
+) -> tuple[nn.Module, Decision]:
+    kind = type(module).__name__
+    k = formats.input_size(module)
+    if k is None:
+        return module, _declined(path, kind, "its number of input features is unknown")
+    x = torch.randn(1, 32, k, dtype=_dtype(module, dtype), device=_tensors(module)[0].device)
+    reason = ""
+    for make in formats.spellings(module):
+        try:
+            new, scheme = session.convert(make(), x)
+        except capture.NotConverted as problem:
+            reason = reason or str(problem)
+            continue
+        new.train(module.training)
+        return new, Decision(path, path, kind, SWAPPED, scheme, "packed in place")
+    return module, _declined(path, kind, reason)
+
+
+def _declined(path: str, kind: str, reason: str) -> Decision:
+    return Decision(path, path, kind, DECLINED, "quantised", reason)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """The tensors a module holds itself: parameters, buffers, and what HQQ keeps in a dict."""
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    for value in vars(module).values():
+        if isinstance(value, dict):
+            own.extend(each for each in value.values() if type(each) is Tensor)
+        elif type(value) is Tensor:
+            own.append(value)
+    return own
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module itself holds an integer matrix or a quantised tensor, as linears do."""
+    if (
+        isinstance(module, (IntLinear, PackedLinear, nn.Embedding))
+        or "Embedding" in type(module).__name__
+    ):
+        return False
+    return formats.input_size(module) is not None and any(
+        type(each) not in (Tensor, nn.Parameter)
+        or (not each.dtype.is_floating_point and each.dtype != torch.bool and each.dim() >= 2)
+        for each in _tensors(module)
+    )
+
+
+def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    named = getattr(module, "compute_dtype", None)
+    scales = (getattr(module, name, None) for name in ("scales", "weight_scale"))
+    candidates = [named, *(each.dtype for each in scales if isinstance(each, Tensor))]
+    return next((each for each in candidates if each in FLOATS), default)

@@ -1,0 +1,236 @@
+"""Linear modules whose weight a graph does not show, or shows only in part, for `prepare_`.
+
+`MODULES` maps "library: scheme" to a maker of (linear, input, its exact output in float64 terms of
+the library's own dequantised weight). GPTQ and AWQ modules hold tensors in the published layouts
+and refuse to run, as the libraries' modules do without their CUDA extensions; the others are the
+libraries' own. A missing library raises ImportError from the maker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+N, K, GROUP = 64, 128, 32
+Case = tuple[nn.Module, Tensor, Tensor]
+
+
+def _words(codes: Tensor, bits: int, dim: int) -> Tensor:
+    """Codes packed lowest first along dim into int32."""
+    per = 32 // bits
+    blocks = codes.long().movedim(dim, -1).unflatten(-1, (-1, per))
+    words = (blocks << (torch.arange(per) * bits)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int().movedim(-1, dim)
+
+
+class HiddenKernel(nn.Module):
+    def __init__(self, **state: Any) -> None:
+        super().__init__()
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("this kernel needs a CUDA extension")
+
+
+def _random(bits: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q [K, N], z [G, N] (both at least 1), s [G, N], x."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randint(0, 1 << bits, (K, N), generator=g)
+    z = torch.randint(1, 1 << bits, (K // GROUP, N), generator=g)
+    s = (torch.rand(K // GROUP, N, generator=g) * 0.02 + 0.01).half()
+    return q, z, s, torch.randn(5, K, generator=g).half()
+
+
+def _gptq(bits: int, version: int, act_order: bool) -> Callable[[], Case]:
+    def make() -> Case:
+        q, z, s, x = _random(bits)
+        g = torch.Generator().manual_seed(1)
+        index = torch.arange(K) // GROUP
+        index = index[torch.randperm(K, generator=g)] if act_order else index
+        module = HiddenKernel(
+            qweight=_words(q, bits, 0),
+            qzeros=_words(z - (2 - version), bits, 1),
+            scales=s,
+            g_idx=index.int(),
+            bits=bits,
+            infeatures=K,
+            outfeatures=N,
+            bias=torch.randn(N, generator=g).half(),
+            qzero_format=version,
+        )
+        w = (q - z[index]) * s.double()[index]
+        return module, x, x.double() @ w + module.bias.double()
+
+    return make
+
+
+def _awq() -> Case:
+    q, z, s, x = _random(4, seed=2)
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+
+    def words(codes: Tensor) -> Tensor:
+        return _words(codes.unflatten(1, (-1, 8))[..., order].flatten(1), 4, 1)
+
+    module = HiddenKernel(
+        qweight=words(q), qzeros=words(z), scales=s, w_bit=4, in_features=K, out_features=N
+    )
+    w = (q - z.repeat_interleave(GROUP, 0)) * s.double().repeat_interleave(GROUP, 0)
+    return module, x, x.double() @ w
+
+
+def _compressed(weights: dict[str, Any], inputs: dict[str, Any] | None) -> Callable[[], Case]:
+    def make() -> Case:
+        from compressed_tensors.compressors import ModelCompressor
+        from compressed_tensors.quantization import (
+            QuantizationConfig,
+            QuantizationScheme,
+            apply_quantization_config,
+        )
+        from compressed_tensors.quantization.utils import calculate_qparams
+
+        scheme = QuantizationScheme(
+            targets=["Linear"], weights=weights, input_activations=inputs or None
+        )
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(K, N).bfloat16())
+        apply_quantization_config(model, QuantizationConfig(config_groups={"all": scheme}))
+        linear: Any = model[0]
+        groups = linear.weight_scale.shape[1]
+        w = linear.weight.detach().view(N, groups, -1).float()
+        scale, zero = calculate_qparams(w.amin(-1), w.amax(-1), scheme.weights)
+        linear.weight_scale.data.copy_(scale)
+        if hasattr(linear, "weight_zero_point"):
+            linear.weight_zero_point.data.copy_(zero)
+        if hasattr(linear, "input_scale"):
+            linear.input_scale.data.fill_(0.03)
+        x = torch.randn(1, 5, K).bfloat16()
+        expected = model(x).double()
+        quiet = contextlib.redirect_stderr(io.StringIO())
+        with quiet:
+            ModelCompressor.from_pretrained_model(model).compress_model(model)
+        return linear, x, expected
+
+    return make
+
+
+def _gguf(name: str) -> Callable[[], Case]:
+    def make() -> Case:
+        import gguf
+        from transformers.integrations.gguf.utils import GgufLinear
+
+        kind = gguf.GGMLQuantizationType[name]
+        w = torch.randn(N, 256, generator=torch.Generator().manual_seed(4)) / 16
+        if name.endswith("K"):
+            g = torch.Generator().manual_seed(5)
+            size = gguf.GGML_QUANT_SIZES[kind][1]
+            blocks = torch.randint(0, 256, (N, size), generator=g).to(torch.uint8)
+            half = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)
+            for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[name]:
+                blocks[:, at : at + 2] = half
+        else:
+            blocks = torch.from_numpy(gguf.quantize(w.numpy(), kind))
+        module = GgufLinear(256, N, int(kind), bias=True)
+        module.weight.data.copy_(blocks)
+        module.bias.data.normal_()
+        real = torch.from_numpy(gguf.dequantize(blocks.numpy(), kind)).double()
+        x = torch.randn(5, 256).bfloat16()
+        return module, x, x.double() @ real.t() + module.bias.double()
+
+    return make
+
+
+def _bitlinear() -> Case:
+    from transformers.integrations.bitnet import BitLinear, pack_weights
+
+    g = torch.Generator().manual_seed(6)
+    q = torch.randint(-1, 2, (N, K), generator=g)
+    module = BitLinear(K, N, bias=True, dtype=torch.float32)
+    module.weight.copy_(pack_weights(q.float()))
+    module.weight_scale.fill_(3.0)
+    module.bias.normal_(generator=g)
+    x = torch.randn(5, K, generator=g)
+    scale = 127 / x.abs().amax(-1, keepdim=True)
+    codes = (x * scale).round().clamp(-128, 127)
+    return module, x, (codes.double() @ q.double().t()) / (scale * 3.0) + module.bias.double()
+
+
+def _gemma(bits: int) -> Callable[[], Case]:
+    def make() -> Case:
+        from transformers.integrations.gemma_quant import QuantizedLinear
+
+        g = torch.Generator().manual_seed(7)
+        module = QuantizedLinear(K, N, bias=False, num_bits=bits)
+        low, high = (-128, 128) if module.weight.dtype == torch.int8 else (0, 256)
+        codes = torch.randint(low, high, tuple(module.weight.shape), generator=g)
+        module.weight.data.copy_(codes.to(module.weight.dtype))
+        module.weight_scale.data.uniform_(0.01, 0.02, generator=g)
+        x = torch.randn(5, K, generator=g).bfloat16()
+        return module, x, module(x).detach().double()
+
+    return make
+
+
+class GptFastInt8(nn.Module):
+    """The weight-only int8 linear of gpt-fast: the scale comes after the product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = K, N
+        g = torch.Generator().manual_seed(8)
+        codes = torch.randint(-127, 128, (N, K), generator=g)
+        self.register_buffer("weight", codes.to(torch.int8))
+        self.register_buffer("scales", (torch.rand(N, generator=g) * 0.01).bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(dtype=x.dtype)) * self.scales
+
+
+def _gpt_fast() -> Case:
+    module = GptFastInt8()
+    x = torch.randn(5, K).bfloat16()
+    return module, x, x.double() @ (module.weight.double() * module.scales.double()[:, None]).t()
+
+
+_INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
+_INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+_TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
+_STATIC = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True}
+
+MODULES: dict[str, tuple[Callable[[], Case], str]] = {
+    "GPTQ: 4-bit v1": (_gptq(4, 1, False), "w4a16"),
+    "GPTQ: 4-bit v2": (_gptq(4, 2, False), "w4a16"),
+    "GPTQ: 4-bit v1, act-order": (_gptq(4, 1, True), "w4a16"),
+    "GPTQ: 8-bit v1": (_gptq(8, 1, False), "w8a16"),
+    "AWQ: GEMM": (_awq, "w4a16"),
+    "compressed-tensors: W4A16 symmetric": (
+        _compressed({**_INT4, "symmetric": True}, None),
+        "w4a16",
+    ),
+    "compressed-tensors: W4A16 asymmetric": (
+        _compressed({**_INT4, "symmetric": False}, None),
+        "w4a16",
+    ),
+    "compressed-tensors: W8A16": (_compressed(_INT8, None), "w8a16"),
+    "compressed-tensors: W8A8 dynamic": (_compressed(_INT8, _TOKEN), "w8a8"),
+    "compressed-tensors: W8A8 static": (_compressed(_INT8, _STATIC), "w8a8"),
+    "compressed-tensors: W4A8": (_compressed({**_INT4, "symmetric": True}, _TOKEN), "w4a8"),
+    "GGUF: Q4_0": (_gguf("Q4_0"), "w4a16"),
+    "GGUF: Q4_1": (_gguf("Q4_1"), "w4a16"),
+    "GGUF: Q8_0": (_gguf("Q8_0"), "w8a16"),
+    "GGUF: Q4_K": (_gguf("Q4_K"), "w4a16"),
+    "GGUF: Q5_K": (_gguf("Q5_K"), "w8a16"),
+    "GGUF: Q6_K": (_gguf("Q6_K"), "w8a16"),
+    "transformers: BitLinear": (_bitlinear, "w4a8"),
+    "transformers: gemma int4": (_gemma(4), "w4a16"),
+    "transformers: gemma int8": (_gemma(8), "w8a16"),
+    "gpt-fast: int8 weight-only": (_gpt_fast, "w8a16"),
+}

@@ -1,0 +1,96 @@
+"""`prepare_`: linears of every library become packed ones in place, and compute the same."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+
+import library_zoo
+import module_zoo
+import pytest
+import torch
+from lowering_helpers import DECLINED, SWAPPED, TOLERANCE, fresh, relative_error
+from torch import nn
+
+from intlass_ops import IntLinear
+from intlass_ops.nn import PackedLinear
+from intlass_ops.prepare import prepare_
+
+
+def converted(model: nn.Module) -> list[tuple[str, str]]:
+    with warnings.catch_warnings(), fresh(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return [(decision.outcome, decision.scheme) for decision in prepare_(model)]
+
+
+@pytest.mark.parametrize("name", module_zoo.MODULES)
+def test_module_is_packed_and_exact(name: str) -> None:
+    make, scheme = module_zoo.MODULES[name]
+    try:
+        linear, x, expected = make()
+    except ImportError as missing:
+        pytest.skip(f"{name}: {missing}")
+    model = nn.Sequential(linear)
+    assert converted(model) == [(SWAPPED, scheme)]
+    del linear
+    with torch.no_grad():
+        y = model(x)
+    assert relative_error(y, expected.to(y.dtype)) < TOLERANCE[x.dtype]
+    with fresh(), torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+        assert relative_error(compiled(x), y) < TOLERANCE[x.dtype]
+
+
+LIVE = [name for name in library_zoo.LIBRARY if "PT2E" not in name and "in graph" not in name]
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_library_model_is_packed_in_place(name: str) -> None:
+    entry = library_zoo.LIBRARY[name]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, x = entry.make()
+    except ImportError as missing:
+        pytest.skip(f"{name}: {missing}")
+    with torch.no_grad():
+        expected = model(x)
+        assert [outcome for outcome, _ in converted(model)] == [entry.outcome] * 2
+        assert relative_error(model(x), expected) < max(TOLERANCE[x.dtype], 1e-2)
+
+
+def test_originals_are_released_and_shared_modules_stay_shared() -> None:
+    shared = module_zoo.GptFastInt8()
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(8, 8)})
+    gone = weakref.ref(shared)
+    del shared
+    assert converted(model) == [(SWAPPED, "w8a16")] * 2
+    gc.collect()
+    assert gone() is None
+    assert model["a"] is model["b"][0]
+    assert isinstance(model["a"], IntLinear)
+    assert type(model["c"]) is nn.Linear
+
+
+def test_what_cannot_be_read_stays_and_says_why() -> None:
+    unknown = module_zoo.HiddenKernel(
+        qweight=torch.zeros(4, 64, dtype=torch.int32), in_features=32, out_features=64
+    )
+    model = nn.Sequential(unknown)
+    with fresh(), torch.no_grad():
+        (decision,) = prepare_(model)
+    assert decision.outcome == DECLINED
+    assert "exception" in decision.reason
+    assert model[0] is unknown
+    with pytest.raises(TypeError, match="prepare_: the model is a GptFastInt8"):
+        prepare_(module_zoo.GptFastInt8())
+
+
+def test_act_order_keeps_its_permutation_in_the_state_dict() -> None:
+    linear, _, _ = module_zoo.MODULES["GPTQ: 4-bit v1, act-order"][0]()
+    model = nn.Sequential(linear)
+    converted(model)
+    assert isinstance(model[0], PackedLinear)
+    assert "0.order" in model.state_dict()
+    assert "act_order=True" in repr(model[0])
