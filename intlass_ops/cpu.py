@@ -1,8 +1,9 @@
 """Fast W4A16 and W8A16 products on a CPU: cpu_kernels.cpp, compiled once by the machine's compiler.
 
-Lives here: building and calling those kernels, and the choice between them and a dense product of
-decoded blocks. Not here: argument checks, alpha, bias and the rounding (ops/matmul.py), the oracle
-and fallback (reference.py). Measurements, and why not ATen's int4 kernel: docs/notes/cpu.md.
+Lives here: building and calling those kernels. A plan holds what a call's signature (dtypes,
+shapes, strides) decides, so that the next such call only fills in pointers. Not here: argument
+checks, alpha, bias and the rounding (ops/matmul.py), the oracle and fallback (reference.py).
+Measurements, and why not ATen's int4 kernel: docs/notes/cpu.md.
 
 torch.compile on a CPU needs a C++ compiler anyway; a machine without one gets a single warning and
 the reference.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -29,10 +31,7 @@ from torch import Tensor
 from .cuda.cache import CubinCache, default_directory
 from .errors import KernelCompileError
 
-# From this many rows of activations on, decoding blocks of w for a dense product is faster.
-_DENSE_FROM_M = 16
-# Decoded weights held at a time (4 MiB): what stays in cache between the decoding and the product.
-_BLOCK_ELEMENTS = 1 << 20
+_TILES_FROM_M = 6  # kTileFrom of cpu_kernels.cpp
 
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 # Contraction to FMA only rounds less; nothing here may reorder sums or assume finite numbers.
@@ -48,13 +47,11 @@ _FLAGS = (
 _GCC_FLAGS = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-_TABLE = (_POINTER, _INT, _LONG, _LONG)
+_TABLE = (_POINTER, _INT, _LONG, _LONG)  # address, kind, strides of rows and columns
 _SIZES_THREADS = (_LONG, _LONG, _LONG, _INT)
 _SIGNATURES = {
     "matmul_int4": (_POINTER, _POINTER, _LONG, _POINTER, *_TABLE, *_TABLE, *_SIZES_THREADS),
     "matmul_int8": (_POINTER, _POINTER, _LONG, _POINTER, *_TABLE, *_SIZES_THREADS),
-    "dequantize_int4": (_POINTER, _POINTER, *_TABLE, *_TABLE, *_SIZES_THREADS),
-    "dequantize_int8": (_POINTER, _POINTER, *_TABLE, *_SIZES_THREADS),
 }
 
 # enum Kind of cpu_kernels.cpp
@@ -68,111 +65,120 @@ _KIND = {
 }
 
 _load_lock = threading.Lock()
-_memory = threading.local()
+# What Inductor's generated code allocates with (PyTorch 2.11 and 2.13), in half the time.
+_empty: Callable[..., Tensor] = getattr(
+    torch._C._dynamo.guards,
+    "_empty_strided_cpu",
+    lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype),
+)
 
 
-def matmul_int4_a16(
-    a: Tensor, packed_w: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, k: int
-) -> Tensor | None:
-    """float32 [..., N] = a @ w.T, w = (q - zeros) * scales, or None where nothing fast fits.
+class Plan:
+    """What the signature of a call decides: the kernel and every argument but the pointers."""
 
-    a [..., K] floating; packed_w uint8 [N, ceil(K/2)]; scales, zeros [1 or N, 1 or K/group_size].
-    """
-    kernels = _loaded or _kernels()
-    if kernels is None or not _has_memory(a, packed_w):
-        return None
-    n = packed_w.shape[0]
-    m = a.numel() // k
-    a, packed_w = _dense(a), packed_w.contiguous()
-    if zeros is not None and zeros.dtype not in _KIND:
-        zeros = zeros.to(torch.float32)
-    y = a.new_empty((*a.shape[:-1], n))
-    threads = torch.get_num_threads()
-    tables = (*_table(scales), *_table(zeros))
-    if m < _DENSE_FROM_M:
-        kernels["matmul_int4"](
-            y.data_ptr(), a.data_ptr(), m, packed_w.data_ptr(), *tables, n, k, group_size, threads
-        )
+    why = "decoded in registers, few tokens"
+    _why_tiles = "decoded into the first-level cache, many tokens"
+
+    def __init__(
+        self, problem: Any, shape: tuple[int, ...], scales: Tensor, zeros: Tensor | None
+    ) -> None:
+        """``shape``: of a. Scales and zeros: scalar, [N] or [N, 1 or K/group_size]."""
+        self.problem = problem
+        n, k, group_size = problem.n, problem.k, problem.group_size
+        self.m = math.prod(shape[:-1])
+        if self.m >= _TILES_FROM_M:
+            self.why = self._why_tiles
+        self.shape = (*shape[:-1], n)
+        self.strides = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+        self.scales, self.zeros = _table(scales), _table(zeros)
+        self.sizes = (n, k, group_size)
+        self.zero_type = None if zeros is None or zeros.dtype in _KIND else torch.float32
+        self.int4 = problem.w_kind != "s8"
+
+    def run(self, a: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        """float32 [..., N] = a @ w.T; alpha, bias and the rounding are the caller's."""
+        kernels = _loaded
+        assert kernels is not None, "a plan is made after the kernels are loaded"
+        # A copy must outlive the call that reads its pointer.
+        a = (a if a.dtype is torch.float32 else a.to(torch.float32)).contiguous()
+        w = w.contiguous()
+        y: Tensor = _empty(self.shape, self.strides, torch.float32)
+        pointers = (y.data_ptr(), a.data_ptr(), self.m, w.data_ptr(), scales.data_ptr())
+        threads = torch.get_num_threads()
+        if not self.int4:
+            kernels["matmul_int8"](*pointers, *self.scales, *self.sizes, threads)
+        elif zeros is None:
+            kernels["matmul_int4"](*pointers, *self.scales, None, *self.zeros, *self.sizes, threads)
+        else:
+            z = zeros if self.zero_type is None else zeros.to(self.zero_type).contiguous()
+            kernels["matmul_int4"](
+                *pointers, *self.scales, z.data_ptr(), *self.zeros, *self.sizes, threads
+            )
         return y
 
-    def decode(first: int, count: int, block: Tensor) -> None:
-        codes = packed_w[first:].data_ptr()
-        tables = (*_table(scales, first), *_table(zeros, first))
-        kernels["dequantize_int4"](block.data_ptr(), codes, *tables, count, k, group_size, threads)
 
-    return _by_blocks(a.view(m, k), y, decode)
+_plans: dict[Any, Plan] = {}
+_MAX_PLANS = 4096  # one a number of tokens: a server would otherwise collect them for ever
 
 
-def matmul_int8_a16(a: Tensor, b: Tensor, scales: Tensor, group_size: int) -> Tensor | None:
-    """float32 [..., N] = a @ w.T, w = b * scales, or None where nothing fast fits.
-
-    a [..., K] floating; b int8 [N, K]; scales [1 or N, 1 or K/group_size].
-    """
-    kernels = _loaded or _kernels()
-    if kernels is None or not _has_memory(a, b):
-        return None
-    n, k = b.shape
-    m = a.numel() // k
-    a, b = _dense(a), b.contiguous()
-    y = a.new_empty((*a.shape[:-1], n))
-    threads = torch.get_num_threads()
-    if m < _DENSE_FROM_M:
-        kernels["matmul_int8"](
-            y.data_ptr(), a.data_ptr(), m, b.data_ptr(), *_table(scales), n, k, group_size, threads
-        )
-        return y
-
-    def decode(first: int, count: int, block: Tensor) -> None:
-        codes = b[first:].data_ptr()
-        table = _table(scales, first)
-        kernels["dequantize_int8"](block.data_ptr(), codes, *table, count, k, group_size, threads)
-
-    return _by_blocks(a.view(m, k), y, decode)
-
-
-def _by_blocks(x: Tensor, y: Tensor, decode: Callable[[int, int, Tensor], None]) -> Tensor:
-    """y = x @ w.T, with some rows of w at a time made by ``decode(first, count, block)``."""
-    (m, k), n = x.shape, y.shape[-1]
-    rows = min(n, max(64, _BLOCK_ELEMENTS // k))
-    block, out = _scratch(rows * k).view(rows, k), y.view(m, n)
-    for first in range(0, n, rows):
-        count = min(rows, n - first)
-        decode(first, count, block)
-        torch.mm(x, block[:count].T, out=out[:, first : first + count])
-    return y
+def key_of(
+    op: str,
+    a: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    k: int | None,
+    alpha: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Any:
+    """The signature of a call: all that its checks and its plan read."""
+    return (
+        op,
+        type(a),
+        a.dtype,
+        a.shape,
+        w.dtype,
+        w.shape,
+        scales.dtype,
+        scales.shape,
+        scales.stride(),
+        zeros is None or (zeros.dtype, zeros.shape, zeros.stride()),
+        alpha is None or (alpha.dtype, alpha.shape),
+        bias is None or (bias.dtype, bias.shape),
+        k,
+        out_dtype,
+    )
 
 
-def _scratch(elements: int) -> Tensor:
-    """A buffer of this thread, kept: fresh pages for every product cost more than decoding."""
-    held: Tensor | None = getattr(_memory, "block", None)
-    if held is None or held.numel() < elements:
-        with torch.inference_mode(False):
-            size = max(elements, _BLOCK_ELEMENTS)
-            held = _memory.block = torch.empty(size, dtype=torch.float32, device="cpu")
-    return held[:elements]
+find = _plans.get
 
 
-def _has_memory(a: Tensor, w: Tensor) -> bool:
+def make(
+    key: Any, problem: Any, a: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None
+) -> Plan | None:
+    """The plan of a checked call, kept under ``key``; None where nothing fast fits."""
     # Subclasses (functional tensors, fake ones) have no bytes to point at.
-    return type(a) is Tensor and a.numel() > 0 and w.numel() > 0
+    if type(a) is not Tensor or not a.is_floating_point() or not a.numel() or not w.numel():
+        return None
+    if (_loaded or _kernels()) is None:
+        return None
+    if len(_plans) >= _MAX_PLANS:
+        _plans.clear()
+    plan = _plans[key] = Plan(problem, tuple(a.shape), scales, zeros)
+    return plan
 
 
-def _dense(a: Tensor) -> Tensor:
-    return (a if a.dtype is torch.float32 else a.to(torch.float32)).contiguous()
-
-
-def _table(t: Tensor | None, first: int = 0) -> tuple[int | None, int, int, int]:
-    """A [1 or N, 1 or G] table from row ``first``: address, kind, strides (0 where it repeats)."""
+def _table(t: Tensor | None) -> tuple[int, int, int]:
+    """Kind and strides (0 where it repeats) of a scalar, [N] or [N, 1 or G] table."""
     if t is None:
-        return None, 0, 0, 0
-    rows, columns = t.shape
-    row, column = t.stride()
-    if rows == 1:
-        row = 0
-    address = t.data_ptr()
-    if first:
-        address += t.element_size() * first * row
-    return address, _KIND[t.dtype], row, column if columns > 1 else 0
+        return 0, 0, 0
+    kind = _KIND.get(t.dtype, _KIND[torch.float32])
+    if t.numel() == 1:
+        return kind, 0, 0
+    # Zeros of a dtype without a kind are converted to dense ones.
+    strides = t.stride() if t.dtype in _KIND else t.contiguous().stride()
+    return kind, strides[0], strides[1] if t.dim() == 2 and t.shape[1] > 1 else 0
 
 
 def _kernels() -> dict[str, Any] | None:
@@ -238,8 +244,6 @@ def _build(compiler: str) -> bytes:
             compiler,
             *_FLAGS,
             *_GCC_FLAGS,
-            "-shared",
-            "-fPIC",
             "-o",
             str(target),
             str(_SOURCE),

@@ -2,6 +2,8 @@
 //
 // w = (q - zeros) * scales. INT4: two codes a byte, even k in the low nibble (packing.py); INT8: one.
 // Every value is decoded to float32 exactly as written and summed in float32, a partial sum a lane.
+// Few rows of a: straight into the sums. Many: some rows of w at a time into the first-level cache,
+// then a tile of 4 rows of a by kTileRows of w a step, whose sums are all in registers.
 // cpu.py compiles this file for the machine at hand and calls the extern "C" part.
 #include <cstdint>
 #include <cstdlib>
@@ -21,6 +23,9 @@ constexpr int kWidest = 16;
 #else
 constexpr int kWidest = 8;
 #endif
+constexpr int kTileRows = kWidest == 16 ? 6 : 2;  // of w, times 4 of a: the sums that fit registers
+constexpr long kTileFrom = 6;                     // rows of a from which decoding to memory pays
+constexpr long kTileBytes = 384 << 10;            // of a, read once per kTileRows from the L2 cache
 constexpr long kWorthThreads = 1 << 17;  // codes: 5 us of work, what waking a thread costs
 
 template <int L> struct Lanes {
@@ -328,12 +333,131 @@ void dot(const Weight& w, const float* even, const float* odd, long a_row, float
   });
 }
 
+// Sums of each of four vectors.
+template <int L> inline void sum_four(const typename Lanes<L>::Float* v, float* out) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16) {
+    const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    const auto ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const auto cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 all = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd),
+                                     (__m512)_mm512_unpackhi_pd(ab, cd));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all),
+                                      (__m256)_mm512_extractf64x4_pd((__m512d)all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    return;
+  }
+#endif
+  for (int i = 0; i < 4; ++i) out[i] = sum<L>(v[i]);
+}
+
+// y[m, r] for M rows of a and R of w, both dense, `length` floats a row. Not inlined: one copy for
+// all decoders.
+template <int M, int R>
+__attribute__((noinline)) void tile(const float* a, const float* w, long length, float* y, long y_row) {
+  using Float = typename Lanes<kWidest>::Float;
+  Float acc[R][4];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < 4; ++m) acc[r][m] = Float{};
+  for (long j = 0; j < length; j += kWidest) {
+    Float b[R];
+    for (int r = 0; r < R; ++r) b[r] = load<Float>(w + r * length + j);
+    for (int m = 0; m < M; ++m) {
+      const Float x = load<Float>(a + m * length + j);
+      for (int r = 0; r < R; ++r) acc[r][m] += x * b[r];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    float sums[4];
+    sum_four<kWidest>(acc[r], sums);
+    for (int m = 0; m < M; ++m) y[m * y_row + r] = sums[m];
+  }
+}
+
+// R decoded rows of w [R, length] in the order of a: INT4 even columns, then odd ones.
+template <int Bits, int L, int kPerGroup, int R>
+inline void decode_rows(const Weight& w, const Row* rows, float* out, long length) {
+  const long odd = length / 2;
+  if constexpr (Bits == 4) {
+    const auto visit = [&](int r, auto low, auto high, long j) {
+      store(out + r * length + j, low);
+      store(out + r * length + odd + j, high);
+    };
+    const auto visit_one = [&](int r, float low, float high, long j) {
+      out[r * length + j] = low;
+      out[r * length + odd + j] = high;
+    };
+    decode_int4<L, kPerGroup, R>(w, rows, visit, visit_one);
+  } else {
+    const auto visit = [&](int r, auto v, long j) { store(out + r * length + j, v); };
+    const auto visit_one = [&](int r, float v, long j) { out[r * length + j] = v; };
+    decode_int8<L, kPerGroup, R>(w, rows, visit, visit_one);
+  }
+}
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+// Aligned to cache lines: a load across two lines costs as much as two.
+inline Floats zeroed(long count) {
+  const size_t bytes = (count * sizeof(float) + 63) / 64 * 64;
+  auto* memory = static_cast<float*>(std::aligned_alloc(64, bytes));
+  std::memset(memory, 0, bytes);
+  return Floats(memory);
+}
+
 template <int Bits>
-void matmul(const Weight& w, long m, const float* even, const float* odd, long a_row, float* y,
-            int threads) {
+void tiles(const Weight& w, long m, const float* a, long length, float* y, int threads) {
+  const long fit = kTileBytes / (length * static_cast<long>(sizeof(float)));
+  const long chunk = fit < 32 ? 32 : fit / 4 * 4;
+  with_vectors(w, Bits == 4 ? 2 : 1, [&](auto lanes, auto per_group) {
+    for (long begin = 0; begin < m; begin += chunk) {
+      const long end = m < begin + chunk ? m : begin + chunk;
+      for_each_rows<Bits, kTileRows>(w, threads, [&](long n, const Row* rows, auto count) {
+        // Padding stays zero: it meets that of a, and nought times an old NaN is none.
+        thread_local std::vector<float> memory;
+        thread_local long memory_k = 0;
+        if (memory_k != w.k) memory.assign(kTileRows * length + 16, 0.0f);
+        memory_k = w.k;
+        float* decoded = memory.data();
+        decoded += (64 - reinterpret_cast<uintptr_t>(decoded) % 64) % 64 / sizeof(float);
+        decode_rows<Bits, lanes(), per_group(), count()>(w, rows, decoded, length);
+        long i = begin;
+        const auto at = [&](auto some) {
+          tile<some(), count()>(a + i * length, decoded, length, y + i * w.n + n, w.n);
+          i += some();
+        };
+        while (end - i >= 4) at(std::integral_constant<int, 4>{});
+        if (end - i >= 2) at(std::integral_constant<int, 2>{});
+        if (end - i == 1) at(std::integral_constant<int, 1>{});
+      });
+    }
+  });
+}
+
+template <int Bits>
+void matmul(const Weight& w, long m, const float* a, float* y, int threads) {
+  // A row of a: INT4 its even columns, then its odd ones; INT8 as it is. Padded to whole vectors.
+  constexpr long kParts = Bits == 4 ? 2 : 1;
+  const long part = (w.k + kParts - 1) / kParts, a_part = (part + 15) / 16 * 16;
+  const long length = kParts * a_part;
+  Floats memory;
+  const float* x = a;
+  if (Bits == 4 || length != w.k) {
+    memory = zeroed(m * length);
+    for (long i = 0; i < m; ++i)
+      for (long c = 0; c < kParts; ++c)
+        for (long j = 0; j < (w.k - c + kParts - 1) / kParts; ++j)
+          memory[i * length + c * a_part + j] = a[i * w.k + kParts * j + c];
+    x = memory.get();
+  }
+  if (m >= kTileFrom) return tiles<Bits>(w, m, x, length, y, threads);
+  const float* odd = x + (Bits == 4 ? a_part : 0);
   long i = 0;
   const auto at = [&](auto rows) {
-    dot<Bits, rows()>(w, even + i * a_row, odd + i * a_row, a_row, y + i * w.n, threads);
+    dot<Bits, rows()>(w, x + i * length, odd + i * length, length, y + i * w.n, threads);
     i += rows();
   };
   while (m - i >= 4) at(std::integral_constant<int, 4>{});
@@ -351,60 +475,13 @@ void intlass_matmul_int4(float* y, const float* a, long m, const uint8_t* codes,
                          long z_row, long z_column, long n, long k, long group, int threads) {
   const Weight w{
       codes, {s, Kind(s_kind), s_row, s_column}, {z, Kind(z_kind), z_row, z_column}, n, k, group};
-  // Aligned to cache lines, each row too: a load across two lines costs as much as two.
-  const long half = (k + 1) / 2, a_row = (half + 15) / 16 * 16;
-  const std::unique_ptr<float, decltype(&std::free)> memory(
-      static_cast<float*>(std::aligned_alloc(64, 2 * m * a_row * sizeof(float))), &std::free);
-  float *even = memory.get(), *odd = even + m * a_row;
-  for (long i = 0; i < m; ++i)
-    for (long j = 0; j < half; ++j) {
-      even[i * a_row + j] = a[i * k + 2 * j];
-      odd[i * a_row + j] = 2 * j + 1 < k ? a[i * k + 2 * j + 1] : 0;
-    }
-  matmul<4>(w, m, even, odd, a_row, y, threads);
+  matmul<4>(w, m, a, y, threads);
 }
 
 void intlass_matmul_int8(float* y, const float* a, long m, const int8_t* codes, const void* s,
                          int s_kind, long s_row, long s_column, long n, long k, long group,
                          int threads) {
   const Weight w{codes, {s, Kind(s_kind), s_row, s_column}, {nullptr, kNone, 0, 0}, n, k, group};
-  matmul<8>(w, m, a, a, k, y, threads);
-}
-
-// w as float32 [N, K], for a dense product.
-void intlass_dequantize_int4(float* out, const uint8_t* codes, const void* s, int s_kind,
-                             long s_row, long s_column, const void* z, int z_kind, long z_row,
-                             long z_column, long n, long k, long group, int threads) {
-  const Weight w{
-      codes, {s, Kind(s_kind), s_row, s_column}, {z, Kind(z_kind), z_row, z_column}, n, k, group};
-  with_vectors(w, 2, [&](auto lanes, auto per_group) {
-    for_each_rows<4, 1>(w, threads, [&](long n, const Row* row, auto) {
-      float* values = out + n * k;
-      const auto visit = [&](int, auto low, auto high, long j) {
-        for (int i = 0; i < lanes(); ++i) {
-          values[2 * (j + i)] = low[i];
-          values[2 * (j + i) + 1] = high[i];
-        }
-      };
-      const auto visit_one = [&](int, float low, float high, long j) {
-        values[2 * j] = low;
-        if (2 * j + 1 < k) values[2 * j + 1] = high;
-      };
-      decode_int4<lanes(), per_group(), 1>(w, row, visit, visit_one);
-    });
-  });
-}
-
-void intlass_dequantize_int8(float* out, const int8_t* codes, const void* s, int s_kind, long s_row,
-                             long s_column, long n, long k, long group, int threads) {
-  const Weight w{codes, {s, Kind(s_kind), s_row, s_column}, {nullptr, kNone, 0, 0}, n, k, group};
-  with_vectors(w, 1, [&](auto lanes, auto per_group) {
-    for_each_rows<8, 1>(w, threads, [&](long n, const Row* row, auto) {
-      float* values = out + n * k;
-      const auto visit = [&](int, auto v, long j) { store(values + j, v); };
-      const auto visit_one = [&](int, float v, long j) { values[j] = v; };
-      decode_int8<lanes(), per_group(), 1>(w, row, visit, visit_one);
-    });
-  });
+  matmul<8>(w, m, a, y, threads);
 }
 }

@@ -1,20 +1,24 @@
 """Which kernel ran and why: `explain(...)` collects it, `strict()` forbids fallbacks.
 
-The ops report every dispatch through `record`, which costs one global look-up while nobody listens.
-Not here: the choice itself (config.py) and the report of graph rewrites (lowering/).
+The ops report every dispatch through `record`, compiled graphs their linears through `linears_ran`;
+both cost one global look-up while nobody listens. Not here: the choices themselves (config.py,
+lowering/).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import FallbackError
+
+if TYPE_CHECKING:
+    from .lowering.records import Decision
 
 
 @dataclass(frozen=True)
@@ -35,18 +39,65 @@ class Dispatch:
 
 @dataclass
 class Explanation:
-    """All dispatches of one run, in order; prints as a table."""
+    """One run: every op call in order, and every linear of the compiled graphs; prints as tables.
+
+    ``linears``: a `lowering.Decision` for each matrix product with a constant weight: the module's
+    ``path``, ``outcome`` ("swapped", "declined", "dense"), ``scheme``, ``shape`` and ``reason``.
+    ``unknown``: graphs that came from PyTorch's caches, which keep no decisions.
+    """
 
     result: Any = None
     dispatches: list[Dispatch] = field(default_factory=list)
+    linears: list[Decision] = field(default_factory=list)
+    unknown: int = 0
 
     @property
     def fallbacks(self) -> list[Dispatch]:
         return [d for d in self.dispatches if d.fallback]
 
+    @property
+    def declined(self) -> list[Decision]:
+        """The quantised linears of compiled graphs that were left as they were."""
+        return [d for d in self.linears if d.outcome == "declined"]
+
     def __str__(self) -> str:
+        parts = [self._linears(), self._calls()]
+        if self.unknown:
+            parts.append(
+                f"{self.unknown} compiled graphs came from PyTorch's caches, which keep no "
+                "decisions: call torch.compiler.reset() and explain() inside strict()"
+            )
+        return "\n\n".join(filter(None, parts)) or "no intlass op ran"
+
+    def _linears(self) -> str:
+        if not self.linears:
+            return ""
+        header = ("linear", "N", "K", "group", "outcome", "scheme", "kernel", "why")
+        rows = []
+        for each in dict.fromkeys(self.linears):
+            n, k = each.shape or ("", "")
+            group = each.group_size or ""
+            kernel = self._kernel_of(each)
+            where = each.path or each.node
+            rows.append(
+                (where, str(n), str(k), str(group), each.outcome, each.scheme, kernel, each.reason)
+            )
+        return _table(header, rows)
+
+    def _kernel_of(self, linear: Decision) -> str:
+        """By size: a graph runs its linears outside their modules, fused ones as one GEMM."""
+        if linear.outcome != "swapped" or linear.shape is None:
+            return "-"
+        n, k = linear.shape
+        kernels = dict.fromkeys(d.kernel for d in self.dispatches if (d.n, d.k) == (n, k))
+        if not kernels:
+            wider = (d for d in self.dispatches if d.k == k and d.n > n)
+            kernels = dict.fromkeys(f"{d.kernel}, fused to N={d.n}" for d in wider)
+        return " or ".join(kernels) or "in a captured graph"
+
+    def _calls(self) -> str:
         if not self.dispatches:
-            return "no intlass op ran"
+            return ""
         header = ("module", "op", "scheme", "M", "N", "K", "group", "kernel", "calls", "why")
         rows = [
             (
@@ -60,11 +111,13 @@ class Explanation:
             )
             for d, calls in Counter(self.dispatches).items()
         ]
-        widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
-        lines = (
-            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (header, *rows)
-        )
-        return "\n".join(line.rstrip() for line in lines)
+        return _table(header, rows)
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (header, *rows))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 _collecting: list[Explanation] = []
@@ -75,6 +128,28 @@ _strict = 0
 def listening() -> bool:
     """Whether a dispatch has to be recorded at all."""
     return bool(_collecting or _strict)
+
+
+def is_strict() -> bool:
+    return _strict > 0
+
+
+def linears_ran(linears: Sequence[Decision] | None) -> None:
+    """A compiled graph runs with these linears, None if unknown. Raises inside `strict()`."""
+    for explanation in _collecting:
+        explanation.linears.extend(linears or ())
+        explanation.unknown += linears is None
+    if not _strict:
+        return
+    if linears is None:
+        raise FallbackError(
+            "a compiled graph came from PyTorch's caches, which do not say what became of its "
+            "linears: call torch.compiler.reset() and compile inside strict()"
+        )
+    declined = dict.fromkeys(d for d in linears if d.outcome == "declined")
+    if declined:
+        lines = "\n  ".join(map(str, declined))
+        raise FallbackError(f"{len(declined)} quantised linears would run as they are:\n  {lines}")
 
 
 def record(
@@ -113,11 +188,15 @@ def record(
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Run ``fn(*args, **kwargs)`` and report every intlass op: kernel, configuration, reason.
+    """Run ``fn(*args, **kwargs)`` and report each quantised linear: kernel, configuration, reason.
+
+    Under ``torch.compile(model, backend="intlass")`` also each linear of the original model: its
+    module, and whether it was swapped and for which kernel, or declined and why.
 
     ``fn``: any callable; for a torch.nn.Module (or a compiled one) each dispatch carries the path
     of the module it came from, as far as modules are called one by one (inside a compiled graph
     they are not). Returns an `Explanation`: ``print`` it, or read ``.dispatches``, ``.fallbacks``
+    ``.linears``, ``.declined``
     and ``.result``.
 
     >>> import torch, intlass_ops
@@ -159,7 +238,20 @@ def _module_paths(fn: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def strict() -> Iterator[None]:
-    """A context in which any op that would run without one of our kernels raises FallbackError."""
+    """A context in which whatever would run without one of our kernels raises FallbackError.
+
+    That is an op call that falls back, and a compiled graph (`backend="intlass"` or `enable()`)
+    with a quantised linear that was declined; the message names module, scheme, sizes and reason.
+    A graph that PyTorch's caches served before the context was entered is refused too: they do not
+    keep what was decided. Compile inside the context, which leaves those caches alone.
+
+    >>> import torch, intlass_ops
+    >>> with intlass_ops.strict():  # int8 activations have no fast kernel on a CPU
+    ...     x, w = torch.ones(1, 16, dtype=torch.int8), torch.ones(8, 16, dtype=torch.int8)
+    ...     intlass_ops.matmul_int8_bf16_tn(x, w, torch.tensor(1.0), torch.ones(8))
+    Traceback (most recent call last):
+    intlass_ops.errors.FallbackError: matmul_int8_bf16_tn: w8a8 M=1 N=8 K=16 group_size=16 ...
+    """
     global _strict
     _strict += 1
     try:

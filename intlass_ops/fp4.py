@@ -112,10 +112,15 @@ def to_blocked(scales: Tensor) -> Tensor:
     return tiles.reshape(-1).view(scales.dtype)
 
 
+def blocked_size(rows: int, cols: int) -> int:
+    """Elements of `to_blocked` of scales [rows, cols]."""
+    return -(-rows // _TILE_ROWS) * -(-cols // _TILE_COLS) * _TILE_ROWS * _TILE_COLS
+
+
 def from_blocked(blocked: Tensor, rows: int, cols: int) -> Tensor:
     """Inverse of :func:`to_blocked`: row-major [rows, cols] without the padding."""
     tiles_r, tiles_c = -(-rows // _TILE_ROWS), -(-cols // _TILE_COLS)
-    expected = tiles_r * tiles_c * _TILE_ROWS * _TILE_COLS
+    expected = blocked_size(rows, cols)
     if blocked.numel() != expected:
         raise ValueError(
             f"from_blocked: scales [{rows}, {cols}] fill {expected} elements, got {blocked.numel()}"

@@ -1,17 +1,21 @@
 """`quantize_(model, config)`: replace the linears of a model by quantised ones, in place.
 
 Here: the schemes and round-to-nearest weight quantisation. The modules are nn.py's, the arithmetic
-ops/quantize.py's.
+ops/quantize.py's, the other methods calibrated.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import calibrated, packing
+from .calibrate import QuantizedWeight
+from .calibrated import Method
 from .nn import Activation, IntLinear
 from .ops import quantize_int4, quantize_int8
 from .ops._library import FLOATS
@@ -20,54 +24,67 @@ from .ops.problem import GROUP_STEP
 
 @dataclass(frozen=True)
 class Scheme:
-    """Weight bits, group size along K (None: one scale a row), symmetry, activation type."""
+    """Weight bits, group size along K (None: one scale a row), symmetry, activation type, and how
+    weights become codes.
+    """
 
     bits: int
     group_size: int | None
     symmetric: bool
     activation: Activation
+    method: Method = "rtn"
 
 
-def Int4WeightOnly(group_size: int | None = 128, symmetric: bool = False) -> Scheme:
+def Int4WeightOnly(
+    group_size: int | None = 128, symmetric: bool = False, method: Method = "rtn"
+) -> Scheme:
     """W4A16: INT4 weights with one scale (and zero point, unless symmetric) per group."""
-    return Scheme(4, group_size, symmetric, None)
+    return Scheme(4, group_size, symmetric, None, method)
 
 
-def Int8WeightOnly(group_size: int | None = None) -> Scheme:
+def Int8WeightOnly(group_size: int | None = None, method: Method = "rtn") -> Scheme:
     """W8A16: symmetric INT8 weights, one scale per output channel (or per group)."""
-    return Scheme(8, group_size, True, None)
+    return Scheme(8, group_size, True, None, method)
 
 
-def Int8DynamicActivationInt8Weight() -> Scheme:
+def Int8DynamicActivationInt8Weight(method: Method = "rtn") -> Scheme:
     """W8A8: activations to INT8 per token on every call, weights INT8 per output channel."""
-    return Scheme(8, None, True, "int8")
+    return Scheme(8, None, True, "int8", method)
 
 
-def Int8DynamicActivationInt4Weight(group_size: int | None = 128) -> Scheme:
+def Int8DynamicActivationInt4Weight(group_size: int | None = 128, method: Method = "rtn") -> Scheme:
     """W4A8: activations to INT8 per token on every call, symmetric INT4 weights per group."""
-    return Scheme(4, group_size, True, "int8")
+    return Scheme(4, group_size, True, "int8", method)
 
 
-def Int4DynamicActivationInt4Weight(group_size: int | None = 128) -> Scheme:
+def Int4DynamicActivationInt4Weight(group_size: int | None = 128, method: Method = "rtn") -> Scheme:
     """W4A4: activations to INT4 per token on every call, symmetric INT4 weights per group."""
-    return Scheme(4, group_size, True, "int4")
+    return Scheme(4, group_size, True, "int4", method)
 
 
 def quantize_(
     model: nn.Module,
     config: Scheme,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    calibration: Sequence[Any] | None = None,
+    progress: bool = True,
 ) -> None:
-    """Replace every nn.Linear of ``model`` by an `IntLinear`, in place, round to nearest.
+    """Replace every nn.Linear of ``model`` by an `IntLinear`, in place.
 
     ``config``: one of `Int4WeightOnly`, `Int8WeightOnly`, `Int8DynamicActivationInt8Weight`,
-    `Int8DynamicActivationInt4Weight`, `Int4DynamicActivationInt4Weight`.
+    `Int8DynamicActivationInt4Weight`, `Int4DynamicActivationInt4Weight`. Its ``method`` makes the
+    codes: "rtn" rounds to nearest; "mse" finds the scales of least squared error; "hqq" fits
+    floating zero points (INT4 with zeros); "gptq" feeds errors back through the statistics of the
+    layers' inputs, which it collects from ``calibration``: batches that ``model`` is called with
+    (a tensor, a tuple of arguments or a mapping of named ones), read once for every 2 GiB of
+    statistics. ``progress`` shows a bar on a terminal if `rich` is installed.
     ``filter_fn(module, name)`` picks the linears (default: all). A module that occurs twice stays
-    shared. Scales of INT4 weights take the weight's dtype, those of INT8 are fp32.
+    shared. Scales of INT4 weights take the weight's dtype under "rtn", all others are fp32.
 
     Raises, before anything is changed and naming the layer, ValueError for a K that is 0 or not a
     multiple of the group size and TypeError for a weight that is not fp32, bf16 or fp16; TypeError
-    for a model that is itself a Linear.
+    for a model that is itself a Linear; ValueError for a method that does not fit.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(256, 64))
@@ -77,6 +94,7 @@ def quantize_(
     """
     if isinstance(model, nn.Linear):
         raise TypeError("quantize_: the model is a Linear itself and cannot be replaced in place")
+    calibrated.check("quantize_", config.method, config.bits, config.symmetric, calibration)
     found: list[tuple[nn.Module, str, nn.Linear]] = []
     for parent_name, parent in model.named_modules():
         for name, child in parent._modules.items():  # named_children() leaves repetitions out
@@ -84,11 +102,51 @@ def quantize_(
             if type(child) is nn.Linear and (filter_fn is None or filter_fn(child, path)):
                 _check(child, path, config)
                 found.append((parent, name, child))
+    if config.method != "rtn":
+        _quantize_calibrated(model, found, config, calibration, progress)
+        return
     replaced: dict[nn.Linear, IntLinear] = {}
     for parent, name, linear in found:
         if linear not in replaced:
             replaced[linear] = quantize_linear(linear, config)
         setattr(parent, name, replaced[linear])
+
+
+def _quantize_calibrated(
+    model: nn.Module,
+    found: list[tuple[nn.Module, str, nn.Linear]],
+    config: Scheme,
+    calibration: Sequence[Any] | None,
+    progress: bool,
+) -> None:
+    places: dict[nn.Linear, list[tuple[nn.Module, str]]] = {}
+    for parent, name, linear in found:
+        places.setdefault(linear, []).append((parent, name))
+    paths = {module: path for path, module in model.named_modules()}
+
+    def replace(linear: nn.Linear, q: QuantizedWeight) -> None:
+        layer = IntLinear(
+            packing.pack(q.codes) if config.bits == 4 else q.codes,
+            q.scales,
+            q.zeros,
+            None if linear.bias is None else linear.bias.detach(),
+            in_features=linear.in_features,
+            activation=config.activation,
+        )
+        for parent, name in places[linear]:
+            setattr(parent, name, layer)
+
+    calibrated.weights(
+        model,
+        [(paths[linear], linear) for linear in places],
+        config.method,
+        config.bits,
+        config.group_size,
+        config.symmetric,
+        calibration,
+        replace,
+        progress,
+    )
 
 
 def _check(linear: nn.Linear, path: str, config: Scheme) -> None:

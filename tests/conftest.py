@@ -16,7 +16,16 @@ import torch
 # examples at every run, so a red run is the change's doing; locally each run explores anew.
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=30)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="compile every CUDA kernel for every architecture (half an hour on two cores)",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 IN, HIDDEN = 256, 128
+DEVICE = "cpu"  # where makers put what `model.to` does not move
 Case = tuple[nn.Module, Tensor]
 
 
@@ -27,7 +28,7 @@ class Entry:
 def mlp(dtype: torch.dtype = torch.bfloat16) -> Case:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(IN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, IN, bias=False))
-    return model.to(dtype).eval(), torch.randn(5, IN).to(dtype)
+    return model.to(dtype).eval(), torch.randn(32, IN).to(dtype)  # _int_mm wants > 16 on CUDA
 
 
 def _torchao(config: Callable[[Any], Any]) -> Callable[[], Case]:
@@ -61,7 +62,7 @@ def _hqq(bits: int, axis: int) -> Callable[[], Case]:
         HQQLinear.set_backend(HQQBackend.PYTORCH)
         for i in (0, 2):
             config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
-            model[i] = HQQLinear(model[i], config, compute_dtype=x.dtype, device="cpu")
+            model[i] = HQQLinear(model[i], config, compute_dtype=x.dtype, device=DEVICE)
         return model, x
 
     return make

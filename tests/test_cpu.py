@@ -12,6 +12,7 @@ from tolerance import assert_close, assert_identical
 from torch import Tensor
 
 from intlass_ops import cpu, packing, reference
+from intlass_ops.ops import problem
 
 pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="needs a C++ compiler")
 
@@ -40,6 +41,27 @@ def int4(n: int, k: int, signed: bool, seed: torch.Generator) -> Tensor:
     return torch.randint(low, low + 16, (n, k), dtype=torch.int8, generator=seed)
 
 
+def matmul_int4(a: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None, k: int) -> Tensor:
+    """float32 products from the CPU kernels and nothing else."""
+    y = planned("matmul_int4_bf16_tn", a, w, scales, zeros, k)
+    assert y is not None
+    return y
+
+
+def matmul_int8(a: Tensor, w: Tensor, scales: Tensor) -> Tensor:
+    y = planned("matmul_int8_bf16_tn", a, w, scales, None, w.shape[1])
+    assert y is not None
+    return y
+
+
+def planned(
+    op: str, a: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None, k: int
+) -> Tensor | None:
+    p = problem.check(op, a, w, scales, zeros, k, None, None, None, None, torch.float32)
+    plan = cpu.make("a test's", p, a, w, scales, zeros)
+    return None if plan is None else plan.run(a, w, scales, zeros)
+
+
 @pytest.mark.parametrize(("n", "k", "group"), SHAPES)
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("signed", [True, False])
@@ -48,8 +70,7 @@ def test_int4_is_within_tolerance(n: int, k: int, group: int, m: int, signed: bo
     q, a = int4(n, k, signed, seed), torch.randn(m, k, generator=seed)
     scales = torch.randn(n, k // group, generator=seed)
     zeros = None if signed else 15 * torch.rand(n, k // group, generator=seed)
-    y = cpu.matmul_int4_a16(a, packing.pack(q), scales, zeros, group, k)
-    assert y is not None
+    y = matmul_int4(a, packing.pack(q), scales, zeros, k)
     w = reference.dequantize(q, scales, zeros)
     assert_close(y, a.double() @ w.T, a.double().abs() @ w.abs().T)
 
@@ -60,8 +81,7 @@ def test_int8_is_within_tolerance(n: int, k: int, group: int, m: int) -> None:
     seed = generator(n, k, m)
     q = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=seed)
     a, scales = torch.randn(m, k, generator=seed), torch.randn(n, k // group, generator=seed)
-    y = cpu.matmul_int8_a16(a, q, scales, group)
-    assert y is not None
+    y = matmul_int8(a, q, scales)
     w = reference.dequantize(q, scales, None)
     assert_close(y, a.double() @ w.T, a.double().abs() @ w.abs().T)
 
@@ -78,8 +98,7 @@ def test_identity_activations_give_the_weight_exactly(m: int, dtype: torch.dtype
     a = torch.eye(k)[:m].to(dtype)
     expected = reference.dequantize(q, scales, zeros)[:, :m].T.float()
     for kind in (torch.uint8, torch.int32, torch.float32, torch.bfloat16):
-        y = cpu.matmul_int4_a16(a, packing.pack(q), scales.to(dtype), zeros.to(kind), group, k)
-        assert y is not None
+        y = matmul_int4(a, packing.pack(q), scales.to(dtype), zeros.to(kind), k)
         assert_identical(y, expected)
 
 
@@ -87,8 +106,7 @@ def test_codes_equal_to_their_zero_vanish() -> None:
     """No sum of q apart from a sum of zeros: where w is 0 the product is 0, not nearly."""
     q, a = torch.full((24, 96), 11, dtype=torch.int8), 1e6 * torch.randn(2, 96)
     zeros = torch.full((24, 3), 11.0)
-    y = cpu.matmul_int4_a16(a, packing.pack(q), torch.rand(24, 3), zeros, 32, 96)
-    assert y is not None
+    y = matmul_int4(a, packing.pack(q), torch.rand(24, 3), zeros, 96)
     assert (y == 0).all()
 
 
@@ -97,8 +115,7 @@ def test_codes_equal_to_their_zero_vanish() -> None:
 def test_half_parameters_are_read_exactly(value: float, dtype: torch.dtype) -> None:
     scales = torch.full((3, 2), value, dtype=dtype)
     q = torch.ones(3, 32, dtype=torch.int8)
-    y = cpu.matmul_int8_a16(torch.eye(32)[:1], q, scales, 16)
-    assert y is not None
+    y = matmul_int8(torch.eye(32)[:1], q, scales)
     # The scale times the zeros of the other columns: NaN if it is not finite.
     expected = torch.full((1, 3), value).to(dtype).float() + (0 * scales[:, 1].float())
     assert_identical(y, expected)
@@ -112,14 +129,13 @@ def test_broadcast_and_strided_parameters(m: int) -> None:
     table = torch.rand(k // group, 2 * n, generator=seed)
     many = table[:, ::2].T  # [N, G], neither stride 1
     one, column = torch.rand(1, 1, generator=seed), torch.rand(n, 1, generator=seed)
-    row = torch.rand(1, k // group, generator=seed)
-    for scales in (many, one, column, row):
-        for zeros in (many, one, column, None):
+    for scales in (many, one, column, one[0, 0], column[:, 0]):
+        for zeros in (many, (15 * many).long(), one, column, (15 * many)[:, 1].short(), None):
             codes = q if zeros is not None else q - 8
             strided = torch.stack((packing.pack(codes), packing.pack(codes)), 2)[..., 1]
-            y = cpu.matmul_int4_a16(a, strided, scales, zeros, group, k)
-            assert y is not None
-            w = reference.dequantize(codes, scales, zeros)
+            y = matmul_int4(a, strided, scales, zeros, k)
+            z = None if zeros is None else problem.rows_groups(zeros)
+            w = reference.dequantize(codes, problem.rows_groups(scales), z)
             assert_close(y, a.double() @ w.T, a.double().abs() @ w.abs().T)
 
 
@@ -128,18 +144,49 @@ def test_leading_dimensions_are_kept() -> None:
     w = reference.dequantize(q, scales, None)
     for lead in ((), (3,), (2, 1, 9)):
         a = torch.randn(*lead, 64)
-        y = cpu.matmul_int8_a16(a, q, scales, 64)
-        assert y is not None
+        y = matmul_int8(a, q, scales)
         assert_close(y, a.double() @ w.T, a.double().abs() @ w.abs().T)
 
 
 def test_nothing_to_point_at_is_left_to_the_reference() -> None:
     scales, q = torch.ones(4, 1), torch.ones(4, 32, dtype=torch.int8)
-    assert cpu.matmul_int8_a16(torch.ones(0, 32), q, scales, 32) is None
-    assert cpu.matmul_int8_a16(torch.ones(2, 32), q[:0], scales[:0], 32) is None
+    op = "matmul_int8_bf16_tn"
+    assert planned(op, torch.ones(0, 32), q, scales, None, 32) is None
+    assert planned(op, torch.ones(2, 32), q[:0], scales[:0], None, 32) is None
     with torch._subclasses.FakeTensorMode() as mode:
-        assert cpu.matmul_int8_a16(torch.ones(2, 32), q, scales, 32) is None
-        assert mode is not None
+        assert planned(op, torch.ones(2, 32), mode.from_tensor(q), scales, None, 32) is None
+
+
+def test_a_plan_serves_calls_of_its_signature_alone() -> None:
+    """Other tensors of the signature, then each thing that a signature tells apart."""
+    op = torch.ops.intlass.matmul_int4_bf16_tn
+    seed = generator(7)
+
+    def check(
+        m: int = 3, n: int = 24, group: int = 32, dtype: torch.dtype = torch.float32, **change: bool
+    ) -> None:
+        q = int4(n, 64, "signed" in change, seed)
+        a = torch.randn(m, 64, generator=seed).to(dtype)
+        scales = torch.rand(64 // group, n, generator=seed)
+        scales = scales.T if "strided" in change else scales.T.contiguous()
+        zeros = None if "signed" in change else 15 * torch.rand(n, 64 // group, generator=seed)
+        bias = torch.randn(n, generator=seed) if "bias" in change else None
+        y = op(a, packing.pack(q), scales, zeros, bias=bias, out_dtype=torch.float32)
+        w = reference.dequantize(q, scales, zeros)
+        expected = a.double() @ w.T + (0 if bias is None else bias)
+        assert_close(y, expected, a.double().abs() @ w.abs().T + (bias is not None))
+
+    for _ in range(2):
+        check()
+        check(m=1)
+        check(m=9)
+        check(n=8)
+        check(group=64)
+        check(dtype=torch.bfloat16)
+        for change in ("signed", "strided", "bias"):
+            check(**{change: True})
+    with pytest.raises(ValueError, match="bytes a row"):
+        op(torch.ones(3, 62), torch.ones(24, 32, dtype=torch.uint8), torch.ones(24, 2))
 
 
 @pytest.fixture
@@ -152,7 +199,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, empty_kernel_cache: Path) -> Path:
 
 def product() -> Tensor | None:
     q = torch.ones(2, 32, dtype=torch.int8)
-    return cpu.matmul_int8_a16(torch.ones(1, 32), q, torch.ones(2, 1), 32)
+    return planned("matmul_int8_bf16_tn", torch.ones(1, 32), q, torch.ones(2, 1), None, 32)
 
 
 def test_library_is_built_once_for_all_processes(

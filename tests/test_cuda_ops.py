@@ -30,6 +30,7 @@ from tolerance import assert_identical
 from torch import Tensor
 
 import intlass_ops as ia
+from intlass_ops.cuda import launch
 
 pytestmark = pytest.mark.gpu
 
@@ -105,6 +106,28 @@ def test_split_k(kind: str) -> None:
 def test_large_products(case: Case) -> None:
     check_exact(case, "cuda")
     check_bounded(case, "cuda")
+
+
+RING = {
+    "u4": Case("bf16", "u4", k=1984, groups=31, scale=BF16, bias=BF16),
+    "s4": Case("fp16", "s4", k=4096, groups=32, alpha="float"),
+    "channel": Case("bf16", "u4", k=992, out=FP32),
+}
+
+
+@pytest.mark.parametrize("smem", [227, 64])
+@pytest.mark.parametrize("kind", RING)
+def test_many_rows_of_few_tokens(kind: str, smem: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is said to be so small that 700 rows are many and K is cut into segments."""
+    real = launch.device_of(0)
+    small = replace(real, sm_count=3, smem_per_block=smem * 1024, smem_per_sm=(smem + 1) * 1024)
+    monkeypatch.setattr(launch, "device_of", lambda index: small)
+    monkeypatch.setattr(launch, "_plans", {})
+    for n in (700, 384):
+        call = build(replace(RING[kind], lead=(16,), n=n), "cuda")
+        kernels = [d.kernel for d in ia.explain(call.run).dispatches]
+        assert all(kernel.startswith("skinny_ring") for kernel in kernels), kernels
+        check_rows(call, (1, 2, 3, 5, 8, 9, 13, 16))
 
 
 @pytest.mark.parametrize("w", ["s4", "s8"])

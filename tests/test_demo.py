@@ -200,12 +200,12 @@ def test_show_streams_whole_characters_and_stays_plain_in_a_pipe() -> None:
     with show.bar("reading") as advance:
         advance(1, 2)
     show.table(["", "ours"], [["speed", "1"]])
-    show.checks([(True, "holds"), (False, "fails")])
+    show.checks([Check(True, "holds"), Check(False, "fails"), Check(None, "tells")])
     text = out.getvalue()
     assert text.startswith("né [bold]\n")
     assert "reading ..." in text
     assert "| speed |    1 |" in text
-    assert "✓ holds\n✗ fails" in text
+    assert "✓ holds\n✗ fails\n· tells" in text
     assert "\x1b" not in text
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from strategies import BF16, FP32
 from torch import nn
 
 import intlass_ops as ia
+from intlass_ops import lowering
 
 # Runs without a kernel of ours: on a CPU integer activations, on a GPU float32 ones.
 FALLBACK = {"cpu": Case("s8", "u4", groups=4), "cuda": Case("fp32", "u4", groups=4)}
@@ -136,3 +139,70 @@ def test_threads_report_to_the_one_explanation(device: str) -> None:
             thread.join()
 
     assert len(ia.explain(run).dispatches) == 4
+
+
+class Scaled(nn.Module):
+    """x @ (a quantised weight).T: int8 codes times a scale, or codes that index a table."""
+
+    def __init__(self, n: int, k: int, *, table: bool = False) -> None:
+        super().__init__()
+        seed = torch.Generator().manual_seed(n)
+        codes = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=seed)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", torch.rand(n, 1, generator=seed))
+        values = torch.randn(256, generator=seed).sort().values if table else None
+        self.register_buffer("table", values)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            return x @ (self.codes.float() * self.scales).T
+        return x @ self.table[self.codes.int() + 128].T
+
+
+def compiled_net(*, table: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    torch.compiler.reset()
+    layers = nn.ModuleDict({"up": Scaled(32, 64), "down": Scaled(16, 32, table=table)})
+    model = nn.Sequential(layers["up"], nn.Sequential(layers["down"], nn.Linear(16, 8)))
+    return torch.compile(model, backend=lowering.backend, fullgraph=True)
+
+
+@torch.no_grad()
+def test_each_linear_of_a_compiled_model_is_explained_and_strict_refuses_declined_ones() -> None:
+    with torch._inductor.config.patch(force_disable_caches=True):
+        net = compiled_net(table=True)
+        for explanation in (ia.explain(net, torch.randn(2, 64)) for _ in range(2)):
+            assert [(d.path, d.outcome, d.scheme, d.shape) for d in explanation.linears] == [
+                ("0", "swapped", "w8a16", (32, 64)),
+                ("1.0", "declined", "quantised", (16, 32)),
+                ("1.1", "dense", "dense", (8, 16)),
+            ]
+            assert [d.path for d in explanation.declined] == ["1.0"]
+            lines = [" ".join(line.split()) for line in str(explanation).splitlines()]
+            assert lines[0] == "linear N K group outcome scheme kernel why"
+            assert lines[1].startswith("0 32 64 64 swapped w8a16 cpu ")
+            assert lines[2].startswith("1.0 16 32 declined quantised - ")
+            assert lines[3] == "1.1 8 16 dense dense - a floating-point weight"
+    x = torch.randn(2, 64)
+    message = r"(?s)^1 quantised linears would run as they are:\s+1\.0 \[N=16, K=32\]: declined .+"
+    for _ in range(2):
+        with ia.strict(), pytest.raises(ia.FallbackError, match=message):
+            net(x)
+    net(x)
+
+
+@torch.no_grad()
+def test_a_graph_from_a_cache_is_not_taken_for_a_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = torch.randn(2, 64)
+    compiled_net(table=True)(x)
+    net = compiled_net(table=True)
+    assert ia.explain(net, x).unknown == 1
+    assert "caches" in str(ia.explain(net, x))
+    with ia.strict(), pytest.raises(ia.FallbackError, match=r"caches.*torch\.compiler\.reset"):
+        net(x)
+    # Inside the context the caches are left alone.
+    net = compiled_net(table=False)
+    with ia.strict():
+        net(x)

@@ -98,6 +98,25 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         *_matmul(Case("s8", "s8", (2, 3), 7, 33, a_scale="token", a_zero=FP32, alpha="tensor")),
         {},
     ),
+    "int4-nn": (
+        OPS.matmul_int4_nn.default,
+        (_x(2, 3, 5).requires_grad_(), oracle.pack(_codes(5, 32)), _x(5, 2), _x(5, 2), 32, _x(1)),
+        {},
+    ),
+    "nvfp4": (
+        OPS.matmul_block_scaled.default,
+        (
+            oracle.pack(_codes(3, 32)),
+            oracle.pack(_codes(5, 32)),
+            oracle.pack(_codes(3, 4)),
+            oracle.pack(_codes(5, 4)),
+            "nvf4",
+            False,
+            False,
+            _x(1),
+        ),
+        {},
+    ),
     "w8a8-transposed": (*_matmul(Case("s8", "s8", (3,), 8, 16, w_layout="transposed")), {}),
 }
 
@@ -134,6 +153,8 @@ def test_every_op_has_a_sample() -> None:
             "matmul_int4_bf16_tn",
             "matmul_int8_bf16_tn",
             "dequantize",
+            "matmul_block_scaled",
+            "matmul_int4_nn",
         )
     }
 

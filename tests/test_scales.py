@@ -134,7 +134,7 @@ def integer_case(format_: str, x: Tensor, **goal: Tensor) -> tuple[Tensor, Tenso
 
 @pytest.mark.parametrize("format_", ["int4", "uint4", "int8"])
 @pytest.mark.parametrize("goal", ["plain", "weights", "hessian", "singular hessian"])
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 2**31))
 def test_integer_optimum_is_that_of_every_interval(format_: str, goal: str, seed: int) -> None:
     g = 8
@@ -234,7 +234,7 @@ def test_dim_strides_and_dtype(
 def test_zero_and_non_finite_blocks(
     format_: str, kind: dict[str, Callable[..., tuple[Tensor, ...]]]
 ) -> None:
-    g = GROUPS[format_]
+    g = min(GROUPS[format_], 16) if kind is HESSIAN else GROUPS[format_]
     w = blocks(9, 5, g)
     w[1], w[2, 0], w[3, 1] = 0.0, torch.nan, torch.inf
     more = {"hessian": gram(1, g)[None]} if kind is HESSIAN else {}

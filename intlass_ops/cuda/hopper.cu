@@ -9,10 +9,9 @@
 //     producer:   empty? -> TMA -> full          full/empty: one pair of mbarriers a stage
 //     consumer:   full?  -> fragments, wgmma -> empty
 //
-// Blocks are persistent: a block, or a cluster of them, takes tile after tile. In a cluster the
-// blocks either share the tokens (`multicast`: each loads a part of X for all of them) or the
-// tile (`split_k`: each sums a stripe of K; the stripes meet through the cluster's shared memory,
-// always in the same order).
+// Blocks are persistent: each takes tile after tile. What a last, partly filled round of tiles would
+// leave idle is shared out by k (`stream_k`): every block gets the same number of k tiles, and a
+// block that begins a tile which others go on with adds their sums, in order, to its own.
 //
 // A lane's fragments hold the k that wgmma prescribes, two or four neighbours at a time; in a row
 // of plain bytes these lie in every fourth piece of 1, 2 or 4 bytes, so the lanes of a quad read the
@@ -21,8 +20,6 @@
 #include "problem.cuh"
 
 constexpr int block_m = Config::block_m, tiles_n = Config::tiles_n, num_stages = Config::num_stages;
-constexpr int multicast = Config::multicast, split_k = Config::split_k;
-constexpr int cluster_size = multicast * split_k;
 constexpr int consumers = Config::consumers, block_n = consumers * tiles_n * 64, block_k = 128;
 constexpr bool from_registers = !(same<X, s8>::value && same<W, s8>::value);
 constexpr int values = block_m / 2;  // of a thread, for one row tile of 64
@@ -32,9 +29,7 @@ constexpr int threads = 128 * (consumers + 1), blocks_per_sm = consumers == 1 ? 
 constexpr int consumer_registers = consumers == 1 ? 208 : has_zeros ? 232 : 240;
 constexpr int producer_registers = consumer_registers == 240 ? 24 : 40;
 static_assert(consumers == 1 || consumers == 2, "the registers of an SM are shared out for 1 or 2");
-static_assert(multicast == 1 || split_k == 1, "a cluster shares the tokens or the tile");
 static_assert(block_m % 16 == 0 && block_m <= 256, "wgmma takes up to 256 tokens");
-static_assert(block_m / multicast % 8 == 0, "a part of X is whole swizzled lines of eight tokens");
 static_assert(!has_a_zero, "a zero point of the activations needs row sums, which gemm.cu forms");
 
 // A stage: X in columns of 128 bytes, W, and per group the sums of the tokens
@@ -68,33 +63,46 @@ template <class First, class Second> struct Select<false, First, Second> {
   static __device__ __forceinline__ Second& of(First&, Second& second) { return second; }
 };
 
-// The row of tiles, group by group of `raster` token tiles, in which blocks that run at the same
-// time share as many tiles of W and X as they can
-__device__ __forceinline__ int first_tile() { return blockIdx.x / cluster_size; }
-__device__ __forceinline__ int tile_step() { return gridDim.x / cluster_size; }
+// Tiles lie in a row, group by group of `raster` token tiles, so that blocks that run at the same time
+// share as many tiles of W and X as they can.
+struct Segment { int tile, begin, end; };  // k tiles [begin, end) of a tile
 
-struct Tiles {
-  int of_m, of_n;
-  __device__ __forceinline__ Tiles(const Params& p)
-      : of_m(int((p.m + block_m - 1) / block_m)),
-        of_n(int((p.n + block_n * multicast - 1) / (block_n * multicast))) {}
-  __device__ __forceinline__ int count() const { return of_m * of_n; }
-  __device__ __forceinline__ void locate(int tile, int rank, int& m0, int& n0) const {
+// How the tiles are shared out: config.Hopper.shares
+struct Shares {
+  int of_m, of_n, k_tiles;
+  int whole;        // tiles that are shared out whole
+  int each, extra;  // k tiles of the others for every block; the first `extra` get one more
+
+  __device__ __forceinline__ int first_unit(int block) const {
+    return block * each + min(block, extra);
+  }
+  __device__ __forceinline__ void locate(int tile, int& m0, int& n0) const {
     constexpr int raster = Config::raster;
     const int first = tile / (raster * of_n) * raster, height = min(raster, of_m - first);
     const int within = tile - first * of_n;
     m0 = (first + within % height) * block_m;
-    n0 = (within / height * multicast + (multicast > 1 ? rank : 0)) * block_n;
+    n0 = within / height * block_n;
   }
 };
 
-// The stripe of K of a block, in tiles
-struct Stripe {
-  int begin, end;
-  __device__ __forceinline__ Stripe(const Params& p, int rank) {
-    const int tiles = int((p.k + block_k - 1) / block_k), each = (tiles + split_k - 1) / split_k;
-    begin = split_k > 1 ? min(rank * each, tiles) : 0;
-    end = split_k > 1 ? min(begin + each, tiles) : tiles;
+// What a block does, one segment after another
+struct Schedule {
+  int tile = blockIdx.x;  // the next one to take whole
+  int done = 0;           // k tiles of the shared ones
+
+  __device__ __forceinline__ bool next(const Shares& shares, Segment& s) {
+    if (tile < shares.whole) {
+      s = {tile, 0, shares.k_tiles};
+      tile += gridDim.x;
+      return true;
+    }
+    if constexpr (!Config::stream_k) return false;
+    const int unit = shares.first_unit(blockIdx.x) + done;
+    const int left = shares.first_unit(blockIdx.x + 1) - unit;
+    s.tile = shares.whole + unit / shares.k_tiles, s.begin = unit % shares.k_tiles;
+    s.end = min(shares.k_tiles, s.begin + left);
+    done += s.end - s.begin;
+    return left > 0;
   }
 };
 
@@ -109,30 +117,22 @@ struct Ring {
   }
 };
 
-__device__ __forceinline__ void produce(const Params& p, const TensorMap& w_map,
+__device__ __forceinline__ void produce(const Shares& shares, const TensorMap& w_map,
                                         const TensorMap& x_map, const char* x_sums, i64 x_sums_row,
-                                        Ring ring, int rank) {
-  const Tiles tiles(p);
-  const Stripe stripe(p, rank);
-  constexpr int part = block_m / multicast;  // tokens this block loads, for every block
-  for (int tile = first_tile(); tile < tiles.count(); tile += tile_step()) {
+                                        Ring ring) {
+  Schedule schedule;
+  for (Segment s; schedule.next(shares, s);) {
     int m0, n0;
-    tiles.locate(tile, rank, m0, n0);
+    shares.locate(s.tile, m0, n0);
 #pragma unroll 1
-    for (int kt = stripe.begin; kt < stripe.end; ++kt, ring.advance()) {
-      barrier_wait<(multicast > 1)>(ring.empty(), ring.phase ^ 1);
+    for (int kt = s.begin; kt < s.end; ++kt, ring.advance()) {
+      barrier_wait(ring.empty(), ring.phase ^ 1);
       barrier_expect(ring.full(), x_bytes + w_bytes + sum_bytes);
       const u32 data = ring.data();
       tma_load(data + x_bytes, w_map, kt * w_row_bytes, n0, ring.full());
 #pragma unroll
-      for (int c = 0; c < x_columns; ++c) {
-        const u32 to = data + c * x_column_bytes + (multicast > 1 ? rank * part * 128 : 0);
-        const int column = (kt * x_columns + c) * 128;
-        if constexpr (multicast > 1)
-          tma_multicast(to, x_map, column, m0 + rank * part, ring.full(), (1 << multicast) - 1);
-        else
-          tma_load(to, x_map, column, m0, ring.full());
-      }
+      for (int c = 0; c < x_columns; ++c)
+        tma_load(data + c * x_column_bytes, x_map, (kt * x_columns + c) * 128, m0, ring.full());
       if constexpr (has_zeros)
 #pragma unroll
         for (int f = 0; f < flushes; ++f)
@@ -284,37 +284,30 @@ __device__ __forceinline__ void flush(float (&total)[values], const Acc (&acc)[v
   }
 }
 
-// Done with a stage: tell the producers that fill it, one thread of every warp
+// Done with a stage: tell the producer, one thread of every warp
 __device__ __forceinline__ void release(u32 empty) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) {
-    if constexpr (multicast > 1) {
-#pragma unroll
-      for (int r = 0; r < multicast; ++r) barrier_arrive_at(empty, r);
-    } else {
-      barrier_arrive(empty);
-    }
-  }
+  if (threadIdx.x % 32 == 0) barrier_arrive(empty);
 }
 
-// Sum a stripe of K: into `sum` if there is one scale a row, else into `total`.
-__device__ __forceinline__ void mainloop(const Params& p, Ring& ring, const Stripe& stripe,
+// Sum a segment's k tiles: into `sum` if there is one scale a row, else into `total`.
+__device__ __forceinline__ void mainloop(const Params& p, Ring& ring, const Segment& segment,
                                          i64 row0, int wg_row0, int lane, int warp, Sums& sum,
                                          Totals& total) {
   const Lane own(lane, warp);
   u32 previous = 0;  // the stage before this one, which wgmma may still be reading
   u32 a[2][chunk_steps][4];
-  ScaleReader reader(p, row0, lane, stripe.begin);
+  ScaleReader reader(p, row0, lane, segment.begin);
   TileScales scales, next;
   const int groups = int((p.k - 1) / p.group_size) + 1;
   auto groups_left = [&](int kt) { return flushes > 1 ? groups - kt * flushes : 1; };
-  if (grouping != channel && stripe.begin < stripe.end)
-    reader.read(p, next, groups_left(stripe.begin));
+  if (grouping != channel && segment.begin < segment.end)
+    reader.read(p, next, groups_left(segment.begin));
 #pragma unroll 1
-  for (int kt = stripe.begin; kt < stripe.end; ++kt) {
+  for (int kt = segment.begin; kt < segment.end; ++kt) {
     if constexpr (grouping != channel) {
       scales = next;
-      if (kt + 1 < stripe.end) reader.read(p, next, groups_left(kt + 1));
+      if (kt + 1 < segment.end) reader.read(p, next, groups_left(kt + 1));
     }
     barrier_wait(ring.full(), ring.phase);
     const u32 x = ring.data(), w = x + x_bytes + wg_row0 * w_row_bytes;
@@ -331,7 +324,7 @@ __device__ __forceinline__ void mainloop(const Params& p, Ring& ring, const Stri
           wgmma(sum.acc[i], w_tile + (i * 64 * w_row_bytes + s * 32) / 16, x_step(s), true);
       wgmma_commit();
       wgmma_wait<1>();
-      if (kt > stripe.begin) release(previous);
+      if (kt > segment.begin) release(previous);
     } else {
       const char* tile = static_cast<const char*>(__cvta_shared_to_generic(w));
       constexpr int turns = chunks * tiles_n;
@@ -370,7 +363,7 @@ __device__ __forceinline__ void mainloop(const Params& p, Ring& ring, const Stri
   }
   if constexpr (!from_registers) {
     wgmma_wait<0>();
-    if (stripe.end > stripe.begin) release(previous);
+    if (segment.end > segment.begin) release(previous);
   }
 #pragma unroll
   for (int i = 0; i < acc_tiles; ++i) pin_all(sum.acc[i]);
@@ -475,88 +468,55 @@ __device__ __forceinline__ void write_out(const Params& p, char* staging, int wa
   }
 }
 
-// split_k: every block leaves its sums in its shared memory, then finishes a share of the tokens.
-[[maybe_unused]] constexpr int exchange_pitch = block_n + 4;  // words of a token
-
+// A shared tile: every block but its first leaves what it has summed, a thread's values `others` apart.
 template <class T, int tiles>
-__device__ __forceinline__ void leave_sums(T* exchange, int wg_row0, int lane, int warp,
-                                           const T (&v)[tiles][values]) {
+__device__ __forceinline__ void leave(const Params& p, const T (&v)[tiles][values]) {
+  constexpr int others = consumers * 128;
+  uint4* slot = reinterpret_cast<uint4*>(p.workspace) +
+                i64(blockIdx.x) * (tiles * values / 4 * others) + threadIdx.x - 128;
 #pragma unroll
   for (int i = 0; i < tiles; ++i)
 #pragma unroll
-    for (int e = 0; e < values; ++e) {
-      const int token = e / 4 * 8 + lane % 4 * 2 + e % 2;
-      const int row = wg_row0 + i * 64 + warp * 16 + e / 2 % 2 * 8 + lane / 4;
-      exchange[token * exchange_pitch + row] = v[i][e];
-    }
+    for (int e = 0; e < values; e += 4)
+      __stcg(slot + (i * values + e) / 4 * others, reinterpret_cast<const uint4&>(v[i][e]));
+  __threadfence();
+  consumers_sync<consumers * 128>();
+  if (threadIdx.x == 128) store_release(p.arrivals + blockIdx.x, 1);
 }
 
-// What this block finishes of the cluster's tile: four neighbouring rows of a token at a time. The
-// vectors of the epilogue are read while the sums are still under way.
-constexpr int share = (block_m + split_k - 1) / split_k, quads = block_n / 4;
-constexpr int turns_of_share = (share * quads + consumers * 128 - 1) / (consumers * 128);
-
-struct Share {
-  float factor[turns_of_share], scale[4], bias[4];
-  int row, token0;
-
-  __device__ __forceinline__ Share(const Params& p, int rank, i64 m0, i64 n0, int thread) {
-    static_assert(consumers * 128 % quads == 0, "a thread keeps its rows and steps over tokens");
-    row = thread % quads * 4, token0 = rank * share + thread / quads;
-    const float alpha = alpha_of(p);
-#pragma unroll
-    for (int t = 0; t < turns_of_share; ++t)
-      factor[t] = alpha * a_scale_of(p, min(m0 + token(t), p.m - 1));
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const i64 n = min(n0 + row + e, p.n - 1);
-      scale[e] = grouping == channel ? scale_of(p, n, 0) : 1.f;
-      bias[e] = bias_of(p, n);
+// Its first block adds them, in the order of k.
+template <class T, int tiles>
+__device__ __forceinline__ void add_others(const Params& p, const Shares& shares, int tile,
+                                           T (&v)[tiles][values]) {
+  constexpr int others = consumers * 128;
+  const int end = (tile - shares.whole + 1) * shares.k_tiles;
+#pragma unroll 1
+  for (int block = blockIdx.x + 1; shares.first_unit(block) < end; ++block) {
+    if (shares.first_unit(block + 1) == shares.first_unit(block)) continue;
+    if (threadIdx.x == 128) {
+      while (!load_acquire(p.arrivals + block)) {}
+      p.arrivals[block] = 0;  // for the next launch
     }
-  }
-  __device__ __forceinline__ int token(int t) const {
-    return token0 + t * (consumers * 128 / quads);
-  }
-
-  template <class T>
-  __device__ __forceinline__ void finish(const Params& p, const T* exchange, int rank, i64 m0,
-                                         i64 n0) const {
+    consumers_sync<consumers * 128>();
+    const uint4* slot = reinterpret_cast<const uint4*>(p.workspace) +
+                        i64(block) * (tiles * values / 4 * others) + threadIdx.x - 128;
 #pragma unroll
-    for (int t = 0; t < turns_of_share; ++t) {
-      const i64 m = m0 + token(t), n = n0 + row;
-      if (token(t) >= min(block_m, (rank + 1) * share) || m >= p.m || n >= p.n) continue;
-      const u32 from = smem_address(exchange + token(t) * exchange_pitch + row);
-      uint4 part[split_k];
+    for (int i = 0; i < tiles; ++i)
 #pragma unroll
-      for (int r = 0; r < split_k; ++r) part[r] = load_remote(from, r);
-      T v[4] = {0, 0, 0, 0};
+      for (int e = 0; e < values; e += 4) {
+        const uint4 part = __ldcg(slot + (i * values + e) / 4 * others);
+        const T* t = reinterpret_cast<const T*>(&part);
 #pragma unroll
-      for (int r = 0; r < split_k; ++r)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) v[e] += reinterpret_cast<const T*>(&part[r])[e];
-      Out out[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        store_rounded(&out[e], scale[e] * value(v[e]) * factor[t] + bias[e]);
-      Out* to = static_cast<Out*>(p.out) + m * p.n + n;
-      if (p.n % 4 == 0) {
-        if constexpr (sizeof(Out) == 2)
-          *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(out);
-        else
-          *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(out);
-      } else {
-        for (int e = 0; e < 4 && n + e < p.n; ++e) to[e] = out[e];
+        for (int k = 0; k < 4; ++k) v[i][e + k] += t[k];
       }
-    }
   }
-};
+}
 
-extern "C" __global__ void __cluster_dims__(cluster_size, 1, 1)
-    __launch_bounds__(threads, blocks_per_sm)
-        hopper(const __grid_constant__ Params p, const __grid_constant__ TensorMap w_map,
-               const __grid_constant__ TensorMap x_map, const char* x_sums, i64 x_sums_row) {
+extern "C" __global__ void __launch_bounds__(threads, blocks_per_sm)
+    hopper(const __grid_constant__ Params p, const __grid_constant__ Shares shares,
+           const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
+           const char* x_sums, i64 x_sums_row) {
   extern __shared__ __align__(1024) char smem[];
-  const int rank = cluster_size > 1 ? cluster_rank() : 0;
   Ring ring{smem_address(smem) + barriers_bytes, smem_address(smem)};
 
   if (threadIdx.x == 0) {
@@ -565,61 +525,46 @@ extern "C" __global__ void __cluster_dims__(cluster_size, 1, 1)
 #pragma unroll 1
     for (int s = 0; s < num_stages; ++s) {
       barrier_init(ring.barriers + s * 8, 1);
-      barrier_init(ring.barriers + (num_stages + s) * 8, consumers * 4 * multicast);
+      barrier_init(ring.barriers + (num_stages + s) * 8, consumers * 4);
     }
     publish_barriers();
   }
-  if constexpr (cluster_size > 1)
-    cluster_sync();
-  else
-    __syncthreads();
+  __syncthreads();
 
   if (threadIdx.x < 128) {
     give_registers<producer_registers>();
-    if (threadIdx.x == 0) produce(p, w_map, x_map, x_sums, x_sums_row, ring, rank);
-    __syncwarp();
-    if constexpr (split_k > 1) {  // as the consumers do, of whom each cluster has one tile
-      cluster_sync();
-      cluster_sync();
-    }
-  } else {
-    take_registers<consumer_registers>();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, wg = threadIdx.x / 128 - 1;
-    const int wg_row0 = wg * tiles_n * 64;
-    const Tiles tiles(p);
-    const Stripe stripe(p, rank);
-#pragma unroll 1
-    for (int tile = first_tile(); tile < tiles.count(); tile += tile_step()) {
-      int m0, n0;
-      tiles.locate(tile, rank, m0, n0);
-      const i64 row0 = n0 + wg_row0 + warp * 16;
-      Sums sum;
-      Totals total;
-#pragma unroll
-      for (int i = 0; i < acc_tiles; ++i)
-#pragma unroll
-        for (int e = 0; e < values; ++e) sum.acc[i][e] = 0;
-      if constexpr (grouping != channel)
-#pragma unroll
-        for (int i = 0; i < tiles_n; ++i)
-#pragma unroll
-          for (int e = 0; e < values; ++e) total.acc[i][e] = 0;
-      mainloop(p, ring, stripe, row0, wg_row0, lane, warp, sum, total);
-      if constexpr (split_k > 1) {
-        const Share share_of_tile(p, rank, m0, n0, threadIdx.x - 128);
-        consumers_sync<consumers * 128>();  // the ring is read to its end, and never filled again
-        using T = typename Select<grouping == channel, Acc, float>::type;
-        T* exchange = reinterpret_cast<T*>(smem + barriers_bytes);
-        leave_sums(exchange, wg_row0, lane, warp,
-                   Select<grouping == channel, Sums, Totals>::of(sum, total).acc);
-        cluster_sync();
-        share_of_tile.finish(p, exchange, rank, m0, n0);
-        cluster_sync();
-      } else {
-        char* staging = smem + barriers_bytes + num_stages * stage_bytes + wg * staging_bytes;
-        write_out(p, staging, wg + 1, m0, n0 + wg_row0, lane, warp, sum, total);
-      }
-    }
+    if (threadIdx.x == 0) produce(shares, w_map, x_map, x_sums, x_sums_row, ring);
+    return;
   }
-  if constexpr (multicast > 1) cluster_sync();  // no block leaves while others write into it
+  take_registers<consumer_registers>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, wg = threadIdx.x / 128 - 1;
+  const int wg_row0 = wg * tiles_n * 64;
+  Schedule schedule;
+#pragma unroll 1
+  for (Segment s; schedule.next(shares, s);) {
+    int m0, n0;
+    shares.locate(s.tile, m0, n0);
+    Sums sum;
+    Totals total;
+#pragma unroll
+    for (int i = 0; i < acc_tiles; ++i)
+#pragma unroll
+      for (int e = 0; e < values; ++e) sum.acc[i][e] = 0;
+    if constexpr (grouping != channel)
+#pragma unroll
+      for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+        for (int e = 0; e < values; ++e) total.acc[i][e] = 0;
+    mainloop(p, ring, s, n0 + wg_row0 + warp * 16, wg_row0, lane, warp, sum, total);
+    if constexpr (Config::stream_k) {
+      auto& result = Select<grouping == channel, Sums, Totals>::of(sum, total).acc;
+      if (s.begin > 0) {
+        leave(p, result);
+        continue;
+      }
+      if (s.end < shares.k_tiles) add_others(p, shares, s.tile, result);
+    }
+    char* staging = smem + barriers_bytes + num_stages * stage_bytes + wg * staging_bytes;
+    write_out(p, staging, wg + 1, m0, n0 + wg_row0, lane, warp, sum, total);
+  }
 }

@@ -1,4 +1,4 @@
-// What only Hopper has, one PTX instruction a function: TMA, mbarriers, wgmma's fences, clusters.
+// What only Hopper has, one PTX instruction a function: TMA, mbarriers, wgmma's fences.
 // The wgmma instructions themselves name every register, so source.py writes them for each Config.
 #pragma once
 #include "memory.cuh"
@@ -18,31 +18,14 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive_at(u32 barrier, int rank) {
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
-}
 // Wait until the phase of this parity is over
-template <bool cluster_wide = false>
 __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
-  if constexpr (cluster_wide)
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-  else
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 // Barriers made by one thread, before anything else uses them
 __device__ __forceinline__ void publish_barriers() {
@@ -58,15 +41,6 @@ __device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, int col
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
-// ... into the same place of every block of the cluster that `mask` names
-__device__ __forceinline__ void tma_multicast(u32 smem, const TensorMap& map, int column, int row,
-                                              u32 barrier, unsigned short mask) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(smem),
-      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(mask)
-      : "memory");
-}
 // `bytes`, a multiple of 16, of plain memory
 __device__ __forceinline__ void bulk_load(u32 smem, const char* from, int bytes, u32 barrier) {
   asm volatile(
@@ -79,31 +53,18 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// ---- clusters -----------------------------------------------------------------------------------
-__device__ __forceinline__ int cluster_rank() {
-  int rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
+// ---- memory -------------------------------------------------------------------------------------
+__device__ __forceinline__ void store_release(int* to, int v) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
 }
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+__device__ __forceinline__ int load_acquire(const int* from) {
+  int v;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+  return v;
 }
 __device__ __forceinline__ float2 load_shared_float2(u32 smem) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(smem));
-  return v;
-}
-// Four words of shared memory of another block of the cluster
-__device__ __forceinline__ uint4 load_remote(u32 smem, int rank) {
-  uint4 v;
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [remote];\n}"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "r"(smem), "r"(rank)
-      : "memory");
   return v;
 }
 

@@ -49,8 +49,8 @@ class MatmulPlan(NamedTuple):
     out_dtype: torch.dtype
     device: torch.device
     report: tuple[Any, ...]
-    tiles: int = 0  # split_k > 1: that many arrival counters
-    workspace: int = 0  # split_k > 1: that many floats
+    tiles: int = 0  # K split among blocks: that many arrival counters
+    workspace: int = 0  # and that many floats
     tail: launch_hopper.Tail | None = None
 
     def run(
@@ -80,7 +80,7 @@ class MatmulPlan(NamedTuple):
             workspace = partial.data_ptr()
             arrivals, counters = arrival_counters(a, stream, self.tiles)
             kept = kept, partial, counters
-        elif self.tail is not None:
+        if self.tail is not None:
             tail, sums = self.tail(a, w, stream)
             kept = kept, sums
         self.launch(
@@ -154,7 +154,7 @@ def make(
     )
     gpu = device_of(device.index)
     c = config.pick(gpu, shape)
-    grid = c.grid(m, p.n, gpu.sm_count) if isinstance(c, config.Hopper) else c.grid(m, p.n)
+    grid = c.grid(m, p.n, p.k, gpu.sm_count) if isinstance(c, config.Hopper) else c.grid(m, p.n)
     parameters = _PARAMS.pack(
         *[0] * _WORDS,
         m,
@@ -168,10 +168,13 @@ def make(
         0 if a_scale is None or a_scale.numel() == 1 else a_scale.stride(0),
         0 if a_zero is None or a_zero.numel() == 1 else a_zero.stride(0),
         *(_dtype_code(t) for t in (bias, alpha, a_scale, a_zero)),
-    ) + bytes(launch_hopper.NUM_BYTES if isinstance(c, config.Hopper) else 0)
+    )
+    if isinstance(c, config.Hopper):
+        parameters += launch_hopper.parameters(c, m, p.n, p.k, grid[0])
     kernel = jit.get(c, device.index)
+    smem = c.smem_of(p.n, p.k) if isinstance(c, config.SkinnyRing) else c.smem_bytes
     plan = MatmulPlan(
-        launch=kernel.bind(grid, (c.threads, 1, 1), c.smem_bytes, parameters, _WORDS),
+        launch=kernel.bind(grid, (c.threads, 1, 1), smem, parameters, _WORDS),
         copies=_operands if copies else None,
         out_shape=out_shape,
         out_strides=strides,
@@ -181,6 +184,8 @@ def make(
     )
     if isinstance(c, config.Hopper):
         plan = plan._replace(tail=launch_hopper.tail(c, x, w, p.k))
+        if c.stream_k:
+            plan = plan._replace(tiles=grid[0], workspace=grid[0] * c.values_per_block)
     elif isinstance(c, config.Gemm) and c.split_k > 1:
         tiles = grid[0]
         plan = plan._replace(tiles=tiles, workspace=tiles * c.split_k * c.values_per_block)

@@ -16,7 +16,13 @@ from .plans import contiguous_strides, empty
 
 _SUMS_PARAMS = struct.Struct("=7q")
 _SUMS_WORDS = 2  # pointers, which come first
-NUM_BYTES = 2 * tensor_map.NUM_BYTES + 16
+_SHARES = struct.Struct("=6i")
+_TAIL_BYTES = 2 * tensor_map.NUM_BYTES + 16
+
+
+def parameters(c: config.Hopper, m: int, n: int, k: int, blocks: int) -> bytes:
+    """What follows the parameters of every GEMM, with room for a Tail."""
+    return _SHARES.pack(*c.shares(m, n, k, blocks)) + bytes(_TAIL_BYTES)
 
 
 class Tail(NamedTuple):
@@ -57,7 +63,7 @@ def tail(c: config.Hopper, x: Tensor, w: Tensor, k: int) -> Tail:
         rows=(w.shape[0], w.shape[1] * w.element_size(), w.stride(0) * w.element_size()),
         w_box=(c.block_n, config.HOPPER_BLOCK_K * config.BITS[c.w_kind] // 8),
         tokens=(m, k * x.element_size(), x.stride(0) * x.element_size()),
-        x_box=(c.block_m // c.multicast, 128),
+        x_box=(c.block_m, 128),
         sums=sums,
         sums_shape=shape,
         device=x.device,

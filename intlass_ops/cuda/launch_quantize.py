@@ -18,22 +18,24 @@ from . import jit
 from .kernel import Launch
 from .plans import ALIGNMENT, TYPE, Key, contiguous_strides, empty, remember
 
-_PARAMS = struct.Struct("=7q")
-_WORDS = 5  # pointers and the seed
+_PARAMS = struct.Struct("=10qd")
+_WORDS = 6  # pointers and the seed
 
 
 class QuantizePlan(NamedTuple):
     """The quantisation of one signature."""
 
     launch: Launch | None  # None: nothing to compute
-    copies: Callable[[Tensor], Tensor] | None  # x, made contiguous
+    copies: Callable[[Tensor], Tensor] | None  # x, and what it is combined with, made contiguous
     codes: tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
     scale_shape: tuple[int, ...]
     scale_strides: tuple[int, ...]
     symmetric: bool
     device: torch.device
 
-    def run(self, x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    def run(
+        self, x: Tensor, seed: int | None = None, other: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(codes, scale, zero); zero is an empty tensor where the quantiser is symmetric."""
         q = empty(*self.codes, self.device)
         scale = empty(self.scale_shape, self.scale_strides, torch.float32, self.device)
@@ -43,10 +45,12 @@ class QuantizePlan(NamedTuple):
             else empty(self.scale_shape, self.scale_strides, torch.int32, self.device)
         )
         if self.launch is not None:
-            rows = x if self.copies is None else self.copies(x)
+            if self.copies is not None:
+                x, other = self.copies(x), None if other is None else self.copies(other)
             self.launch(
                 (
-                    rows.data_ptr(),
+                    x.data_ptr(),
+                    0 if other is None else other.data_ptr(),
                     q.data_ptr(),
                     scale.data_ptr(),
                     zero.data_ptr(),
@@ -74,24 +78,37 @@ def make(
     scale_shape: tuple[int, ...],
     bits: int,
     symmetric: bool,
-    stochastic: bool,
+    stochastic: bool = False,
+    before: config.Before = config.Before.NONE,
+    other: Tensor | None = None,
+    eps: float = 0.0,
 ) -> QuantizePlan:
     """The plan for segments [S, L] of x that have one scale each, remembered by ``key``.
 
-    For INT4, L is even unless a segment is a row of the tensor.
+    For INT4, L is even unless a segment is a row of the tensor. ``other``: the weight of an RMS
+    norm, or the factor of silu(x).
     """
-    copied = x.contiguous()
+    strides = [_row_stride(t, length) for t in (x, other) if t is not None]
+    copies = None in strides
+    x_stride, other_stride = (length, length) if copies else (*strides, 0)[:2]
     launch = None
     if segments:
-        vector = 8 if length % 8 == 0 and copied.data_ptr() % ALIGNMENT == 0 else 2
-        c = config.pick_quantize(TYPE[x.dtype], bits, symmetric, stochastic, vector, max(length, 1))
-        parameters = _PARAMS.pack(*[0] * _WORDS, segments, length)
+        c = config.pick_quantize(
+            TYPE[x.dtype],
+            bits,
+            symmetric,
+            stochastic,
+            8 if all(_aligned(t, length, copies) for t in (x, other)) else 2,
+            max(length, 1),
+            before,
+        )
+        parameters = _PARAMS.pack(*[0] * _WORDS, segments, length, x_stride, other_stride, eps)
         grid = math.ceil(segments / (c.threads // c.threads_per_segment)), 1, 1
         kernel = jit.get(c, x.device.index)
         launch = kernel.bind(grid, (c.threads, 1, 1), 0, parameters, _WORDS)
     plan = QuantizePlan(
         launch=launch,
-        copies=None if copied is x else Tensor.contiguous,
+        copies=Tensor.contiguous if copies else None,
         codes=(
             codes_shape,
             contiguous_strides(codes_shape),
@@ -103,6 +120,33 @@ def make(
         device=x.device,
     )
     return remember(_plans, key, plan)
+
+
+def _row_stride(t: Tensor, length: int) -> int | None:
+    """Elements from one row [..., L] to the next; None where rows do not lie at equal distances."""
+    if t.is_contiguous():
+        return length
+    if t.dim() < 2 or t.shape[-1] != length or t.stride(-1) != 1:
+        return None
+    rows = t.flatten(0, -2) if t.dim() == 2 or _is_flat(t) else None
+    return None if rows is None else rows.stride(0)
+
+
+def _is_flat(t: Tensor) -> bool:
+    """Whether all dimensions but the last are one, as far as strides go."""
+    return all(t.stride(i) == t.stride(i + 1) * t.shape[i + 1] for i in range(t.dim() - 2))
+
+
+def _aligned(t: Tensor | None, length: int, copied: bool) -> bool:
+    """Rows of whole vectors that start on 16-byte boundaries."""
+    if t is None:
+        return True
+    if length % 8:
+        return False
+    if copied and not t.is_contiguous():
+        return True
+    step = (_row_stride(t, length) or 0) * t.element_size()
+    return t.data_ptr() % ALIGNMENT == 0 and step % ALIGNMENT == 0
 
 
 def _signed(word: int) -> int:

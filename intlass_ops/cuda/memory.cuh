@@ -37,10 +37,13 @@ __device__ __forceinline__ u32 smem_address(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));
 }
 
-// 16 bytes, of which the first `valid` are read and the rest are zero
-__device__ __forceinline__ void cp_async_16(u32 smem, const void* gmem, int valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(valid)
-               : "memory");
+// 16 bytes from global memory, or zeros
+__device__ __forceinline__ void cp_async_16(u32 smem, const void* gmem, bool zeros) {
+  asm volatile(
+      "{.reg .pred zeros; setp.ne.b32 zeros, %2, 0; "
+      "cp.async.cg.shared.global [%0], [%1], 16, zeros;}" ::"r"(smem),
+      "l"(gmem), "r"(int(zeros))
+      : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;"); }
 template <int n> __device__ __forceinline__ void cp_async_wait() {
@@ -61,82 +64,133 @@ __device__ __forceinline__ void load_shared(u32 (&v)[words], const char* from) {
   }
 }
 
-// A tile of rows in shared memory, kept in 16-byte chunks. A warp reads one span of eight rows at a
-// time, each lane its own words; the chunks of a row are permuted (XOR) so that such a read touches
-// every bank once:
-//
-//     chunk j of row r lies at chunk  j ^ swizzle(r)  of that row
-template <class Kind, int rows_, int block_k> struct SmemTile {
+// Four, two or one 8x8 matrices of 16-bit words, one register of a lane each; every eight lanes give
+// the addresses of the eight rows of one matrix.
+template <int count> __device__ __forceinline__ void load_matrices(u32* r, u32 smem) {
+  static_assert(count == 4 || count == 2 || count == 1, "what ldmatrix loads");
+  if constexpr (count == 4)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(smem)
+                 : "memory");
+  else if constexpr (count == 2)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(smem)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                 : "=r"(r[0])
+                 : "r"(smem)
+                 : "memory");
+}
+
+// `count` words of this lane alone
+template <int count> __device__ __forceinline__ void load_words(u32* r, u32 smem) {
+  static_assert(count == 4 || count == 2, "half a chunk or all of it");
+  if constexpr (count == 4)
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(smem)
+                 : "memory");
+  else
+    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(smem) : "memory");
+}
+
+// Neighbouring words to global memory, in stores of up to 16 bytes
+template <int words> __device__ __forceinline__ void store_global(void* to, const u32 (&v)[words]) {
+  if constexpr (words % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < words; i += 4)
+      static_cast<uint4*>(to)[i / 4] = make_uint4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+  } else if constexpr (words == 2) {
+    *static_cast<uint2*>(to) = make_uint2(v[0], v[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < words; ++i) static_cast<u32*>(to)[i] = v[i];
+  }
+}
+
+// A tile of rows in shared memory, kept in 16-byte chunks. A warp reads eight rows `period` apart at
+// a time, of each `read` neighbouring chunks; the chunks of a 128-byte line are permuted (XOR) so
+// that such a read touches every bank once.
+template <class Kind, int rows_, int block_k, int read, int stride> struct SmemTile {
   static constexpr int rows = rows_;
   static constexpr int row_bytes = block_k * Kind::bits / 8;
   static constexpr int bytes = rows * row_bytes;
-  static constexpr int words = span_words<Kind>;
   static constexpr int chunks = row_bytes / 16;  // of a row
   static constexpr int rows_per_line = chunks < 8 ? 8 / chunks : 1;
-  static constexpr int chunks_per_read = words;  // four lanes of 4 * words bytes
-  static_assert(row_bytes % 16 == 0 && (chunks & (chunks - 1)) == 0,
+  static constexpr int period = stride > rows_per_line ? stride : rows_per_line;
+  static_assert(row_bytes % 16 == 0 && (chunks & (chunks - 1)) == 0 && chunks >= read,
                 "block_k must make a row of the tile a power-of-two number of 16-byte chunks");
 
-  static __device__ __forceinline__ int swizzle(int row) {
-    return (row / rows_per_line * chunks_per_read) & (chunks < 8 ? chunks - 1 : 7);
+  static __device__ __forceinline__ constexpr u32 swizzle(int row) {
+    return (row / period * read & 7) << 4;
   }
   static __device__ __forceinline__ u32 chunk_offset(int row, int chunk) {
-    return row * row_bytes + ((chunk ^ swizzle(row)) << 4);
-  }
-  // A lane's words of span `s` of row `row`; quarter = lane % 4
-  static __device__ __forceinline__ void load(u32 (&v)[words], const char* base, int row, int s,
-                                              int quarter) {
-    const int byte = s * span_bytes<Kind> + quarter * words * 4;
-    load_shared(v, base + chunk_offset(row, byte >> 4) + (byte & 15));
+    return (row * row_bytes + chunk * 16) ^ swizzle(row);
   }
 };
 
 // Fills one tile after another along the rows of a row-major matrix. A thread copies the same
 // 16-byte column of every row_step-th row, so that all it keeps is a pointer and a byte count.
-// Whatever lies outside the matrix becomes zero. `aligned`: rows start on 16-byte boundaries.
+// Past the end of a row it writes zeros; rows past the last are left as they are, since nothing
+// that comes of them is stored. `aligned`: rows start and end on 16-byte boundaries.
 template <class Tile, int threads, bool aligned> struct TileFiller {
   static constexpr int row_step = threads / Tile::chunks;
-  static constexpr int steps = (Tile::rows + row_step - 1) / row_step;
-  static_assert(threads % Tile::chunks == 0 && row_step % 8 == 0,
-                "the rows of a thread must share one swizzle, which repeats every eight rows");
+  static constexpr int copies = (Tile::rows + row_step - 1) / row_step;
+  static_assert(threads % Tile::chunks == 0 && row_step % Tile::period == 0 &&
+                    (row_step & (row_step - 1)) == 0,
+                "the swizzles of a thread's rows differ by the bits of their number");
 
   const char* from;
   i64 step_bytes;
-  int to, rows_left, bytes_left;
+  u32 to;
+  int rows_left, bytes_left;
 
-  __device__ __forceinline__ TileFiller(const char* gmem, i64 stride, i64 row0, i64 matrix_rows,
-                                        int byte0, int matrix_bytes) {
+  __device__ __forceinline__ TileFiller(u32 smem, const char* gmem, i64 stride, i64 row0,
+                                        i64 matrix_rows, int byte0, int matrix_bytes) {
     const int row = threadIdx.x / Tile::chunks, chunk = threadIdx.x % Tile::chunks;
     from = gmem + (row0 + row) * stride + byte0 + chunk * 16;
     step_bytes = row_step * stride;
-    to = Tile::chunk_offset(row, chunk);
+    to = smem + Tile::chunk_offset(row, chunk);
     rows_left = int(min(i64(Tile::rows), matrix_rows - row0)) - row;
     bytes_left = matrix_bytes - byte0 - chunk * 16;
   }
 
-  __device__ __forceinline__ void fill_next(char* tile) {
-    const int valid = max(0, min(16, bytes_left));
-    const char* p = from;
+  // The part-th of `parts` shares of a tile, `stage` bytes from the first one's place
+  template <int part, int parts> __device__ __forceinline__ void fill(u32 stage) {
 #pragma unroll
-    for (int i = 0; i < steps; ++i, p += step_bytes) {
-      if (Tile::rows % row_step && i == steps - 1 &&
-          int(threadIdx.x) / Tile::chunks + i * row_step >= Tile::rows)
-        break;
-      copy_16(tile + to + i * row_step * Tile::row_bytes, p, i * row_step < rows_left ? valid : 0);
-    }
+    for (int i = copies * part / parts; i < copies * (part + 1) / parts; ++i)
+      if (i * row_step < rows_left)
+        copy_16(((to + stage) ^ Tile::swizzle(i * row_step)) + i * row_step * Tile::row_bytes,
+                from + i * step_bytes);
+  }
+  __device__ __forceinline__ void advance(bool more) {
     from += Tile::row_bytes;
     bytes_left -= Tile::row_bytes;
+    if (!more) rows_left = 0;
   }
 
-  static __device__ __forceinline__ void copy_16(char* to, const char* from, int valid) {
+  __device__ __forceinline__ void copy_16(u32 to, const char* from) const {
     if constexpr (aligned) {
-      cp_async_16(smem_address(to), from, valid);
+      cp_async_16(to, from, bytes_left <= 0);
     } else {
-      u32 v[4] = {0, 0, 0, 0};
+      // aligned words, each of which holds a byte that is wanted, shifted into place
+      const int valid = bytes_left, skew = int(reinterpret_cast<unsigned long long>(from) & 3);
+      const u32* words = reinterpret_cast<const u32*>(from - skew);
+      u32 v[5];
 #pragma unroll
-      for (int b = 0; b < 16; ++b)
-        if (b < valid) v[b / 4] |= u32(static_cast<unsigned char>(from[b])) << (8 * (b % 4));
-      *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
+      for (int i = 0; i < 5; ++i) v[i] = 4 * i < valid + skew && valid > 0 ? words[i] : 0u;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int left = valid - 4 * i;
+        v[i] = __funnelshift_r(v[i], v[i + 1], 8 * skew);
+        if (left < 4) v[i] &= left <= 0 ? 0u : (1u << 8 * left) - 1;
+      }
+      asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v[0]), "r"(v[1]),
+                   "r"(v[2]), "r"(v[3])
+                   : "memory");
     }
   }
 };

@@ -1,16 +1,24 @@
 // Symmetric and asymmetric quantisation of segments x[s, :] that share one scale (formulas in
-// reference.py: quantization_parameters, quantize). `threads_per_segment` threads read a segment
-// once, keep it in registers, reduce its range, and write its codes: one read, one write. Segments
-// too long for the registers (chunks == 0) are read twice.
+// reference.py: quantization_parameters, quantize), alone or behind what a transformer puts before
+// it, rounded to x's type as the modules do:
+//
+//     none       x
+//     rms_norm   x / sqrt(mean(x^2) + eps) * weight, computed in fp32, rounded once
+//     silu_mul   round(silu(x)) * other, rounded
+//
+// `threads_per_segment` threads read a segment once, keep it in registers, reduce its range, and write
+// its codes: one read, one write. Segments too long for the registers (chunks == 0) are read again.
 #include "memory.cuh"
 
 struct Params {
   const void* x;
+  const void* other;  // rms_norm: weight [length] or null. silu_mul: factor [segments, length]
   void* q;
   float* scale;
   int* zero;
   unsigned long long seed;
-  i64 segments, length;
+  i64 segments, length, x_stride, other_stride;  // of rows, in elements
+  double eps;
 };
 
 using T = Config::x_type;
@@ -19,6 +27,8 @@ constexpr int group = Config::threads_per_segment, threads = Config::threads;
 constexpr int chunks = Config::chunks;  // vectors of a thread, 0: any number
 constexpr int bits = Config::bits;
 constexpr bool symmetric = Config::symmetric, stochastic = Config::stochastic;
+enum Before { none, rms_norm, silu_mul };
+constexpr int before = Config::before;
 constexpr float qmax = bits == 8 ? 127.f : 7.f;
 constexpr float levels = symmetric ? qmax : float((1 << bits) - 1);
 constexpr float low_code = symmetric ? -qmax : (bits == 8 ? -128.f : 0.f);
@@ -27,6 +37,7 @@ static_assert(threads % group == 0 && group % 32 == 0, "whole warps share a segm
 
 struct Vector { T v[vector]; };
 
+template <bool streamed = true>
 __device__ __forceinline__ Vector load(const T* p, i64 i, i64 length) {
   Vector r;
   if constexpr (vector * sizeof(T) >= 16) {
@@ -34,7 +45,7 @@ __device__ __forceinline__ Vector load(const T* p, i64 i, i64 length) {
       const int4* from = reinterpret_cast<const int4*>(p + i);
 #pragma unroll
       for (int c = 0; c < int(vector * sizeof(T) / 16); ++c)
-        reinterpret_cast<int4*>(r.v)[c] = __ldcs(from + c);
+        reinterpret_cast<int4*>(r.v)[c] = streamed ? __ldcs(from + c) : __ldg(from + c);
       return r;
     }
   }
@@ -44,8 +55,32 @@ __device__ __forceinline__ Vector load(const T* p, i64 i, i64 length) {
 }
 
 // max and min that let NaN through
-__device__ __forceinline__ float nan_max(float a, float b) { return a != a || a > b ? a : b; }
-__device__ __forceinline__ float nan_min(float a, float b) { return a != a || a < b ? a : b; }
+__device__ __forceinline__ float nan_max(float a, float b) {
+  float d;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+__device__ __forceinline__ float nan_min(float a, float b) {
+  float d;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
+// Combine a value over the threads of the segment, in the same order in all of them.
+template <class Combine> __device__ __forceinline__ float over_segment(float v, Combine combine) {
+#pragma unroll
+  for (int d = 16; d; d /= 2) v = combine(v, __shfl_xor_sync(~0u, v, d));
+  if constexpr (group > 32) {
+    __shared__ float warps[threads / 32];
+    const int warp = threadIdx.x / 32, first = warp / (group / 32) * (group / 32);
+    warps[warp] = v;
+    __syncthreads();
+    v = warps[first];
+#pragma unroll
+    for (int w = 1; w < group / 32; ++w) v = combine(v, warps[first + w]);
+  }
+  return v;
+}
 
 struct Range {
   float low = 0.f, high = 0.f;  // symmetric: high alone, of |x|
@@ -58,23 +93,9 @@ struct Range {
       if constexpr (!symmetric) low = nan_min(v, low);
     }
   }
-  __device__ __forceinline__ void merge(float other_low, float other_high) {
-    high = nan_max(other_high, high);
-    if constexpr (!symmetric) low = nan_min(other_low, low);
-  }
-  // over the threads of the segment; every thread gets the result
   __device__ __forceinline__ void reduce() {
-#pragma unroll
-    for (int d = 16; d; d /= 2) merge(__shfl_xor_sync(~0u, low, d), __shfl_xor_sync(~0u, high, d));
-    if constexpr (group > 32) {
-      __shared__ float lows[threads / 32], highs[threads / 32];
-      const int warp = threadIdx.x / 32, first = warp / (group / 32) * (group / 32);
-      lows[warp] = low;
-      highs[warp] = high;
-      __syncthreads();
-#pragma unroll
-      for (int w = 0; w < group / 32; ++w) merge(lows[first + w], highs[first + w]);
-    }
+    high = over_segment(high, [](float a, float b) { return nan_max(a, b); });
+    if constexpr (!symmetric) low = over_segment(low, [](float a, float b) { return nan_min(a, b); });
   }
 };
 
@@ -87,34 +108,62 @@ __device__ __forceinline__ float uniform(unsigned long long seed, unsigned long 
   return float(h >> 8) * 0x1p-24f;
 }
 
-__device__ __forceinline__ int code(float v, float scale, float zero, const Params& p, i64 index) {
-  float r = __fdiv_rn(v, scale);
-  if constexpr (stochastic) {
-    const float below = floorf(r);
-    r = below + (uniform(p.seed, index) < r - below ? 1.f : 0.f);
-  } else {
-    r = rintf(r);
+// round(x / scale) + zero. Division costs more than everything else here, so quotients come from the
+// reciprocal, and are divided after all where that might round to the other side.
+struct Coder {
+  static constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer, ties to even
+  float scale, zero, reciprocal;
+  bool plain;  // no NaN, infinity or subnormal anywhere near
+
+  __device__ __forceinline__ Coder(float scale, float zero) : scale(scale), zero(zero) {
+    reciprocal = __frcp_rn(scale);
+    plain = !stochastic && scale > 0x1p-100f && scale < 0x1p100f;
   }
-  r += zero;
-  if (r != r) return 0;
-  return int(fminf(fmaxf(r, low_code), high_code));
+  __device__ __forceinline__ int exact(float v, unsigned long long seed, i64 index) const {
+    float r = __fdiv_rn(v, scale);
+    if constexpr (stochastic) {
+      const float below = floorf(r);
+      r = below + (uniform(seed, index) < r - below ? 1.f : 0.f);
+    } else {
+      r = rintf(r);
+    }
+    r += zero;
+    if (r != r) return 0;
+    return int(fminf(fmaxf(r, low_code), high_code));
+  }
+  // Codes, of which only the low `bits` bits count.
+  __device__ __forceinline__ void codes(int (&c)[vector], const Vector& x, unsigned long long seed,
+                                        i64 index) const {
+    bool sure = plain;
+#pragma unroll
+    for (int e = 0; e < vector; ++e) {
+      const float v = as_float(x.v[e]), rounded = __fmaf_rn(v, reciprocal, magic);
+      // |quotient| < 256 is off by less than 1e-4
+      sure &= fabsf(__fmaf_rn(v, reciprocal, magic - rounded)) < 0.4999f;
+      c[e] = __float_as_int(rounded);
+      if constexpr (!symmetric)
+        c[e] = min(max(c[e] - __float_as_int(magic) + int(zero), int(low_code)), int(high_code));
+    }
+    if (sure) return;
+#pragma unroll
+    for (int e = 0; e < vector; ++e) c[e] = exact(as_float(x.v[e]), seed, index + e);
+  }
+};
+
+__device__ __forceinline__ u32 four_bytes(int a, int b, int c, int d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
 __device__ __forceinline__ void store(const Params& p, i64 segment, i64 i, const Vector& r,
-                                      float scale, float zero) {
+                                      const Coder& coder) {
   if (i >= p.length) return;
   int c[vector];
-#pragma unroll
-  for (int e = 0; e < vector; ++e)
-    c[e] =
-        i + e < p.length ? code(as_float(r.v[e]), scale, zero, p, segment * p.length + i + e) : 0;
+  coder.codes(c, r, p.seed, segment * p.length + i);
   if constexpr (bits == 8) {
     signed char* q = static_cast<signed char*>(p.q) + segment * p.length + i;
     if constexpr (vector == 8) {
-      char4 lo = {(signed char)c[0], (signed char)c[1], (signed char)c[2], (signed char)c[3]};
-      char4 hi = {(signed char)c[4], (signed char)c[5], (signed char)c[6], (signed char)c[7]};
-      reinterpret_cast<char4*>(q)[0] = lo;
-      reinterpret_cast<char4*>(q)[1] = hi;
+      const uint2 words = {four_bytes(c[0], c[1], c[2], c[3]), four_bytes(c[4], c[5], c[6], c[7])};
+      *reinterpret_cast<uint2*>(q) = words;
     } else {
 #pragma unroll
       for (int e = 0; e < vector; ++e)
@@ -124,7 +173,8 @@ __device__ __forceinline__ void store(const Params& p, i64 segment, i64 i, const
     unsigned char* q = static_cast<unsigned char*>(p.q) + segment * ((p.length + 1) / 2) + i / 2;
     u32 word = 0;
 #pragma unroll
-    for (int e = 0; e < vector; ++e) word |= u32(c[e] & 15) << (4 * e);
+    for (int e = 0; e < vector; ++e)
+      if (vector == 8 || i + e < p.length) word |= u32(c[e] & 15) << (4 * e);
     if constexpr (vector == 8)
       *reinterpret_cast<u32*>(q) = word;
     else
@@ -132,22 +182,77 @@ __device__ __forceinline__ void store(const Params& p, i64 segment, i64 i, const
   }
 }
 
+__device__ __forceinline__ T rounded(float v) {
+  T r;
+  store_rounded(&r, v);
+  return r;
+}
+
+// What comes before, for a vector of the segment.
+struct Stage {
+  const T* other;
+  float factor = 1.f;  // rms_norm: 1 / sqrt(mean(x^2) + eps)
+
+  __device__ __forceinline__ void apply(Vector& x, i64 i, i64 length) const {
+    if constexpr (before == rms_norm) {
+      const Vector w = other ? load<false>(other, i, length) : Vector{};
+#pragma unroll
+      for (int e = 0; e < vector; ++e) {
+        const float v = as_float(x.v[e]) * factor;
+        x.v[e] = rounded(other ? v * as_float(w.v[e]) : v);
+      }
+    } else if constexpr (before == silu_mul) {
+      const Vector w = load(other, i, length);
+#pragma unroll
+      for (int e = 0; e < vector; ++e) {
+        const float v = as_float(x.v[e]);
+        x.v[e] = rounded(as_float(rounded(__fdiv_rn(v, 1.f + expf(-v)))) * as_float(w.v[e]));
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ float sum_of_squares(const Vector& x) {
+  float sum = 0.f;
+#pragma unroll
+  for (int e = 0; e < vector; ++e) sum = __fmaf_rn(as_float(x.v[e]), as_float(x.v[e]), sum);
+  return sum;
+}
+
 extern "C" __global__ void __launch_bounds__(threads) quantize(const __grid_constant__ Params p) {
   const i64 segment = i64(blockIdx.x) * (threads / group) + threadIdx.x / group;
   const bool exists = segment < p.segments;
-  const T* x = static_cast<const T*>(p.x) + (exists ? segment : 0) * p.length;
+  const T* x = static_cast<const T*>(p.x) + (exists ? segment : 0) * p.x_stride;
   const i64 first = threadIdx.x % group * vector, step = group * vector;
+  Stage stage{static_cast<const T*>(p.other)};
+  if constexpr (before == silu_mul) stage.other += (exists ? segment : 0) * p.other_stride;
 
   Range range;
   Vector kept[chunks ? chunks : 1];
-  if constexpr (chunks > 0) {
 #pragma unroll
-    for (int c = 0; c < chunks; ++c) kept[c] = load(x, first + c * step, p.length);
+  for (int c = 0; c < chunks; ++c) kept[c] = load(x, first + c * step, p.length);
+  if constexpr (before == rms_norm) {
+    float squares = 0.f;
 #pragma unroll
-    for (int c = 0; c < chunks; ++c) range.add(kept[c]);
-  } else {
-    for (i64 i = first; i < p.length; i += step) range.add(load(x, i, p.length));
+    for (int c = 0; c < chunks; ++c) squares += sum_of_squares(kept[c]);
+    if constexpr (chunks == 0)
+      for (i64 i = first; i < p.length; i += step)
+        squares += sum_of_squares(load<false>(x, i, p.length));
+    squares = over_segment(squares, [](float a, float b) { return a + b; });
+    const float mean = __fdiv_rn(squares, float(p.length));
+    stage.factor = __fdiv_rn(1.f, __fsqrt_rn(mean + float(p.eps)));
   }
+#pragma unroll
+  for (int c = 0; c < chunks; ++c) {
+    stage.apply(kept[c], first + c * step, p.length);
+    range.add(kept[c]);
+  }
+  if constexpr (chunks == 0)
+    for (i64 i = first; i < p.length; i += step) {
+      Vector v = load<false>(x, i, p.length);
+      stage.apply(v, i, p.length);
+      range.add(v);
+    }
   range.reduce();
   if (!exists) return;
 
@@ -163,11 +268,13 @@ extern "C" __global__ void __launch_bounds__(threads) quantize(const __grid_cons
     p.scale[segment] = scale;
     if constexpr (!symmetric) p.zero[segment] = int(zero);
   }
-  if constexpr (chunks > 0) {
+  const Coder coder(scale, zero);
 #pragma unroll
-    for (int c = 0; c < chunks; ++c) store(p, segment, first + c * step, kept[c], scale, zero);
-  } else {
-    for (i64 i = first; i < p.length; i += step)
-      store(p, segment, i, load(x, i, p.length), scale, zero);
-  }
+  for (int c = 0; c < chunks; ++c) store(p, segment, first + c * step, kept[c], coder);
+  if constexpr (chunks == 0)
+    for (i64 i = first; i < p.length; i += step) {
+      Vector v = load(x, i, p.length);
+      stage.apply(v, i, p.length);
+      store(p, segment, i, v, coder);
+    }
 }

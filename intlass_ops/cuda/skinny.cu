@@ -8,19 +8,13 @@
 //     a chunk:  | lane%4 = 0 | lane%4 = 1 | lane%4 = 2 | lane%4 = 3 |   16 bytes each
 //
 // The lane's word of eight k number s of each chunk is what Pair calls a span, so the same fragments
-// serve as in gemm.cu; only which k they hold differs. The warps' fp32 totals meet in shared memory
+// serve as in gemm.cu; only which k they hold differs. The warps' totals meet in shared memory
 // and are added in warp order, so a result depends neither on timing nor on M.
-#include "problem.cuh"
+#include "skinny.cuh"
 
 constexpr int warps = Config::warps, threads = 32 * warps;
-constexpr int tiles_m = Config::tiles_m, tiles_n = Config::tiles_n;
-constexpr int unroll = Config::unroll;                   // chunks a warp has in flight
-constexpr int chunk_k = 512 / W::bits;                   // k of 64 bytes
-constexpr int lane_k = chunk_k / 4, spans = lane_k / 8;  // k of a lane, in words of eight
-constexpr int passes = Config::groups_per_chunk;         // groups a chunk holds, at least one
-constexpr int rows = 16 * tiles_n, tokens = 8 * tiles_m;
-static_assert(!has_a_zero, "a zero point of the activations needs row sums, which gemm.cu forms");
-static_assert(passes == 1 || passes == 2 || passes == 4, "a group is whole lanes of a chunk");
+constexpr int tiles_m = Config::tiles_m, tokens = 8 * tiles_m;
+constexpr int unroll = Config::unroll;  // chunks a warp has in flight
 
 // `inside` is known to hold where the warps' shares of K have no tail (Config::whole)
 __device__ __forceinline__ void load_weights(u32 (&v)[4], const char* from, bool inside) {
@@ -70,27 +64,17 @@ __device__ __forceinline__ void flush(Totals& total, const Sums& sum, const Scal
   for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float scale = in_units_of_scale(s[i][h]);
+      const float scale = scale_in_units(s[i][h]);
 #pragma unroll
       for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          float v = value(sum.y[i][j][2 * h + c]);
-          if constexpr (has_zeros) v -= in_units_of_zero(z[i][h]) * value(sum.x[j][c]);
+          float v = lifted(sum.y[i][j][2 * h + c]);
+          if constexpr (has_zeros) v -= zero_in_units(z[i][h]) * value(sum.x[j][c]);
           total[i][j][2 * h + c] += scale * v;
         }
     }
 }
-
-// The type and the value of `first` or of `second`
-template <bool pick_first, class First, class Second> struct Select {
-  using type = First;
-  static __device__ __forceinline__ First of(First first, Second) { return first; }
-};
-template <class First, class Second> struct Select<false, First, Second> {
-  using type = Second;
-  static __device__ __forceinline__ Second of(First, Second second) { return second; }
-};
 
 // What a lane needs of one chunk, all of it in flight before any of it is used.
 struct Chunk {
@@ -147,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
       for (int t = 0; t < spans; ++t)
         load_tokens(c.x[j][t], x_row[j] + (chunk * chunk_k + t * 8) * X::bits / 8, inside);
-    if constexpr (grouping != channel)
+    if constexpr (grouped)
 #pragma unroll
       for (int pass = 0; pass < passes; ++pass) {
         const int group = passes == 1 ? chunk / Config::chunks_per_group : chunk * passes + pass;
@@ -180,13 +164,13 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
             lo[v] = c.w[i][0][t * span_words<W> + v];
             hi[v] = c.w[i][1][t * span_words<W> + v];
           }
-          typename P::A a = P::w(lo, hi);
+          typename P::A a = D::w(lo, hi);
           if constexpr (passes > 1) a = masked(a, mine);
 #pragma unroll
           for (int j = 0; j < tiles_m; ++j) P::mma(sum.y[i][j], a, b[j]);
         }
       }
-      if constexpr (grouping != channel) {
+      if constexpr (grouped) {
         flush(total, sum, c.s[pass], c.z[pass]);
         sum.clear();
       }
@@ -200,11 +184,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
     for (int u = 0; u < unroll; ++u) use_chunk(c[u]);
   }
-  // Grouped: the warps' fp32 totals. One scale a row: their accumulators, so that integers are summed
-  // exactly; the scale comes after.
-  using Sum = typename Select<grouping == channel, Acc, float>::type;
   __shared__ Sum partial[warps][tokens][rows];
-  __shared__ Acc partial_x[grouping == channel && has_zeros ? warps : 1][tokens];
+  __shared__ Acc partial_x[!grouped && has_zeros ? warps : 1][tokens];
 #pragma unroll
   for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
@@ -213,8 +194,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i)
         partial[warp][m][i * 16 + e / 2 * 8 + lane / 4] =
-            Select<grouping == channel, Acc, float>::of(sum.y[i][j][e], total[i][j][e]);
-      if constexpr (grouping == channel && has_zeros) partial_x[warp][m] = sum.x[j][e];
+            Select<grouped, float, Acc>::of(total[i][j][e], sum.y[i][j][e]);
+      if constexpr (!grouped && has_zeros) partial_x[warp][m] = sum.x[j][e];
     }
   __syncthreads();
   const float alpha = alpha_of(p);
@@ -226,17 +207,10 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     Sum y = 0;
 #pragma unroll
     for (int w = 0; w < warps; ++w) y += partial[w][m][r];
-    float v = value(y);
-    if constexpr (grouping == channel) {
-      if constexpr (has_zeros) {
-        Acc x = 0;
+    Acc x = 0;
+    if constexpr (!grouped && has_zeros)
 #pragma unroll
-        for (int w = 0; w < warps; ++w) x += partial_x[w][m];
-        v -= zero_of(p, n, 0) * value(x);
-      }
-      v = p.k ? v * scale_of(p, n, 0) : 0.f;  // an empty sum is zero, whatever the scale
-    }
-    store_rounded(static_cast<Out*>(p.out) + m * p.n + n,
-                  v * (alpha * a_scale_of(p, m)) + bias_of(p, n));
+      for (int w = 0; w < warps; ++w) x += partial_x[w][m];
+    finish(p, n, m, y, x, alpha * a_scale_of(p, m));
   }
 }

@@ -24,7 +24,7 @@ from ..integrations import gguf_llama
 from ..integrations.static_decoding import Chosen, Decoder
 from . import MODEL_PACKAGE, figures
 from .figures import Quality, Speed
-from .show import Show
+from .show import Check, Show
 
 # Everything is compared with the dequantised model in float32. Two bf16 runs of one model on a GPU
 # do not agree better than this in perplexity, relatively.
@@ -136,7 +136,7 @@ def _course(
         with show.bar("speed"):
             decoders = [ours.decoder, dense.decoder]
             ours.speed, dense.speed = figures.speeds(decoders, prompt, BENCH_SECONDS)
-    checks = _checks(ours, dense, file)
+    checks = _checks(ours, dense, file, setting)
     _table(show, ours, dense, setting)
     show.checks(checks)
     if options.json:
@@ -144,9 +144,9 @@ def _course(
         report["answer"] = tokenizer.decode([c.token for c in ours.chosen])
         for key, each in (("intlass", ours), ("dense", dense)):
             report[key] = None if each is None else _figures(each)
-        report["checks"] = [{"holds": holds, "what": what} for holds, what in checks]
+        report["checks"] = [{"holds": each.holds, "what": each.what} for each in checks]
         figures.write_json(options.json, report)
-    return 0 if all(holds for holds, _ in checks) else 1
+    return 1 if any(each.holds is False for each in checks) else 0
 
 
 def intlass_backend() -> Any:
@@ -223,12 +223,14 @@ def _compare(
             advance(done, len(texts))
 
 
-def _checks(ours: Contender, dense: Contender | None, file: GGUFFile) -> list[tuple[bool, str]]:
+def _checks(
+    ours: Contender, dense: Contender | None, file: GGUFFile, setting: Setting
+) -> list[Check]:
     quantised, total = figures.linears(ours.model)
     stored = sum(file.is_quantized(name) for name in file.tensors)
     ran = all(sum(k.values()) == total for k in ours.kernels.values()) and not ours.fell_back
     what = f"{quantised} of {total} linears run on torch.ops.intlass, with the file's own codes"
-    checks = [(quantised == total == stored and ran, what)]
+    checks = [Check(quantised == total == stored and ran, what)]
     if dense is None:
         return checks
     tolerance = max(ERROR_FLOOR, ERROR_FACTOR * dense.quality.difference)
@@ -240,14 +242,16 @@ def _checks(ours: Contender, dense: Contender | None, file: GGUFFile) -> list[tu
             f"the same text as the dequantised model up to token {texts.same + 1}, where its "
             f"logits of the two tokens are {texts.gap:.2g} apart (tolerance {tolerance:.2g})"
         )
-    checks.append((texts.holds(tolerance), what))
+    checks.append(Check(texts.holds(tolerance), what))
     ratio = ours.quality.perplexity / dense.quality.perplexity
     error = ours.quality.difference
     what = f"perplexity {100 * (ratio - 1):+.3f} %, no logit further than {error:.2g} from its own"
     holds = abs(ratio - 1) <= PERPLEXITY_TOLERANCE and error <= tolerance
-    checks.append((holds, what))
+    checks.append(Check(holds, what))
     times = ours.speed.decode / dense.speed.decode
-    checks.append((times >= 1, f"decodes {times:.2f}× as fast as the dense model"))
+    what = f"decodes {times:.2f}× as fast as the dense model"
+    # A GPU decodes a model this small as fast as it launches kernels, whatever their weights.
+    checks.append(Check(times >= 1 if setting.device.type == "cpu" else None, what))
     return checks
 
 

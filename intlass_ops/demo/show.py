@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -19,6 +19,13 @@ from rich.text import Text
 
 _PLAIN_WIDTH = 100
 Advance = Callable[[int, int], None]
+
+
+class Check(NamedTuple):
+    """What has to hold for the demo to succeed; ``holds`` None: only worth knowing."""
+
+    holds: bool | None
+    what: str
 
 
 class Show:
@@ -93,7 +100,8 @@ class Show:
             table.add_row(*row)
         self.console.print(table)
 
-    def checks(self, results: list[tuple[bool, str]]) -> None:
-        for holds, text in results:
-            mark = Text("✓ " if holds else "✗ ", "bold green" if holds else "bold red")
-            self.console.print(mark + Text(text), soft_wrap=True)
+    def checks(self, results: list[Check]) -> None:
+        marks = {True: ("✓ ", "bold green"), False: ("✗ ", "bold red"), None: ("· ", "dim")}
+        for each in results:
+            mark = Text(*marks[each.holds])
+            self.console.print(mark + Text(each.what), soft_wrap=True)

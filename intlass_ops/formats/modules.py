@@ -31,7 +31,8 @@ def _fields(words: Tensor, bits: int) -> Tensor:
 
 def _awq_fields(words: Tensor) -> Tensor:
     """Nibble i holds channel (0, 2, 4, 6, 1, 3, 5, 7)[i]: two halves, interleaved."""
-    return _fields(words, 4).unflatten(-1, (2, 4)).transpose(-1, -2).flatten(-2)
+    halves: Tensor = _fields(words, 4).unflatten(-1, (2, 4))
+    return halves.transpose(-1, -2).flatten(-2)
 
 
 class _StandIn(nn.Module):

@@ -299,7 +299,7 @@ def _is_zero(node: Node, codes: Node, sizes: dict[Any, int]) -> bool:
         sources, inner = walk(node, known)
         if not inner:
             return False
-        values = [
+        values: list[Any] = [
             getattr(e.graph.owning_module, str(e.target))
             if e.op == "get_attr"
             else _small(e.meta["val"], sizes)

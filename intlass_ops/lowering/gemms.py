@@ -196,6 +196,14 @@ def row_like(node: Any, output: tuple[Any, ...]) -> bool:
     )
 
 
+def _unexpanded(node: Node) -> Node:
+    """Before a broadcast along N that keeps the number of dimensions: one value a row."""
+    inner = node.args[0] if node.target is aten.expand.default else None
+    if isinstance(inner, Node) and len(shape_of(inner)) == len(shape_of(node)) > 0:
+        return inner
+    return node
+
+
 def _single(node: Node) -> bool:
     shape = static_shape(node)
     return "val" in node.meta and shape is not None and math.prod(shape) == 1
@@ -249,6 +257,7 @@ def epilogue(
         other = right if left is current else left
         if not isinstance(other, Node) or other is current or user.kwargs:
             break
+        other = _unexpanded(other)
         if user.target is aten.add.Tensor:
             if gemm.bias is not None or not column_like(other, gemm.n):
                 break

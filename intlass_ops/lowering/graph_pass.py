@@ -30,6 +30,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..explain import is_strict
 from . import records, rules, runtime, siblings, spellings
 from .editor import Editor
 
@@ -52,6 +53,7 @@ class LoweringPass(CustomGraphPass):
 
 def rewrite(graph: torch.fx.Graph, edit: Editor) -> None:
     """Apply the rules to every product of a graph and record each decision."""
+    records.passed()
     if not any(rules.concerns(node) or spellings.concerns(node) for node in graph.nodes):
         return
     if not edit.training:
@@ -180,7 +182,10 @@ def compile_with_pass(
 ) -> Callable[..., Any]:
     chosen = dict(torch._TorchCompileInductorWrapper(mode, dict(options or {}), None).config)
     chosen[HOOK] = _chained(chosen.get(HOOK, getattr(inductor_config, HOOK)))
-    compiled: Any = compile_module.compile_fx(gm, list(example_inputs), config_patches=chosen)
+    with _seeing_every_graph():
+        compiled: Any = records.watch(
+            lambda: compile_module.compile_fx(gm, list(example_inputs), config_patches=chosen)
+        )
     if chosen.get("triton.cudagraphs", inductor_config.triton.cudagraphs):
         return _refreshing(compiled)
     return cast(Callable[..., Any], compiled)
@@ -227,6 +232,14 @@ def many_traces() -> Iterator[None]:
         yield
 
 
+def _seeing_every_graph() -> contextlib.AbstractContextManager[Any]:
+    """Inside `strict()`, no graph comes from PyTorch's caches, which keep no decisions."""
+    if is_strict():
+        patched: Any = inductor_config.patch(force_disable_caches=True)
+        return cast(contextlib.AbstractContextManager[Any], patched)
+    return contextlib.nullcontext()
+
+
 def _refreshing(compiled: Any) -> Callable[..., Any]:
     """A replayed CUDA graph runs no Python, so a weight that changed in place since the capture
     must be repacked, into the buffers the graph reads, before the replay."""
@@ -247,7 +260,8 @@ def _guard_replays() -> None:
     @functools.wraps(original)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         # compile_fx calls itself with its config_patches in force: the inner call sees them.
-        compiled = original(*args, **kwargs)
+        with _seeing_every_graph():
+            compiled = records.watch(lambda: original(*args, **kwargs))
         return _refreshing(compiled) if inductor_config.triton.cudagraphs else compiled
 
     guarded.intlass_original = original  # type: ignore[attr-defined]

@@ -4,13 +4,20 @@ Lives here: the `Decision` record, the process-wide log and its counters. Not he
 decision is reached (weights.py, activations.py, rules.py) or printed (intlass_ops/explain.py).
 A graph served by PyTorch's caches is not passed over again, so it adds no decisions: the
 run-time counters (runtime.py) still count every call and every packing.
+
+`watch` ties the decisions of one compile to the compiled graph, so that they are told to
+`explain()` and `strict()` whenever it runs.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..explain import linears_ran, listening
 
 SWAPPED = "swapped"
 DECLINED = "declined"
@@ -43,7 +50,48 @@ _DECISIONS: deque[Decision] = deque(maxlen=65536)
 _COUNTERS: Counter[str] = Counter()
 
 
+@dataclass
+class Compile:
+    """What the pass saw of one compile. ``passed``: False where a cache answered in its place."""
+
+    passed: bool = False
+    decisions: list[Decision] = field(default_factory=list)
+
+
+_current = threading.local()
+
+
+def passed() -> None:
+    """The pass is at work on a graph of the current compile."""
+    compile_: Compile | None = getattr(_current, "compile", None)
+    if compile_ is not None:
+        compile_.passed = True
+
+
+def watch(compile_graph: Callable[[], Any]) -> Any:
+    """What ``compile_graph()`` returns, reporting its linears at every run somebody listens to."""
+    if getattr(_current, "compile", None) is not None:
+        return compile_graph()  # compile_fx calls itself
+    seen = _current.compile = Compile()
+    try:
+        compiled = compile_graph()
+    finally:
+        _current.compile = None
+    if seen.passed and not seen.decisions:
+        return compiled
+
+    def reporting(*args: Any) -> Any:
+        if listening():
+            linears_ran(seen.decisions if seen.passed else None)
+        return compiled(*args)
+
+    return reporting
+
+
 def record(decision: Decision) -> None:
+    compile_: Compile | None = getattr(_current, "compile", None)
+    if compile_ is not None:
+        compile_.decisions.append(decision)
     with _LOCK:
         _DECISIONS.append(decision)
         _COUNTERS[decision.outcome] += 1
@@ -69,6 +117,7 @@ def counters() -> dict[str, int]:
 
 
 def clear_report() -> None:
+    """Forget all decisions and counts."""
     with _LOCK:
         _DECISIONS.clear()
         _COUNTERS.clear()

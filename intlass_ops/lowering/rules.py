@@ -7,6 +7,7 @@ weights.py and activations.py what its operands mean, and applies a rule. Not he
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -145,10 +146,15 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+# Dynamo names a module as the frame found it: L['self'].layers.0, or ._modules['0'].
+_ROOT = re.compile(r"^L\['\w+'\]\.?")
+_ITEM = re.compile(r"\.?(?:_modules)?\['?(\w+)'?\]")
+
+
 def path_of(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     paths = [str(path) for path, _ in stack.values()]
-    return paths[-1] if paths else ""
+    return _ITEM.sub(r".\1", _ROOT.sub("", paths[-1])).lstrip(".") if paths else ""
 
 
 def lower(edit: Editor, node: Node) -> Decision | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import cpu, packing, reference
 from ..cuda import launch, plans
-from ..explain import record
+from ..explain import listening, record
 from . import gradients
 from ._library import LIBRARY, NAMESPACE, define
 from .packing import pack_int4  # noqa: F401 (used by a doctest)
@@ -39,18 +39,16 @@ def _cpu(
     bias: Tensor | None,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
+    key = cpu.key_of(op, a, w, scales, zeros, k, alpha, bias, out_dtype)
+    plan = cpu.find(key) if a_scale is None and a_zero is None else None
+    if plan is not None:
+        return _planned(plan, a, w, scales, zeros, alpha, bias)
     p = check(op, a, w, scales, zeros, k, a_scale, a_zero, alpha, bias, out_dtype)
+    plan = cpu.make(key, p, a, w, scales, zeros)
+    if plan is not None:
+        return _planned(plan, a, w, scales, zeros, alpha, bias)
     rows = a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
     s, z = rows_groups(scales), None if zeros is None else rows_groups(zeros)
-    if a.is_floating_point():
-        y = (
-            cpu.matmul_int8_a16(rows, w, s, p.group_size)
-            if p.w_kind == "s8"
-            else cpu.matmul_int4_a16(rows, w, s, z, p.group_size, p.k)
-        )
-        if y is not None:
-            _explain(p, rows.shape[0], "cpu", "fast path for floating activations")
-            return _finish(p, y, alpha, bias).view(*a.shape[:-1], p.n)
     why = "no fast CPU kernel for this scheme and shape"
     _explain(p, rows.shape[0], "reference float64", why, fallback=True)
     if p.x_kind in ("s4", "u4"):
@@ -67,6 +65,23 @@ def _cpu(
         bias=bias,
     )
     return reference.round_once(y, p.out_dtype).view(*a.shape[:-1], p.n)
+
+
+def _planned(
+    plan: cpu.Plan,
+    a: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    alpha: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    if listening():
+        _explain(plan.problem, plan.m, "cpu", plan.why)
+    y = plan.run(a, w, scales, zeros)
+    if alpha is None and bias is None and plan.problem.out_dtype is torch.float32:
+        return y
+    return _finish(plan.problem, y, alpha, bias)
 
 
 def _finish(p: Problem, y: Tensor, alpha: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -107,6 +107,11 @@ def _dynamic_cpu(
     )
 
 
+def quantize_tokens(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `quantize_dynamic` returns for one scale per token, computed in PyTorch."""
+    return _dynamic_cpu(x, bits, "token", None, symmetric, None)
+
+
 def _dynamic_cuda(
     x: Tensor,
     bits: int,
@@ -198,11 +203,11 @@ def _static(
     return _codes(x, q, bits)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
 
-def _no_gradient(ctx: Any, *_: Tensor) -> None:
+def no_gradient(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError(
         "quantize_int8, quantize_int4: rounding has no gradient to pass on; detach x"
     )
@@ -214,8 +219,8 @@ define(
     fake=_dynamic_fake,
     cpu=_dynamic_cpu,
     cuda=_dynamic_cuda,
-    setup_context=_setup,
-    backward=_no_gradient,
+    setup_context=no_setup,
+    backward=no_gradient,
 )
 define(
     "quantize_static(Tensor x, Tensor scale, Tensor? zero, int bits, str granularity, "
@@ -223,8 +228,8 @@ define(
     fake=_static_fake,
     cpu=_static,
     cuda=_static,
-    setup_context=_setup,
-    backward=_no_gradient,
+    setup_context=no_setup,
+    backward=no_gradient,
 )
 
 

@@ -1,0 +1,146 @@
+"""Weights of a model's linears by a method of calibrate.py or gptq.py: `quantize_`'s slow half.
+
+Here: how calibration data reaches the methods that want it, in bounded memory, with a progress bar.
+Not here: the methods, and what replaces the modules (quantize.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import calibrate
+from .calibrate import InputStatistics, QuantizedWeight
+from .gptq import gptq
+
+Method = Literal["rtn", "mse", "hqq", "gptq"]
+METHODS = ("rtn", "mse", "hqq", "gptq")
+# Hessians held at a time. Layers beyond it wait for another pass over the data, which then sees
+# the layers before them quantised.
+HESSIAN_BYTES = 2 << 30
+
+
+def check(op: str, method: str, bits: int, symmetric: bool, calibration: object | None) -> None:
+    """ValueError where a method does not exist, does not fit or lacks its data."""
+    if method not in METHODS:
+        raise ValueError(f"{op}: method={method!r}; expected one of {', '.join(METHODS)}")
+    if method == "hqq" and (bits != 4 or symmetric):
+        raise ValueError(f"{op}: method='hqq' makes INT4 with zero points; set symmetric=False")
+    if (method == "gptq") != (calibration is not None):
+        needs = "needs calibration data" if method == "gptq" else "takes no calibration data"
+        raise ValueError(f"{op}: method={method!r} {needs}")
+
+
+def weights(
+    model: nn.Module,
+    linears: Sequence[tuple[str, nn.Linear]],
+    method: Method,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    calibration: Sequence[Any] | None,
+    replace: Callable[[nn.Linear, QuantizedWeight], None],
+    progress: bool,
+) -> None:
+    """``replace(linear, weight)`` for each of ``linears`` (with their paths), in their order."""
+    done = _bar(f"Quantising ({method})", len(linears), progress)
+    with torch.no_grad():
+        for part in _passes(linears) if method == "gptq" else [linears]:
+            hessians = _hessians(model, part, calibration or ()) if method == "gptq" else {}
+            for path, linear in part:
+                w = linear.weight.detach()
+                try:
+                    q = _quantize(w, method, bits, group_size, symmetric, hessians.pop(path, None))
+                except ValueError as problem:
+                    raise ValueError(f"quantize_: {path}: {problem}") from problem
+                replace(linear, q)
+                next(done)
+
+
+def _quantize(
+    w: Tensor,
+    method: Method,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    hessian: Tensor | None,
+) -> QuantizedWeight:
+    if method == "hqq":
+        return calibrate.hqq(w, group_size=group_size)
+    if method == "gptq" and hessian is not None:
+        # Columns by falling importance: the groups' scales are then those of the original weight.
+        return gptq(
+            w, hessian, bits=bits, group_size=group_size, symmetric=symmetric, act_order=True
+        )
+    quantize = calibrate.mse if method == "mse" else calibrate.rtn
+    return quantize(w, bits=bits, group_size=group_size, symmetric=symmetric)
+
+
+def _passes(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[list[tuple[str, nn.Linear]]]:
+    part: list[tuple[str, nn.Linear]] = []
+    held = 0
+    for path, linear in linears:
+        size = 4 * linear.in_features**2
+        if part and held + size > HESSIAN_BYTES:
+            yield part
+            part, held = [], 0
+        part.append((path, linear))
+        held += size
+    if part:
+        yield part
+
+
+def _hessians(
+    model: nn.Module, part: Sequence[tuple[str, nn.Linear]], calibration: Sequence[Any]
+) -> dict[str, Tensor]:
+    """Σ xᵀx of each linear's inputs over one pass of the data, by path."""
+    found = {
+        path: InputStatistics(linear.in_features, device=linear.weight.device)
+        for path, linear in part
+    }
+
+    def listen(statistics: InputStatistics) -> Callable[..., None]:
+        return lambda _, inputs: statistics.update(inputs[0])
+
+    hooks = [linear.register_forward_pre_hook(listen(found[path])) for path, linear in part]
+    training = model.training
+    model.eval()
+    try:
+        for batch in calibration:
+            if isinstance(batch, Mapping):
+                model(**batch)
+            elif isinstance(batch, (tuple, list)):
+                model(*batch)
+            else:
+                model(batch)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    for path, statistics in found.items():
+        if not statistics.tokens:
+            raise ValueError(f"quantize_: {path}: no calibration batch reaches this layer")
+    return {path: statistics.hessian for path, statistics in found.items()}
+
+
+def _bar(text: str, total: int, progress: bool) -> Iterator[object]:
+    """An iterator to advance once a layer; it draws on a terminal where `rich` is installed."""
+    steps: Iterable[object] = range(total)
+    if progress and total and sys.stderr.isatty():
+        try:
+            from rich.console import Console
+            from rich.progress import track
+        except ImportError:
+            return iter([*steps, None])
+        return _then_none(track(steps, text, total, console=Console(stderr=True)))
+    return iter([*steps, None])
+
+
+def _then_none(steps: Iterable[object]) -> Iterator[object]:
+    """One more, so that the last advance of a bar never ends in StopIteration."""
+    yield from steps
+    yield None

@@ -1,0 +1,226 @@
+// The fragments of gemm.cu: a step of k through the tensor cores with k in its stored order.
+//
+// `operands.cuh` permutes the activations to match cheaply decoded weights, which pays where few
+// tokens meet each weight. Here many do, so the weights bear the cost: decoded in order, once for
+// all the token tiles of a warp, they meet activations that go from shared memory to the MMA as
+// they are. Two ways to read eight rows, by `matrix_w` and `matrix_x`:
+//
+//   ldmatrix     lane%4 holds word lane%4 of each 16-byte chunk: of INT4 eight k, of INT8 four
+//   lane words   lane%4 holds the eight consecutive k from 8 * (lane%4), in `words` words
+//
+// `w` makes the A fragment of 16 rows from their words, `x` the B fragment of 8 tokens from theirs.
+#pragma once
+#include "operands.cuh"
+
+__device__ __forceinline__ void mma(float (&d)[4], const u32* a, const u32* b, const float* c,
+                                    bf16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
+}
+__device__ __forceinline__ void mma(float (&d)[4], const u32* a, const u32* b, const float* c,
+                                    fp16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
+}
+__device__ __forceinline__ void mma(int (&d)[4], const u32* a, const u32* b, const int* c, s8) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%10,%11,%12,%13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),
+        "r"(c[2]), "r"(c[3]));
+}
+template <int k>
+__device__ __forceinline__ void mma_s4(int (&d)[4], const u32* a, const u32* b, const int* c) {
+  if constexpr (k == 64)
+    asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),
+          "r"(c[2]), "r"(c[3]));
+  else
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s4.s4.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+        "{%7,%8,%9,%10};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+// A step is `step_k` k and `parts` MMAs. `k_of` tells which sixteenth or eighth of k a register of
+// A holds: its first k within the step.
+template <class X, class W, bool wide> struct Fragments;
+
+template <class X> struct Float16Fragments {
+  static constexpr int step_k = 32, parts = 2, words_x = 4;
+  static constexpr bool matrix_x = false;
+  struct A { u32 r[8]; };
+  struct B { u32 r[4]; };
+  static __device__ __forceinline__ B x(const u32* v) { return {{v[0], v[1], v[2], v[3]}}; }
+  static __device__ __forceinline__ A ones_w() {
+    constexpr u32 o = half_words<X>::one;
+    return {{o, o, o, o, o, o, o, o}};
+  }
+  static __device__ __forceinline__ B ones_x() {
+    constexpr u32 o = half_words<X>::one;
+    return {{o, o, o, o}};
+  }
+  static __device__ __forceinline__ void mma_part(int part, float (&d)[4], const A& a, const B& b,
+                                                  const float* c) {
+    mma(d, a.r + 4 * part, b.r + 2 * part, c, X{});
+  }
+  static __device__ __forceinline__ int k_of(int, int quarter) { return 8 * quarter; }
+};
+
+// INT4: bytes j of w and of w >> 4, spread to half words, are codes 2j and 2j + 1
+template <class X, class W> struct Int4Float16Fragments : Float16Fragments<X> {
+  static constexpr int words_w = 1;
+  static constexpr bool matrix_w = true;
+  static __device__ __forceinline__ void row(u32 w, u32 (&f)[4]) {
+    using C = half_words<X>;
+    constexpr u32 flip = C::magic ^ (same<W, s4>::value ? 0x00080008u : 0u);
+    const u32 odd = w >> 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      f[j] = fma2<X>(and_xor(__byte_perm(w, odd, 0x4400 + 0x1111 * j), 0x000f000f, flip), C::one,
+                     C::minus_offset4);
+  }
+  static __device__ __forceinline__ typename Float16Fragments<X>::A w(const u32* v) {
+    u32 l[4], h[4];
+    row(v[0], l);
+    row(v[1], h);
+    return {{l[0], h[0], l[1], h[1], l[2], h[2], l[3], h[3]}};
+  }
+};
+
+template <class X> struct Int8Float16Fragments : Float16Fragments<X> {
+  static constexpr int words_w = 2;
+  static constexpr bool matrix_w = false;
+  static __device__ __forceinline__ u32 pair(u32 w, int j) {
+    const u32 bytes = __byte_perm(w, 0, j ? 0x4342 : 0x4140);
+    return Int8Float16Pair<X>::even_bytes(bytes);
+  }
+  static __device__ __forceinline__ typename Float16Fragments<X>::A w(const u32* v) {
+    const u32 *lo = v, *hi = v + 2;
+    return {{pair(lo[0], 0), pair(hi[0], 0), pair(lo[0], 1), pair(hi[0], 1), pair(lo[1], 0),
+             pair(hi[1], 0), pair(lo[1], 1), pair(hi[1], 1)}};
+  }
+};
+
+struct IntFragments {
+  static constexpr int step_k = 32, parts = 1;
+  struct A { u32 r[4]; };
+  struct B { u32 r[2]; };
+  static __device__ __forceinline__ A ones_w() {
+    return {{0x01010101, 0x01010101, 0x01010101, 0x01010101}};
+  }
+  static __device__ __forceinline__ B ones_x() { return {{0x01010101, 0x01010101}}; }
+  static __device__ __forceinline__ void mma_part(int, int (&d)[4], const A& a, const B& b,
+                                                  const int* c) {
+    mma(d, a.r, b.r, c, s8{});
+  }
+  static __device__ __forceinline__ int k_of(int, int quarter) { return 8 * quarter; }
+};
+
+template <bool wide> struct Fragments<s8, s8, wide> : IntFragments {
+  static constexpr int words_w = 2, words_x = 2;
+  static constexpr bool matrix_w = true, matrix_x = true;
+  static __device__ __forceinline__ A w(const u32* v) { return {{v[0], v[1], v[2], v[3]}}; }
+  static __device__ __forceinline__ B x(const u32* v) { return {{v[0], v[1]}}; }
+  static __device__ __forceinline__ int k_of(int reg, int) { return reg / 2 * 16; }
+};
+
+// INT4 weights: 16 times their value, interleaved to the order of k
+template <class W> struct Int4Int8Fragments : IntFragments {
+  static constexpr int words_w = 1, words_x = 2;
+  static constexpr bool matrix_w = true, matrix_x = false;
+  static __device__ __forceinline__ A w(const u32* v) {
+    const u32 e0 = even_nibbles<W>(v[0]), o0 = odd_nibbles<W>(v[0]);
+    const u32 e1 = even_nibbles<W>(v[1]), o1 = odd_nibbles<W>(v[1]);
+    return {{__byte_perm(e0, o0, 0x5140), __byte_perm(e1, o1, 0x5140), __byte_perm(e0, o0, 0x7362),
+             __byte_perm(e1, o1, 0x7362)}};
+  }
+  static __device__ __forceinline__ B x(const u32* v) { return {{v[0], v[1]}}; }
+};
+
+// Both sides INT4, widened: their even and odd codes apart, which is an order both share
+template <class X, class W> struct WidenedInt4Fragments : IntFragments {
+  static constexpr int words_w = 1, words_x = 1;
+  static constexpr bool matrix_w = true, matrix_x = true;
+  static __device__ __forceinline__ A w(const u32* v) {
+    return {
+        {even_nibbles<W>(v[0]), even_nibbles<W>(v[1]), odd_nibbles<W>(v[0]), odd_nibbles<W>(v[1])}};
+  }
+  static __device__ __forceinline__ B x(const u32* v) {
+    return {{even_nibbles<X>(v[0]), odd_nibbles<X>(v[0])}};
+  }
+};
+
+// Native INT4: the stored words, 64 k a step where groups allow it (`wide`)
+template <class X, class W, bool wide> struct NativeInt4Fragments {
+  static constexpr int step_k = wide ? 64 : 32, parts = 1, words_w = step_k / 32, words_x = words_w;
+  static constexpr bool matrix_w = true, matrix_x = true;
+  struct A { u32 r[2 * words_w]; };
+  struct B { u32 r[words_x]; };
+  template <class Kind> static __device__ __forceinline__ u32 sign(u32 v) {
+    return same<Kind, u4>::value ? v ^ 0x88888888u : v;
+  }
+  static __device__ __forceinline__ A w(const u32* v) {
+    A a;
+    for (int i = 0; i < 2 * words_w; ++i) a.r[i] = sign<W>(v[i]);
+    return a;
+  }
+  static __device__ __forceinline__ B x(const u32* v) {
+    B b;
+    for (int i = 0; i < words_x; ++i) b.r[i] = sign<X>(v[i]);
+    return b;
+  }
+  static __device__ __forceinline__ A ones_w() {
+    A a;
+    for (int i = 0; i < 2 * words_w; ++i) a.r[i] = 0x11111111;
+    return a;
+  }
+  static __device__ __forceinline__ B ones_x() {
+    B b;
+    for (int i = 0; i < words_x; ++i) b.r[i] = 0x11111111;
+    return b;
+  }
+  static __device__ __forceinline__ void mma_part(int, int (&d)[4], const A& a, const B& b,
+                                                  const int* c) {
+    mma_s4<step_k>(d, a.r, b.r, c);
+  }
+  static __device__ __forceinline__ int k_of(int, int quarter) { return 8 * quarter; }
+};
+
+template <bool wide> struct Fragments<bf16, s4, wide> : Int4Float16Fragments<bf16, s4> {};
+template <bool wide> struct Fragments<bf16, u4, wide> : Int4Float16Fragments<bf16, u4> {};
+template <bool wide> struct Fragments<fp16, s4, wide> : Int4Float16Fragments<fp16, s4> {};
+template <bool wide> struct Fragments<fp16, u4, wide> : Int4Float16Fragments<fp16, u4> {};
+template <bool wide> struct Fragments<bf16, s8, wide> : Int8Float16Fragments<bf16> {};
+template <bool wide> struct Fragments<fp16, s8, wide> : Int8Float16Fragments<fp16> {};
+template <bool wide> struct Fragments<s8, s4, wide> : Int4Int8Fragments<s4> {};
+template <bool wide> struct Fragments<s8, u4, wide> : Int4Int8Fragments<u4> {};
+
+#if __CUDA_ARCH__ < 900
+template <class X, class W, bool wide> using Int4Fragments = NativeInt4Fragments<X, W, wide>;
+#else
+template <class X, class W, bool wide> using Int4Fragments = WidenedInt4Fragments<X, W>;
+#endif
+template <bool wide> struct Fragments<s4, s4, wide> : Int4Fragments<s4, s4, wide> {};
+template <bool wide> struct Fragments<s4, u4, wide> : Int4Fragments<s4, u4, wide> {};
+template <bool wide> struct Fragments<u4, s4, wide> : Int4Fragments<u4, s4, wide> {};
+template <bool wide> struct Fragments<u4, u4, wide> : Int4Fragments<u4, u4, wide> {};
+
+// Keep of a fragment the k in [begin, end) of the step; whole eighths, or sixteens of INT8.
+template <class F>
+__device__ __forceinline__ typename F::A masked(typename F::A a, int begin, int end, int quarter) {
+#pragma unroll
+  for (int i = 0; i < int(sizeof(a) / 4); ++i) {
+    const int k = F::k_of(i, quarter);
+    a.r[i] = k >= begin && k < end ? a.r[i] : 0u;
+  }
+  return a;
+}

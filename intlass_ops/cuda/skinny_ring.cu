@@ -1,0 +1,350 @@
+// The GEMM for few tokens (formula in gemm.cu) and many rows: skinny.cu's fragments, with W coming
+// through shared memory. As many blocks as the GPU holds stay there and take tile after tile of
+// 16 * tiles_n rows, each tile the work of one of the block's groups of warps, whose warps share out
+// the chunks of K (skinny.cu) in turn:
+//
+//      row r:   | warp 0 | warp 1 | ... | warp 0 | warp 1 | ...    chunks, 64 bytes each
+//
+// Every lane fills a ring of num_stages chunks for itself with cp.async and reads back itself: no
+// barrier, no register held, and the loads run on across tiles and barriers. X lies in shared memory
+// as ready fragments for all groups, one segment of K after another where it is too large. The totals
+// of a group's warps meet in shared memory and are added in warp order, so a result does not depend
+// on timing.
+#include "skinny.cuh"
+
+constexpr int warps = Config::warps, threads = 32 * warps;
+constexpr int groups = Config::groups, group_warps = warps / groups;
+constexpr int tokens = Config::tokens, tiles_m = (tokens + 7) / 8;
+constexpr int num_stages = Config::num_stages;
+constexpr int segment_chunks = Config::segment_k / chunk_k;
+constexpr int pieces = 2 * tiles_n;  // of 16 bytes that a lane holds of a chunk: one a row
+constexpr int quad_rows = (pieces + 3) / 4;  // rows whose scales a lane fetches for its quad
+static_assert(Config::segment_k % chunk_k == 0, "a segment of K is whole chunks");
+static_assert(warps % groups == 0 && groups < 16, "a group has a barrier of its own");
+
+// Shared memory: ring, fragments of x, the warps' sums, and sums of earlier segments.
+constexpr int stage_bytes = pieces * 512;
+constexpr int ring_bytes = warps * num_stages * stage_bytes;
+constexpr int x_bytes = segment_chunks * spans * tokens * 4 * int(sizeof(typename P::B));
+constexpr int pitch = rows + 4;  // of the sums of a token; the first of the four is a sum of x
+constexpr int slab = tokens * pitch;
+constexpr int buffers = tokens > 8 ? 1 : 2;
+static_assert(ring_bytes + x_bytes + buffers * warps * slab * 4 == Config::fixed_smem,
+              "config.py and the kernel disagree about shared memory");
+
+template <int words>
+__device__ __forceinline__ void load_global(u32 (&v)[words], const char* from) {
+  if constexpr (words == 4) {
+    const uint4 t = __ldg(reinterpret_cast<const uint4*>(from));
+    v[0] = t.x, v[1] = t.y, v[2] = t.z, v[3] = t.w;
+  } else {
+    const uint2 t = __ldg(reinterpret_cast<const uint2*>(from));
+    v[0] = t.x, v[1] = t.y;
+  }
+}
+
+// How far a lane has come in asking for W: the row pointers of a tile, and a chunk of it.
+struct Cursor {
+  const char* w_row[pieces];
+  const Scale* s_row[quad_rows];
+  const Zero* z_row[quad_rows];
+  int segment, tile, chunk, end;
+
+  __device__ __forceinline__ void enter_tile(const Params& p, int lane) {
+    const i64 n0 = i64(tile) * rows + lane / 4;
+    const char* w = p.w + lane % 4 * 16;
+#pragma unroll
+    for (int i = 0; i < pieces; ++i)  // a repeated row is never stored
+      w_row[i] = w + min(n0 + i * 8, p.n - 1) * p.w_stride;
+    if constexpr (grouped && passes == 1)  // the lanes of a quad share out its rows
+#pragma unroll
+      for (int i = 0; i < quad_rows; ++i) {
+        const i64 row = min(n0 + (i * 4 + lane % 4) % pieces * 8, p.n - 1);
+        s_row[i] = static_cast<const Scale*>(p.scales) + row * p.scale_row;
+        z_row[i] = static_cast<const Zero*>(p.zeros) + row * p.zero_row;
+      }
+  }
+};
+
+struct Scales {
+  Scale s[quad_rows];
+  Zero z[quad_rows];
+};
+
+template <int count> __device__ __forceinline__ void group_sync(int group) {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(count) : "memory");
+}
+
+// Neighbouring rows of one token. Few outputs are better spread over many threads.
+constexpr int width = tokens > 8 ? 4 : 1;
+struct Rows {
+  Sum v[width];
+  __device__ __forceinline__ void add(const Sum* from) {
+    u32 words[width];
+    load_shared(words, reinterpret_cast<const char*>(from));
+#pragma unroll
+    for (int i = 0; i < width; ++i) v[i] += *reinterpret_cast<const Sum*>(&words[i]);
+  }
+  __device__ __forceinline__ void store(Sum* to) const {
+#pragma unroll
+    for (int i = 0; i < width; ++i) to[i] = v[i];
+  }
+};
+
+__device__ __forceinline__ void finish(const Params& p, i64 n, int m, const Rows& y, Acc sum_x,
+                                       float alpha) {
+  const float factor = alpha * a_scale_of(p, m);
+#pragma unroll
+  for (int i = 0; i < width; ++i)
+    if (n + i < p.n) finish(p, n + i, m, y.v[i], sum_x, factor);
+}
+
+// Eight k of every token become fragments, as many a thread as there are registers for.
+constexpr int x_blocks = segment_chunks * chunk_k / 8;
+constexpr int x_ahead = (x_blocks + threads - 1) / threads < 16 / tokens
+                            ? (x_blocks + threads - 1) / threads
+                            : (16 / tokens ? 16 / tokens : 1);
+struct XBlock {
+  u32 v[tokens][span_words<X>];
+
+  __device__ __forceinline__ void load(const Params& p, int k0) {
+#pragma unroll
+    for (int m = 0; m < tokens; ++m) {
+      const char* from = p.x + min(i64(m), p.m - 1) * p.x_stride + i64(k0) * X::bits / 8;
+      if (k0 < int(p.k)) {
+        load_global(v[m], from);
+      } else {
+#pragma unroll
+        for (int i = 0; i < span_words<X>; ++i) v[m][i] = 0;
+      }
+    }
+  }
+  __device__ __forceinline__ void store(typename P::B* x_frags, int b) const {
+    const int t = b % spans, q = b / spans % 4, c = b / spans / 4;
+#pragma unroll
+    for (int m = 0; m < tokens; ++m) x_frags[((c * spans + t) * tokens + m) * 4 + q] = P::x(v[m]);
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
+    skinny_ring(const __grid_constant__ Params p) {
+  extern __shared__ __align__(16) char smem[];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quarter = lane % 4;
+  const int group = warp / group_warps;
+  const int k = int(p.k), chunks = (k + chunk_k - 1) / chunk_k;
+  const int segments = max(1, (chunks + segment_chunks - 1) / segment_chunks);
+  const int tiles = int((p.n + rows - 1) / rows);
+  const int first_tile = int(blockIdx.x) * groups + group, step = int(gridDim.x) * groups;
+  const int scale_group = int(p.scale_group), zero_group = int(p.zero_group);
+  char* ring = smem + warp * num_stages * stage_bytes + lane * 16;
+  typename P::B* x_frags = reinterpret_cast<typename P::B*>(smem + ring_bytes);
+  Sum* partial = reinterpret_cast<Sum*>(smem + ring_bytes + x_bytes);
+  // [turns][groups][tokens][pitch]: sums of earlier segments, where there are several
+  Sum* kept = partial + buffers * warps * slab;
+
+  XBlock x_block[x_ahead];  // ahead of W in the queue to memory: everybody waits for it
+#pragma unroll
+  for (int i = 0; i < x_ahead; ++i)
+    x_block[i].load(p, (i * threads + int(threadIdx.x)) * 8);
+
+  Cursor ahead;
+  ahead.segment = 0, ahead.tile = first_tile, ahead.chunk = warp % group_warps;
+  ahead.end = first_tile < tiles ? min(segment_chunks, chunks) : 0;
+  ahead.enter_tile(p, lane);
+
+  // Ask for the next chunk of this warp, wherever it lies; an empty group once there is none.
+  auto request = [&](int stage) {
+    Scales result;
+    while (ahead.chunk >= ahead.end && ahead.segment < segments) {
+      ahead.tile += step;
+      if (ahead.tile >= tiles) {
+        ahead.tile = first_tile;
+        ++ahead.segment;
+        ahead.end = min((ahead.segment + 1) * segment_chunks, chunks);
+        if (first_tile >= tiles) ahead.segment = segments;
+      }
+      ahead.chunk = ahead.segment * segment_chunks + warp % group_warps;
+      ahead.enter_tile(p, lane);
+    }
+    if (ahead.segment < segments) {
+      const u32 to = smem_address(ring + stage * stage_bytes);
+      const bool inside = Config::whole || ahead.chunk * chunk_k + quarter * lane_k < k;
+#pragma unroll
+      for (int i = 0; i < pieces; ++i)
+        cp_async_16(to + i * 512, inside ? ahead.w_row[i] + ahead.chunk * 64 : p.w,
+                    inside ? 16 : 0);
+      if constexpr (grouped && passes == 1) {
+        const int group = ahead.chunk / Config::chunks_per_group;
+#pragma unroll
+        for (int i = 0; i < quad_rows; ++i) {
+          result.s[i] = ahead.s_row[i][group * scale_group];
+          if constexpr (has_zeros) result.z[i] = ahead.z_row[i][group * zero_group];
+        }
+      }
+      ahead.chunk += group_warps;
+    }
+    cp_async_commit();
+    return result;
+  };
+
+  Scales scales[num_stages - 1];  // of the chunks under way, the oldest first
+#pragma unroll
+  for (int s = 0; s < num_stages - 1; ++s) scales[s] = request(s);
+
+  int token[tiles_m];
+#pragma unroll
+  for (int j = 0; j < tiles_m; ++j) token[j] = min(j * 8 + lane / 4, tokens - 1);
+  const float alpha = alpha_of(p);
+
+  int stage = 0, buffer = 0;
+  for (int segment = 0; segment < segments; ++segment) {
+    const int chunk0 = segment * segment_chunks, end = min(chunk0 + segment_chunks, chunks);
+    if (segment) __syncthreads();
+#pragma unroll 1
+    for (int b = threadIdx.x; b < (end - chunk0) * (chunk_k / 8); b += x_ahead * threads) {
+      if (segment || b >= x_ahead * threads)
+#pragma unroll
+        for (int i = 0; i < x_ahead; ++i)
+          x_block[i].load(p, (chunk0 * (chunk_k / 8) + b + i * threads) * 8);
+#pragma unroll
+      for (int i = 0; i < x_ahead; ++i)
+        if (b + i * threads < (end - chunk0) * (chunk_k / 8))
+          x_block[i].store(x_frags, b + i * threads);
+    }
+    __syncthreads();
+
+    int turn = 0;
+    for (int tile = first_tile; tile < tiles; tile += step, ++turn) {
+      float total[tiles_n][tiles_m][4] = {};
+      Acc sum[tiles_n][tiles_m][4] = {}, sum_x[tiles_m][4] = {};
+      for (int chunk = chunk0 + warp % group_warps; chunk < end; chunk += group_warps) {
+        cp_async_wait<num_stages - 2>();
+        u32 w[pieces][4];
+#pragma unroll
+        for (int i = 0; i < pieces; ++i) load_shared(w[i], ring + stage * stage_bytes + i * 512);
+        const Scales mine = scales[0];
+#pragma unroll
+        for (int s = 0; s < num_stages - 2; ++s) scales[s] = scales[s + 1];
+        // into the stage that the chunk before this one has left
+        scales[num_stages - 2] = request(stage == 0 ? num_stages - 1 : stage - 1);
+        stage = stage == num_stages - 1 ? 0 : stage + 1;
+
+        const typename P::B* x_chunk = x_frags + (chunk - chunk0) * (spans * tokens * 4) + quarter;
+#pragma unroll
+        for (int pass = 0; pass < passes; ++pass) {
+          const bool keep = passes == 1 || quarter / (4 / passes) == pass;
+#pragma unroll
+          for (int t = 0; t < spans; ++t) {
+            typename P::B b[tiles_m];
+#pragma unroll
+            for (int j = 0; j < tiles_m; ++j) b[j] = x_chunk[(t * tokens + token[j]) * 4];
+            if constexpr (has_zeros) {
+              const typename P::A ones = passes == 1 ? P::ones_w() : masked(P::ones_w(), keep);
+#pragma unroll
+              for (int j = 0; j < tiles_m; ++j) P::mma(sum_x[j], ones, b[j]);
+            }
+#pragma unroll
+            for (int i = 0; i < tiles_n; ++i) {
+              u32 lo[span_words<W>], hi[span_words<W>];
+#pragma unroll
+              for (int v = 0; v < span_words<W>; ++v) {
+                lo[v] = w[2 * i][t * span_words<W> + v];
+                hi[v] = w[2 * i + 1][t * span_words<W> + v];
+              }
+              typename P::A a = D::w(lo, hi);
+              if constexpr (passes > 1) a = masked(a, keep);
+#pragma unroll
+              for (int j = 0; j < tiles_m; ++j) P::mma(sum[i][j], a, b[j]);
+            }
+          }
+          if constexpr (grouped) {
+            float s[pieces], z[pieces];
+            if constexpr (passes == 1) {
+#pragma unroll
+              for (int i = 0; i < pieces; ++i) {
+                const int from = lane / 4 * 4 + i % 4;
+                s[i] = __shfl_sync(~0u, scale_in_units(mine.s[i / 4]), from);
+                if constexpr (has_zeros)
+                  z[i] = __shfl_sync(~0u, zero_in_units(mine.z[i / 4]), from);
+              }
+            } else {
+              const int group = min(chunk * passes + pass, int(p.k / p.group_size) - 1);
+#pragma unroll
+              for (int i = 0; i < pieces; ++i) {
+                const i64 row = min(i64(tile) * rows + i * 8 + lane / 4, p.n - 1);
+                s[i] = scale_in_units(
+                    static_cast<const Scale*>(p.scales)[row * p.scale_row + group * scale_group]);
+                if constexpr (has_zeros)
+                  z[i] = zero_in_units(
+                      static_cast<const Zero*>(p.zeros)[row * p.zero_row + group * zero_group]);
+              }
+            }
+#pragma unroll
+            for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+              for (int j = 0; j < tiles_m; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                  float v = lifted(sum[i][j][e]);
+                  if constexpr (has_zeros) v -= z[2 * i + e / 2] * value(sum_x[j][e % 2]);
+                  total[i][j][e] += s[2 * i + e / 2] * v;
+                  sum[i][j][e] = 0;
+                }
+            if constexpr (has_zeros)
+#pragma unroll
+              for (int j = 0; j < tiles_m; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sum_x[j][e] = 0;
+          }
+        }
+      }
+
+      Sum* mine = partial + (buffer * warps + warp) * slab;
+#pragma unroll
+      for (int j = 0; j < tiles_m; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int m = j * 8 + quarter * 2 + e % 2;
+          if (tokens % 8 && m >= tokens) continue;
+#pragma unroll
+          for (int i = 0; i < tiles_n; ++i)
+            mine[m * pitch + i * 16 + e / 2 * 8 + lane / 4] =
+                Select<grouped, float, Acc>::of(total[i][j][e], sum[i][j][e]);
+          if constexpr (!grouped && has_zeros) mine[m * pitch + rows] = sum_x[j][e];
+        }
+      group_sync<32 * group_warps>(group);
+      const Sum* all = partial + (buffer * warps + group * group_warps) * slab;
+      const bool last = segment == segments - 1;
+#pragma unroll 1
+      for (int i = threadIdx.x % (32 * group_warps); i < int(p.m) * (rows / width);
+           i += 32 * group_warps) {
+        const int m = i / (rows / width), r = i % (rows / width) * width;
+        const i64 n = i64(tile) * rows + r;
+        Rows y = {};
+        Sum x = 0;
+#pragma unroll
+        for (int w = 0; w < group_warps; ++w) y.add(all + w * slab + m * pitch + r);
+        if constexpr (!grouped && has_zeros)
+#pragma unroll
+          for (int w = 0; w < group_warps; ++w) x += all[w * slab + m * pitch + rows];
+        Sum* sums = kept + ((turn * groups + group) * tokens + m) * pitch;
+        if (segment) {
+          y.add(sums + r);
+          if constexpr (!grouped && has_zeros) x += sums[rows + segment % 2];
+        }
+        if (!last) {
+          y.store(sums + r);
+          // one thread writes what the others read a segment later, into the place they do not read
+          if constexpr (!grouped && has_zeros)
+            if (r == 0) sums[rows + (segment + 1) % 2] = x;
+        } else {
+          finish(p, n, m, y, Acc(x), alpha);
+        }
+      }
+      if constexpr (buffers == 1)
+        group_sync<32 * group_warps>(group);
+      else
+        buffer ^= 1;
+    }
+  }
+}

@@ -1,0 +1,174 @@
+"""Op `intlass::matmul_int4_nn`, x @ w for a packed INT4 w, and `mixed_mm`, HQQ's interface.
+
+w is the buffer that `matmul_int4_bf16_tn` multiplies by the transpose of: one packed weight serves
+the forward and the backward product. On a GPU the sum over rows is Triton's (triton/mixed_mm.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import packing, reference
+from ..explain import record
+from ._library import FLOATS, define, require_device, require_dtype
+from .matmul import matmul_int4_bf16_tn
+from .problem import check_parameters, rows_groups
+
+_OP = "matmul_int4_nn"
+
+
+def _check(
+    x: Tensor,
+    packed_w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    k: int,
+    alpha: Tensor | None = None,
+) -> None:
+    require_dtype(_OP, "x", x.dtype, FLOATS)
+    require_dtype(_OP, "packed_w", packed_w.dtype, (torch.uint8,))
+    require_dtype(_OP, "scales", scales.dtype, FLOATS)
+    require_device(_OP, x, packed_w=packed_w, scales=scales, zeros=zeros, alpha=alpha)
+    if packed_w.dim() != 2 or packed_w.shape[1] != packing.packed_size(k):
+        raise ValueError(
+            f"{_OP}: packed_w is {tuple(packed_w.shape)}; K={k} needs [N, {packing.packed_size(k)}]"
+        )
+    if x.dim() == 0 or x.shape[-1] != packed_w.shape[0]:
+        raise ValueError(
+            f"{_OP}: x is {tuple(x.shape)}; packed_w has N={packed_w.shape[0]} rows to sum over"
+        )
+    check_parameters(_OP, "scales", scales, packed_w.shape[0], k)
+    check_parameters(_OP, "zeros", zeros, packed_w.shape[0], k)
+    if alpha is not None and alpha.numel() != 1:
+        raise ValueError(f"{_OP}: alpha has shape {tuple(alpha.shape)}; expected one element")
+
+
+def _fake(
+    x: Tensor,
+    packed_w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    k: int,
+    alpha: Tensor | None = None,
+) -> Tensor:
+    _check(x, packed_w, scales, zeros, k, alpha)
+    return x.new_empty((*x.shape[:-1], k))
+
+
+def _cpu(
+    x: Tensor,
+    packed_w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    k: int,
+    alpha: Tensor | None = None,
+) -> Tensor:
+    _check(x, packed_w, scales, zeros, k, alpha)
+    _explain(x, packed_w, k, "reference float64", "no fast CPU kernel for x @ w", fallback=True)
+    codes = packing.unpack(packed_w, k, zeros is None)
+    z = None if zeros is None else rows_groups(zeros)
+    w = reference.dequantize(codes, rows_groups(scales), z)
+    y = x.double() @ w
+    if alpha is not None:
+        y = y * alpha.double().reshape(())
+    return reference.round_once(y, x.dtype)
+
+
+def _cuda(
+    x: Tensor,
+    packed_w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    k: int,
+    alpha: Tensor | None = None,
+) -> Tensor:
+    _check(x, packed_w, scales, zeros, k, alpha)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if x.dtype == torch.float32 or importlib.util.find_spec("triton") is None:
+        why = "float32 has no tensor-core kernel" if x.dtype == torch.float32 else "no Triton here"
+        _explain(x, packed_w, k, "dequantize + mm", why, fallback=True)
+        y = rows @ torch.ops.intlass.dequantize(packed_w, scales, zeros, k, x.dtype)
+        y = y if alpha is None else (y.float() * alpha.float().reshape(())).to(x.dtype)
+    else:
+        from ..triton import mixed_mm as kernels
+
+        _explain(x, packed_w, k, "triton mixed_mm", "weights are decoded in registers")
+        z = None if zeros is None else rows_groups(zeros)
+        y = kernels.matmul_nn(rows, packed_w, rows_groups(scales), z, k, alpha, x.dtype)
+    return y.view(*x.shape[:-1], k)
+
+
+def _explain(
+    x: Tensor, packed_w: Tensor, k: int, kernel: str, why: str, *, fallback: bool = False
+) -> None:
+    sizes = math.prod(x.shape[:-1]), k, packed_w.shape[0], 0
+    record(_OP, "w4a16", sizes, kernel, why, fallback=fallback)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed_w, scales, zeros, ctx.k, *rest = inputs
+    ctx.save_for_backward(packed_w, scales, zeros, rest[0] if rest else None)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    packed_w, scales, zeros, alpha = ctx.saved_tensors
+    back = torch.ops.intlass.matmul_int4_bf16_tn
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = back(grad, packed_w, scales, zeros, ctx.k, None, None, alpha)
+    return grad_x, *[None] * 5
+
+
+define(
+    f"{_OP}(Tensor x, Tensor packed_w, Tensor scales, Tensor? zeros, SymInt k, "
+    "Tensor? alpha=None) -> Tensor",
+    fake=_fake,
+    cpu=_cpu,
+    cuda=_cuda,
+    setup_context=_setup,
+    backward=_backward,
+)
+
+
+def mixed_mm(
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    transposed: bool = False,
+) -> Tensor:
+    """Product of floating ``a`` with an INT4 weight W [K, N], in the layout of HQQ's kernels.
+
+        transposed False   a [..., K] -> a @ W   [..., N]
+        transposed True    a [..., N] -> a @ Wᵀ  [..., K]      W[k, n] = (q - zeros)·scales
+
+    ``b`` uint8 [K/2, N], row 2i of the codes in the low nibble and row 2i + 1 in the high one: it
+    is `pack_int4` of Wᵀ, transposed: as such a view it is used as it lies, in both directions;
+    with other strides every call copies it. ``scales``, ``zeros`` [K/group_size, N], of a's dtype
+    or wider; zeros floating or integer with codes in [0, 15], None for signed codes.
+
+    Differentiable in ``a``, the gradient taking the other direction on the same buffer.
+    Raises ValueError or TypeError naming what does not fit.
+    """
+    if b.dim() != 2 or b.dtype != torch.uint8:
+        raise TypeError(f"mixed_mm: b is {b.dtype} {tuple(b.shape)}; expected uint8 [K/2, N]")
+    k, n = 2 * b.shape[0], b.shape[1]
+    if group_size < 1 or k % group_size:
+        raise ValueError(f"mixed_mm: K={k} is not a multiple of group_size={group_size}")
+    for name, t in (("scales", scales), ("zeros", zeros)):
+        if t is not None and tuple(t.shape) != (k // group_size, n):
+            raise ValueError(
+                f"mixed_mm: {name} is {tuple(t.shape)}; expected {(k // group_size, n)} for "
+                f"K={k}, N={n}, group_size={group_size}"
+            )
+    w, s, z = b.t(), scales.t(), None if zeros is None else zeros.t()
+    if not transposed:
+        return matmul_int4_bf16_tn(a, w, s, z, k=k)
+    y: Tensor = torch.ops.intlass.matmul_int4_nn(a, w, s, z, k)
+    return y

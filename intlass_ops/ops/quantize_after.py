@@ -1,0 +1,202 @@
+"""Ops `intlass::rms_norm_quantize` and `intlass::silu_mul_quantize`: one read instead of three.
+
+What a transformer computes just before it quantises, with the codes of the two steps in turn:
+computed in fp32, rounded to the dtype of x as the modules do, then quantised per token
+(quantize.py). The CUDA kernel is cuda/quantize.cu.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import packing
+from ..config import Before
+from ..cuda import launch_quantize, plans
+from ._library import FLOATS, define, require_device, require_dtype
+from .quantize import no_gradient, no_setup, quantize_tokens
+
+Quantized = tuple[Tensor, Tensor, Tensor]
+
+
+def _check(op: str, x: Tensor, name: str, other: Tensor | None, shape: object, bits: int) -> None:
+    require_dtype(op, "x", x.dtype, FLOATS)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x is a scalar; expected [..., K]")
+    if bits not in (4, 8):
+        raise ValueError(f"{op}: bits={bits}; expected 4 or 8")
+    if other is not None:
+        require_device(op, x, **{name: other})
+        if other.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} has dtype {other.dtype}, x {x.dtype}")
+        if tuple(other.shape) != shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(other.shape)}; expected {shape}")
+
+
+def _check_norm(x: Tensor, weight: Tensor | None, bits: int) -> None:
+    _check("rms_norm_quantize", x, "weight", weight, tuple(x.shape[-1:]), bits)
+
+
+def _check_silu(gate: Tensor, up: Tensor, bits: int) -> None:
+    _check("silu_mul_quantize", gate, "up", up, tuple(gate.shape), bits)
+
+
+def _codes_shape(x: Tensor, bits: int) -> tuple[int, ...]:
+    return (*x.shape[:-1], packing.packed_size(x.shape[-1]) if bits == 4 else x.shape[-1])
+
+
+def _empty(x: Tensor, bits: int, symmetric: bool) -> Quantized:
+    scale_shape = (*x.shape[:-1], 1)
+    return (
+        x.new_empty(_codes_shape(x, bits), dtype=torch.uint8 if bits == 4 else torch.int8),
+        x.new_empty(scale_shape, dtype=torch.float32),
+        x.new_empty((0,) if symmetric else scale_shape, dtype=torch.int32),
+    )
+
+
+def _cuda(
+    op: str,
+    before: Before,
+    x: Tensor,
+    other: Tensor | None,
+    eps: float,
+    bits: int,
+    symmetric: bool,
+) -> Quantized:
+    key = (
+        op,
+        plans.signature(x),
+        other is None or plans.signature(other),
+        eps,
+        bits,
+        symmetric,
+        x.data_ptr() % 16,
+        0 if other is None else other.data_ptr() % 16,
+    )
+    plan = launch_quantize.find(key)
+    if plan is None:
+        if before is Before.RMS_NORM:
+            _check_norm(x, other, bits)
+        else:
+            assert other is not None
+            _check_silu(x, other, bits)
+        plan = launch_quantize.make(
+            key,
+            x,
+            math.prod(x.shape[:-1]),
+            x.shape[-1],
+            _codes_shape(x, bits),
+            (*x.shape[:-1], 1),
+            bits,
+            symmetric,
+            before=before,
+            other=other,
+            eps=eps,
+        )
+    return plan.run(x, None, other)
+
+
+def _norm_fake(
+    x: Tensor, weight: Tensor | None, eps: float, bits: int, symmetric: bool
+) -> Quantized:
+    _check_norm(x, weight, bits)
+    return _empty(x, bits, symmetric)
+
+
+def _norm_cpu(
+    x: Tensor, weight: Tensor | None, eps: float, bits: int, symmetric: bool
+) -> Quantized:
+    _check_norm(x, weight, bits)
+    v = x.float()
+    y = v * (1 / (v.square().mean(-1, keepdim=True) + eps).sqrt())
+    if weight is not None:
+        y = y * weight.float()
+    return quantize_tokens(y.to(x.dtype), bits, symmetric)
+
+
+def _norm_cuda(
+    x: Tensor, weight: Tensor | None, eps: float, bits: int, symmetric: bool
+) -> Quantized:
+    return _cuda("rms_norm_quantize", Before.RMS_NORM, x, weight, eps, bits, symmetric)
+
+
+def _silu_fake(gate: Tensor, up: Tensor, bits: int, symmetric: bool) -> Quantized:
+    _check_silu(gate, up, bits)
+    return _empty(gate, bits, symmetric)
+
+
+def _silu_cpu(gate: Tensor, up: Tensor, bits: int, symmetric: bool) -> Quantized:
+    _check_silu(gate, up, bits)
+    return quantize_tokens(torch.nn.functional.silu(gate) * up, bits, symmetric)
+
+
+def _silu_cuda(gate: Tensor, up: Tensor, bits: int, symmetric: bool) -> Quantized:
+    return _cuda("silu_mul_quantize", Before.SILU_MUL, gate, up, 0.0, bits, symmetric)
+
+
+define(
+    "rms_norm_quantize(Tensor x, Tensor? weight, float eps, int bits=8, bool symmetric=True) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=lambda x, weight, eps, bits=8, symmetric=True: _norm_fake(x, weight, eps, bits, symmetric),
+    cpu=lambda x, weight, eps, bits=8, symmetric=True: _norm_cpu(x, weight, eps, bits, symmetric),
+    cuda=lambda x, weight, eps, bits=8, symmetric=True: _norm_cuda(x, weight, eps, bits, symmetric),
+    setup_context=no_setup,
+    backward=no_gradient,
+)
+define(
+    "silu_mul_quantize(Tensor gate, Tensor up, int bits=8, bool symmetric=True) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=lambda gate, up, bits=8, symmetric=True: _silu_fake(gate, up, bits, symmetric),
+    cpu=lambda gate, up, bits=8, symmetric=True: _silu_cpu(gate, up, bits, symmetric),
+    cuda=lambda gate, up, bits=8, symmetric=True: _silu_cuda(gate, up, bits, symmetric),
+    setup_context=no_setup,
+    backward=no_gradient,
+)
+
+
+def rms_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    bits: int = 8,
+    symmetric: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """RMS norm and quantisation per token in one kernel.
+
+        y = x / sqrt(mean(x^2) + eps) * weight        fp32, rounded to the dtype of x once
+        q, scale, zero = quantize_int8(y) or quantize_int4(y)
+
+    ``x`` [..., K] fp32, bf16 or fp16, ``weight`` [K] of the same dtype or None, as
+    torch.nn.functional.rms_norm takes them. Returns (q, scale [..., 1], zero or None).
+    Raises TypeError or ValueError for dtypes and shapes that do not fit; no gradient.
+
+    >>> import torch
+    >>> q, scale, zero = rms_norm_quantize(torch.tensor([[3.0, -3.0]]))
+    >>> q
+    tensor([[ 127, -127]], dtype=torch.int8)
+    """
+    q, scale, zero = torch.ops.intlass.rms_norm_quantize(x, weight, eps, bits, symmetric)
+    return q, scale, None if symmetric else zero
+
+
+def silu_mul_quantize(
+    gate: Tensor, up: Tensor, *, bits: int = 8, symmetric: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """SwiGLU's product and its quantisation per token in one kernel.
+
+        y = silu(gate) * up        silu and product each rounded to the dtype of gate
+        q, scale, zero = quantize_int8(y) or quantize_int4(y)
+
+    ``gate``, ``up`` [..., K] of one dtype (fp32, bf16 or fp16), also the halves of one tensor.
+    Returns (q, scale [..., 1], zero or None); errors as in :func:`rms_norm_quantize`.
+
+    >>> import torch
+    >>> q, scale, zero = silu_mul_quantize(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, -1.0]]))
+    >>> q
+    tensor([[   0, -127]], dtype=torch.int8)
+    """
+    q, scale, zero = torch.ops.intlass.silu_mul_quantize(gate, up, bits, symmetric)
+    return q, scale, None if symmetric else zero

@@ -1,0 +1,191 @@
+"""GEMMs of MXFP4, NVFP4 and MXFP8: equal to the exact product, rounded once.
+
+The oracle decodes by the definitions of the formats and sums in float64 (integers, in fact: every
+product of two FP4 values and two scales is one, times a power of two).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import intlass_ops as ia
+from intlass_ops import fp4, fused_quantize, packing
+from intlass_ops.reference import round_once
+from intlass_ops.rotation import hadamard_matrix
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E8M0, E4M3 = torch.float8_e8m0fnu, torch.float8_e4m3fn
+GROUP = {"mx": 32, "nv": 16}
+
+
+def quantized(format_: str, rows: int, k: int, method: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Codes and plain scales of randn·25, as QuTLASS tests with."""
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(seed)) * 25
+    if format_ == "mx":
+        return fused_quantize.fused_quantize_mx(x, hadamard_matrix(16), method=method)  # type: ignore[return-value]
+    return fused_quantize.fused_quantize_nv(x, hadamard_matrix(16), 3.0, method=method)  # type: ignore[return-value]
+
+
+def exact(codes: Tensor, scales: Tensor) -> Tensor:
+    k = codes.shape[-1] * 2
+    values = fp4.decode_e2m1(packing.unpack(codes, k, signed=False), torch.float64)
+    s = fp4.scale_values(scales, torch.float64)
+    return values * s.repeat_interleave(k // s.shape[-1], -1)
+
+
+def op_of(format_: str, blocked: bool) -> Callable[..., Tensor]:
+    if format_ == "mx":
+        return ia.matmul_mxf4_bf16_tn if blocked else ia.matmul_ada_mxf4_bf16_tn
+
+    def nv(*args: Any, **options: Any) -> Tensor:
+        return ia.matmul_nvf4_bf16_tn(*args, blocked=blocked, **options)
+
+    return nv
+
+
+def ordered(scales: Tensor, blocked: bool) -> Tensor:
+    return fp4.to_blocked(scales) if blocked else scales
+
+
+SHAPES = [(1, 48, 160), (16, 130, 512), (33, 17, 96), (130, 64, 256), (3, 5, 32)]
+
+
+@pytest.mark.parametrize("blocked", [True, False])
+@pytest.mark.parametrize(
+    ("format_", "method"), [("mx", "quest"), ("mx", "abs_max"), ("nv", "abs_max")]
+)
+def test_two_fp4_operands(format_: str, method: str, blocked: bool, device: str) -> None:
+    for m, n, k in [*SHAPES, *([(4, 20, 48)] if format_ == "nv" else [])]:
+        (a, a_scale), (b, b_scale) = (
+            quantized(format_, rows, k, method, seed) for seed, rows in enumerate((m, n))
+        )
+        alpha = torch.tensor(1 / 9)
+        y = op_of(format_, blocked)(
+            *(t.to(device) for t in (a, b, ordered(a_scale, blocked), ordered(b_scale, blocked))),
+            alpha.to(device),
+        )
+        expected = exact(a, a_scale) @ exact(b, b_scale).T * alpha.double()
+        assert y.dtype == BF16
+        assert torch.equal(y.cpu(), round_once(expected, BF16)), (m, n, k)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("format_", ["mx", "nv"])
+def test_fp4_weights_with_16_bit_activations(format_: str, dtype: torch.dtype, device: str) -> None:
+    """Small integers as activations: no sum is rounded."""
+    for m, n, k in SHAPES:
+        a = torch.randint(-4, 5, (m, k), generator=torch.Generator().manual_seed(0)).to(dtype)
+        b, b_scale = quantized(format_, n, k, "abs_max", 1)
+        b_scale = torch.full_like(b_scale.float(), 0.5).to(E4M3) if format_ == "nv" else b_scale
+        blocked = m % 2 == 0
+        args = (a.to(device), b.to(device), None, ordered(b_scale, blocked).to(device))
+        y = op_of(format_, blocked)(*args, out_dtype=FP32)
+        assert torch.equal(y.cpu().double(), a.double() @ exact(b, b_scale).T), (m, n, k)
+        assert op_of(format_, blocked)(*args).dtype == dtype
+
+
+@pytest.mark.parametrize("format_", ["mx", "nv"])
+def test_every_code_under_every_scale(format_: str, device: str) -> None:
+    """One value a row under each scale there is, read by tokens with a single one."""
+    g, dtype = GROUP[format_], E8M0 if format_ == "mx" else E4M3
+    bits = torch.arange(255 if format_ == "mx" else 127, dtype=torch.uint8)
+    scales = bits.view(dtype).repeat_interleave(16)[:, None]  # [rows, 1]
+    codes = torch.zeros(len(scales), g, dtype=torch.uint8)
+    codes[:, 3] = torch.arange(16, dtype=torch.uint8).repeat(len(bits))
+    one = fp4.encode_e2m1(torch.ones(2, g))
+    unit = torch.tensor([[1.0], [0.25]])
+    a_scale = fp4.encode_e8m0_floor(unit) if format_ == "mx" else unit.to(E4M3)
+    b, a = packing.pack(codes), packing.pack(one)
+    expected = exact(a, a_scale) @ exact(b, scales).T
+    for out in (BF16, FP32):
+        y = op_of(format_, False)(
+            *(t.to(device) for t in (a, b, a_scale, scales)), out_dtype=out
+        ).cpu()
+        assert torch.equal(y, round_once(expected, out))
+
+
+def test_a_nan_scale_shows(device: str) -> None:
+    a, a_scale = quantized("mx", 2, 64, "quest", 0)
+    b, b_scale = quantized("mx", 3, 64, "quest", 1)
+    b_scale.view(torch.uint8)[1, 1] = 255
+    y = op_of("mx", False)(*(t.to(device) for t in (a, b, a_scale, b_scale)))
+    assert y.isnan().cpu().tolist() == [[False, True, False]] * 2
+
+
+def test_mxfp8(device: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-8, 9, (n, 96), generator=rng).float().to(E4M3) for n in (5, 24))
+    exponents = [torch.randint(-3, 4, (n, 3), generator=rng) for n in (5, 24)]
+    a_scale, b_scale = (fp4.encode_e8m0_floor(torch.exp2(e.double())) for e in exponents)
+    wide = [
+        t.double() * fp4.scale_values(s, torch.float64).repeat_interleave(32, 1)
+        for t, s in ((a, a_scale), (b, b_scale))
+    ]
+    expected = round_once(wide[0] @ wide[1].T, BF16)
+    scales = fp4.to_blocked(a_scale).to(device), fp4.to_blocked(b_scale).to(device)
+    y = ia.matmul_mxf8_bf16_tn(a.to(device), b.to(device), *scales)
+    assert torch.equal(y.cpu(), expected)
+    nn = ia.matmul_mxf8_bf16_nn(a.to(device), b.T.contiguous().to(device), *scales)
+    assert torch.equal(nn, y)
+
+
+def test_dense_decoding_is_exact(device: str) -> None:
+    """What large products multiply, for all codes under all scales."""
+    from intlass_ops.cuda import launch_fp4
+
+    if device == "cpu":
+        pytest.skip("decodes on a GPU, or in the test of the reference")
+    for dtype, g in ((E8M0, 32), (E4M3, 16)):
+        bits = torch.arange(255 if dtype == E8M0 else 127, dtype=torch.uint8)
+        scales = bits.view(dtype)[:, None].expand(-1, 5).contiguous()
+        codes = packing.pack(torch.arange(16, dtype=torch.uint8).repeat(len(bits), 5 * g // 16))
+        for blocked in (True, False):
+            d, f = launch_fp4.decode(
+                codes.to(device), ordered(scales, blocked).to(device), blocked, BF16
+            )
+            assert torch.equal(d.cpu().double() * f, exact(codes, scales))
+
+
+def test_gradient_and_compile(device: str) -> None:
+    a = torch.randn(2, 3, 64, device=device, dtype=BF16, requires_grad=True)
+    b, b_scale = (t.to(device) for t in quantized("nv", 24, 64, "abs_max", 2))
+
+    def run(a: Tensor) -> Tensor:
+        return ia.matmul_nvf4_bf16_tn(a, b, None, b_scale, 0.5, blocked=False)
+
+    y = run(a)
+    y.backward(torch.ones_like(y))
+    w = exact(b.cpu(), b_scale.cpu())
+    expected = (0.5 * torch.ones(6, 24).double() @ w).view(2, 3, 64)
+    assert a.grad is not None
+    assert float((a.grad.cpu() - expected).abs().max() / expected.abs().max()) < 0.01
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(a), y)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"a": torch.zeros(2, 48, dtype=torch.uint8)}, ValueError, "a has K=96, b has K=64"),
+        ({"a_scale": None}, TypeError, "matmul_mxf4_bf16_tn: a has dtype uint8"),
+        ({"a_scale": torch.zeros(2, 3).to(E4M3)}, TypeError, "a_scale has dtype float8_e4m3fn"),
+        ({"b_scale": torch.zeros(3, 2).to(E4M3)}, TypeError, "b_scale has dtype float8_e4m3fn"),
+        ({"b_scale": torch.zeros(3, 3, dtype=torch.uint8).view(E8M0)}, ValueError, "b_scale is"),
+        ({"alpha": torch.ones(2)}, ValueError, r"alpha has shape \(2,\)"),
+    ],
+)
+def test_refusals(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    one = torch.full((3, 2), 127, dtype=torch.uint8).view(E8M0)
+    args = {
+        "a": torch.zeros(2, 32, dtype=torch.uint8),
+        "b": torch.zeros(3, 32, dtype=torch.uint8),
+        "a_scale": one[:2],
+        "b_scale": one,
+    }
+    with pytest.raises(error, match=message):
+        ia.matmul_ada_mxf4_bf16_tn(**(args | change))

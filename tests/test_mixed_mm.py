@@ -1,0 +1,98 @@
+"""mixed_mm: both directions on one packed buffer, their gradients, and its refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_close
+from torch import Tensor
+
+from intlass_ops import mixed_mm, pack_int4
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def weight(
+    n: int, k: int, g: int, signed: bool, dtype: torch.dtype, exact: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(packed [N, K/2], scales [K/g, N], zeros, dense float64 [K, N])."""
+    rng = torch.Generator().manual_seed(n + k)
+    low = -8 if signed else 0
+    q = torch.randint(low, low + 16, (n, k), generator=rng)
+    s = torch.exp2(torch.randint(-2, 2, (k // g, n), generator=rng).float()).to(dtype)
+    z = None if signed else torch.randint(0, 16, (k // g, n), generator=rng).to(dtype)
+    if not exact:
+        s = (torch.rand(k // g, n, generator=rng) + 0.5).to(dtype)
+        z = None if z is None else z + 0.5
+    wide = q.T.double()
+    if z is not None:
+        wide = wide - z.double().repeat_interleave(g, 0)
+    return pack_int4(q), s, z, wide * s.double().repeat_interleave(g, 0)
+
+
+SHAPES = [(1, 24, 64, 16), (16, 200, 256, 64), (33, 96, 128, 128), (130, 72, 192, 32)]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("signed", [True, False])
+def test_both_directions_are_exact_on_integers(
+    dtype: torch.dtype, signed: bool, device: str
+) -> None:
+    for m, n, k, g in SHAPES:
+        packed, s, z, w = weight(n, k, g, signed, dtype, exact=True)
+        rest = s.to(device), None if z is None else z.to(device), g
+        for transposed in (False, True):
+            width = n if transposed else k
+            a = torch.randint(-1, 2, (m, width), generator=torch.Generator().manual_seed(m))
+            expected = a.double() @ (w.T if transposed else w)
+            for b in (packed.T, packed.T.contiguous()):
+                y = mixed_mm(a.to(device, dtype), b.to(device), *rest, transposed=transposed)
+                assert y.dtype == dtype
+                assert torch.equal(y.cpu(), expected.to(FP32).to(dtype)), (m, n, k, g, transposed)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradient_goes_the_other_way_on_the_same_buffer(transposed: bool, device: str) -> None:
+    m, n, k, g = 20, 96, 128, 32
+    packed, s, z, w = weight(n, k, g, False, FP32)
+    w = w.T if transposed else w
+    a = torch.randn(m, w.shape[0], device=device, requires_grad=True)
+    y = mixed_mm(a, packed.T.to(device), s.to(device), z.to(device), g, transposed)  # type: ignore[union-attr]
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    y.backward(grad.to(device))
+    assert a.grad is not None
+    rows = a.detach().cpu().double()
+    assert_close(y.detach().cpu(), rows @ w, rows.abs() @ w.abs())
+    assert_close(a.grad.cpu(), grad.double() @ w.T, grad.double().abs() @ w.abs().T)
+
+
+def test_numerical_gradient() -> None:
+    packed, s, z, _ = weight(16, 32, 16, False, FP32)
+    a = torch.randn(3, 32, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda a: mixed_mm(a, packed.T, s, z, 16), a, eps=1e-1, atol=2e-2, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"b": torch.zeros(4, 4)}, "mixed_mm: b is torch.float32"),
+        ({"group_size": 24}, "mixed_mm: K=32 is not a multiple of group_size=24"),
+        ({"scales": torch.ones(3, 8)}, r"mixed_mm: scales is \(3, 8\); expected \(2, 8\)"),
+        ({"a": torch.zeros(2, 8)}, "a has 8 columns; K=32 needs 32"),
+        ({"transposed": True}, r"matmul_int4_nn: x is \(2, 32\); packed_w has N=8 rows"),
+    ],
+)
+def test_refusals(change: dict[str, Any], message: str) -> None:
+    args: dict[str, Any] = {
+        "a": torch.zeros(2, 32),
+        "b": torch.zeros(16, 8, dtype=torch.uint8),
+        "scales": torch.ones(2, 8),
+        "zeros": None,
+        "group_size": 16,
+    }
+    with pytest.raises((ValueError, TypeError), match=message):
+        mixed_mm(**(args | change))

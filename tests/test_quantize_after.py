@@ -1,0 +1,111 @@
+"""rms_norm_quantize and silu_mul_quantize: the codes of the two steps in turn, in one kernel."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+import intlass_ops as ia
+from intlass_ops import ops
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+OPTIONS = [{"bits": bits, "symmetric": symmetric} for bits in (8, 4) for symmetric in (True, False)]
+
+
+def quantize(y: Tensor, bits: int, symmetric: bool) -> Any:
+    return (ia.quantize_int8 if bits == 8 else ia.quantize_int4)(y, symmetric=symmetric)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    v = x.float()
+    y = v * (1 / (v.square().mean(-1, keepdim=True) + eps).sqrt())
+    return (y if weight is None else y * weight.float()).to(x.dtype)
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+
+
+def integers(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    """So small that sums of their squares are exact in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-6, 7, shape, generator=generator).to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("k", [1, 7, 64, 1000, 4096, 70000])
+def test_norm_is_the_two_steps_in_turn(k: int, dtype: torch.dtype, device: str) -> None:
+    x = integers(2, 3, k, dtype=dtype, device=device)
+    weight = integers(k, dtype=dtype, device=device, seed=1) / 4
+    for options, w in itertools.product(OPTIONS, (weight, None)):
+        expected = quantize(rms_norm(x, w, 0.5), **options)
+        assert_same(ops.rms_norm_quantize(x, w, 0.5, **options), expected)
+
+
+def test_norm_is_that_of_pytorch(device: str) -> None:
+    x = torch.randn(5, 256, device=device)
+    weight = torch.randn(256, device=device)
+    q, scale, _ = ops.rms_norm_quantize(x, weight, 1e-5)
+    expected = torch.nn.functional.rms_norm(x, (256,), weight, 1e-5)
+    assert ((q * scale - expected).abs() <= 0.501 * scale).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("k", [1, 9, 64, 4096])
+def test_silu_is_the_two_steps_in_turn(k: int, dtype: torch.dtype, device: str) -> None:
+    """Also of two halves of a tensor, whose rows do not follow each other."""
+    both = torch.randn(2, 3, 2 * k, generator=torch.Generator().manual_seed(0))
+    halves = both.to(device, dtype).chunk(2, -1)
+    whole = [half.contiguous() for half in halves]
+    for options, (gate, up) in itertools.product(OPTIONS, (halves, whole)):
+        expected = quantize(torch.nn.functional.silu(gate) * up, **options)
+        assert_same(ops.silu_mul_quantize(gate, up, **options), expected)
+
+
+def test_rows_at_uneven_distances(device: str) -> None:
+    x = integers(4, 3, 64, dtype=torch.bfloat16, device=device).transpose(0, 1)
+    assert_same(ops.rms_norm_quantize(x, None, 1.0), quantize(rms_norm(x, None, 1.0), 8, True))
+    assert_same(ops.silu_mul_quantize(x, x), quantize(torch.nn.functional.silu(x) * x, 8, True))
+
+
+def test_no_tokens(device: str) -> None:
+    x = torch.empty(0, 64, device=device)
+    q, scale, zero = ops.rms_norm_quantize(x)
+    assert (q.shape, scale.shape, zero) == ((0, 64), (0, 1), None)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda x: ops.rms_norm_quantize(x.int()), TypeError, "x has dtype int32"),
+        (lambda x: ops.rms_norm_quantize(x, x[0, :3]), ValueError, r"\(3,\); expected \(8,\)"),
+        (lambda x: ops.rms_norm_quantize(x, x[0].double()), TypeError, "weight has dtype"),
+        (lambda x: ops.rms_norm_quantize(x, bits=5), ValueError, "bits=5"),
+        (lambda x: ops.silu_mul_quantize(x, x[:1]), ValueError, r"up has shape \(1, 8\)"),
+        (lambda x: ops.silu_mul_quantize(x[0, 0], x[0, 0]), ValueError, "scalar"),
+    ],
+)
+def test_refusals(call: Any, error: type[Exception], said: str, device: str) -> None:
+    with pytest.raises(error, match=said):
+        call(torch.zeros(2, 8, device=device))
+
+
+def test_rounding_has_no_gradient() -> None:
+    x = torch.ones(2, 8, requires_grad=True)
+    for q in (ops.rms_norm_quantize(x), ops.silu_mul_quantize(x, x)):
+        with pytest.raises(RuntimeError, match="no gradient"):
+            q[1].sum().backward()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_opcheck(bits: int) -> None:
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    opcheck(torch.ops.intlass.rms_norm_quantize.default, (x, weight, 1e-6, bits, bits == 8))
+    opcheck(torch.ops.intlass.silu_mul_quantize.default, (x, x + 1, bits, bits == 8))
