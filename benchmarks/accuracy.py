@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="of text to measure on")
     parser.add_argument("--calibration", type=int, default=32, help="other windows of text")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", default="", help="a regular expression: rows whose name matches")
     parser.add_argument("--out", default="accuracy", help="path without .json and .md")
     args = parser.parse_args()
 
@@ -234,7 +235,7 @@ def main() -> None:
         "rows": [],
     }
     for name, weight, act, rotated in rows():
-        if args.only not in name:
+        if not re.search(args.only, name):
             continue
         ppl, seconds = row(model, original, weight, act, rotated, seen, tokens)
         results["rows"].append({"name": name, "perplexity": ppl, "seconds": round(seconds, 2)})

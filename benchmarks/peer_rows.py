@@ -3,12 +3,48 @@
 
 The harness runs this file inside its own namespace, which brings `peer`, `Base` and `torch`: a row
 says how to build the weights from the shared data of a shape (`ctx`) and how to call the kernel.
-Names end in _sm80 because these rows run the portable path (mma.sync), on any GPU.
+Each scheme has two rows: what `config.pick` chooses on this GPU, and, with names that end in
+_sm80, the portable kernels (mma.sync), which a GPU of any age would run.
 """
 
+import contextlib
+
 import intlass_ops
+from intlass_ops import config
+from intlass_ops.cuda import launch
 
 ops = torch.ops.intlass
+_portable_plans = {}
+
+
+@contextlib.contextmanager
+def _portable():
+    """Calls pick for a GPU without wgmma, and keep their plans apart."""
+    plans, device_of = launch._plans, launch.device_of
+    launch._plans = _portable_plans
+    launch.device_of = lambda index: config.without_wgmma(device_of(index))
+    try:
+        yield
+    finally:
+        launch._plans, launch.device_of = plans, device_of
+
+
+def _both(name, **options):
+    """The rows ``intlass_<name>`` and ``intlass_<name>_sm80``."""
+
+    def register(row):
+        peer(f"intlass_{name}", **options)(row)
+
+        class Portable(row):
+            def call(self, i, M):
+                with _portable():
+                    return super().call(i, M)
+
+        Portable.__name__ = f"{row.__name__}Portable"
+        peer(f"intlass_{name}_sm80", **options)(Portable)
+        return row
+
+    return register
 
 
 class _Int4(Base):
@@ -23,26 +59,26 @@ class _Int4(Base):
         return self.ctx.s4
 
 
-@peer("intlass_w4a16_sm80", wbits=4, wref="w4")
+@_both("w4a16", wbits=4, wref="w4")
 class W4A16(_Int4):
     def call(self, i, M):
         return ops.matmul_int4_bf16_tn(self.ctx.x(M)["bf16"], *self.c[i])
 
 
-@peer("intlass_w4a8_g128_sm80", act="xq", wbits=4, wref="w4", peak="int8")
+@_both("w4a8_g128", act="xq", wbits=4, wref="w4", peak="int8")
 class W4A8(_Int4):
     def call(self, i, M):
         x = self.ctx.x(M)
         return ops.matmul_int4_bf16_tn(x["xq"], *self.c[i], a_scale=x["sx"])
 
 
-@peer("intlass_w4a8_chn_sm80", act="xq", wbits=4, wref="w4c", peak="int8")
+@_both("w4a8_chn", act="xq", wbits=4, wref="w4c", peak="int8")
 class W4A8Channel(W4A8):
     def scales(self):
         return self.ctx.s1
 
 
-@peer("intlass_w4a4_sm80", wbits=4, wref="w4", peak="int8", tol=0.4)
+@_both("w4a4", wbits=4, wref="w4", peak="int8", tol=0.4)
 class W4A4(_Int4):
     """INT4 activations made outside the timing; compared with the unquantised product."""
 
@@ -59,14 +95,14 @@ class _Int8(Base):
         self.wbytes = self.ctx.q8.nbytes
 
 
-@peer("intlass_w8a8_sm80", act="xq", wbits=8, wref="w8", peak="int8")
+@_both("w8a8", act="xq", wbits=8, wref="w8", peak="int8")
 class W8A8(_Int8):
     def call(self, i, M):
         x = self.ctx.x(M)
         return ops.matmul_int8_bf16_tn(x["xq"], self.c[i][0], x["sx"], self.ctx.s8)
 
 
-@peer("intlass_w8a8_pipe_sm80", kind="pipe", wbits=8, wref="w8", peak="int8", tol=2e-2)
+@_both("w8a8_pipe", kind="pipe", wbits=8, wref="w8", peak="int8", tol=2e-2)
 class W8A8Pipe(_Int8):
     def call(self, i, M):
         q, scale, _ = ops.quantize_dynamic(self.ctx.x(M)["bf16"], 8, "token", None, True, None)
@@ -75,7 +111,7 @@ class W8A8Pipe(_Int8):
         )
 
 
-@peer("intlass_w8a16_sm80", wbits=8, wref="w8")
+@_both("w8a16", wbits=8, wref="w8")
 class W8A16(_Int8):
     def call(self, i, M):
         return ops.matmul_int8_bf16_tn(self.ctx.x(M)["bf16"], self.c[i][0], None, self.ctx.s8)

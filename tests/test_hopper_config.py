@@ -1,0 +1,99 @@
+"""What hopper.cu is told: how tiles are shared out, and which tile a problem gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from intlass_ops import config
+
+H200 = config.device_of("sm_90a")
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "h200-tiles.json"
+
+
+def a_shape(x: str, w: str, m: int, n: int, k: int, group_size: int) -> config.Shape:
+    return config.Shape(
+        x_kind=x,
+        w_kind=w,
+        scale_type="float",
+        zero_type="float",
+        out_type="__nv_bfloat16",
+        has_zeros=w == "u4",
+        has_a_zero=False,
+        aligned=True,
+        m=m,
+        n=n,
+        k=k,
+        group_size=group_size,
+    )
+
+
+def k_tiles_done(c: config.Hopper, m: int, n: int, k: int, sm_count: int) -> Counter[int]:
+    """As the blocks' Schedule of hopper.cu goes: k tiles done of each tile."""
+    (blocks, _, _) = c.grid(m, n, k, sm_count)
+    _, _, k_tiles, whole, each, extra = c.shares(m, n, k, blocks)
+    done: Counter[int] = Counter()
+    for block in range(blocks):
+        for tile in range(block, whole, blocks):
+            done[tile] += k_tiles
+        unit = block * each + min(block, extra)
+        end = (block + 1) * each + min(block + 1, extra)
+        while unit < end:
+            step = min(k_tiles - unit % k_tiles, end - unit)
+            done[whole + unit // k_tiles] += step
+            unit += step
+    return done
+
+
+@settings(max_examples=40)
+@given(st.integers(17, 3000), st.integers(1, 30000), st.integers(1, 9000), st.integers(1, 150))
+def test_every_k_tile_is_summed_once(m: int, n: int, k: int, sm_count: int) -> None:
+    for c, _ in config.hopper_candidates(H200, a_shape("s8", "s8", m, n, k, k)):
+        done = k_tiles_done(c, m, n, k, sm_count)
+        assert set(done) == set(range(c.tiles(m, n)))
+        assert set(done.values()) == {-(-k // config.HOPPER_BLOCK_K)}
+
+
+def test_the_pick_is_close_to_the_best_tile_measured() -> None:
+    losses = []
+    for p in json.loads(MEASURED.read_text())["problems"]:
+        group_size = p["k"] if p["group_size"] == "channel" else p["group_size"]
+        shape = a_shape(p["activations"], p["weights"], p["m"], p["n"], p["k"], group_size)
+        c = config.pick(H200, shape)
+        assert isinstance(c, config.Hopper)
+        tile = [c.block_m, c.tiles_n, c.consumers, int(c.stream_k)]
+        times = {tuple(t[2:6]): t[0] for t in p["tiles"]}
+        if tuple(tile) in times:  # tiles of a hopeless prediction were not measured
+            losses.append(times[tuple(tile)] / min(times.values()))
+    assert len(losses) > 120
+    assert sum(losses) / len(losses) < 1.02
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"aligned": False}, "rows do not start on 16-byte boundaries"),
+        ({"has_a_zero": True}, "activations with a zero point need row sums of W"),
+        ({"x_kind": "s4"}, "no INT4 activations"),
+        ({"group_size": 48}, "group_size=48 is neither 32, 64 nor a multiple of 128"),
+        ({"x_kind": "s8", "w_kind": "s8"}, "INT8 weights under INT8 activations have one scale"),
+    ],
+)
+def test_what_it_refuses_goes_to_the_portable_kernel(change: dict[str, object], said: str) -> None:
+    shape = dataclasses.replace(a_shape("bf16", "s4", 64, 256, 768, 128), **change)  # type: ignore[arg-type]
+    assert said in (config.why_not_hopper(H200, shape) or "")
+    assert isinstance(config.pick(H200, shape), config.Gemm)
+    assert said in config.reason(H200, shape)
+
+
+def test_older_gpus_take_the_portable_kernel() -> None:
+    shape = a_shape("bf16", "s4", 64, 256, 768, 128)
+    assert isinstance(config.pick(config.device_of("sm_86"), shape), config.Gemm)
+    assert isinstance(config.pick(config.without_wgmma(H200), shape), config.Gemm)
+    assert "sm_86 has no wgmma" in config.reason(config.device_of("sm_86"), shape)
