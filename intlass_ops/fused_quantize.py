@@ -8,12 +8,12 @@ x [..., K] is cut into rows of R, rotated by h [R, R] (any matrix, in x's dtype)
 of the group's spread that loses least on Gaussian data, which clips the tails. `return_mask` adds
 the trust mask of straight-through training: element 8j + i is bit i of byte j, 1 where it was not
 clipped. A group of zeros has codes 0; an infinity or a NaN makes its group's scale not finite.
-On a GPU this is one Triton kernel (triton/fused_quantize.py); here is the mathematics.
+The op `intlass::fused_quantize` (ops/fused_quantize.py) is one Triton kernel on a GPU
+(triton/fused_quantize.py); here is the mathematics.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ def fused_quantize_int8(
 
     group_size None: one scale per row. xh ≈ codes·scales, scale = amax / 127 or 0.0309·rms.
     """
-    plan = _plan("fused_quantize_int8", "int8", x, h, method, group_size)
+    plan = plan_of("fused_quantize_int8", "int8", x, h, method, group_size)
     return _run(x, h, plan, return_mask)
 
 
@@ -70,7 +70,7 @@ def fused_quantize_int4(
 
     group_size None: one scale per row. xh ≈ codes·scales, scale = amax / 7 or 0.3534·rms.
     """
-    plan = _plan("fused_quantize_int4", "int4", x, h, method, group_size)
+    plan = plan_of("fused_quantize_int4", "int4", x, h, method, group_size)
     return _run(x, h, plan, return_mask)
 
 
@@ -83,7 +83,7 @@ def fused_quantize_mx(
     abs_max  s = 2^floor(log2(amax + 1e-8)),             xh ≈ codes·s / 3: give the GEMM alpha 1/3
                                                          (1/9 where both operands are so)
     """
-    plan = _plan("fused_quantize_mx", "mx", x, h, method, 32)
+    plan = plan_of("fused_quantize_mx", "mx", x, h, method, 32)
     return _run(x, h, plan, return_mask)
 
 
@@ -100,11 +100,11 @@ def fused_quantize_nv(
     s = e4m3(global_scale·amax / 6), or e4m3(global_scale·2.92247856/6·std) for quest;
     xh ≈ codes·s / global_scale: give the GEMM alpha 1/global_scale.
     """
-    plan = _plan("fused_quantize_nv", "nv", x, h, method, 16, global_scale)
+    plan = plan_of("fused_quantize_nv", "nv", x, h, method, 16, global_scale)
     return _run(x, h, plan, return_mask)
 
 
-def _plan(
+def plan_of(
     op: str,
     format_: str,
     x: Tensor,
@@ -133,12 +133,15 @@ def _plan(
 
 
 def _run(x: Tensor, h: Tensor, plan: Plan, return_mask: bool) -> tuple[Tensor, ...]:
-    if x.is_cuda and importlib.util.find_spec("triton") is not None:
-        from .triton import fused_quantize as kernels
-
-        codes, scales, mask = kernels.fused_quantize(x, h, plan, return_mask)
-    else:
-        codes, scales, mask = reference(x, h, plan)
+    codes, scales, mask = torch.ops.intlass.fused_quantize(
+        x,
+        h,
+        plan.format,
+        "quest" if plan.quest else "abs_max",
+        plan.group_size,
+        plan.global_scale,
+        return_mask,
+    )
     if plan.format == "mx":
         scales = scales.view(torch.float8_e8m0fnu)
     if plan.format == "nv":

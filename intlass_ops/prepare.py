@@ -7,6 +7,7 @@ graphs do not show (formats.py), reading a graph (lowering/capture.py).
 from __future__ import annotations
 
 import gc
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +76,10 @@ def _convert(
         return module, _declined(path, kind, "its number of input features is unknown")
     x = torch.randn(1, 32, k, dtype=_dtype(module, dtype), device=_tensors(module)[0].device)
     reason = ""
-    for make in formats.spellings(module):
+    # Three dimensions as in a model; some libraries' functions know two only.
+    for make, example in itertools.product(formats.spellings(module), (x, x[0])):
         try:
-            new, scheme = session.convert(make(), x)
+            new, scheme = session.convert(make(), example)
         except capture.NotConverted as problem:
             reason = reason or str(problem)
             continue

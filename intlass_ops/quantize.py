@@ -20,6 +20,7 @@ from .nn import Activation, IntLinear
 from .ops import quantize_int4, quantize_int8
 from .ops._library import FLOATS
 from .ops.problem import GROUP_STEP
+from .qat import QATConfig, prepare_qat_
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def Int4DynamicActivationInt4Weight(group_size: int | None = 128, method: Method
 
 def quantize_(
     model: nn.Module,
-    config: Scheme,
+    config: Scheme | QATConfig,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     *,
     calibration: Sequence[Any] | None = None,
@@ -78,7 +79,8 @@ def quantize_(
     floating zero points (INT4 with zeros); "gptq" feeds errors back through the statistics of the
     layers' inputs, which it collects from ``calibration``: batches that ``model`` is called with
     (a tensor, a tuple of arguments or a mapping of named ones), read once for every 2 GiB of
-    statistics. ``progress`` shows a bar on a terminal if `rich` is installed.
+    statistics. ``progress`` shows a bar on a terminal if `rich` is installed. A `QATConfig` makes
+    trainable `QATLinear`s instead, of which `convert_` makes integer layers after training.
     ``filter_fn(module, name)`` picks the linears (default: all). A module that occurs twice stays
     shared. Scales of INT4 weights take the weight's dtype under "rtn", all others are fp32.
 
@@ -92,6 +94,9 @@ def quantize_(
     >>> model[0]
     IntLinear(in_features=256, out_features=64, scheme=w4a16, group_size=128, zeros=True, bias=True)
     """
+    if isinstance(config, QATConfig):
+        prepare_qat_(model, config, filter_fn)
+        return
     if isinstance(model, nn.Linear):
         raise TypeError("quantize_: the model is a Linear itself and cannot be replaced in place")
     calibrated.check("quantize_", config.method, config.bits, config.symmetric, calibration)

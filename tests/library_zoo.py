@@ -99,6 +99,49 @@ def _pt2e(dynamic: bool) -> Callable[[], Case]:
     return make
 
 
+def _torchao_static(asymmetric: bool) -> Callable[[Any], Any]:
+    def config(q: Any) -> Any:
+        kind = q.MappingType.ASYMMETRIC if asymmetric else q.MappingType.SYMMETRIC
+        return q.Int8StaticActivationInt8WeightConfig(
+            act_quant_scale=torch.tensor([[0.03]], dtype=torch.bfloat16),
+            act_quant_zero_point=torch.tensor([[7]], dtype=torch.int8) if asymmetric else None,
+            granularity=_granularity("PerTensor"),
+            act_mapping_type=kind,
+        )
+
+    return config
+
+
+def _torchao_qat() -> Case:
+    """Trained with fake quantisation, then converted."""
+    import torchao.quantization as q
+    from torchao.quantization.qat import QATConfig
+
+    model, x = mlp()
+    base = q.Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4, weight_granularity=_granularity("PerGroup", 32)
+    )
+    q.quantize_(model, QATConfig(base, step="prepare"))
+    with torch.enable_grad():
+        model(x).float().sum().backward()
+    q.quantize_(model, QATConfig(base, step="convert"))
+    return model.eval().requires_grad_(False), x
+
+
+def _torchao_tile_packed() -> Case:
+    import torchao.quantization as q
+
+    model, x = mlp()
+    if DEVICE != "cuda":
+        raise ImportError("this layout is packed on a GPU")
+    packing = "tile_packed_to_4d"
+    config = q.Int4WeightOnlyConfig(
+        group_size=32, int4_packing_format=packing, set_inductor_config=False
+    )
+    q.quantize_(model.to(DEVICE), config)
+    return model, x
+
+
 class PackedLinear(nn.Module):
     """compressed-tensors pack-quantized, decompressed inside the graph by the library itself."""
 
@@ -165,6 +208,14 @@ LIBRARY: dict[str, Entry] = {
         "swapped",
         "w8a8",
     ),
+    "torchao: int8 static activation, int8 weight": Entry(
+        _torchao(_torchao_static(False)), "swapped", "w8a8"
+    ),
+    "torchao: int8 static asymmetric activation, int8 weight": Entry(
+        _torchao(_torchao_static(True)), "swapped", "w8a8"
+    ),
+    "torchao: 8da4w after QAT": Entry(_torchao_qat, "swapped", "w8a8"),
+    "torchao: int4 tile-packed": Entry(_torchao_tile_packed, "swapped", "w4a16"),
     "hqq: 4-bit axis 1": Entry(_hqq(4, 1), "swapped", "w4a16"),
     "hqq: 8-bit axis 1": Entry(_hqq(8, 1), "swapped", "w8a16"),
     "hqq: 3-bit axis 1": Entry(_hqq(3, 1), "swapped", "w4a16"),

@@ -123,7 +123,7 @@ class FakeGpu:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     fake = FakeGpu()
-    monkeypatch.setattr(jit, "_cupy", fake.module)
+    monkeypatch.setattr(jit, "cupy_module", fake.module)
     monkeypatch.setattr(jit, "_kernels", {})
     monkeypatch.setattr(jit, "_arch_of", lambda index: "sm_80")
     monkeypatch.setattr(
@@ -206,6 +206,25 @@ def test_threads_do_not_share_arguments(gpu: FakeGpu) -> None:
         thread.join()
     first_words = [struct.unpack_from("=q", launch[-1])[0] for launch in gpu.launches]
     assert sorted(first_words) == list(range(8))
+
+
+def test_threads_share_a_bound_launch(gpu: FakeGpu) -> None:
+    """Its first words and its last bytes change call by call, the rest stays."""
+    launch = jit.get(AddConfig(), 0).bind((2, 1, 1), (32, 1, 1), 0, IMAGE, 2)
+    gpu.on_launch = lambda: time.sleep(0.01)
+    calls = [lambda i=i: launch((i, -i), 7, bytes([i]) * 16) for i in range(1, 9)]
+    threads = [threading.Thread(target=call) for call in calls * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    images = sorted(launched[-1] for launched in gpu.launches)
+    expected = [
+        struct.pack("=2q", i, -i) + IMAGE[16:-16] + bytes([i]) * 16 for i in (*range(1, 9),) * 2
+    ]
+    assert images == sorted(expected)
+    with pytest.raises(errors.KernelLaunchError, match="AddConfig"):
+        launch((1,), 7)
 
 
 def test_a_cold_kernel_is_refused_during_capture(gpu: FakeGpu) -> None:

@@ -21,7 +21,7 @@ from tiny_gguf import HIDDEN, LAYERS, write_llama, write_tensors
 from intlass_ops import IntLinear
 from intlass_ops.__main__ import main
 from intlass_ops.demo import MODEL_PACKAGE, course, figures
-from intlass_ops.demo.show import Show
+from intlass_ops.demo.show import Check, Show
 from intlass_ops.formats import FormatError
 from intlass_ops.formats.gguf import GGUFFile
 from intlass_ops.integrations import gguf_llama

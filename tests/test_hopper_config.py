@@ -79,6 +79,7 @@ def test_the_pick_is_close_to_the_best_tile_measured() -> None:
     ("change", "said"),
     [
         ({"aligned": False}, "rows do not start on 16-byte boundaries"),
+        ({"apart": False}, "rows overlap, which TMA does not take"),
         ({"has_a_zero": True}, "activations with a zero point need row sums of W"),
         ({"x_kind": "s4"}, "no INT4 activations"),
         ({"group_size": 48}, "group_size=48 is neither 32, 64 nor a multiple of 128"),

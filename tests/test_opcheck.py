@@ -13,6 +13,7 @@ from strategies import BF16, FP16, FP32
 from tolerance import assert_close, assert_identical
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import intlass_ops
 from intlass_ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn
@@ -98,6 +99,12 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         *_matmul(Case("s8", "s8", (2, 3), 7, 33, a_scale="token", a_zero=FP32, alpha="tensor")),
         {},
     ),
+    "fused-int8": (
+        OPS.fused_quantize.default,
+        (_x(2, 3, 64), _x(16, 16), "int8", "quest", 64, 1.0, True),
+        {},
+    ),
+    "fused-nv": (OPS.fused_quantize.default, (_x(3, 64), _x(32, 32), "nv", "abs_max", 16, 2.0), {}),
     "int4-nn": (
         OPS.matmul_int4_nn.default,
         (_x(2, 3, 5).requires_grad_(), oracle.pack(_codes(5, 32)), _x(5, 2), _x(5, 2), 32, _x(1)),
@@ -153,6 +160,7 @@ def test_every_op_has_a_sample() -> None:
             "matmul_int4_bf16_tn",
             "matmul_int8_bf16_tn",
             "dequantize",
+            "fused_quantize",
             "matmul_block_scaled",
             "matmul_int4_nn",
         )
@@ -254,6 +262,29 @@ def test_no_graph_is_kept_without_gradients(device: str) -> None:
     call.a.requires_grad_()
     with torch.no_grad():
         assert not call.run().requires_grad
+
+
+class _Seen(TorchDispatchMode):
+    """Notes the ops that reach the dispatch of modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_modes_see_the_op_with_and_without_gradients(grad: bool) -> None:
+    op, args = _matmul(Case("fp32", "s4", (3,), 5, 32), a=grad)
+    with _Seen() as seen:
+        y = op(*args)
+    assert op in seen.ops
+    assert y.requires_grad == grad
+    with torch.no_grad():
+        assert_identical(op(*args), y.detach())
 
 
 # --------------------------------------------------------------------------------------------- vmap

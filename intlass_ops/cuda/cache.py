@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import stat
 import struct
 import tempfile
@@ -29,6 +30,7 @@ from pathlib import Path
 
 _HEADER = struct.Struct("<16s32sQ32s")
 _MAGIC = b"intlass cubin 1\n"
+_KEY = re.compile(r"[0-9a-f]{64}")
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # A peer that takes longer than this over one kernel is stuck: compile it ourselves.
 _LOCK_PATIENCE_S = 600.0
@@ -76,6 +78,14 @@ class CubinCache:
 
     def entry_path(self, key: str) -> Path:
         return self.directory / f"{key}.cubin"
+
+    def entries(self) -> list[Path]:
+        """The files of all entries, sound or not."""
+        return sorted(self.directory.glob("*.cubin"))
+
+    def is_sound(self, entry: Path) -> bool:
+        """Whether ``entry`` would be read, rather than built again."""
+        return bool(_KEY.fullmatch(entry.stem)) and _read_entry(entry, entry.stem) is not None
 
     def _find(self, key: str) -> bytes | None:
         payload = self._memory.get(key)

@@ -73,7 +73,10 @@ struct IntSpan : IntPair {
   static __device__ __forceinline__ B x(const u32 (&v)[1]) {
     return {{four_bytes(v[0]), four_bytes(v[0] >> 16)}};
   }
-  static __device__ __forceinline__ float value(int d) { return __int_as_float(d) - 12582912.f; }
+  // of the numbers themselves, a quarter: near the top of e8m0 there is no room for more
+  static __device__ __forceinline__ float value(int d) {
+    return __int_as_float(d) * 0.25f - 3145728.f;
+  }
 };
 
 template <class T> struct FloatSpan : Int4Float16Pair<T, s4> {  // its order of k, and its x
@@ -131,7 +134,7 @@ struct Total {
   __device__ __forceinline__ void add(float v, float w_scale, float x_scale) {
     if constexpr (!fp4_x) {
       sum += v * w_scale;
-    } else if constexpr (mx) {  // the smaller first: integers times 2^-127 are still exact
+    } else if constexpr (mx) {  // the smaller first: quarters of 2^-127 are still exact
       float low, high;
       asm("min.NaN.f32 %0, %1, %2;" : "=f"(low) : "f"(w_scale), "f"(x_scale));
       asm("max.NaN.f32 %0, %1, %2;" : "=f"(high) : "f"(w_scale), "f"(x_scale));
@@ -255,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
         partial[warp][j * 8 + quarter * 2 + e % 2][i * 16 + e / 2 * 8 + lane / 4] =
             total[i][j][e].value();
   __syncthreads();
-  const double factor = (fp4_x ? 0.25 : 1.0) * (p.alpha ? double(*p.alpha) : 1.0);
+  const double alpha = p.alpha ? double(*p.alpha) : 1.0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < tokens * rows; i += threads) {
     const i64 m = m0 + i / rows, n = n0 + i % rows;
@@ -263,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     double y = 0;
 #pragma unroll
     for (int w = 0; w < warps; ++w) y += partial[w][i / rows][i % rows];
-    y *= factor;
+    y *= alpha;
     // rounded to odd, so that the rounding to a narrower type is the only one
     float f = same<Out, float>::value ? float(y) : __double2float_rz(y);
     if (!same<Out, float>::value && double(f) != y) f = __int_as_float(__float_as_int(f) | 1);

@@ -12,13 +12,12 @@ decides the launch launch.py.
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +28,7 @@ from .kernel import Kernel as Kernel
 from .source import KernelConfig
 from .toolkit import Availability as Availability
 from .toolkit import availability as availability
+from .toolkit import cupy_module
 
 _kernels: dict[tuple[KernelConfig, int], Kernel] = {}
 _load_lock = threading.Lock()
@@ -54,8 +54,8 @@ def _load(config: KernelConfig, device_index: int) -> Kernel:
                 f"intlass_ops.warmup([config], device={device_index})"
             )
     image = compiler.compile_cubin(config, arch_of(device_index))
-    driver = _cupy("cupy_backends.cuda.api.driver")
-    runtime = _cupy("cupy_backends.cuda.api.runtime")
+    driver = cupy_module("cupy_backends.cuda.api.driver")
+    runtime = cupy_module("cupy_backends.cuda.api.runtime")
     with _load_lock:
         loaded = _kernels.get((config, device_index))
         if loaded is None:
@@ -65,7 +65,7 @@ def _load(config: KernelConfig, device_index: int) -> Kernel:
             runtime.setDevice(device_index)
             try:
                 runtime.memGetInfo()  # any call that needs a context makes the device's current
-                module = _cupy("cupy.cuda.function").Module()
+                module = cupy_module("cupy.cuda.function").Module()
                 loaded = Kernel(config, device_index, image, driver, module)
                 _kernels[config, device_index] = loaded
             finally:
@@ -79,8 +79,8 @@ def allocate_zeroed(device_index: int, num_bytes: int) -> int:
     For what outlives a call: a tensor made while CUDA graphs are warmed up or captured would lie in
     the graph's pool. Not during a capture, which allocation would break.
     """
-    driver = _cupy("cupy_backends.cuda.api.driver")
-    runtime = _cupy("cupy_backends.cuda.api.runtime")
+    driver = cupy_module("cupy_backends.cuda.api.driver")
+    runtime = cupy_module("cupy_backends.cuda.api.runtime")
     context = driver.ctxGetCurrent()
     runtime.setDevice(device_index)
     try:
@@ -90,11 +90,6 @@ def allocate_zeroed(device_index: int, num_bytes: int) -> int:
     finally:
         driver.ctxSetCurrent(context)
     return address
-
-
-def _cupy(module: str) -> Any:
-    """A module of CuPy, which has no type stubs and is first imported when a GPU is used."""
-    return importlib.import_module(module)
 
 
 # ------------------------------------------------------------------------------------- devices

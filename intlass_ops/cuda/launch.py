@@ -147,6 +147,7 @@ def make(
         has_zeros=zeros is not None,
         has_a_zero=a_zero is not None,
         aligned=_aligned(x) and _aligned(w),
+        apart=_apart(x) and _apart(w),
         m=m,
         n=p.n,
         k=p.k,
@@ -207,7 +208,7 @@ def _operands(
         a_zero = (a_zero if a_zero.dtype in _DTYPE_CODE else a_zero.float()).reshape(-1)
     return (
         _rows(a),
-        w if w.stride(1) == 1 or w.shape[1] == 1 else w.contiguous(),
+        _unit_stride(w),
         zeros,
         None if a_scale is None else a_scale.reshape(-1),
         a_zero,
@@ -217,8 +218,16 @@ def _operands(
 
 def _rows(a: Tensor) -> Tensor:
     """[..., K] as [M, K] with unit stride along K; a copy only where the strides demand it."""
-    x = a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return _unit_stride(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]))
+
+
+def _unit_stride(t: Tensor) -> Tensor:
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _apart(t: Tensor) -> bool:
+    """Whether no two rows share memory."""
+    return t.stride(0) >= t.shape[1] or t.shape[0] == 1
 
 
 def _aligned(t: Tensor) -> bool:

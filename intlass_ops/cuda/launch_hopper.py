@@ -60,11 +60,18 @@ def tail(c: config.Hopper, x: Tensor, w: Tensor, k: int) -> Tail:
         kernel = jit.get(s, x.device.index)
         sums = kernel.bind(grid, (s.threads, 1, 1), 0, params, _SUMS_WORDS)
     return Tail(
-        rows=(w.shape[0], w.shape[1] * w.element_size(), w.stride(0) * w.element_size()),
+        rows=_rows(w),
         w_box=(c.block_n, config.HOPPER_BLOCK_K * config.BITS[c.w_kind] // 8),
-        tokens=(m, k * x.element_size(), x.stride(0) * x.element_size()),
+        tokens=_rows(x),
         x_box=(c.block_m, 128),
         sums=sums,
         sums_shape=shape,
         device=x.device,
     )
+
+
+def _rows(t: Tensor) -> tuple[int, int, int]:
+    """Rows, bytes of a row, bytes from row to row: of a single row whatever TMA takes."""
+    row_bytes = t.shape[1] * t.element_size()
+    stride = t.stride(0) * t.element_size() if t.shape[0] > 1 else math.ceil(row_bytes / 16) * 16
+    return t.shape[0], row_bytes, stride

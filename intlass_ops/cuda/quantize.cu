@@ -95,7 +95,8 @@ struct Range {
   }
   __device__ __forceinline__ void reduce() {
     high = over_segment(high, [](float a, float b) { return nan_max(a, b); });
-    if constexpr (!symmetric) low = over_segment(low, [](float a, float b) { return nan_min(a, b); });
+    if constexpr (!symmetric)
+      low = over_segment(low, [](float a, float b) { return nan_min(a, b); });
   }
 };
 

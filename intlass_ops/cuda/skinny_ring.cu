@@ -17,7 +17,7 @@ constexpr int groups = Config::groups, group_warps = warps / groups;
 constexpr int tokens = Config::tokens, tiles_m = (tokens + 7) / 8;
 constexpr int num_stages = Config::num_stages;
 constexpr int segment_chunks = Config::segment_k / chunk_k;
-constexpr int pieces = 2 * tiles_n;  // of 16 bytes that a lane holds of a chunk: one a row
+constexpr int pieces = 2 * tiles_n;          // of 16 bytes that a lane holds of a chunk: one a row
 constexpr int quad_rows = (pieces + 3) / 4;  // rows whose scales a lane fetches for its quad
 static_assert(Config::segment_k % chunk_k == 0, "a segment of K is whole chunks");
 static_assert(warps % groups == 0 && groups < 16, "a group has a barrier of its own");
@@ -144,8 +144,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 
   XBlock x_block[x_ahead];  // ahead of W in the queue to memory: everybody waits for it
 #pragma unroll
-  for (int i = 0; i < x_ahead; ++i)
-    x_block[i].load(p, (i * threads + int(threadIdx.x)) * 8);
+  for (int i = 0; i < x_ahead; ++i) x_block[i].load(p, (i * threads + int(threadIdx.x)) * 8);
 
   Cursor ahead;
   ahead.segment = 0, ahead.tile = first_tile, ahead.chunk = warp % group_warps;

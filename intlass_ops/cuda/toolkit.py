@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ OLDEST_ARCH = 80  # the kernels are built on Ampere's mma.sync and cp.async
 
 _HEADERS = ("cuda_fp16.h", "cuda_bf16.h", "vector_types.h")
 _VERSION = re.compile(r"^#define\s+CUDART_VERSION\s+(\d+)", re.MULTILINE)
+_importing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,22 @@ class Compiler:
     headers_version: int  # 12090 is CUDA 12.9
 
 
+def cupy_module(name: str) -> Any:
+    """A module of CuPy, which has no type stubs, imported after all of CuPy and by one thread.
+
+    Its modules import each other in circles, some only at their first call: a second thread, or a
+    first call amid another import, would meet modules that are half initialised.
+    """
+    with _importing:
+        importlib.import_module("cupy")
+        return importlib.import_module(name)
+
+
 @functools.cache
 def compiler() -> Compiler:
     """Raises BackendUnavailableError, which says what to install."""
     try:
-        nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+        nvrtc = cupy_module("cupy_backends.cuda.libs.nvrtc")
     except ImportError as error:
         raise BackendUnavailableError(
             f"the CUDA kernels need CuPy ({error}): {install_command()}"
@@ -144,14 +157,14 @@ def availability() -> Availability:
 
 def _cupy_version() -> str | None:
     try:
-        return str(importlib.import_module("cupy").__version__)
+        return str(cupy_module("cupy").__version__)
     except ImportError:  # compiler() says it better
         return None
 
 
 def _driver_version() -> str | None:
     """The CUDA version the driver supports; None without a driver."""
-    runtime = importlib.import_module("cupy_backends.cuda.api.runtime")
+    runtime = cupy_module("cupy_backends.cuda.api.runtime")
     version = runtime.driverGetVersion()
     return f"CUDA {version // 1000}.{version % 1000 // 10}" if version else None
 

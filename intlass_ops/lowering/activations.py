@@ -8,7 +8,6 @@ graph's; only the roundings of the dequantised activation disappear. Not here: w
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .editor import CAST, NUMBER, Editor, aten
+from .editor import CAST, Editor, aten
 from .gemms import shape_of
+from .integers import SPANS, span
 from .probing import LeafMeta, synthetic
 from .program import Evaluation, NotASlice, extract, is_pure, walk
 
@@ -52,7 +52,7 @@ _AFFINE = (
 class Activation:
     """x = (codes - zero) * scale; scale and zero are nodes, numbers, or None (1 and 0).
 
-    `codes` is int8, uint8 or a floating node of integers (see `_span`). A str for zero is the
+    `codes` is int8, uint8 or a floating node of integers (see `span`). A str for zero is the
     caller's own mark (rules.SHIFTED).
     """
 
@@ -62,12 +62,12 @@ class Activation:
 
     @property
     def unsigned(self) -> bool:
-        return _span(self.codes) == _SPANS[torch.uint8]
+        return span(self.codes) == SPANS[torch.uint8]
 
 
 def match(edit: Editor, x: Node) -> Activation | None:
     """The codes `x` was dequantised from, or None if it is a plain activation."""
-    if _span(x) is not None:
+    if span(x) is not None:
         return Activation(x, None, None)
     codes = _codes_behind(x)
     if codes is None:
@@ -84,90 +84,6 @@ def match(edit: Editor, x: Node) -> Activation | None:
         return _solve(program, codes, leaves, x, sizes)
 
 
-_SPANS = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
-_ROUNDED = (
-    aten.round.default,
-    aten.floor.default,
-    aten.ceil.default,
-    aten.trunc.default,
-)
-_BOUNDS = (
-    aten.clamp.default,
-    aten.clamp_min.default,
-    aten.clamp_max.default,
-    aten.clamp.Tensor,
-    aten.clamp_min.Tensor,
-    aten.clamp_max.Tensor,
-    aten.minimum.default,
-    aten.maximum.default,
-)
-_FROM_ABOVE = (aten.clamp_max.default, aten.clamp_max.Tensor, aten.minimum.default)
-
-
-def _span(node: Node) -> tuple[int, int] | None:
-    """(-128, 127) or (0, 255) if a node holds integers of that range: by its dtype, or because it
-    is a clamp of something rounded (BitLinear and fake quantisation never leave floats)."""
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return None
-    if value.dtype in _SPANS:
-        return _SPANS[value.dtype]
-    if not value.dtype.is_floating_point or not _integral(node):
-        return None
-    low, high = _limits(node)
-    inside = (span for span in _SPANS.values() if span[0] <= low and high <= span[1])
-    return next(inside, None)
-
-
-def _limits(node: Node) -> tuple[float, float]:
-    """Bounds that the clamps at `node` enforce."""
-    low, high = -math.inf, math.inf
-    for _ in range(MAX_STEPS):
-        if node.target in _BOUNDS:
-            least, most = (*node.args[1:], None, None)[:2]
-            if node.target in _FROM_ABOVE:
-                least, most = None, least
-            least, most = _number(least), _number(most)
-            low = max(low, least) if isinstance(least, (int, float)) else low
-            high = min(high, most) if isinstance(most, (int, float)) else high
-        elif node.target is not CAST and node.target not in _ROUNDED:
-            # (Rounding stays inside bounds that are integers.)
-            break
-        source = node.args[0]
-        if not isinstance(source, Node):
-            break
-        node = source
-    return low, high
-
-
-def _number(value: Any) -> Any:
-    """A one-element constant of the graph as a number."""
-    while isinstance(value, Node) and value.target in (aten.lift_fresh_copy.default, CAST):
-        value = value.args[0]
-    return value.meta.get(NUMBER, value) if isinstance(value, Node) else value
-
-
-def _integral(value: Any, depth: int = 8) -> bool:
-    """Whether a value is integers whatever its inputs are."""
-    value = _number(value)
-    if not isinstance(value, Node):
-        return isinstance(value, (int, float)) and float(value).is_integer()
-    tensor = value.meta.get("val")
-    if not isinstance(tensor, Tensor) or depth == 0:
-        return False
-    if not tensor.dtype.is_floating_point:
-        return not tensor.dtype.is_complex
-    if value.target in _ROUNDED:
-        return True
-    if value.target is CAST:
-        return _integral(value.args[0], depth - 1)
-    if value.target in (aten.add.Tensor, aten.sub.Tensor):
-        return not value.kwargs and all(_integral(each, depth - 1) for each in value.args)
-    if value.target in _BOUNDS:
-        return all(each is None or _integral(each, depth - 1) for each in value.args)
-    return False
-
-
 def _codes_behind(x: Node) -> Node | None:
     """The nearest node of 8-bit integers with as many elements as `x`."""
     frontier, seen = [x], {x}
@@ -182,7 +98,7 @@ def _codes_behind(x: Node) -> Node | None:
                     continue
                 if not _same_size(value, x.meta["val"]):
                     continue
-                if _span(each) is not None:
+                if span(each) is not None:
                     return each
                 seen.add(each)
                 following.append(each)
@@ -234,11 +150,11 @@ def _small(value: Any, sizes: dict[Any, int]) -> int:
 
 def _leaf(node: Node, seed: int, sizes: dict[Any, int]) -> Any:
     value = node.meta.get("val")
-    span = _span(node)
-    if span is not None and isinstance(value, Tensor):
+    limits = span(node)
+    if limits is not None and isinstance(value, Tensor):
         generator = torch.Generator().manual_seed(seed)
         size = [_small(each, sizes) for each in value.shape]
-        return torch.randint(span[0], span[1] + 1, size, generator=generator).to(value.dtype)
+        return torch.randint(limits[0], limits[1] + 1, size, generator=generator).to(value.dtype)
     if isinstance(value, (int, torch.SymInt)):
         return _small(value, sizes)
     if isinstance(value, (float, bool)):
@@ -361,7 +277,7 @@ def signed(edit: Editor, codes: Node) -> Node:
     if dtype == torch.int8:
         return codes
     if dtype.is_floating_point:
-        if _span(codes) == _SPANS[torch.uint8]:
+        if span(codes) == SPANS[torch.uint8]:
             codes = edit.call(aten.sub.Tensor, edit.call(CAST, codes, torch.float32), 128)
         return edit.call(CAST, codes, torch.int8)
     flipped = edit.call(aten.bitwise_xor.Scalar, codes, 128)

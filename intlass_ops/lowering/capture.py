@@ -33,13 +33,15 @@ class NotConverted(Exception):
 class GraphLinear(nn.Module):
     """y[..., N] = graph(x[..., K]): packed weights behind a library's own activation arithmetic."""
 
-    def __init__(self, graph: GraphModule, in_features: int, out_features: int) -> None:
+    def __init__(self, graph: GraphModule, lead: int, in_features: int, out_features: int) -> None:
         super().__init__()
         self.graph = graph
+        # The graph was traced for x[1, M, K] or x[M, K]: some libraries' functions differ there.
+        self.lead = (1,) * lead
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.graph(x.reshape(1, -1, self.in_features))
+        y: Tensor = self.graph(x.reshape(*self.lead, -1, self.in_features))
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -54,7 +56,7 @@ class Session:
         self._backend = graph_pass.recording_backend(self._seen)
 
     def convert(self, module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
-        """A module with packed weights, and its scheme. x [1, M, K] is an example."""
+        """A module with packed weights, and its scheme. x [1, M, K] or [M, K] is an example."""
         self._seen.clear()
         before = len(records.report())
         try:
@@ -97,7 +99,7 @@ def _rebuild(source: GraphModule, arguments: tuple[Any, ...], x: Tensor) -> tupl
     if not products:
         raise NotConverted("no product with a quantised weight")
     out: Any = result.meta.get("val") if isinstance(result, Node) else None
-    if not isinstance(out, Tensor) or type(shape_of(result)[1]) is int:
+    if not isinstance(out, Tensor) or type(shape_of(result)[-2]) is int:
         raise NotConverted("its forward depends on the number of rows")
     bits = [_as_module(owner, node, tensors, i) for i, node in enumerate(products)]
     calls = [node for node in graph.nodes if node.op == "call_module"]
@@ -109,7 +111,7 @@ def _rebuild(source: GraphModule, arguments: tuple[Any, ...], x: Tensor) -> tupl
     owner.recompile()
     scheme = f"w{max(bits)}a{8 if integer else 16}"
     plain = _plain(owner, entry, result)
-    return plain or GraphLinear(owner, k, n), scheme
+    return plain or GraphLinear(owner, x.dim() - 2, k, n), scheme
 
 
 def values_of_output(source: GraphModule, values: dict[Node, Any]) -> Any:
@@ -187,8 +189,8 @@ def _bind(owner: GraphModule, entry: Node, tensors: dict[Any, Any], x: Tensor) -
                     name = f"tensor{i}"
                     owner.register_buffer(name, value.detach())
                     new = graph.get_attr(name)
-                elif value == x.shape[1]:
-                    new = graph.call_function(torch.ops.aten.sym_size.int, (entry, 1))
+                elif value == x.shape[-2]:
+                    new = graph.call_function(torch.ops.aten.sym_size.int, (entry, x.dim() - 2))
                 else:
                     raise NotConverted(f"its graph takes {value!r}")
             node.replace_all_uses_with(new)

@@ -219,8 +219,8 @@ def recording_backend(
 
 
 def trace(module: torch.nn.Module, backend: Callable[..., Any], x: torch.Tensor) -> None:
-    """Run a module once under a backend, whole, with a dynamic number of rows x[1, M, K]."""
-    torch._dynamo.maybe_mark_dynamic(x, 1)
+    """Run a module once under a backend, whole, with a dynamic number of rows x[.., M, K]."""
+    torch._dynamo.maybe_mark_dynamic(x, x.dim() - 2)
     torch.compile(module, backend=backend, fullgraph=True)(x)
 
 

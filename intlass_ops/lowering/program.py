@@ -247,9 +247,12 @@ class Evaluation:
         self.program = program
         self.device = leaves[0].device if leaves else torch.device("cpu")
         self.values: list[Any] = [*leaves, *([None] * len(program.operations))]
+        self._dtypes: list[Any] = [getattr(value, "dtype", None) for value in self.values]
         last = {i: n for n, used in enumerate(inputs_of(program)) for i in used}
         for n, op in enumerate(program.operations):
-            self.values[program.leaves + n] = _apply(op, self.values, self.device, False)
+            result = _apply(op, self.values, self.device, False)
+            self.values[program.leaves + n] = result
+            self._dtypes[program.leaves + n] = getattr(result, "dtype", None)
             if keep is not None:
                 for i in inputs_of(program)[n]:
                     if last[i] == n and i not in keep:
@@ -258,6 +261,12 @@ class Evaluation:
     def weight(self) -> Tensor:
         weight: Tensor = self.values[self.program.result]
         return weight
+
+    def coarsest(self, index: int) -> torch.finfo | None:
+        """The least precise floating type that value `index` goes through on its way."""
+        path = (self._dtypes[i] for i in dependents(self.program, index))
+        kinds = [torch.finfo(d) for d in path if d is not None and d.is_floating_point]
+        return max(kinds, key=lambda kind: kind.eps, default=None)
 
     def with_codes(self, index: int, codes: Tensor) -> Tensor:
         """The weight if value `index` were `codes`, everything downstream of it in float64."""

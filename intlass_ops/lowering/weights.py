@@ -104,12 +104,13 @@ def measure(evaluation: Evaluation, recipe: Recipe, step: int = 1) -> Measured:
     raw = rows(evaluation.with_codes(recipe.codes, true_codes))
     codes = torch.empty(raw.shape, dtype=torch.int16, device=raw.device)
     weight = as_nk(evaluation.weight(), recipe)[::step]
+    kind = evaluation.coarsest(recipe.codes)
     # In blocks that stay in cache; `zero` comes in as the offset and leaves as the zero point.
     block = max(1, _BLOCK_ELEMENTS // max(recipe.k, 1)) if not raw.is_cuda else raw.shape[0]
     for start in range(0, raw.shape[0], max(block, 1)):
         part = slice(start, start + block)
         codes[part], zero[part], scale[part] = _solve(
-            raw[part], zero[part], scale[part], weight[part]
+            raw[part], zero[part], scale[part], weight[part], kind
         )
     return _grouped(codes, scale, zero)
 
@@ -118,7 +119,7 @@ _BLOCK_ELEMENTS = 1 << 17
 
 
 def _solve(
-    raw: Tensor, offset: Tensor, scale: Tensor, weight: Tensor
+    raw: Tensor, offset: Tensor, scale: Tensor, weight: Tensor, kind: torch.finfo | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, zero points and scales from the weight at the true codes, at 0, and its slope.
 
@@ -136,20 +137,19 @@ def _solve(
     nearest = zero.round()
     zero = torch.where((zero - nearest).abs() <= 1e-12 * nearest.abs(), nearest, zero)
     scale = torch.where(constant, slope, scale)
-    _verify(weight, codes, scale, zero)
+    _verify(weight, codes, scale, zero, kind)
     return codes.to(torch.int16), zero, scale
 
 
-def _verify(weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> None:
-    """(codes - zero) * scale must be the graph's own weight up to the roundings of its dtype.
+def _verify(
+    weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, kind: torch.finfo | None
+) -> None:
+    """(codes - zero) * scale must be the graph's own weight up to the roundings of its dtypes.
 
     The graph may round q - z, the product and a shift separately: four half-ulps of the largest
-    intermediate cover every spelling, and none of that hides a wrong code.
+    intermediate, in the coarsest dtype on the way, cover every spelling.
     """
-    eps, tiny = 0.0, 0.0
-    if weight.dtype.is_floating_point:
-        info = torch.finfo(weight.dtype)
-        eps, tiny = info.eps, info.smallest_normal * info.eps
+    eps, tiny = (0.0, 0.0) if kind is None else (kind.eps, kind.smallest_normal * kind.eps)
     graph = weight.double()
     bound = 2 * eps * (codes.abs() + zero.abs()) * scale.abs() + 2 * tiny
     if not bool((((codes - zero) * scale - graph).abs() <= bound + 1e-12 * graph.abs()).all()):

@@ -1,5 +1,6 @@
 """The `torch.ops.intlass` ops, one file a family; importing this registers them."""
 
+from . import fused_quantize as _fused_quantize  # noqa: F401 (registers its op)
 from .block_scaled import (
     matmul_ada_mxf4_bf16_tn,
     matmul_mxf4_bf16_tn,

@@ -100,7 +100,8 @@ def _cuda(
         _explain(x, packed_w, k, "triton mixed_mm", "weights are decoded in registers")
         z = None if zeros is None else rows_groups(zeros)
         y = kernels.matmul_nn(rows, packed_w, rows_groups(scales), z, k, alpha, x.dtype)
-    return y.view(*x.shape[:-1], k)
+    shaped: Tensor = y.view(*x.shape[:-1], k)
+    return shaped
 
 
 def _explain(

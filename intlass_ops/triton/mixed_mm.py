@@ -65,7 +65,7 @@ def _kernel(
         total = tl.dot(x, w, total)
     if STRIPES == 1 and HAS_ALPHA:
         total *= tl.load(alpha_ptr).to(tl.float32)
-    out = y_ptr + stripe * m.to(tl.int64) * k + row.to(tl.int64)[:, None] * k + column[None, :]
+    out = y_ptr + (stripe.to(tl.int64) * m + row[:, None]) * k + column[None, :]
     tl.store(out, total.to(y_ptr.dtype.element_ty), mask=(row < m)[:, None] & (column < k)[None, :])
 
 
@@ -76,8 +76,10 @@ def _add_stripes(
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for stripe in tl.static_range(STRIPES):
-        total += tl.load(parts_ptr + stripe * count.to(tl.int64) + at, mask=at < count, other=0.0)
+    part = parts_ptr + at
+    for _ in tl.static_range(STRIPES):
+        total += tl.load(part, mask=at < count, other=0.0)
+        part += count
     if HAS_ALPHA:
         total *= tl.load(alpha_ptr).to(tl.float32)
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=at < count)
@@ -105,10 +107,7 @@ def matmul_nn(
     bk = 128 if m > 16 else 64
     bn = 64 if m > 16 else 128
     tiles = triton.cdiv(m, bm) * triton.cdiv(k, bk)
-    sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    stripes = 1
-    while tiles * stripes * 2 <= 2 * sms and triton.cdiv(n, stripes * 2) >= 2 * bn and stripes < 16:
-        stripes *= 2
+    stripes = _stripes(x.device, tiles, triton.cdiv(n, bn))
     per_stripe = triton.cdiv(triton.cdiv(n, stripes), bn) * bn
     out = y if stripes == 1 else y.new_empty(stripes, m, k, dtype=torch.float32)
     z = scales if zeros is None else zeros
@@ -152,6 +151,15 @@ def matmul_nn(
             BLOCK=1024,
         )
     return y
+
+
+def _stripes(device: torch.device, tiles: int, steps: int) -> int:
+    """Blocks that share a tile: as many as keep the GPU busy with two steps each or more."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    stripes = 1
+    while 2 * tiles * stripes <= 2 * processors and steps >= 4 * stripes and stripes < 16:
+        stripes *= 2
+    return stripes
 
 
 def _strides(t: Tensor) -> tuple[int, int]:

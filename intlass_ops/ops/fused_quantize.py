@@ -1,0 +1,87 @@
+"""Op `intlass::fused_quantize`: rotation and quantisation of activations in one step.
+
+The formulas, checks and Python functions are in ../fused_quantize.py, the kernel in
+../triton/fused_quantize.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import fused_quantize
+from ._library import define
+
+_FORMATS = ("int8", "int4", "mx", "nv")
+
+
+def _plan(
+    x: Tensor, h: Tensor, format_: str, method: str, group_size: int, global_scale: float
+) -> fused_quantize.Plan:
+    if format_ not in _FORMATS:
+        raise ValueError(f"fused_quantize: format={format_!r}; expected one of {_FORMATS}")
+    op = f"fused_quantize_{format_}"
+    return fused_quantize.plan_of(op, format_, x, h, method, group_size, global_scale)
+
+
+def _fake(
+    x: Tensor,
+    h: Tensor,
+    format_: str,
+    method: str,
+    group_size: int,
+    global_scale: float = 1.0,
+    mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = _plan(x, h, format_, method, group_size, global_scale)
+    *lead, k = x.shape
+    whole = plan.format == "int8"
+    codes = (k, torch.int8) if whole else (k // 2, torch.uint8)
+    scales = torch.float32 if plan.format in ("int8", "int4") else torch.uint8
+    return (
+        x.new_empty((*lead, codes[0]), dtype=codes[1]),
+        x.new_empty((*lead, k // plan.group_size), dtype=scales),
+        x.new_empty((*lead, k // 8 if mask else 0), dtype=torch.uint8),
+    )
+
+
+def _kernel(
+    x: Tensor,
+    h: Tensor,
+    format_: str,
+    method: str,
+    group_size: int,
+    global_scale: float = 1.0,
+    mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = _plan(x, h, format_, method, group_size, global_scale)
+    if x.is_cuda and importlib.util.find_spec("triton") is not None:
+        from ..triton import fused_quantize as kernels
+
+        return kernels.fused_quantize(x, h, plan, mask)
+    codes, scales, bits = fused_quantize.reference(x, h, plan)
+    return codes, scales, bits if mask else bits[..., :0].contiguous()
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.op = f"fused_quantize_{inputs[2]}"
+
+
+def _backward(ctx: Any, *grads: Tensor) -> Any:
+    raise RuntimeError(
+        f"{ctx.op}: quantised values have no gradient; detach the input, or train with QATLinear"
+    )
+
+
+define(
+    "fused_quantize(Tensor x, Tensor h, str format, str method, SymInt group_size, "
+    "float global_scale=1.0, bool mask=False) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+    cpu=_kernel,
+    cuda=_kernel,
+    setup_context=_setup,
+    backward=_backward,
+)

@@ -1,0 +1,289 @@
+"""Quantisation-aware training: linear layers that multiply integers forward and, if wanted, back.
+
+    xq, sx = quantise(x h) per token      wq, sw = quantise(w h) per row      y = (xq wqᵀ)·sx·sw + b
+
+with h a rotation or nothing, by the GEMMs that inference runs. Gradients go straight through the
+rounding and stop where a value was clipped (masks m):
+
+    dx = ((dy ŵ) ⊙ m_x) hᵀ      dw = ((dyᵀ x̂) ⊙ m_w) hᵀ      x̂ = xq·sx, ŵ = wq·sw
+
+backward="int8" computes both products with integers too, reusing those of the forward pass: only
+dy·sw and (dy·sx)ᵀ are quantised anew, rounded stochastically, so that the gradients are unbiased.
+backward="float" keeps dy and multiplies by the dequantised tensors.
+
+Not here: the quantisers (fused_quantize.py), the GEMMs (ops/matmul.py). The formulas are those of
+QuTLASS and of Panferov et al., "QuEST: Stable Training of LLMs with 1-Bit Weights and Activations"
+(2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import packing
+from .nn import IntLinear
+from .ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn
+from .rotation import hadamard_matrix, rotate
+
+_SCHEMES = {"w4a4": (4, 4), "w4a8": (4, 8), "w8a8": (8, 8)}
+_NO_ROTATION = 16
+
+
+@dataclass(frozen=True)
+class QATConfig:
+    """How `quantize_` makes a model trainable with quantised linears.
+
+    ``scheme``: bits of weights and activations. ``rotation``: size of the Hadamard blocks that both
+    operands are rotated by (16, 32, 64, 128 or 256, dividing every K), None for no rotation.
+    ``method``: scales from the largest magnitude ("abs_max") or of least error on Gaussian data,
+    clipping the tails ("quest"). ``backward``: products of the gradients, "int8" or "float".
+    """
+
+    scheme: Literal["w4a4", "w4a8", "w8a8"] = "w4a4"
+    rotation: int | None = 32
+    method: Literal["abs_max", "quest"] = "quest"
+    backward: Literal["int8", "float"] = "float"
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "scheme": tuple(_SCHEMES),
+            "rotation": (None, 16, 32, 64, 128, 256),
+            "method": ("abs_max", "quest"),
+            "backward": ("int8", "float"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"QATConfig: {name}={getattr(self, name)!r}; expected one of {values}"
+                )
+
+
+def _quantise(t: Tensor, h: Tensor, bits: int, method: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, packed if INT4, scales [rows, 1], mask) of rows [R, K]."""
+    codes, scales, mask = torch.ops.intlass.fused_quantize(
+        t, h, f"int{bits}", method, t.shape[1], 1.0, True
+    )
+    return codes, scales, mask
+
+
+def _product(
+    xq: Tensor,
+    sx: Tensor,
+    wq: Tensor,
+    sw: Tensor,
+    bias: Tensor | None,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    if wq.dtype == torch.uint8:
+        return matmul_int4_bf16_tn(xq, wq, sw, k=k, a_scale=sx, bias=bias, out_dtype=dtype)
+    return matmul_int8_bf16_tn(xq, wq, sx, sw, bias=bias, out_dtype=dtype)
+
+
+def _codes(q: Tensor, k: int) -> Tensor:
+    return packing.unpack(q, k, signed=True) if q.dtype == torch.uint8 else q
+
+
+def _kept(mask: Tensor) -> Tensor:
+    """The packed mask, one truth value for each element."""
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return ((mask[..., None] >> places) & 1).flatten(-2).bool()
+
+
+def stochastic_int8(t: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes int8, scales float32 [rows, 1]) of t [R, C]; codes·scales has the expectation t.
+
+    Rounds up with the probability of the fraction, by torch's random numbers: reproducible through
+    torch.manual_seed, and one fused kernel under torch.compile.
+    """
+    t = t.float()
+    amax = t.abs().amax(1, keepdim=True)
+    scale = torch.where(amax == 0, 1.0, amax / 127)
+    codes = torch.floor(t / scale + torch.rand_like(t)).clamp(-127, 127)
+    return codes.to(torch.int8), scale
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        h: Tensor,
+        scheme: str,
+        method: str,
+        backward: str,
+    ) -> Tensor:
+        w_bits, a_bits = _SCHEMES[scheme]
+        xq, sx, x_mask = _quantise(x, h, a_bits, method)
+        wq, sw, w_mask = _quantise(weight, h, w_bits, method)
+        ctx.save_for_backward(xq, sx, x_mask, wq, sw, w_mask, h)
+        ctx.backward_in, ctx.dtypes = backward, (x.dtype, weight.dtype)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _product(xq, sx, wq, sw, bias, x.shape[1], x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        xq, sx, x_mask, wq, sw, w_mask, h = ctx.saved_tensors
+        k = 8 * x_mask.shape[1]
+        multiply = _int8_product if ctx.backward_in == "int8" else _float_product
+        back = h.float().T.contiguous()
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:  # Σ_n dy[m, n] sw[n] wq[n, k]
+            dx = multiply(dy, sw.T, _codes(wq, k), ctx.dtypes[0])
+            dx = rotate(torch.where(_kept(x_mask), dx.float(), 0.0), back).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:  # Σ_m dy[m, n] sx[m] xq[m, k]
+            dw = multiply(dy.T, sx.T, _codes(xq, k), ctx.dtypes[1])
+            dw = rotate(torch.where(_kept(w_mask), dw.float(), 0.0), back).to(ctx.dtypes[1])
+        if ctx.needs_input_grad[2]:
+            db = dy.float().sum(0).to(ctx.bias_dtype)
+        return dx, dw, db, None, None, None, None
+
+
+def _float_product(a: Tensor, scale: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """(a ⊙ scale) @ codes in ``dtype``: the scale joins the operand that is not integer."""
+    return (a.float() * scale).to(dtype) @ codes.to(dtype)
+
+
+def _int8_product(a: Tensor, scale: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same with a ⊙ scale rounded to INT8, row by row and stochastically."""
+    q, s = stochastic_int8(a.float() * scale)
+    one = torch.ones((), device=a.device)
+    return matmul_int8_bf16_tn(q, codes.T.contiguous(), s, one, out_dtype=dtype)
+
+
+class QATLinear(nn.Module):
+    """A linear layer for training: floating weights, multiplied as integers.
+
+    ``weight`` [N, K] and ``bias`` [N] are the parameters of the layer it replaces, and remain so.
+    Takes fp32, bf16 or fp16 [..., K], K a multiple of 16 and of the rotation. :meth:`convert` gives
+    the layer for inference, which computes the same numbers.
+    """
+
+    h: Tensor
+
+    def __init__(self, linear: nn.Linear, config: QATConfig) -> None:
+        super().__init__()
+        r = config.rotation or _NO_ROTATION
+        if linear.in_features % r:
+            raise ValueError(f"QATLinear: K={linear.in_features} is not a multiple of {r}")
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.config = config
+        self.weight, self.bias = linear.weight, linear.bias
+        h = hadamard_matrix(r) if config.rotation else torch.eye(r)
+        self.register_buffer("h", h.to(self.weight), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.config
+        rows = x.reshape(-1, self.in_features)
+        y: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
+            rows, self.weight, self.bias, self.h, c.scheme, c.method, c.backward
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def convert(self) -> nn.Module:
+        """The layer with its integer weight alone."""
+        w_bits, a_bits = _SCHEMES[self.config.scheme]
+        wq, sw, _ = _quantise(self.weight, self.h, w_bits, self.config.method)
+        bias = None if self.bias is None else self.bias.detach()
+        if self.config.rotation is None and self.config.method == "abs_max":
+            name: Literal["int4", "int8"] = "int4" if a_bits == 4 else "int8"
+            return IntLinear(wq, sw, None, bias, in_features=self.in_features, activation=name)
+        return RotatedIntLinear(wq, sw, bias, self.h, a_bits, self.config.method)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.config}"
+
+
+class RotatedIntLinear(nn.Module):
+    """y = (xq @ wqᵀ)·sx·sw + bias with xq, sx = quantise(x h): a `QATLinear` after training.
+
+    ``weight``: uint8 [N, K/2] or int8 [N, K], codes of the rotated weight; ``scales`` [N, 1]; ``h``
+    [R, R]; ``a_bits`` 4 or 8 and ``method`` as in `QATConfig`.
+    """
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    h: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        h: Tensor,
+        a_bits: int,
+        method: str,
+    ) -> None:
+        super().__init__()
+        self.in_features = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+        self.out_features = weight.shape[0]
+        self.a_bits, self.method = a_bits, method
+        for name, tensor in (("weight", weight), ("scales", scales), ("bias", bias), ("h", h)):
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        xq, sx, _ = _quantise(rows, self.h, self.a_bits, self.method)
+        y = _product(xq, sx, self.weight, self.scales, self.bias, self.in_features, x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RotatedIntLinear:
+        """Move between devices; codes and scales keep the dtype they were made in."""
+        kept = {"weight": self.weight, "scales": self.scales}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        w_bits = 4 if self.weight.dtype == torch.uint8 else 8
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"scheme=w{w_bits}a{self.a_bits}, rotation={self.h.shape[0]}, method={self.method}"
+        )
+
+
+def prepare_qat_(
+    model: nn.Module,
+    config: QATConfig,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> None:
+    """Replace every nn.Linear of ``model`` by a `QATLinear` on the same parameters, in place."""
+    if isinstance(model, nn.Linear):
+        raise TypeError("quantize_: the model is a Linear itself and cannot be replaced in place")
+    found: list[tuple[nn.Module, str, nn.Linear, str]] = []
+    for parent_path, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            path = f"{parent_path}.{name}" if parent_path else name
+            if type(child) is nn.Linear and (filter_fn is None or filter_fn(child, path)):
+                found.append((parent, name, child, path))
+    made: dict[nn.Linear, QATLinear] = {}
+    for *_, linear, path in found:
+        try:
+            made[linear] = made.get(linear) or QATLinear(linear, config)
+        except ValueError as problem:
+            raise ValueError(f"quantize_: {path}: {problem}") from problem
+    for parent, name, linear, _ in found:
+        setattr(parent, name, made[linear])
+
+
+def convert_(model: nn.Module) -> None:
+    """Replace every `QATLinear` of ``model`` by its layer for inference, in place."""
+    made: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, QATLinear):
+                if child not in made:
+                    made[child] = child.convert()
+                setattr(parent, name, made[child])

@@ -1,0 +1,95 @@
+"""Rarer spellings of quantised linears, siblings with biases, caches that look like weights."""
+
+from __future__ import annotations
+
+import copy
+
+import graph_zoo
+import pytest
+import spelling_zoo
+import torch
+from lowering_helpers import SWAPPED, Counting, fresh, outcomes, relative_error
+from torch import Tensor, nn
+from torch.nn import functional
+
+from intlass_ops import lowering
+from intlass_ops.lowering import runtime
+
+
+@pytest.mark.parametrize("name", spelling_zoo.SPELLINGS)
+def test_spelling_is_swapped(name: str) -> None:
+    make, schemes = spelling_zoo.SPELLINGS[name]
+    module, x = make()
+    reference, backend = copy.deepcopy(module), Counting()
+    with fresh(), torch.no_grad():
+        compiled = torch.compile(module, backend=backend, fullgraph=True)
+        for _ in range(2):
+            assert relative_error(compiled(x), reference(x)) < 2e-2
+    assert outcomes() == [SWAPPED] * len(schemes), lowering.report()
+    assert [decision.scheme for decision in lowering.report()] == schemes
+    assert backend.compiles == 1
+    assert "run.dense" not in lowering.counters()
+
+
+def test_siblings_with_biases_become_one_gemm() -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = graph_zoo.Int32Words(seed=1), graph_zoo.Int32Words(seed=2)
+            self.c = graph_zoo.Int8Asymmetric(seed=3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.a(x), self.b(x), self.c(x)], -1)
+
+    module, x = Three(), torch.randn(5, graph_zoo.K).bfloat16()
+    with fresh(), torch.no_grad():
+        y = torch.compile(module, backend=Counting(), fullgraph=True)(x)
+        assert relative_error(y, module(x)) < 2e-2
+    assert lowering.counters()["fused"] == 2
+
+
+def test_siblings_share_one_activation_quantisation() -> None:
+    class Pair(spelling_zoo.Spelled):
+        def forward(self, x: Tensor) -> Tensor:
+            q, s = spelling_zoo.per_token(x)
+            wide = q.float() * s
+            gate, up = (spelling_zoo.int4(p, self.s).float() for p in (self.p, self.r))
+            y = functional.silu(functional.linear(wide, gate)) * functional.linear(wide, up)
+            return y.to(x.dtype)
+
+    shape = (spelling_zoo.N, spelling_zoo.K)
+    module = Pair(
+        lambda m, x: x,
+        p=spelling_zoo.packed4(*shape),
+        r=spelling_zoo.packed4(*shape),
+        s=spelling_zoo.scales(spelling_zoo.N, 4),
+    )
+    x, backend = torch.randn(20, spelling_zoo.K).bfloat16(), Counting()
+    with fresh(), torch.no_grad():
+        y = torch.compile(module, backend=backend, fullgraph=True)(x)
+        assert relative_error(y, module(x)) < 2e-2
+    assert lowering.counters()["fused"] == 1
+    (graph,) = backend.graphs
+    assert len([n for n in graph.graph.nodes if "round" in str(n.target)]) == 1
+
+
+def test_a_cache_that_is_written_between_calls_is_not_packed_each_time() -> None:
+    """int8 keys of a cache look like a weight; packing them for one use is a waste."""
+    torch.manual_seed(0)
+    keys = torch.randint(-100, 100, (48, 128)).to(torch.int8)
+    shift = torch.tensor(3.0, dtype=torch.bfloat16)
+
+    def product(x: Tensor) -> Tensor:
+        return x @ (keys.to(x.dtype) - shift).t()
+
+    x = torch.randn(3, 128).bfloat16()
+    with fresh(), torch.no_grad():
+        compiled = torch.compile(product, backend=Counting(), fullgraph=True)
+        for _ in range(3 * runtime.PATIENCE):
+            keys.add_(1)
+            assert relative_error(compiled(x), product(x)) < 2e-2
+        packed = lowering.counters()["run.packed"]
+        assert packed <= runtime.PATIENCE + 1
+        for _ in range(3):
+            compiled(x)
+        assert lowering.counters()["run.packed"] == packed + 1
