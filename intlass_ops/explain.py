@@ -1,7 +1,7 @@
 """Which kernel ran and why: `explain(...)` collects it, `strict()` forbids fallbacks.
 
 The ops report every dispatch through `record`, compiled graphs their linears through `linears_ran`;
-both cost one global look-up while nobody listens. Not here: the choices themselves (config.py,
+both cost one global look-up while nobody listens. Not here: the choices themselves (config/,
 lowering/).
 """
 

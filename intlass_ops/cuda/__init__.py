@@ -1,6 +1,6 @@
 """The CUDA kernels and what turns them into something torch can call.
 
-    *.cu, *.cuh   the kernels; ../config.py says with which parameters they may be built
+    *.cu, *.cuh   the kernels; ../config/ says with which parameters they may be built
     source.py     a kernel's file + a frozen Config -> the text NVRTC compiles
     compiler.py   text -> cubin: the only file that calls NVRTC
     cache.py      cubins on disk, shared by processes

@@ -30,7 +30,7 @@ constexpr int pitch = rows + 4;  // of the sums of a token; the first of the fou
 constexpr int slab = tokens * pitch;
 constexpr int buffers = tokens > 8 ? 1 : 2;
 static_assert(ring_bytes + x_bytes + buffers * warps * slab * 4 == Config::fixed_smem,
-              "config.py and the kernel disagree about shared memory");
+              "config/skinny_ring.py and the kernel disagree about shared memory");
 
 template <int words>
 __device__ __forceinline__ void load_global(u32 (&v)[words], const char* from) {

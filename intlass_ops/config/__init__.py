@@ -1,0 +1,36 @@
+"""Which kernel configurations exist, which are legal, and which one a problem gets.
+
+The single statement of every kernel constraint. Pure: no CUDA, no torch calls; what the hardware
+offers arrives as a `Device`. The kernels state the same facts as static_asserts. One file a kernel;
+choice.py picks the family, shipped.py lists what is compiled ahead.
+"""
+
+from .choice import Config as Config
+from .choice import pick as pick
+from .choice import reason as reason
+from .fp4 import FP4_MAX_M as FP4_MAX_M
+from .fp4 import FP4_X as FP4_X
+from .fp4 import Fp4 as Fp4
+from .fp4 import pick_fp4 as pick_fp4
+from .gemm import Gemm as Gemm
+from .hopper import HOPPER_BLOCK_K as HOPPER_BLOCK_K
+from .hopper import Hopper as Hopper
+from .hopper import TokenSums as TokenSums
+from .hopper import hopper_candidates as hopper_candidates
+from .hopper import why_not_hopper as why_not_hopper
+from .problem import ARCHS as ARCHS
+from .problem import BITS as BITS
+from .problem import PAIRS as PAIRS
+from .problem import TYPE_BYTES as TYPE_BYTES
+from .problem import Device as Device
+from .problem import Grouping as Grouping
+from .problem import Shape as Shape
+from .problem import device_of as device_of
+from .problem import without_wgmma as without_wgmma
+from .quantize import Before as Before
+from .quantize import Quantize as Quantize
+from .quantize import pick_quantize as pick_quantize
+from .shipped import shipped_configs as shipped_configs
+from .skinny import SKINNY_MAX_M as SKINNY_MAX_M
+from .skinny import Skinny as Skinny
+from .skinny_ring import SkinnyRing as SkinnyRing

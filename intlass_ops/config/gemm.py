@@ -1,0 +1,155 @@
+"""gemm.cu, the portable tensor-core kernel for any problem: its configurations and pick."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from .problem import BITS, SPAN_K, Device, Grouping, Shape, mma_sass
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """gemm.cu: one block computes block_n rows of W by block_m tokens, ring of num_stages."""
+
+    source: ClassVar[str] = "gemm.cu"
+    entry: ClassVar[str] = "gemm"
+
+    x_kind: str
+    w_kind: str
+    scale_type: str
+    zero_type: str
+    out_type: str
+    block_m: int
+    block_n: int
+    block_k: int
+    warps_m: int
+    warps_n: int
+    num_stages: int
+    split_k: int
+    grouping: int
+    has_zeros: bool
+    has_a_zero: bool
+    aligned: bool
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_m * self.warps_n
+
+    @property
+    def smem_bytes(self) -> int:
+        """The ring, and the epilogue's vectors of tokens and rows."""
+        bits = self.block_m * BITS[self.x_kind] + self.block_n * BITS[self.w_kind]
+        return self.num_stages * bits * self.block_k // 8 + 4 * (2 * self.block_m + self.block_n)
+
+    def tiles(self, m: int, n: int) -> int:
+        """Output tiles, each the work of split_k thread blocks."""
+        return math.ceil(m / self.block_m) * math.ceil(n / self.block_n)
+
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        return self.tiles(m, n), self.split_k, 1
+
+    @property
+    def values_per_block(self) -> int:
+        """Words a block leaves in the workspace when K is split: gemm.cu, add_stripes."""
+        tiles_m, tiles_n = self.block_m // self.warps_m // 8, self.block_n // self.warps_n // 16
+        return self.threads * 4 * (tiles_n * tiles_m + tiles_n + tiles_m)
+
+    def __str__(self) -> str:
+        split = f" split_k={self.split_k}" if self.split_k > 1 else ""
+        return (
+            f"gemm {self.x_kind}x{self.w_kind} "
+            f"{self.block_m}x{self.block_n}x{self.block_k}/{self.num_stages}{split}"
+        )
+
+    def expected_sass(self, arch: str) -> tuple[str, ...]:
+        """Regular expressions of the tensor-core instructions the compiled kernel must hold."""
+        wide = self.grouping <= Grouping.TILE and self.block_k >= 128  # gemm.cu, wide_steps
+        return mma_sass(self.x_kind, arch, 64 if wide else 32)
+
+
+def why_illegal(c: Gemm, device: Device) -> str | None:
+    """What forbids this configuration on this device, or None."""
+    if c.block_m % (8 * c.warps_m):
+        return f"block_m={c.block_m} is no multiple of 8 tokens for each of warps_m={c.warps_m}"
+    if c.block_n % (16 * c.warps_n):
+        return f"block_n={c.block_n} is no multiple of 16 rows for each of warps_n={c.warps_n}"
+    for kind in (c.x_kind, c.w_kind):
+        chunks = c.block_k * BITS[kind] // 128
+        if chunks < 1 or chunks & (chunks - 1):
+            return f"block_k={c.block_k} of {kind} is no power of two of 16-byte chunks"
+    if c.num_stages < 2:
+        return f"num_stages={c.num_stages} is below 2"
+    if c.smem_bytes > device.smem_per_block:
+        return f"{c.smem_bytes} bytes of shared memory exceed {device.smem_per_block}"
+    return None
+
+
+def grouping_of(k: int, group_size: int, block_k: int) -> Grouping:
+    if group_size >= k:
+        return Grouping.CHANNEL
+    if group_size == block_k:
+        return Grouping.TILE
+    return Grouping.STRADDLING if group_size % SPAN_K else Grouping.SPAN
+
+
+def pick_gemm(device: Device, shape: Shape) -> Gemm:
+    """Warp tiles by what the accumulators leave of the registers, split_k by SM count.
+
+    Measured on an H200 (docs/notes/kernels.md): warps of 64 tokens by 64 rows with one set of
+    accumulators, by 32 rows with a second one for groups; four warps a block, two blocks an SM.
+    """
+    channel, floats = shape.group_size >= shape.k, BITS[shape.x_kind] == 16
+    block_k = 64 if shape.group_size == 64 and not channel else 128
+    grouping = grouping_of(shape.k, shape.group_size, block_k)
+    # NVRTC 12.9 needs more registers for these, so tiles that take them all elsewhere spill.
+    crowded = device.arch in ("sm_100", "sm_120") and floats
+    large_tiles = math.ceil(shape.m / 128) * math.ceil(shape.n / 128)
+    large = shape.m >= 192 and large_tiles > 1.5 * device.sm_count
+    block_m = min(64, max(8, 1 << (max(shape.m, 1) - 1).bit_length()))
+    block_n, warps_m, warps_n = 128, 1, 4
+    if channel and large and not shape.has_zeros and not (crowded and shape.w_kind == "s8"):
+        block_m, warps_m, warps_n = 128, 2, 2
+        if floats:
+            block_n, warps_n, block_k = 256, 4, 64  # half the k: 16-bit tokens fill shared memory
+    elif (
+        grouping is Grouping.STRADDLING
+        or (shape.has_zeros and (crowded or shape.has_a_zero or grouping is Grouping.SPAN))
+        or (crowded and not channel and shape.w_kind == "s8")
+    ):
+        block_n = 64  # masked fragments, or sums of x, beside two sets of accumulators
+    whole = shape.k * BITS[shape.x_kind] % 128 == 0 and shape.k * BITS[shape.w_kind] % 128 == 0
+    config = Gemm(
+        x_kind=shape.x_kind,
+        w_kind=shape.w_kind,
+        scale_type=shape.scale_type,
+        zero_type=shape.zero_type,
+        out_type=shape.out_type,
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
+        warps_m=warps_m,
+        warps_n=warps_n,
+        num_stages=3,
+        split_k=1,
+        grouping=grouping,
+        has_zeros=shape.has_zeros,
+        has_a_zero=shape.has_a_zero,
+        aligned=shape.aligned and whole,
+    )
+    # Three stages, which leave more cache than four for the scales; two where that lets a second
+    # block of four warps share the SM.
+    blocks = 2 if config.threads <= 128 else 1
+    room = min(device.smem_per_sm // blocks - 1024, device.smem_per_block)
+    if config.smem_bytes > room:
+        fewer = replace(config, num_stages=2)
+        if fewer.smem_bytes <= room or config.smem_bytes > device.smem_per_block:
+            config = fewer
+    if problem := why_illegal(config, device):
+        raise ValueError(f"no configuration for {shape} on {device.arch}: {problem}")
+    tiles = config.tiles(shape.m, shape.n)
+    k_tiles = math.ceil(shape.k / config.block_k)
+    # Two blocks for each SM, in stripes of at least four tiles of K; powers of two: few kernels.
+    wanted = min(blocks * device.sm_count // max(tiles, 1), k_tiles // 4, 4)
+    return replace(config, split_k=1 << max(wanted, 1).bit_length() - 1)

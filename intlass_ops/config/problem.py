@@ -1,0 +1,103 @@
+"""What a kernel is picked for: the GPU (`Device`) and the problem (`Shape`).
+
+Lives here too: what kinds of operands there are, and the instructions that multiply them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+SPAN_K = 32  # k of one span, operands.cuh
+BITS = {"bf16": 16, "fp16": 16, "s8": 8, "s4": 4, "u4": 4}
+TYPE_BYTES = {
+    "float": 4,
+    "int": 4,
+    "__nv_bfloat16": 2,
+    "__half": 2,
+    "signed char": 1,
+    "unsigned char": 1,
+}
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+# Activation and weight kinds that have a kernel.
+PAIRS = (
+    *((x, w) for x in ("bf16", "fp16") for w in ("s4", "u4", "s8")),
+    *(("s8", w) for w in ("s4", "u4", "s8")),
+    *((x, w) for x in ("s4", "u4") for w in ("s4", "u4")),
+)
+
+
+class Grouping(IntEnum):
+    """How the scale groups of a row lie in the spans of the main loop (gemm.cu)."""
+
+    CHANNEL = 0  # one group: scaled once, after all of K
+    TILE = 1  # groups of block_k
+    SPAN = 2  # groups of whole spans
+    STRADDLING = 3  # a group may end inside a span: group_size 16, 48, ...
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a GPU offers a kernel."""
+
+    arch: str
+    sm_count: int
+    smem_per_block: int  # bytes, opt-in maximum
+    smem_per_sm: int
+
+
+# Shared memory by architecture, CUDA C++ Programming Guide, "Compute Capabilities".
+_SMEM_KIB = {
+    "sm_80": (163, 164),
+    "sm_86": (99, 100),
+    "sm_89": (99, 100),
+    "sm_90a": (227, 228),
+    "sm_100": (227, 228),
+    "sm_120": (99, 100),
+}
+_REFERENCE_SMS = {
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_89": 128,
+    "sm_90a": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+}
+
+
+def device_of(arch: str, sm_count: int | None = None) -> Device:
+    """The Device of an architecture, with the SM count of its best known card by default."""
+    block, sm = _SMEM_KIB.get(arch, (99, 100))
+    count = sm_count if sm_count is not None else _REFERENCE_SMS.get(arch, 84)
+    return Device(arch, count, block * 1024, sm * 1024)
+
+
+def without_wgmma(device: Device) -> Device:
+    """The same GPU, on which `pick` takes the portable kernels."""
+    return replace(device, arch="sm_90") if device.arch == "sm_90a" else device
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What `pick` may know of a problem: kinds, types and sizes."""
+
+    x_kind: str
+    w_kind: str
+    scale_type: str
+    zero_type: str
+    out_type: str
+    has_zeros: bool
+    has_a_zero: bool
+    aligned: bool
+    m: int
+    n: int
+    k: int
+    group_size: int
+    apart: bool = True  # no two rows share memory
+
+
+def mma_sass(x_kind: str, arch: str, int4_k: int = 32) -> tuple[str, ...]:
+    if x_kind in ("bf16", "fp16"):
+        return (r"HMMA\.16816\.F32" + (r"\.BF16" if x_kind == "bf16" else r"\b"),)
+    native = x_kind in ("s4", "u4") and arch in ("sm_80", "sm_86", "sm_89")
+    return (rf"IMMA\.168{int4_k}\.S4\.S4" if native else r"IMMA\.16832\.S8\.S8",)

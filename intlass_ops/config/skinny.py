@@ -1,0 +1,142 @@
+"""skinny.cu, few tokens, every block loads its rows at once: its configurations and pick."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .problem import BITS, Device, Grouping, Shape, mma_sass
+
+SKINNY_MAX_M = 16
+
+
+@dataclass(frozen=True)
+class Skinny:
+    """skinny.cu: one block computes 16 * tiles_n rows of W for all, at most 8 * tiles_m, tokens."""
+
+    source: ClassVar[str] = "skinny.cu"
+    entry: ClassVar[str] = "skinny"
+    x_kind: str
+    w_kind: str
+    scale_type: str
+    zero_type: str
+    out_type: str
+    tiles_m: int
+    tiles_n: int
+    warps: int
+    unroll: int
+    blocks_per_sm: int
+    groups_per_chunk: int
+    chunks_per_group: int
+    grouping: int
+    has_zeros: bool
+    whole: bool
+    has_a_zero: bool = False
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        return math.ceil(n / (16 * self.tiles_n)), 1, 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory: none, the warps' sums are static."""
+        return 0
+
+    def __str__(self) -> str:
+        return (
+            f"skinny {self.x_kind}x{self.w_kind} {8 * self.tiles_m}x{16 * self.tiles_n} "
+            f"warps={self.warps} unroll={self.unroll}"
+        )
+
+    def expected_sass(self, arch: str) -> tuple[str, ...]:
+        return mma_sass(self.x_kind, arch)
+
+
+def why_not_skinny(shape: Shape) -> str | None:
+    """What keeps a problem from skinny.cu, or None."""
+    if shape.m > SKINNY_MAX_M:
+        return f"M={shape.m} is above {SKINNY_MAX_M}"
+    if shape.has_a_zero:
+        return "activations with a zero point need row sums of W"
+    if not shape.aligned:
+        return "rows do not start on 16-byte boundaries"
+    if shape.x_kind in ("s4", "u4"):
+        return "no INT4 activations"
+    chunk_k = 512 // BITS[shape.w_kind]
+    if shape.k % (chunk_k // 4):
+        # rows may be aligned all the same, with padding between them
+        return f"K={shape.k} does not fill the last 16 bytes of a row of W"
+    whole_chunks = shape.group_size >= shape.k or shape.group_size % chunk_k == 0
+    if not whole_chunks and shape.group_size not in (chunk_k // 2, chunk_k // 4):
+        return f"group_size={shape.group_size} does not divide chunks of {chunk_k} k"
+    return None
+
+
+def pick_skinny(device: Device, shape: Shape) -> Skinny:
+    """Warps by how many blocks there are: few blocks need many loads in flight.
+
+    Measured on an H200 over rows x warps x unroll x blocks (docs/notes/kernels.md); what the best
+    of each shape needs more registers for than there are is left out.
+    """
+    chunk_k = 512 // BITS[shape.w_kind]
+    chunks = math.ceil(shape.k / chunk_k)
+    groups_per_chunk = max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
+    # Where one token tile of codes without zero points does with 128 registers, others take twice.
+    crowded = shape.has_zeros or groups_per_chunk > 1
+    tiles_n, warps, unroll, blocks_per_sm = _direct_tile(device, shape, chunks, crowded)
+    return Skinny(
+        x_kind=shape.x_kind,
+        w_kind=shape.w_kind,
+        scale_type=shape.scale_type,
+        zero_type=shape.zero_type,
+        out_type=shape.out_type,
+        tiles_m=math.ceil(shape.m / 8),
+        tiles_n=tiles_n,
+        warps=warps,
+        unroll=unroll,
+        blocks_per_sm=blocks_per_sm,
+        groups_per_chunk=groups_per_chunk,
+        chunks_per_group=max(1, min(shape.group_size, shape.k) // chunk_k),
+        grouping=Grouping.CHANNEL if shape.group_size >= shape.k else Grouping.SPAN,
+        has_zeros=shape.has_zeros,
+        whole=shape.k % (chunk_k * warps * unroll) == 0,
+    )
+
+
+def _direct_tile(
+    device: Device, shape: Shape, chunks: int, crowded: bool
+) -> tuple[int, int, int, int]:
+    """(tiles_n, warps, unroll, blocks_per_sm) of skinny.cu."""
+    blocks, sms = math.ceil(shape.n / 32), device.sm_count
+    masked = 1 if crowded and shape.m > 8 else 2  # rows by 16: fragments of masked groups
+    if crowded:
+        warps = max(1, min(8, chunks))
+        return (1 if 2 * blocks <= sms else masked), warps, 1, min(4, 8 // warps)
+    few_tokens = shape.m <= 8
+    if chunks <= 16 and 2 * blocks <= sms:  # a small layer: each warp one chunk
+        return 1, max(1, chunks), 1, 1
+    if blocks <= sms:
+        if few_tokens and chunks <= 64:
+            tile = 2, 8, 4, 1
+        elif few_tokens:
+            tile = 1, 16, 1, 2
+        elif device.arch.startswith("sm_90") and chunks <= 64:
+            tile = 2, 8, 4, 1
+        else:
+            tile = 2, 16, 1, 1
+    elif blocks <= 2 * sms:
+        if few_tokens and chunks <= 64:
+            tile = 1, 8, 1, 4
+        else:
+            tile = 2, 8, 2 if few_tokens else 1, 2
+    else:
+        warps = 8 if chunks > 32 else 4
+        tile = 2, warps, 2, (16 if few_tokens else 8) // warps
+    tiles_n, warps, unroll, blocks_per_sm = tile
+    while warps > 1 and warps * unroll > chunks:
+        warps, unroll = (warps, unroll // 2) if unroll > 1 else (warps // 2, 1)
+    return tiles_n, warps, unroll, blocks_per_sm

@@ -1,0 +1,127 @@
+"""skinny_ring.cu, few tokens, rows stream through a ring: its configurations and pick."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from .problem import BITS, Device, Grouping, Shape, mma_sass
+
+
+@dataclass(frozen=True)
+class SkinnyRing:
+    """skinny_ring.cu: blocks stay on their SM; a group of warps takes 16 * tiles_n rows a time."""
+
+    source: ClassVar[str] = "skinny_ring.cu"
+    entry: ClassVar[str] = "skinny_ring"
+    x_kind: str
+    w_kind: str
+    scale_type: str
+    zero_type: str
+    out_type: str
+    tokens: int  # a power of two, at least M
+    tiles_n: int
+    warps: int
+    groups: int
+    num_stages: int
+    blocks_per_sm: int
+    resident_blocks: int  # of the whole GPU
+    segment_k: int  # k of x in shared memory at a time
+    fixed_smem: int  # bytes without the sums of segments
+    groups_per_chunk: int
+    chunks_per_group: int
+    grouping: int
+    has_zeros: bool
+    whole: bool
+    has_a_zero: bool = False
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def smem_bytes(self) -> int:
+        return self.fixed_smem
+
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        tiles = math.ceil(n / (16 * self.tiles_n))
+        return min(self.resident_blocks, math.ceil(tiles / self.groups)), 1, 1
+
+    def smem_of(self, n: int, k: int) -> int:
+        """Bytes for a problem: with several segments of K, sums of every tile are kept between."""
+        if k <= self.segment_k:
+            return self.fixed_smem
+        blocks, _, _ = self.grid(0, n)
+        turns = math.ceil(math.ceil(n / (16 * self.tiles_n)) / (blocks * self.groups))
+        return self.fixed_smem + turns * self.groups * _ring_slab(self.tokens, self.tiles_n)
+
+    def __str__(self) -> str:
+        return (
+            f"skinny_ring {self.x_kind}x{self.w_kind} {self.tokens}x{16 * self.tiles_n} "
+            f"warps={self.groups}x{self.warps // self.groups} stages={self.num_stages}"
+        )
+
+    def expected_sass(self, arch: str) -> tuple[str, ...]:
+        return mma_sass(self.x_kind, arch)
+
+
+def _ring_slab(tokens: int, tiles_n: int) -> int:
+    """Bytes of a warp's sums of one tile, the row padded by a sum of x."""
+    return 4 * tokens * (16 * tiles_n + 4)
+
+
+def _ring_smem(c: SkinnyRing) -> int:
+    ring = c.warps * c.num_stages * 1024 * c.tiles_n
+    x = c.segment_k * c.tokens * BITS[c.x_kind] // 8
+    return ring + x + (1 if c.tokens > 8 else 2) * c.warps * _ring_slab(c.tokens, c.tiles_n)
+
+
+def pick_ring(device: Device, shape: Shape) -> SkinnyRing | None:
+    """The first choice that fits shared memory, in the order in which they were measured."""
+    chunk_k = 512 // BITS[shape.w_kind]
+    chunks = max(1, math.ceil(shape.k / chunk_k))
+    tokens = 1 << (shape.m - 1).bit_length()
+    groups_per_chunk = max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
+    heavy = shape.m > 8 or shape.has_zeros or groups_per_chunk > 1  # registers for 8 warps only
+    # warps of a group share a row's chunks evenly
+    group_warps = min((4, 3, 2), key=lambda g: math.ceil(chunks / g) * g) if chunks > 1 else 1
+    for warps, num_stages, blocks_per_sm in (
+        *([] if heavy or tokens > 4 else [(8, 3, 2)]),
+        *([] if heavy else [(16, 3, 1), (12, 3, 1)]),
+        (8, 4, 1),
+        (8, 3, 1),
+        (4, 3, 1),
+    ):
+        groups = min(8, max(1, warps // group_warps))
+        config = SkinnyRing(
+            x_kind=shape.x_kind,
+            w_kind=shape.w_kind,
+            scale_type=shape.scale_type,
+            zero_type=shape.zero_type,
+            out_type=shape.out_type,
+            tokens=tokens,
+            tiles_n=2,
+            warps=groups * group_warps,
+            groups=groups,
+            num_stages=num_stages,
+            blocks_per_sm=blocks_per_sm,
+            resident_blocks=device.sm_count * blocks_per_sm,
+            segment_k=chunks * chunk_k,
+            fixed_smem=0,
+            groups_per_chunk=groups_per_chunk,
+            chunks_per_group=max(1, min(shape.group_size, shape.k) // chunk_k),
+            grouping=Grouping.CHANNEL if shape.group_size >= shape.k else Grouping.SPAN,
+            has_zeros=shape.has_zeros,
+            whole=shape.k % chunk_k == 0,
+        )
+        room = min(device.smem_per_block, device.smem_per_sm // blocks_per_sm - 1024)
+        # all of x at once, or for the last choices in segments
+        segments = range(1, 9) if warps <= 8 and blocks_per_sm == 1 else (1,)
+        for count in segments:
+            rounds = math.ceil(chunks / (count * group_warps))
+            config = replace(config, segment_k=min(rounds * group_warps, chunks) * chunk_k)
+            config = replace(config, fixed_smem=_ring_smem(config))
+            if config.smem_of(shape.n, shape.k) <= room:
+                return config
+    return None
