@@ -50,6 +50,8 @@ def pack(q: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, k: int, signed: bool) -> Tensor:
     """Inverse of :func:`pack`: int8 codes [..., k]."""
-    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)[..., :k]
-    codes = nibbles.to(torch.int8)
-    return torch.where(codes > S4_MAX, codes - 16, codes) if signed else codes
+    # One byte to the two bytes of a 16-bit word, low nibble first.
+    words = packed.to(torch.int16, memory_format=torch.contiguous_format)
+    words = words.bitwise_or_(words * 16).bitwise_and_(0x0F0F)
+    codes = words.view(torch.int8)[..., :k].contiguous()
+    return codes.bitwise_xor_(8).sub_(8) if signed else codes

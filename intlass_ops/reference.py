@@ -71,6 +71,13 @@ def matmul(
         s = scales[part] if scales.shape[0] > 1 else scales
         z = zeros[part] if zeros is not None and zeros.shape[0] > 1 else zeros
         torch.mm(x, dequantize(codes[part], s, z).T, out=out[:, part])
+    return scale_and_shift(out, a_scale, alpha, bias)
+
+
+def scale_and_shift(
+    out: Tensor, a_scale: Tensor | None, alpha: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """alpha * a_scale * out + bias, in place, for float64 ``out``."""
     if a_scale is not None:
         out *= a_scale.double()
     if alpha is not None:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The whole demo. Returns 0 if everything held, 1 if not, 2 if it could not start."""
-    _quiet()
+    quiet()
     try:
         from . import course
     except ImportError as error:
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     return course.run(options)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Other libraries' advice would bury the demo's few lines."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .. import provenance
 from ..errors import IntlassError
 from ..explain import explain
 from ..formats.gguf import GGUFFile
@@ -110,7 +111,7 @@ def _course(
     tokenizer: Any,
     prompt: list[int],
 ) -> int:
-    device = figures.device_name(setting.device)
+    device = provenance.device_name(setting.device)
     show.title(
         str(file.metadata.get("general.name", Path(file.path).stem)),
         f"{Path(file.path).name} · {device} · torch {torch.__version__}",
@@ -119,7 +120,7 @@ def _course(
     stop = {tokenizer.eos_token_id}
     show.question(options.prompt)
     ours.chosen = show.answer(ours.decoder.generate(prompt, options.tokens, stop), tokenizer)
-    report: dict[str, Any] = figures.environment(setting.device)
+    report: dict[str, Any] = provenance.environment(setting.device)
     if options.no_dense:
         (ours.speed,) = figures.speeds([ours.decoder], prompt, BENCH_SECONDS)
         dense = None
@@ -145,7 +146,7 @@ def _course(
         for key, each in (("intlass", ours), ("dense", dense)):
             report[key] = None if each is None else _figures(each)
         report["checks"] = [{"holds": each.holds, "what": each.what} for each in checks]
-        figures.write_json(options.json, report)
+        provenance.write_json(options.json, report)
     return 1 if any(each.holds is False for each in checks) else 0
 
 

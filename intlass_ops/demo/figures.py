@@ -6,25 +6,18 @@ Lives here: numbers only. Not here: models and compiling (integrations/), the co
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
 import pydoc_data.topics
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from ..explain import Dispatch
 from ..integrations.static_decoding import Chosen, Decoder
 from ..nn import IntLinear
@@ -135,54 +128,6 @@ def kernels(dispatches: Iterable[Dispatch], linears: int) -> dict[str, int]:
     counts = Counter(f"{d.op} ({d.scheme}): {d.kernel}" for d in dispatches)
     calls = max(1, counts.total() // linears)
     return {name: count // calls for name, count in sorted(counts.items())}
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where the figures come from: command, commit, versions, device."""
-    import transformers
-
-    return {
-        "command": " ".join(["python -m intlass_ops", *sys.argv[1:]]),
-        "commit": _commit(),
-        "intlass_ops": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cuda": torch.version.cuda,
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return f"{model}, {os.cpu_count()} cores"
-
-
-def write_json(path: str, figures: dict[str, Any]) -> None:
-    Path(path).write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def _commit() -> str | None:
-    """The checkout's commit, "+" appended where files differ from it; None outside one."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*command: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(root), *command], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    return commit + ("+" if commit and git("status", "--porcelain", "-uno") else "") or None
 
 
 def _synchronize(device: torch.device) -> None:

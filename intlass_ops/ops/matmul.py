@@ -1,7 +1,7 @@
 """Ops `intlass::matmul_int4_bf16_tn` and `intlass::matmul_int8_bf16_tn`: y = x @ w.T, w quantised.
 
 Their checks are in problem.py, gradients and vmap in gradients.py, the mathematics in reference.py,
-the CUDA launch in cuda/launch.py, the fast CPU paths in cpu.py.
+the CUDA launch in cuda/launch.py, the fast CPU paths in cpu.py and cpu_integers.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cpu, packing, reference
+from .. import cpu, cpu_integers, packing, reference
 from ..cuda import launch, plans
 from ..explain import listening, record
 from . import gradients
@@ -49,21 +49,19 @@ def _cpu(
         return _planned(plan, a, w, scales, zeros, alpha, bias)
     rows = a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
     s, z = rows_groups(scales), None if zeros is None else rows_groups(zeros)
-    why = "no fast CPU kernel for this scheme and shape"
-    _explain(p, rows.shape[0], "reference float64", why, fallback=True)
+    sa = None if a_scale is None else a_scale.reshape(-1, 1)
+    za = None if a_zero is None else a_zero.reshape(-1, 1)
     if p.x_kind in ("s4", "u4"):
         rows = packing.unpack(rows, p.k, p.x_kind == "s4")
-    codes = w if p.w_kind == "s8" else packing.unpack(w, p.k, p.w_kind == "s4")
-    y = reference.matmul(
-        rows,
-        codes,
-        s,
-        z,
-        a_scale=None if a_scale is None else a_scale.reshape(-1, 1),
-        a_zero=None if a_zero is None else a_zero.reshape(-1, 1),
-        alpha=alpha,
-        bias=bias,
-    )
+    if not rows.is_floating_point() and cpu_integers.is_exact():
+        _explain(p, rows.shape[0], "cpu int8", "PyTorch's INT8 product, a group at a time")
+        y = cpu_integers.matmul(p, rows, w, s, z, za)
+        y = reference.scale_and_shift(y, sa, alpha, bias)
+    else:
+        why = "no fast CPU kernel for this scheme and shape"
+        _explain(p, rows.shape[0], "reference float64", why, fallback=True)
+        codes = w if p.w_kind == "s8" else packing.unpack(w, p.k, p.w_kind == "s4")
+        y = reference.matmul(rows, codes, s, z, a_scale=sa, a_zero=za, alpha=alpha, bias=bias)
     return reference.round_once(y, p.out_dtype).view(*a.shape[:-1], p.n)
 
 
