@@ -85,6 +85,10 @@ struct Shares {
   }
 };
 
+// A block's place in the order of k of the shared tiles. The order of launch is the other way round: a
+// block waits only for such as were launched before it, so all get on, however few run at a time.
+__device__ __forceinline__ int place() { return gridDim.x - 1 - blockIdx.x; }
+
 // What a block does, one segment after another
 struct Schedule {
   int tile = blockIdx.x;  // the next one to take whole
@@ -97,8 +101,8 @@ struct Schedule {
       return true;
     }
     if constexpr (!Config::stream_k) return false;
-    const int unit = shares.first_unit(blockIdx.x) + done;
-    const int left = shares.first_unit(blockIdx.x + 1) - unit;
+    const int unit = shares.first_unit(place()) + done;
+    const int left = shares.first_unit(place() + 1) - unit;
     s.tile = shares.whole + unit / shares.k_tiles, s.begin = unit % shares.k_tiles;
     s.end = min(shares.k_tiles, s.begin + left);
     done += s.end - s.begin;
@@ -473,7 +477,7 @@ template <class T, int tiles>
 __device__ __forceinline__ void leave(const Params& p, const T (&v)[tiles][values]) {
   constexpr int others = consumers * 128;
   uint4* slot = reinterpret_cast<uint4*>(p.workspace) +
-                i64(blockIdx.x) * (tiles * values / 4 * others) + threadIdx.x - 128;
+                i64(place()) * (tiles * values / 4 * others) + threadIdx.x - 128;
 #pragma unroll
   for (int i = 0; i < tiles; ++i)
 #pragma unroll
@@ -481,7 +485,7 @@ __device__ __forceinline__ void leave(const Params& p, const T (&v)[tiles][value
       __stcg(slot + (i * values + e) / 4 * others, reinterpret_cast<const uint4&>(v[i][e]));
   __threadfence();
   consumers_sync<consumers * 128>();
-  if (threadIdx.x == 128) store_release(p.arrivals + blockIdx.x, 1);
+  if (threadIdx.x == 128) store_release(p.arrivals + place(), 1);
 }
 
 // Its first block adds them, in the order of k.
@@ -491,7 +495,7 @@ __device__ __forceinline__ void add_others(const Params& p, const Shares& shares
   constexpr int others = consumers * 128;
   const int end = (tile - shares.whole + 1) * shares.k_tiles;
 #pragma unroll 1
-  for (int block = blockIdx.x + 1; shares.first_unit(block) < end; ++block) {
+  for (int block = place() + 1; shares.first_unit(block) < end; ++block) {
     if (shares.first_unit(block + 1) == shares.first_unit(block)) continue;
     if (threadIdx.x == 128) {
       while (!load_acquire(p.arrivals + block)) {}
