@@ -85,9 +85,8 @@ def pick_skinny(device: Device, shape: Shape) -> Skinny:
     chunk_k = 512 // BITS[shape.w_kind]
     chunks = math.ceil(shape.k / chunk_k)
     groups_per_chunk = max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
-    # Where one token tile of codes without zero points does with 128 registers, others take twice.
-    crowded = shape.has_zeros or groups_per_chunk > 1
-    tiles_n, warps, unroll, blocks_per_sm = _direct_tile(device, shape, chunks, crowded)
+    masked = groups_per_chunk > 1
+    tiles_n, warps, unroll, blocks_per_sm = _direct_tile(device, shape, chunks, masked)
     return Skinny(
         x_kind=shape.x_kind,
         w_kind=shape.w_kind,
@@ -108,18 +107,26 @@ def pick_skinny(device: Device, shape: Shape) -> Skinny:
 
 
 def _direct_tile(
-    device: Device, shape: Shape, chunks: int, crowded: bool
+    device: Device, shape: Shape, chunks: int, masked: bool
 ) -> tuple[int, int, int, int]:
-    """(tiles_n, warps, unroll, blocks_per_sm) of skinny.cu."""
+    """(tiles_n, warps, unroll, blocks_per_sm) of skinny.cu.
+
+    Zero points and groups inside a chunk take registers; with zero points the tiles are chosen for
+    the bytes in flight, not measured.
+    """
     blocks, sms = math.ceil(shape.n / 32), device.sm_count
-    masked = 1 if crowded and shape.m > 8 else 2  # rows by 16: fragments of masked groups
-    if crowded:
-        warps = max(1, min(8, chunks))
-        return (1 if 2 * blocks <= sms else masked), warps, 1, min(4, 8 // warps)
     few_tokens = shape.m <= 8
+    if masked or (shape.has_zeros and not few_tokens and blocks > sms):
+        warps = max(1, min(8, chunks))
+        fewer = 2 * blocks <= sms or (shape.m > 8)
+        return (1 if fewer else 2), warps, 1, min(4, 8 // warps)
     if chunks <= 16 and 2 * blocks <= sms:  # a small layer: each warp one chunk
         return 1, max(1, chunks), 1, 1
-    if blocks <= sms:
+    if shape.has_zeros and blocks > sms:
+        tile = 1, 8, 2, 2
+    elif shape.has_zeros:
+        tile = 2, 8, 4 if few_tokens else 2, 1
+    elif blocks <= sms:
         if few_tokens and chunks <= 64:
             tile = 2, 8, 4, 1
         elif few_tokens:
