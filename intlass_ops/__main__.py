@@ -1,21 +1,21 @@
 """The command line: `python -m intlass_ops` (or `intlass`) with a subcommand.
 
-Lives here: the list of subcommands, and the small ones: `info`, `warmup`, `cache`. Not here: the
-demo (demo/). Exit codes: 0 done, 1 something did not hold, 2 could not start (argparse's too).
+Lives here: the list of subcommands, and the small ones: `warmup`, `cache`. Not here: the
+demo (demo/), benchmarks (bench/), what reads and writes checkpoints (commands/). Exit codes: 0
+done, 1 something did not hold, 2 could not start (argparse's too).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import platform
 import sys
 import time
 
 import torch
 
-from . import __version__, config, demo
-from .cpu import compiler
+from . import __version__, bench, config, demo
+from .commands import add_commands
+from .commands.info import info
 from .cuda import jit
 from .cuda.cache import CubinCache, default_directory
 from .cuda.jit import availability
@@ -33,7 +33,13 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_arguments(command)
     command.set_defaults(run=demo.run)
 
-    command = commands.add_parser("info", help="what this machine offers to run on")
+    command = commands.add_parser("bench", help="our kernels beside others, on this machine")
+    bench.add_arguments(command)
+    command.set_defaults(run=bench.run)
+
+    add_commands(commands)
+
+    command = commands.add_parser("info", help="what this machine has, lacks, and how to get it")
     command.set_defaults(run=info)
 
     command = commands.add_parser(
@@ -113,40 +119,6 @@ def cache(options: argparse.Namespace) -> int:
         entry.unlink(missing_ok=True)
     print(f"deleted {len(old)}")
     return 0
-
-
-def info(_options: argparse.Namespace) -> int:
-    """Print what a bug report needs."""
-    rows = [
-        ("intlass_ops", __version__),
-        ("python", f"{platform.python_version()}, {platform.platform()}"),
-        ("torch", f"{torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}"),
-        ("triton", _version("triton")),
-        ("cupy", _version("cupy-cuda12x", "cupy-cuda13x")),
-        ("nvrtc", _version("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")),
-        ("transformers", _version("transformers")),
-        ("model", _version(demo.MODEL_PACKAGE)),
-        ("C++ compiler", compiler() or "none (CPU: apt-get install g++)"),
-        ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
-        ("kernel cache", str(default_directory())),
-    ]
-    for i in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(i)
-        rows.append((f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"))
-    if not torch.cuda.is_available():
-        rows.append(("cuda", "no usable GPU: everything runs on the CPU"))
-    for name, value in rows:
-        print(f"{name:<14}{value}")
-    return 0
-
-
-def _version(*names: str) -> str:
-    for name in names:
-        try:
-            return f"{importlib.metadata.version(name)} ({name})"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "not installed"
 
 
 if __name__ == "__main__":

@@ -267,12 +267,14 @@ def _best_asymmetric(blocks: Blocks, scale: Tensor, zero: Tensor) -> tuple[Tenso
 
 
 def _with_neighbours(scales: Tensor, blocks: Blocks) -> list[Tensor]:
-    """``scales``, and under a Hessian the float32 numbers beside them.
+    """``scales``, and under a Hessian the two float32 numbers on either side of them.
 
-    There the best scale may lie at the edge of an interval of constant codes, and rounding it to
-    float32 may cross that edge.
+    There the best scale may lie at the edge of an interval of constant codes. Rounding it to
+    float32 may cross that edge, and so may the division by its neighbour.
     """
-    if blocks.hessian is None:
-        return [scales]
-    ends = (scales.new_tensor(0.0), scales.new_tensor(torch.inf))
-    return [scales, *(scales.nextafter(end) for end in ends)]
+    found = [scales]
+    if blocks.hessian is not None:
+        for end in (scales.new_tensor(0.0), scales.new_tensor(torch.inf)):
+            near = scales.nextafter(end)
+            found += [near, near.nextafter(end)]
+    return found

@@ -22,7 +22,12 @@ from . import reference, scales
 
 
 class QuantizedWeight(NamedTuple):
-    """w[N, K] ≈ (codes - zeros)·scales."""
+    """w[N, K] ≈ (codes - zeros)·scales.
+
+    >>> codes = torch.tensor([[1, -2]], dtype=torch.int8)
+    >>> QuantizedWeight(codes, torch.tensor([[0.5]]), None).dequantize()
+    tensor([[ 0.5000, -1.0000]])
+    """
 
     codes: Tensor  # [N, K] int8, or uint8 in [0, 15] where there are zeros
     scales: Tensor  # [N, K/group_size] float32
@@ -41,6 +46,12 @@ class InputStatistics:
     """Sums over the inputs of one linear layer; memory K² floats, whatever the amount of data.
 
     hessian [K, K] = Σ xᵀx and mean_abs [K] = mean |x|, in ``dtype``, over all tokens seen.
+
+    >>> statistics = InputStatistics(2)
+    >>> statistics.update(torch.tensor([[1.0, 2.0], [0.0, -1.0]]))
+    >>> statistics.hessian
+    tensor([[1., 2.],
+            [2., 5.]])
     """
 
     def __init__(
@@ -83,7 +94,11 @@ class QuantizationError(NamedTuple):
 def quantization_error(
     w: Tensor, w_hat: Tensor, hessian: Tensor | None = None
 ) -> QuantizationError:
-    """Error metrics of an approximation; ``hessian`` [K, K] is that of the layer's inputs."""
+    """Error metrics of an approximation; ``hessian`` [K, K] is that of the layer's inputs.
+
+    >>> round(quantization_error(torch.ones(2, 2), torch.full((2, 2), 0.9)).relative, 3)
+    0.1
+    """
     w, r = w.double(), w.double() - w_hat.double()
     relative = r.norm() / w.norm() if w.any() else r.norm()
     output = None
@@ -106,7 +121,11 @@ def output_error(residual: Tensor, hessian: Tensor) -> Tensor:
 def rtn(
     w: Tensor, *, bits: int = 4, group_size: int | None = None, symmetric: bool = True
 ) -> QuantizedWeight:
-    """Round ``w`` [N, K] to nearest; scale = amax / qmax, or the range over 2^bits - 1."""
+    """Round ``w`` [N, K] to nearest; scale = amax / qmax, or the range over 2^bits - 1.
+
+    >>> rtn(torch.tensor([[7.0, -3.2, 0.4, 1.0]])).dequantize()
+    tensor([[ 7., -3.,  0.,  1.]])
+    """
     _check("rtn", w, bits, symmetric)
     if symmetric:
         naive = scales.int4_naive if bits == 4 else scales.int8_naive
@@ -124,7 +143,11 @@ def mse(
     symmetric: bool = True,
     weights: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Least Σ weights·(w - ŵ)² of each group over all scales (and zeros); see scales.py."""
+    """Least Σ weights·(w - ŵ)² of each group over all scales (and zeros); see scales.py.
+
+    >>> mse(torch.tensor([[7.0, -3.2, 0.4, 1.0]])).dequantize()
+    tensor([[ 7.0712, -3.0305,  0.0000,  1.0102]])
+    """
     _check("mse", w, bits, symmetric)
     if symmetric:
         optimal = scales.int4_optimal if bits == 4 else scales.int8_optimal
@@ -150,6 +173,9 @@ def hqq(
         z = mean(q - (w - e)/s)                                 (least squares)
     while β grows by κ; each group keeps the best zero it met, the first being round-to-nearest's.
     Method: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023).
+
+    >>> hqq(torch.tensor([[7.0, -3.2, 0.4, 1.0]]), group_size=4).codes
+    tensor([[15,  0,  5,  6]], dtype=torch.uint8)
     """
     _check("hqq", w, 4, False)
     if not 0 < p < 1:
@@ -192,6 +218,10 @@ def awq(
     c = m^α / √(max·min), α in {0, 1/steps, …, 1 - 1/steps}, m = ``mean_abs`` [K] of the inputs, by
     default their root mean square from H. α = 0 is no scaling, so the result is never worse.
     Method: Lin et al., "AWQ: Activation-aware Weight Quantization" (2023).
+
+    >>> weight, c = awq(torch.tensor([[7.0, -3.2, 0.4, 1.0]]), torch.eye(4))
+    >>> weight.dequantize() / c
+    tensor([[ 7., -3.,  0.,  1.]])
     """
     _check("awq", w, bits, symmetric)
     h = _checked_hessian("awq", w, hessian)

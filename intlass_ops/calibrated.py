@@ -30,9 +30,10 @@ def check(op: str, method: str, bits: int, symmetric: bool, calibration: object 
         raise ValueError(f"{op}: method={method!r}; expected one of {', '.join(METHODS)}")
     if method == "hqq" and (bits != 4 or symmetric):
         raise ValueError(f"{op}: method='hqq' makes INT4 with zero points; set symmetric=False")
-    if (method == "gptq") != (calibration is not None):
-        needs = "needs calibration data" if method == "gptq" else "takes no calibration data"
-        raise ValueError(f"{op}: method={method!r} {needs}")
+    if method == "gptq" and calibration is None:
+        raise ValueError(f"{op}: method={method!r} needs calibration data")
+    if method in ("rtn", "hqq") and calibration is not None:
+        raise ValueError(f"{op}: method={method!r} takes no calibration data")
 
 
 def weights(
@@ -49,8 +50,8 @@ def weights(
     """``replace(linear, weight)`` for each of ``linears`` (with their paths), in their order."""
     done = _bar(f"Quantising ({method})", len(linears), progress)
     with torch.no_grad():
-        for part in _passes(linears) if method == "gptq" else [linears]:
-            hessians = _hessians(model, part, calibration or ()) if method == "gptq" else {}
+        for part in [linears] if calibration is None else _passes(linears):
+            hessians = {} if calibration is None else _hessians(model, part, calibration)
             for path, linear in part:
                 w = linear.weight.detach()
                 try:
@@ -76,8 +77,12 @@ def _quantize(
         return gptq(
             w, hessian, bits=bits, group_size=group_size, symmetric=symmetric, act_order=True
         )
-    quantize = calibrate.mse if method == "mse" else calibrate.rtn
-    return quantize(w, bits=bits, group_size=group_size, symmetric=symmetric)
+    if method == "mse":
+        importance = None if hessian is None else hessian.diagonal()
+        return calibrate.mse(
+            w, bits=bits, group_size=group_size, symmetric=symmetric, weights=importance
+        )
+    return calibrate.rtn(w, bits=bits, group_size=group_size, symmetric=symmetric)
 
 
 def _passes(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[list[tuple[str, nn.Linear]]]:

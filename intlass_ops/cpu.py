@@ -28,10 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import batch_invariance
 from .cuda.cache import CubinCache, default_directory
 from .errors import KernelCompileError
 
 _TILES_FROM_M = 6  # kTileFrom of cpu_kernels.cpp
+_TILE_M = 4  # rows of a whole tile there
 
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 # Contraction to FMA only rounds less; nothing here may reorder sums or assume finite numbers.
@@ -85,8 +87,11 @@ class Plan:
         """``shape``: of a. Scales and zeros: scalar, [N] or [N, 1 or K/group_size]."""
         self.problem = problem
         n, k, group_size = problem.n, problem.k, problem.group_size
-        self.m = math.prod(shape[:-1])
-        if self.m >= _TILES_FROM_M:
+        self.m = self.rows = math.prod(shape[:-1])
+        if batch_invariance.enabled():
+            # Whole tiles of rows alone: every row passes through the same instructions.
+            self.rows = math.ceil(max(self.m, _TILES_FROM_M) / _TILE_M) * _TILE_M
+        if self.rows >= _TILES_FROM_M:
             self.why = self._why_tiles
         self.shape = (*shape[:-1], n)
         self.strides = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
@@ -102,8 +107,12 @@ class Plan:
         # A copy must outlive the call that reads its pointer.
         a = (a if a.dtype is torch.float32 else a.to(torch.float32)).contiguous()
         w = w.contiguous()
-        y: Tensor = _empty(self.shape, self.strides, torch.float32)
-        pointers = (y.data_ptr(), a.data_ptr(), self.m, w.data_ptr(), scales.data_ptr())
+        if self.rows != self.m:
+            a = torch.nn.functional.pad(a.view(self.m, -1), (0, 0, 0, self.rows - self.m))
+            y = _empty((self.rows, self.sizes[0]), (self.sizes[0], 1), torch.float32)
+        else:
+            y = _empty(self.shape, self.strides, torch.float32)
+        pointers = (y.data_ptr(), a.data_ptr(), self.rows, w.data_ptr(), scales.data_ptr())
         threads = torch.get_num_threads()
         if not self.int4:
             kernels["matmul_int8"](*pointers, *self.scales, *self.sizes, threads)
@@ -114,7 +123,7 @@ class Plan:
             kernels["matmul_int4"](
                 *pointers, *self.scales, z.data_ptr(), *self.zeros, *self.sizes, threads
             )
-        return y
+        return y if self.rows == self.m else y[: self.m].view(self.shape)
 
 
 _plans: dict[Any, Plan] = {}
@@ -148,6 +157,7 @@ def key_of(
         bias is None or (bias.dtype, bias.shape),
         k,
         out_dtype,
+        batch_invariance.enabled(),
     )
 
 

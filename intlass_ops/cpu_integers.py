@@ -66,7 +66,7 @@ def matmul(
 
 
 def _product(a: Tensor, q: Tensor) -> Tensor:
-    """a @ q.T in float64. PyTorch 2.13's product is wrong for one column and for strides along K."""
+    """a @ q.T in float64. PyTorch 2.13's product is wrong for one column, or strides along K."""
     if a.shape[1] == 1:
         return a.double() * q.double().T
     return torch._int_mm(a.contiguous(), q.contiguous().T).double()

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 
 class IntlassError(RuntimeError):
-    """Base of every error below."""
+    """Base of every error below.
+
+    >>> issubclass(FallbackError, IntlassError) and issubclass(IntlassError, RuntimeError)
+    True
+    """
 
 
 class BackendUnavailableError(IntlassError):

@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """One op call: what it was, what ran it, and why that."""
+    """One op call: what it was, what ran it, and why that.
+
+    >>> from intlass_ops import pack_int4, matmul_int4_bf16_tn
+    >>> w, one = pack_int4(torch.ones(8, 16, dtype=torch.int8)), torch.tensor(1.0)
+    >>> call = explain(matmul_int4_bf16_tn, torch.ones(2, 16), w, one).dispatches[0]
+    >>> call.op, call.scheme, (call.m, call.n, call.k), call.fallback
+    ('matmul_int4_bf16_tn', 'w4a16', (2, 8, 16), False)
+    """
 
     module: str  # path of the innermost module that was running, "" outside any
     op: str
@@ -42,8 +49,16 @@ class Explanation:
     """One run: every op call in order, and every linear of the compiled graphs; prints as tables.
 
     ``linears``: a `lowering.Decision` for each matrix product with a constant weight: the module's
-    ``path``, ``outcome`` ("swapped", "declined", "dense"), ``scheme``, ``shape`` and ``reason``.
+    ``path``, ``outcome`` ("swapped", "declined", "dense"), ``scheme``, ``shape``, ``reason`` and
+    ``bound`` (in the table "error <="): the result differs from the graph's own by at most that,
+    times the sum over k of |x| (|q| + |zero|) |scale|, plus |bias|.
     ``unknown``: graphs that came from PyTorch's caches, which keep no decisions.
+
+    >>> explanation = explain(max, 1, 2)
+    >>> explanation.result, explanation.dispatches
+    (2, [])
+    >>> print(explanation)
+    no intlass op ran
     """
 
     result: Any = None
@@ -72,16 +87,16 @@ class Explanation:
     def _linears(self) -> str:
         if not self.linears:
             return ""
-        header = ("linear", "N", "K", "group", "outcome", "scheme", "kernel", "why")
+        header = ("linear", "N", "K", "group", "outcome", "scheme", "error <=", "kernel", "why")
         rows = []
         for each in dict.fromkeys(self.linears):
             n, k = each.shape or ("", "")
             group = each.group_size or ""
             kernel = self._kernel_of(each)
             where = each.path or each.node
-            rows.append(
-                (where, str(n), str(k), str(group), each.outcome, each.scheme, kernel, each.reason)
-            )
+            bound = "" if each.bound is None else f"{each.bound:.1e}"
+            sizes = (str(n), str(k), str(group))
+            rows.append((where, *sizes, each.outcome, each.scheme, bound, kernel, each.reason))
         return _table(header, rows)
 
     def _kernel_of(self, linear: Decision) -> str:
@@ -213,6 +228,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
             explanation.result = fn(*args, **kwargs)
     finally:
         _collecting.remove(explanation)
+    # A compiled graph tells its linears before it runs, and packs them while it does.
+    explanation.linears = [each.as_stored() for each in explanation.linears]
     return explanation
 
 
@@ -246,11 +263,12 @@ def strict() -> Iterator[None]:
     keep what was decided. Compile inside the context, which leaves those caches alone.
 
     >>> import torch, intlass_ops
-    >>> with intlass_ops.strict():  # int8 activations have no fast kernel on a CPU
-    ...     x, w = torch.ones(1, 16, dtype=torch.int8), torch.ones(8, 16, dtype=torch.int8)
-    ...     intlass_ops.matmul_int8_bf16_tn(x, w, torch.tensor(1.0), torch.ones(8))
+    >>> ones = torch.full((1, 16), 0x22, dtype=torch.uint8)  # FP4 has no fast kernel on a CPU
+    >>> scale = torch.ones(1, 1).to(torch.float8_e8m0fnu)
+    >>> with intlass_ops.strict():
+    ...     intlass_ops.matmul_ada_mxf4_bf16_tn(ones, ones, scale, scale, torch.tensor(1.0))
     Traceback (most recent call last):
-    intlass_ops.errors.FallbackError: matmul_int8_bf16_tn: w8a8 M=1 N=8 K=16 group_size=16 ...
+    intlass_ops.errors.FallbackError: matmul_mxf4_bf16_tn: w4a4 M=1 N=1 K=32 group_size=32 ...
     """
     global _strict
     _strict += 1

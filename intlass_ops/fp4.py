@@ -99,6 +99,10 @@ def to_blocked(scales: Tensor) -> Tensor:
 
     R is padded to a multiple of 128 and C to one of 4. The 128×4 tiles follow each other row by
     row; inside a tile element (r, c) lies at (r % 32)·16 + (r // 32)·4 + c.
+
+    >>> scales = torch.ones(100, 3, dtype=torch.float8_e8m0fnu)
+    >>> to_blocked(scales).shape  # 128 rows of 4
+    torch.Size([512])
     """
     if scales.ndim != 2:
         raise ValueError(f"to_blocked: expected scales [R, C], got shape {tuple(scales.shape)}")
@@ -118,7 +122,12 @@ def blocked_size(rows: int, cols: int) -> int:
 
 
 def from_blocked(blocked: Tensor, rows: int, cols: int) -> Tensor:
-    """Inverse of :func:`to_blocked`: row-major [rows, cols] without the padding."""
+    """Inverse of :func:`to_blocked`: row-major [rows, cols] without the padding.
+
+    >>> scales = torch.rand(100, 3)
+    >>> torch.equal(from_blocked(to_blocked(scales), 100, 3), scales)
+    True
+    """
     tiles_r, tiles_c = -(-rows // _TILE_ROWS), -(-cols // _TILE_COLS)
     expected = blocked_size(rows, cols)
     if blocked.numel() != expected:

@@ -53,6 +53,10 @@ def fused_quantize_int8(
     """(codes int8 [..., K] in [-127, 127], scales float32 [..., K/group_size][, mask]).
 
     group_size None: one scale per row. xh ≈ codes·scales, scale = amax / 127 or 0.0309·rms.
+
+    >>> codes, scales = fused_quantize_int8(torch.ones(2, 32), torch.eye(16))
+    >>> codes[0, 0], scales.shape
+    (tensor(127, dtype=torch.int8), torch.Size([2, 1]))
     """
     plan = plan_of("fused_quantize_int8", "int8", x, h, method, group_size)
     return _run(x, h, plan, return_mask)
@@ -69,6 +73,10 @@ def fused_quantize_int4(
     """(codes uint8 [..., K/2], two signed codes in [-7, 7] a byte, scales float32[, mask]).
 
     group_size None: one scale per row. xh ≈ codes·scales, scale = amax / 7 or 0.3534·rms.
+
+    >>> codes, scales = fused_quantize_int4(torch.ones(2, 32), torch.eye(16))
+    >>> codes[0, 0], scales.shape  # 119 is 7 and 7
+    (tensor(119, dtype=torch.uint8), torch.Size([2, 1]))
     """
     plan = plan_of("fused_quantize_int4", "int4", x, h, method, group_size)
     return _run(x, h, plan, return_mask)
@@ -82,6 +90,10 @@ def fused_quantize_mx(
     quest    s = 2^floor(log2(2.92247856/6·std + 1e-8)), xh ≈ codes·s
     abs_max  s = 2^floor(log2(amax + 1e-8)),             xh ≈ codes·s / 3: give the GEMM alpha 1/3
                                                          (1/9 where both operands are so)
+
+    >>> codes, scales = fused_quantize_mx(torch.ones(2, 64), torch.eye(32))
+    >>> codes.shape, scales.shape
+    (torch.Size([2, 32]), torch.Size([2, 2]))
     """
     plan = plan_of("fused_quantize_mx", "mx", x, h, method, 32)
     return _run(x, h, plan, return_mask)
@@ -99,6 +111,10 @@ def fused_quantize_nv(
 
     s = e4m3(global_scale·amax / 6), or e4m3(global_scale·2.92247856/6·std) for quest;
     xh ≈ codes·s / global_scale: give the GEMM alpha 1/global_scale.
+
+    >>> codes, scales = fused_quantize_nv(torch.ones(2, 64), torch.eye(32))
+    >>> codes.shape, scales.shape
+    (torch.Size([2, 32]), torch.Size([2, 4]))
     """
     plan = plan_of("fused_quantize_nv", "nv", x, h, method, 16, global_scale)
     return _run(x, h, plan, return_mask)
@@ -182,7 +198,8 @@ def _group_scales(groups: Tensor, plan: Plan) -> tuple[Tensor, float, Tensor]:
             scale = QUEST_INT[bits] * groups.square().mean(-1, keepdim=True).sqrt()
         scale = torch.where(scale == 0, 1.0, scale)
         return scale, 1.0, scale
-    spread = groups.var(-1, correction=0, keepdim=True).sqrt()
+    centred = groups - groups.mean(-1, keepdim=True)
+    spread = centred.square().mean(-1, keepdim=True).sqrt()
     if plan.format == "mx":
         scale = fp4.encode_e8m0_floor((QUEST_E2M1 * spread if plan.quest else amax) + _TINY)
         return scale.view(torch.uint8), 1.0 if plan.quest else 3.0, fp4.scale_values(scale)

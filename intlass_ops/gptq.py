@@ -9,11 +9,17 @@ Transformers" (2022). The other quantisers, and what H is: calibrate.py.
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import calibrate, reference
 from .calibrate import QuantizedWeight
+
+# Columns of a block that a Triton program holds in registers.
+_TRITON_MAX_WIDTH = 256
 
 
 def gptq(
@@ -30,15 +36,18 @@ def gptq(
 ) -> QuantizedWeight:
     """Quantise ``w`` [N, K] with error feedback through ``hessian`` [K, K]; float32 or float64.
 
-    act_order      take the columns by falling H_ii. Scales then come from the original weight and
-                   groups stay runs of consecutive k, so the result needs no permutation.
-                   Otherwise a group's scales come from its corrected weights when it is reached.
-    block_size     columns corrected at once, for speed; rounded up to whole groups. The result does
-                   not depend on it but for rounding.
-    damping        this share of the mean of H_ii is added to the diagonal.
-    optimal_scales `mse` scales (weighted by H_ii) instead of those of round to nearest.
+    ``act_order``: take the columns by falling H_ii. Scales then come from the original weight and
+    groups stay runs of consecutive k, so the result needs no permutation. Otherwise a group's
+    scales come from its corrected weights when it is reached. ``block_size``: columns corrected at
+    once, for speed, rounded up to whole groups; the result does not depend on it but for rounding.
+    ``damping``: this share of the mean of H_ii is added to the diagonal. ``optimal_scales``: `mse`
+    scales (weighted by H_ii) instead of those of round to nearest.
     ValueError where the damped Hessian is not positive definite. Inputs that are never active
     (H_ii = 0) count for nothing and are rounded to nearest.
+
+    >>> x = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.5]])
+    >>> gptq(torch.tensor([[7.0, -3.2, 0.4]]), x.T @ x).codes
+    tensor([[ 7, -3,  0]], dtype=torch.int8)
     """
     calibrate._check("gptq", w, bits, symmetric)
     h = calibrate._checked_hessian("gptq", w, hessian).clone()
@@ -62,30 +71,68 @@ def gptq(
     fixed_scales = act_order or g == k
     if fixed_scales:
         _, scales, zeros = scales_of(work, slice(None))
-    columns = list(range(k))
+    places = torch.arange(k, device=w.device)
     if act_order:
-        order = salience.argsort(descending=True, stable=True)
-        work, h, columns = work[:, order], h[order][:, order], order.tolist()
-    factor = _inverse_factor(h, damping)
+        places = salience.argsort(descending=True, stable=True)
+        work, h = work[:, places].contiguous(), h[places][:, places]
+    factor = _inverse_factor(h, damping).contiguous()
     codes = torch.empty(n, k, dtype=torch.int8, device=w.device)
     step = block_size if fixed_scales else -(-block_size // g) * g
+    pass_over = _pass_over(work, min(step, k))
     for start in range(0, k, step):
         end = min(start + step, k)
         errors = work.new_empty(n, end - start)
-        for i in range(start, end):
-            group = slice(columns[i] // g, columns[i] // g + 1)
-            if not fixed_scales and i % g == 0:
-                _, scales[:, group], z = scales_of(work[:, i : i + g], slice(i, i + g))
+        for first in range(start, end, step if fixed_scales else g):
+            part = range(first, end if fixed_scales else first + g)
+            if not fixed_scales:
+                group = slice(first // g, first // g + 1)
+                columns = slice(first, first + g)
+                _, scales[:, group], z = scales_of(work[:, columns], columns)
                 if zeros is not None and z is not None:
                     zeros[:, group] = z
-            s, z = scales[:, group], None if zeros is None else zeros[:, group]
-            q = reference.quantize(work[:, i : i + 1], s, z, bits, None)
-            codes[:, columns[i]] = q[:, 0]
-            e = (work[:, i : i + 1] - (q if z is None else q - z) * s) / factor[i, i]
-            work[:, i:end] -= e * factor[i, i:end]
-            errors[:, i - start] = e[:, 0]
+            pass_over(work, factor, scales, zeros, places, codes, errors, start, part, bits)
         work[:, end:] -= errors @ factor[start:end, end:]
     return QuantizedWeight(codes if zeros is None else codes.to(torch.uint8), scales, zeros)
+
+
+def _pass_over(work: Tensor, width: int) -> Callable[..., None]:
+    """What takes a block's columns one by one: Triton, where it has a register for each."""
+    if not work.is_cuda or work.dtype != torch.float32 or width > _TRITON_MAX_WIDTH:
+        return _columns
+    if importlib.util.find_spec("triton") is None:
+        return _columns
+    from .triton.gptq import columns
+
+    return columns
+
+
+def _columns(
+    work: Tensor,
+    factor: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    places: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    start: int,
+    part: range,
+    bits: int,
+) -> None:
+    """Quantise columns ``part`` of ``work`` and correct those after them up to the block's end.
+
+    ``places`` [K]: where each column lies in ``codes``; ``errors`` [N, width of the block from
+    ``start``] takes what the columns beyond the block are corrected by.
+    """
+    end = start + errors.shape[1]
+    g = codes.shape[1] // scales.shape[1]
+    for i, place in zip(part, places[part.start : part.stop].tolist(), strict=True):
+        group = slice(place // g, place // g + 1)
+        s, z = scales[:, group], None if zeros is None else zeros[:, group]
+        q = reference.quantize(work[:, i : i + 1], s, z, bits, None)
+        codes[:, place] = q[:, 0]
+        e = (work[:, i : i + 1] - (q if z is None else q - z) * s) / factor[i, i]
+        work[:, i:end] -= e * factor[i, i:end]
+        errors[:, i - start] = e[:, 0]
 
 
 def _inverse_factor(h: Tensor, damping: float) -> Tensor:

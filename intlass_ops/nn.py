@@ -33,6 +33,12 @@ class IntLinear(nn.Module):
     on every call. All tensors are buffers, so that `state_dict` holds exactly the quantised layer.
 
     Raises ValueError or TypeError, from the op, for shapes and dtypes that do not fit.
+
+    >>> from intlass_ops import pack_int4
+    >>> codes = torch.tensor([[1, -2] * 8, [3, 0] * 8])
+    >>> layer = IntLinear(pack_int4(codes), scales=torch.tensor([0.5, 0.25]))
+    >>> layer(torch.ones(16))
+    tensor([-4.,  6.])
     """
 
     weight: Tensor

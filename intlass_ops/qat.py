@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from . import packing
 from .nn import IntLinear
 from .ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn
-from .rotation import hadamard_matrix, rotate
+from .rotation import hadamard_matrix
 
 _SCHEMES = {"w4a4": (4, 4), "w4a8": (4, 8), "w8a8": (8, 8)}
 _NO_ROTATION = 16
@@ -42,6 +42,9 @@ class QATConfig:
     operands are rotated by (16, 32, 64, 128 or 256, dividing every K), None for no rotation.
     ``method``: scales from the largest magnitude ("abs_max") or of least error on Gaussian data,
     clipping the tails ("quest"). ``backward``: products of the gradients, "int8" or "float".
+
+    >>> QATConfig('w8a8', rotation=None, method='abs_max')
+    QATConfig(scheme='w8a8', rotation=None, method='abs_max', backward='float')
     """
 
     scheme: Literal["w4a4", "w4a8", "w8a8"] = "w4a4"
@@ -133,17 +136,20 @@ class _StraightThrough(torch.autograd.Function):
         xq, sx, x_mask, wq, sw, w_mask, h = ctx.saved_tensors
         k = 8 * x_mask.shape[1]
         multiply = _int8_product if ctx.backward_in == "int8" else _float_product
-        back = h.float().T.contiguous()
         dx = dw = db = None
         if ctx.needs_input_grad[0]:  # Σ_n dy[m, n] sw[n] wq[n, k]
-            dx = multiply(dy, sw.T, _codes(wq, k), ctx.dtypes[0])
-            dx = rotate(torch.where(_kept(x_mask), dx.float(), 0.0), back).to(ctx.dtypes[0])
+            dx = _back(multiply(dy, sw.T, _codes(wq, k), ctx.dtypes[0]), x_mask, h)
         if ctx.needs_input_grad[1]:  # Σ_m dy[m, n] sx[m] xq[m, k]
-            dw = multiply(dy.T, sx.T, _codes(xq, k), ctx.dtypes[1])
-            dw = rotate(torch.where(_kept(w_mask), dw.float(), 0.0), back).to(ctx.dtypes[1])
+            dw = _back(multiply(dy.T, sx.T, _codes(xq, k), ctx.dtypes[1]), w_mask, h)
         if ctx.needs_input_grad[2]:
             db = dy.float().sum(0).to(ctx.bias_dtype)
         return dx, dw, db, None, None, None, None
+
+
+def _back(grad: Tensor, mask: Tensor, h: Tensor) -> Tensor:
+    """(grad ⊙ mask) hᵀ, with h in the dtype that the forward pass rotated this operand in."""
+    kept = torch.where(_kept(mask), grad, 0.0)
+    return (kept.view(-1, h.shape[0]) @ h.to(grad.dtype).T).view(grad.shape)
 
 
 def _float_product(a: Tensor, scale: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,6 +159,8 @@ def _float_product(a: Tensor, scale: Tensor, codes: Tensor, dtype: torch.dtype) 
 
 def _int8_product(a: Tensor, scale: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
     """The same with a ⊙ scale rounded to INT8, row by row and stochastically."""
+    if not codes.shape[0]:
+        return a.new_zeros(a.shape[0], codes.shape[1], dtype=dtype)
     q, s = stochastic_int8(a.float() * scale)
     one = torch.ones((), device=a.device)
     return matmul_int8_bf16_tn(q, codes.T.contiguous(), s, one, out_dtype=dtype)
@@ -162,8 +170,14 @@ class QATLinear(nn.Module):
     """A linear layer for training: floating weights, multiplied as integers.
 
     ``weight`` [N, K] and ``bias`` [N] are the parameters of the layer it replaces, and remain so.
-    Takes fp32, bf16 or fp16 [..., K], K a multiple of 16 and of the rotation. :meth:`convert` gives
-    the layer for inference, which computes the same numbers.
+    Takes fp32, bf16 or fp16 [..., K], K a multiple of 16 and of the rotation, and returns that
+    dtype, or autocast's where it is on: weights are quantised from their own dtype either way.
+    :meth:`convert` gives the layer for inference, which computes the same numbers.
+
+    >>> layer = QATLinear(nn.Linear(32, 8), QATConfig('w4a4', rotation=32))
+    >>> layer(torch.ones(2, 32)).sum().backward()
+    >>> layer.weight.grad.shape
+    torch.Size([8, 32])
     """
 
     h: Tensor
@@ -180,6 +194,12 @@ class QATLinear(nn.Module):
         self.register_buffer("h", h.to(self.weight), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"QATLinear: x is {tuple(x.shape)}, the layer has K={self.in_features}"
+            )
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         c = self.config
         rows = x.reshape(-1, self.in_features)
         y: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
@@ -207,6 +227,10 @@ class RotatedIntLinear(nn.Module):
 
     ``weight``: uint8 [N, K/2] or int8 [N, K], codes of the rotated weight; ``scales`` [N, 1]; ``h``
     [R, R]; ``a_bits`` 4 or 8 and ``method`` as in `QATConfig`.
+
+    >>> layer = QATLinear(nn.Linear(32, 8), QATConfig('w4a4', rotation=32)).convert()
+    >>> layer
+    RotatedIntLinear(in_features=32, out_features=8, scheme=w4a4, rotation=32, method=quest)
     """
 
     weight: Tensor
@@ -279,7 +303,14 @@ def prepare_qat_(
 
 
 def convert_(model: nn.Module) -> None:
-    """Replace every `QATLinear` of ``model`` by its layer for inference, in place."""
+    """Replace every `QATLinear` of ``model`` by its layer for inference, in place.
+
+    >>> model = nn.Sequential(nn.Linear(32, 8))
+    >>> prepare_qat_(model, QATConfig('w8a8', rotation=None, method='abs_max'))
+    >>> convert_(model)
+    >>> model[0]
+    IntLinear(in_features=32, out_features=8, scheme=w8a8, group_size=32, zeros=False, bias=True)
+    """
     made: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

@@ -6,6 +6,7 @@ ops/quantize.py's, the other methods calibrated.py's.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from . import calibrated, packing
 from .calibrate import QuantizedWeight
 from .calibrated import Method
+from .integrations.experts import experts_left
 from .nn import Activation, IntLinear
 from .ops import quantize_int4, quantize_int8
 from .ops._library import FLOATS
@@ -27,6 +29,9 @@ from .qat import QATConfig, prepare_qat_
 class Scheme:
     """Weight bits, group size along K (None: one scale a row), symmetry, activation type, and how
     weights become codes.
+
+    >>> Scheme(4, 64, True, 'int8') == Int8DynamicActivationInt4Weight(64)
+    True
     """
 
     bits: int
@@ -39,27 +44,57 @@ class Scheme:
 def Int4WeightOnly(
     group_size: int | None = 128, symmetric: bool = False, method: Method = "rtn"
 ) -> Scheme:
-    """W4A16: INT4 weights with one scale (and zero point, unless symmetric) per group."""
+    """W4A16: INT4 weights with one scale (and zero point, unless symmetric) per group.
+
+    >>> model = nn.Sequential(nn.Linear(64, 8))
+    >>> quantize_(model, Int4WeightOnly(group_size=32, method='mse'))
+    >>> model[0].weight.shape, model[0].scales.shape
+    (torch.Size([8, 32]), torch.Size([8, 2]))
+    """
     return Scheme(4, group_size, symmetric, None, method)
 
 
 def Int8WeightOnly(group_size: int | None = None, method: Method = "rtn") -> Scheme:
-    """W8A16: symmetric INT8 weights, one scale per output channel (or per group)."""
+    """W8A16: symmetric INT8 weights, one scale per output channel (or per group).
+
+    >>> model = nn.Sequential(nn.Linear(64, 8))
+    >>> quantize_(model, Int8WeightOnly())
+    >>> model[0].weight.dtype, model[0].scales.shape
+    (torch.int8, torch.Size([8, 1]))
+    """
     return Scheme(8, group_size, True, None, method)
 
 
 def Int8DynamicActivationInt8Weight(method: Method = "rtn") -> Scheme:
-    """W8A8: activations to INT8 per token on every call, weights INT8 per output channel."""
+    """W8A8: activations to INT8 per token on every call, weights INT8 per output channel.
+
+    >>> model = nn.Sequential(nn.Linear(64, 8))
+    >>> quantize_(model, Int8DynamicActivationInt8Weight())
+    >>> model(torch.ones(2, 64)).shape
+    torch.Size([2, 8])
+    """
     return Scheme(8, None, True, "int8", method)
 
 
 def Int8DynamicActivationInt4Weight(group_size: int | None = 128, method: Method = "rtn") -> Scheme:
-    """W4A8: activations to INT8 per token on every call, symmetric INT4 weights per group."""
+    """W4A8: activations to INT8 per token on every call, symmetric INT4 weights per group.
+
+    >>> model = nn.Sequential(nn.Linear(64, 8))
+    >>> quantize_(model, Int8DynamicActivationInt4Weight(group_size=32))
+    >>> model(torch.ones(2, 64)).shape
+    torch.Size([2, 8])
+    """
     return Scheme(4, group_size, True, "int8", method)
 
 
 def Int4DynamicActivationInt4Weight(group_size: int | None = 128, method: Method = "rtn") -> Scheme:
-    """W4A4: activations to INT4 per token on every call, symmetric INT4 weights per group."""
+    """W4A4: activations to INT4 per token on every call, symmetric INT4 weights per group.
+
+    >>> model = nn.Sequential(nn.Linear(64, 8))
+    >>> quantize_(model, Int4DynamicActivationInt4Weight(group_size=32))
+    >>> model(torch.ones(2, 64)).shape
+    torch.Size([2, 8])
+    """
     return Scheme(4, group_size, True, "int4", method)
 
 
@@ -79,10 +114,14 @@ def quantize_(
     floating zero points (INT4 with zeros); "gptq" feeds errors back through the statistics of the
     layers' inputs, which it collects from ``calibration``: batches that ``model`` is called with
     (a tensor, a tuple of arguments or a mapping of named ones), read once for every 2 GiB of
-    statistics. ``progress`` shows a bar on a terminal if `rich` is installed. A `QATConfig` makes
-    trainable `QATLinear`s instead, of which `convert_` makes integer layers after training.
+    statistics. With data "mse" weighs errors by the mean square of their inputs, which matters
+    where few inputs are large. ``progress`` shows a bar on a terminal if `rich` is installed. A
+    `QATConfig` makes trainable `QATLinear`s instead, of which `convert_` makes integer layers after
+    training.
     ``filter_fn(module, name)`` picks the linears (default: all). A module that occurs twice stays
-    shared. Scales of INT4 weights take the weight's dtype under "rtn", all others are fp32.
+    shared. Fused experts (3-D parameters) stay as they are, with a warning that says how much of
+    the model they are. Scales of INT4 weights take the weight's dtype under "rtn", all others are
+    fp32.
 
     Raises, before anything is changed and naming the layer, ValueError for a K that is 0 or not a
     multiple of the group size and TypeError for a weight that is not fp32, bf16 or fp16; TypeError
@@ -107,6 +146,9 @@ def quantize_(
             if type(child) is nn.Linear and (filter_fn is None or filter_fn(child, path)):
                 _check(child, path, config)
                 found.append((parent, name, child))
+    left = experts_left(model)
+    if left is not None:
+        warnings.warn(f"quantize_: {left}", stacklevel=2)
     if config.method != "rtn":
         _quantize_calibrated(model, found, config, calibration, progress)
         return

@@ -30,6 +30,12 @@ def hadamard_matrix(
     a prime of the form 4i + 3, or m/2 - 1 a prime of the form 4i + 1. These are 12, 20, 24, 28, 36,
     … and with them the widths of common models (576, 1536, 5120, 11008, 13824, 14336, 28672).
     ValueError for any other n.
+
+    >>> hadamard_matrix(2, normalized=False)
+    tensor([[ 1.,  1.],
+            [ 1., -1.]])
+    >>> hadamard_matrix(576).shape  # 2^4 · 36
+    torch.Size([576, 576])
     """
     power, odd = _factors(n)
     matrix = np.kron(_sylvester(power), odd)
@@ -38,7 +44,11 @@ def hadamard_matrix(
 
 
 def rotate(x: Tensor, h: Tensor) -> Tensor:
-    """x.view(-1, R) @ h for x [..., K], h [R, R], K a multiple of R; float32 sums, x's dtype."""
+    """x.view(-1, R) @ h for x [..., K], h [R, R], K a multiple of R; float32 sums, x's dtype.
+
+    >>> rotate(torch.tensor([8.0, 0.0, 0.0, 0.0]), hadamard_matrix(4))
+    tensor([4., 4., 4., 4.])
+    """
     r = h.shape[0]
     if h.shape != (r, r) or r == 0 or x.shape[-1] % r:
         raise ValueError(
@@ -50,7 +60,11 @@ def rotate(x: Tensor, h: Tensor) -> Tensor:
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
-    """x @ hadamard_matrix(K) for x [..., K] in O(K·(log K + m)) a row, K = 2^j·m; x's dtype."""
+    """x @ hadamard_matrix(K) for x [..., K] in O(K·(log K + m)) a row, K = 2^j·m; x's dtype.
+
+    >>> hadamard_transform(torch.tensor([8.0, 0.0, 0.0, 0.0]))
+    tensor([4., 4., 4., 4.])
+    """
     k = x.shape[-1]
     _, odd = _factors(k)
     wide = torch.promote_types(x.dtype, torch.float32)

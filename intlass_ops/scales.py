@@ -52,27 +52,49 @@ def nvfp4_global_scale(w: Tensor) -> float:
 def nvfp4_dequantize(
     scales: Tensor, codes: Tensor, dim: int = -1, *, global_scale: float = 1.0
 ) -> Tensor:
-    """decode(codes) · scales / global_scale, float32."""
+    """decode(codes) · scales / global_scale, float32.
+
+    >>> s = torch.tensor([[2.0]]).to(torch.float8_e4m3fn)
+    >>> nvfp4_dequantize(s, torch.tensor([[1, 7]], dtype=torch.uint8), global_scale=4.0)
+    tensor([[0.2500, 3.0000]])
+    """
     return _expand(scales, codes, dim) * fp4.decode_e2m1(codes) / global_scale
 
 
 def mxfp4_dequantize(scales: Tensor, codes: Tensor, dim: int = -1) -> Tensor:
-    """decode(codes) · scales, float32."""
+    """decode(codes) · scales, float32.
+
+    >>> s = torch.tensor([[2.0]]).to(torch.float8_e8m0fnu)
+    >>> mxfp4_dequantize(s, torch.tensor([[1, 7]], dtype=torch.uint8))
+    tensor([[ 1., 12.]])
+    """
     return _expand(scales, codes, dim) * fp4.decode_e2m1(codes)
 
 
 def int4_dequantize(scales: Tensor, codes: Tensor, dim: int = -1) -> Tensor:
-    """codes · scales, float32."""
+    """codes · scales, float32.
+
+    >>> int4_dequantize(torch.tensor([[0.5]]), torch.tensor([[7, -2]]))
+    tensor([[ 3.5000, -1.0000]])
+    """
     return _expand(scales, codes, dim) * codes
 
 
 def int8_dequantize(scales: Tensor, codes: Tensor, dim: int = -1) -> Tensor:
-    """codes · scales, float32."""
+    """codes · scales, float32.
+
+    >>> int8_dequantize(torch.tensor([[0.5, 2.0]]), torch.tensor([[100, -3]]))
+    tensor([[50., -6.]])
+    """
     return _expand(scales, codes, dim) * codes
 
 
 def uint4_dequantize(scales: Tensor, zeros: Tensor, codes: Tensor, dim: int = -1) -> Tensor:
-    """(codes - zeros) · scales, float32."""
+    """(codes - zeros) · scales, float32.
+
+    >>> uint4_dequantize(torch.tensor([[0.5]]), torch.tensor([[8]]), torch.tensor([[15, 0]]))
+    tensor([[ 3.5000, -4.0000]])
+    """
     return _expand(scales, codes, dim) * (codes.float() - _expand(zeros, codes, dim))
 
 
@@ -154,7 +176,13 @@ def nvfp4_naive(
     group_size: int = 16,
     global_scale: float = 1.0,
 ) -> tuple[Tensor, ...]:
-    """Block scale e4m3(amax·global_scale / 6)."""
+    """Block scale e4m3(amax·global_scale / 6).
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> s, q = nvfp4_naive(w, group_size=4)
+    >>> nvfp4_dequantize(s, q)
+    tensor([[ 6.7500, -3.3750,  0.5625,  1.1250]])
+    """
     return _nvfp4("nvfp4_naive", w, dim, return_dequant, group_size, global_scale, bq.NAIVE)
 
 
@@ -167,7 +195,13 @@ def nvfp4_optimal(
     global_scale: float = 1.0,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Least Σ weights·(w - ŵ)² over the 126 positive e4m3 scales."""
+    """Least Σ weights·(w - ŵ)² over the 126 positive e4m3 scales.
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> s, q = nvfp4_optimal(w, group_size=4)
+    >>> nvfp4_dequantize(s, q)
+    tensor([[ 6.7500, -3.3750,  0.5625,  1.1250]])
+    """
     return _nvfp4(
         "nvfp4_optimal", w, dim, return_dequant, group_size, global_scale, bq.Goal(weights=weights)
     )
@@ -183,7 +217,14 @@ def nvfp4_optimal_hessian(
     group_size: int = 16,
     global_scale: float = 1.0,
 ) -> tuple[Tensor, ...]:
-    """Least rᵀ H_j r over the 126 positive e4m3 scales."""
+    """Least rᵀ H_j r over the 126 positive e4m3 scales.
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> h = torch.eye(4).expand(1, 4, 4)  # of inputs that are not correlated
+    >>> s, q = nvfp4_optimal_hessian(w, hessian=h, group_size=4)
+    >>> nvfp4_dequantize(s, q)
+    tensor([[ 6.7500, -3.3750,  0.5625,  1.1250]])
+    """
     goal = _hessian("nvfp4_optimal_hessian", w, dim, group_size, X, hessian)
     return _nvfp4("nvfp4_optimal_hessian", w, dim, return_dequant, group_size, global_scale, goal)
 
@@ -191,7 +232,13 @@ def nvfp4_optimal_hessian(
 def mxfp4_naive(
     w: Tensor, dim: int = -1, return_dequant: bool = False, *, group_size: int = 32
 ) -> tuple[Tensor, ...]:
-    """Block scale 2^(floor(log2 amax) - 2), as OCP MX v1.0 has it; the top may saturate."""
+    """Block scale 2^(floor(log2 amax) - 2), as OCP MX v1.0 has it; the top may saturate.
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> s, q = mxfp4_naive(w, group_size=4)
+    >>> mxfp4_dequantize(s, q)
+    tensor([[ 6.0000, -3.0000,  0.5000,  1.0000]])
+    """
     return _mxfp4("mxfp4_naive", w, dim, return_dequant, group_size, bq.NAIVE)
 
 
@@ -203,7 +250,13 @@ def mxfp4_optimal(
     group_size: int = 32,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Least Σ weights·(w - ŵ)² over the 255 e8m0 scales."""
+    """Least Σ weights·(w - ŵ)² over the 255 e8m0 scales.
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> s, q = mxfp4_optimal(w, group_size=4)
+    >>> mxfp4_dequantize(s, q)
+    tensor([[ 6.0000, -3.0000,  0.5000,  1.0000]])
+    """
     return _mxfp4("mxfp4_optimal", w, dim, return_dequant, group_size, bq.Goal(weights=weights))
 
 
@@ -216,7 +269,14 @@ def mxfp4_optimal_hessian(
     hessian: Tensor | None = None,
     group_size: int = 32,
 ) -> tuple[Tensor, ...]:
-    """Least rᵀ H_j r over the 255 e8m0 scales."""
+    """Least rᵀ H_j r over the 255 e8m0 scales.
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> h = torch.eye(4).expand(1, 4, 4)  # of inputs that are not correlated
+    >>> s, q = mxfp4_optimal_hessian(w, hessian=h, group_size=4)
+    >>> mxfp4_dequantize(s, q)
+    tensor([[ 6.0000, -3.0000,  0.5000,  1.0000]])
+    """
     goal = _hessian("mxfp4_optimal_hessian", w, dim, group_size, X, hessian)
     return _mxfp4("mxfp4_optimal_hessian", w, dim, return_dequant, group_size, goal)
 
@@ -224,7 +284,13 @@ def mxfp4_optimal_hessian(
 def int4_naive(
     w: Tensor, dim: int = -1, return_dequant: bool = False, *, group_size: int | None = None
 ) -> tuple[Tensor, ...]:
-    """scale = amax / 7. group_size None: one block."""
+    """scale = amax / 7. group_size None: one block.
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> s, q = int4_naive(w)
+    >>> int4_dequantize(s, q)
+    tensor([[ 7., -3.,  0.,  1.]])
+    """
     return _symmetric("int4_naive", 4, w, dim, return_dequant, group_size, bq.NAIVE)
 
 
@@ -236,7 +302,13 @@ def int4_optimal(
     group_size: int | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Least Σ weights·(w - ŵ)² over all scales."""
+    """Least Σ weights·(w - ŵ)² over all scales.
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> s, q = int4_optimal(w)
+    >>> int4_dequantize(s, q)
+    tensor([[ 7.0712, -3.0305,  0.0000,  1.0102]])
+    """
     return _symmetric(
         "int4_optimal", 4, w, dim, return_dequant, group_size, bq.Goal(weights=weights)
     )
@@ -251,7 +323,14 @@ def int4_optimal_hessian(
     hessian: Tensor | None = None,
     group_size: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Least rᵀ H_j r over all scales."""
+    """Least rᵀ H_j r over all scales.
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> h = torch.eye(4).expand(1, 4, 4)  # of inputs that are not correlated
+    >>> s, q = int4_optimal_hessian(w, hessian=h, group_size=4)
+    >>> int4_dequantize(s, q)
+    tensor([[ 7.0712, -3.0305,  0.0000,  1.0102]])
+    """
     goal = _hessian("int4_optimal_hessian", w, dim, group_size, X, hessian)
     return _symmetric("int4_optimal_hessian", 4, w, dim, return_dequant, group_size, goal)
 
@@ -259,7 +338,13 @@ def int4_optimal_hessian(
 def int8_naive(
     w: Tensor, dim: int = -1, return_dequant: bool = False, *, group_size: int | None = None
 ) -> tuple[Tensor, ...]:
-    """scale = amax / 127. group_size None: one block."""
+    """scale = amax / 127. group_size None: one block.
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> s, q = int8_naive(w)
+    >>> int8_dequantize(s, q)
+    tensor([[ 7.0000, -3.1969,  0.3858,  0.9921]])
+    """
     return _symmetric("int8_naive", 8, w, dim, return_dequant, group_size, bq.NAIVE)
 
 
@@ -271,7 +356,13 @@ def int8_optimal(
     group_size: int | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Least Σ weights·(w - ŵ)² over all scales."""
+    """Least Σ weights·(w - ŵ)² over all scales.
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> s, q = int8_optimal(w)
+    >>> int8_dequantize(s, q)
+    tensor([[ 7.0000, -3.2000,  0.4000,  1.0000]])
+    """
     return _symmetric(
         "int8_optimal", 8, w, dim, return_dequant, group_size, bq.Goal(weights=weights)
     )
@@ -286,7 +377,14 @@ def int8_optimal_hessian(
     hessian: Tensor | None = None,
     group_size: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Least rᵀ H_j r over all scales."""
+    """Least rᵀ H_j r over all scales.
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> h = torch.eye(4).expand(1, 4, 4)  # of inputs that are not correlated
+    >>> s, q = int8_optimal_hessian(w, hessian=h, group_size=4)
+    >>> int8_dequantize(s, q)
+    tensor([[ 7.0000, -3.2000,  0.4000,  1.0000]])
+    """
     goal = _hessian("int8_optimal_hessian", w, dim, group_size, X, hessian)
     return _symmetric("int8_optimal_hessian", 8, w, dim, return_dequant, group_size, goal)
 
@@ -294,7 +392,13 @@ def int8_optimal_hessian(
 def uint4_naive(
     w: Tensor, dim: int = -1, return_dequant: bool = False, *, group_size: int | None = None
 ) -> tuple[Tensor, ...]:
-    """scale = (max(w, 0) - min(w, 0)) / 15, zero = round(-min(w, 0) / scale)."""
+    """scale = (max(w, 0) - min(w, 0)) / 15, zero = round(-min(w, 0) / scale).
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> s, z, q = uint4_naive(w)
+    >>> uint4_dequantize(s, z, q)
+    tensor([[ 6.8000, -3.4000,  0.6800,  0.6800]])
+    """
     return _asymmetric("uint4_naive", w, dim, return_dequant, group_size, bq.NAIVE)
 
 
@@ -306,7 +410,13 @@ def uint4_optimal(
     group_size: int | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Least Σ weights·(w - ŵ)² over all scales and the 16 zeros."""
+    """Least Σ weights·(w - ŵ)² over all scales and the 16 zeros.
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> s, z, q = uint4_optimal(w)
+    >>> uint4_dequantize(s, z, q)
+    tensor([[ 7.0712, -3.0305,  0.0000,  1.0102]])
+    """
     return _asymmetric(
         "uint4_optimal", w, dim, return_dequant, group_size, bq.Goal(weights=weights)
     )
@@ -321,7 +431,14 @@ def uint4_optimal_hessian(
     hessian: Tensor | None = None,
     group_size: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Least rᵀ H_j r over all scales and the 16 zeros."""
+    """Least rᵀ H_j r over all scales and the 16 zeros.
+
+    >>> w = torch.tensor([[7.0, -3.2, 0.4, 1.0]])
+    >>> h = torch.eye(4).expand(1, 4, 4)  # of inputs that are not correlated
+    >>> s, z, q = uint4_optimal_hessian(w, hessian=h, group_size=4)
+    >>> uint4_dequantize(s, z, q)
+    tensor([[ 7.0712, -3.0305,  0.0000,  1.0102]])
+    """
     goal = _hessian("uint4_optimal_hessian", w, dim, group_size, X, hessian)
     return _asymmetric("uint4_optimal_hessian", w, dim, return_dequant, group_size, goal)
 

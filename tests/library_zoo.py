@@ -22,7 +22,7 @@ Case = tuple[nn.Module, Tensor]
 class Entry:
     make: Callable[[], Case]
     outcome: str  # what is expected of each of the two linears: "swapped" or "declined"
-    scheme: str  # how the compiled graph computes it; 8 bits of storage may pack to 4 at run time
+    scheme: str  # bits of weight and activation as packed
 
 
 def mlp(dtype: torch.dtype = torch.bfloat16) -> Case:
@@ -185,7 +185,7 @@ LIBRARY: dict[str, Entry] = {
         "swapped",
         "w8a16",
     ),
-    "torchao: intx int4 weight-only group 32": Entry(_torchao(_intx(4, 32)), "swapped", "w8a16"),
+    "torchao: intx int4 weight-only group 32": Entry(_torchao(_intx(4, 32)), "swapped", "w4a16"),
     "torchao: intx int8 weight-only group 64": Entry(_torchao(_intx(8, 64)), "swapped", "w8a16"),
     "torchao: int8 dynamic activation, int8 weight": Entry(
         _torchao(lambda q: q.Int8DynamicActivationInt8WeightConfig()), "swapped", "w8a8"
@@ -206,7 +206,7 @@ LIBRARY: dict[str, Entry] = {
             )
         ),
         "swapped",
-        "w8a8",
+        "w4a8",
     ),
     "torchao: int8 static activation, int8 weight": Entry(
         _torchao(_torchao_static(False)), "swapped", "w8a8"
@@ -214,7 +214,7 @@ LIBRARY: dict[str, Entry] = {
     "torchao: int8 static asymmetric activation, int8 weight": Entry(
         _torchao(_torchao_static(True)), "swapped", "w8a8"
     ),
-    "torchao: 8da4w after QAT": Entry(_torchao_qat, "swapped", "w8a8"),
+    "torchao: 8da4w after QAT": Entry(_torchao_qat, "swapped", "w4a8"),
     "torchao: int4 tile-packed": Entry(_torchao_tile_packed, "swapped", "w4a16"),
     "hqq: 4-bit axis 1": Entry(_hqq(4, 1), "swapped", "w4a16"),
     "hqq: 8-bit axis 1": Entry(_hqq(8, 1), "swapped", "w8a16"),

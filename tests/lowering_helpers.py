@@ -16,7 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from intlass_ops import lowering
-from intlass_ops.lowering import graph_pass, records, rules
+from intlass_ops.lowering import graph_pass, linears, records
 
 
 @dataclass
@@ -64,7 +64,7 @@ def fresh() -> Iterator[None]:
 
 def outcomes() -> list[str]:
     decisions = lowering.report()
-    broken = [d for d in decisions if d.reason.startswith(rules.INTERNAL)]
+    broken = [d for d in decisions if d.reason.startswith(linears.INTERNAL)]
     assert not broken, broken
     return [d.outcome for d in decisions]
 

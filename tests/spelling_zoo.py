@@ -147,6 +147,33 @@ def _constant_groups(m: Any, x: Tensor) -> Tensor:
     return functional.linear(x, (q * m.d.unsqueeze(-1) + m.s.unsqueeze(-1)).flatten(-2))
 
 
+def _scale_of_every_output(m: Any, x: Tensor) -> Tensor:
+    q, s = per_token(x)
+    return (torch._int_mm(q, m.w.t()) * (s * m.s.float())).to(x.dtype)
+
+
+def _weight_zero_points(m: Any, x: Tensor) -> Tensor:
+    q, s = per_token(x)
+    acc = torch._int_mm(q, unpack(m.p).to(torch.int8).t())
+    acc = acc - q.sum(-1, keepdim=True, dtype=torch.int32) * m.z
+    return (acc.float() * s * m.c.float()).to(x.dtype)
+
+
+def _joined(m: Any, x: Tensor) -> Tensor:
+    return functional.linear(x, torch.cat([int4(m.p, m.s), int4(m.r, m.t)]), m.b)
+
+
+def _nobody_packed(m: Any, x: Tensor) -> Tensor:
+    w = (m.q.unflatten(-1, (-1, G)) - 8) * m.s.unsqueeze(-1)
+    return functional.linear(x, w.flatten(-2))
+
+
+def _int64_words(m: Any, x: Tensor) -> Tensor:
+    q = ((m.words.unsqueeze(-1) >> torch.arange(0, 64, 4)) & 15).flatten(-2)
+    w = (q.to(BF16).unflatten(-1, (-1, G)) - 8) * m.s.unsqueeze(-1)
+    return functional.linear(x, w.flatten(-2))
+
+
 _g = torch.Generator().manual_seed(1)
 _B = torch.randn(N, generator=_g).to(BF16)
 SPELLINGS: dict[str, tuple[Any, list[str]]] = {
@@ -214,6 +241,50 @@ SPELLINGS: dict[str, tuple[Any, list[str]]] = {
         ["w8a8"],
     ),
     "int_mm, scale expanded to the output": (_int8(_expanded_scale, (20, K)), ["w8a8"]),
+    "int_mm, one scale for every output": (_int8(_scale_of_every_output, (20, K)), ["w8a8"]),
+    "int_mm, zero points of the weight": (
+        _int4(
+            _weight_zero_points,
+            (20, K),
+            c=scales(N),
+            z=torch.randint(0, 16, (N,), generator=_g).int(),
+        ),
+        ["w4a8"],
+    ),
+    "integer bias of a float product": (
+        _int8(
+            lambda m, x: functional.linear(x, _wide(m)) + m.b,
+            b=torch.randint(-5, 5, (N,), generator=_g),
+        ),
+        ["w8a16"],
+    ),
+    "two weights joined": (
+        _int4(_joined, r=packed4(16, K), t=scales(16, K // G), b=torch.ones(N + 16).to(BF16)),
+        ["w4a16", "w4a16"],
+    ),
+    "codes nobody packed": (
+        _int4(_nobody_packed, q=torch.randint(0, 16, (N, K), generator=_g).int()),
+        ["w4a16"],
+    ),
+    "int64 words": (
+        _int4(_int64_words, words=torch.randint(-(1 << 62), 1 << 62, (N, K // 16), generator=_g)),
+        ["w4a16"],
+    ),
+    "scales that are powers of two": (
+        _int4(
+            lambda m, x: functional.linear(x, int4(m.p, torch.exp2(m.e.to(BF16)))),
+            e=torch.randint(-8, -3, (N, K // G), generator=_g).to(torch.int8),
+        ),
+        ["w4a16"],
+    ),
+    "scales that are quantised themselves": (
+        _int4(
+            lambda m, x: functional.linear(x, int4(m.p, m.e.float() * m.f).to(BF16)),
+            e=torch.randint(1, 128, (N, K // G), generator=_g).to(torch.int8),
+            f=torch.rand(N, 1, generator=_g) / 1000,
+        ),
+        ["w4a16"],
+    ),
     "int32 product": (_int8(_int32_mm, (20, K)), ["w8a8"]),
     "activation codes that stay floats": (_int4(_float_codes, (20, K)), ["w4a8"]),
     "one activation scale in all": (_int8(_per_tensor, (20, K)), ["w8a8"]),

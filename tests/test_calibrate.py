@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -260,3 +261,17 @@ def test_canonical_form(method: Callable[..., QuantizedWeight], bits: int, symme
 def test_errors_name_the_values(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("symmetric", "act_order"), [(True, True), (False, False)])
+def test_gptq_on_the_gpu_agrees_with_the_cpu(symmetric: bool, act_order: bool) -> None:
+    torch.manual_seed(0)
+    w, x = torch.randn(100, 512), torch.randn(2048, 512)
+    h = x.T @ x
+    how: dict[str, Any] = {"group_size": 64, "symmetric": symmetric, "act_order": act_order}
+    here = gptq(w, h, **how).dequantize()
+    there = gptq(w.cuda(), h.cuda(), **how).dequantize().cpu()
+    assert ((here - there).abs() > 1e-3).float().mean() < 0.05
+    errors = [float(output_error(q - w, h)) for q in (here, there)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)

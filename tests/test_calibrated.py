@@ -22,10 +22,10 @@ def inputs() -> Tensor:
     return torch.randn(512, 64, generator=rng) @ (mix + torch.diag(torch.rand(64, generator=rng)))
 
 
-def loss(method: str, **options: object) -> float:
+def loss(method: str, with_data: bool = False, **options: object) -> float:
     layers, x = model(), inputs()
     expected = layers(x)
-    data = [x[:256], (x[256:],)] if method == "gptq" else None
+    data = [x[:256], (x[256:],)] if with_data or method == "gptq" else None
     ia.quantize_(layers, ia.Int4WeightOnly(32, method=method, **options), calibration=data)  # type: ignore[arg-type]
     assert all(isinstance(layers[i], ia.IntLinear) for i in (0, 2))
     return float((layers(x) - expected).square().mean())
@@ -36,6 +36,7 @@ def test_better_methods_lose_less(symmetric: bool) -> None:
     rtn, mse, gptq = (loss(m, symmetric=symmetric) for m in ("rtn", "mse", "gptq"))
     assert gptq < 0.8 * mse
     assert mse < rtn
+    assert loss("mse", with_data=True, symmetric=symmetric) < 0.98 * mse
 
 
 def test_hqq_keeps_floating_zeros() -> None:
@@ -68,8 +69,8 @@ def test_refusals() -> None:
     layers = nn.Sequential(nn.Linear(64, 8))
     with pytest.raises(ValueError, match="quantize_: method='gptq' needs calibration data"):
         ia.quantize_(layers, ia.Int4WeightOnly(32, method="gptq"))
-    with pytest.raises(ValueError, match="quantize_: method='mse' takes no calibration data"):
-        ia.quantize_(layers, ia.Int4WeightOnly(32, method="mse"), calibration=[])
+    with pytest.raises(ValueError, match="quantize_: method='hqq' takes no calibration data"):
+        ia.quantize_(layers, ia.Int4WeightOnly(32, method="hqq"), calibration=[])
     with pytest.raises(ValueError, match="quantize_: method='best'; expected one of rtn, mse"):
         ia.quantize_(layers, ia.Int4WeightOnly(32, method="best"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="set symmetric=False"):

@@ -61,3 +61,21 @@ def test_wrong_usage_is_refused(arguments: list[str], capsys: pytest.CaptureFixt
         main(arguments)
     assert stop.value.code == 2
     assert "usage: intlass" in capsys.readouterr().err
+
+
+def test_info_says_what_is_missing_and_how_to_get_it(
+    empty_kernel_cache: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from intlass_ops.commands import info
+
+    monkeypatch.setattr(info, "_installed", lambda name: "1.0" if "cupy" in name else None)
+    monkeypatch.setattr(info, "compiler", lambda: None)
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"{empty_kernel_cache}: 0 kernels" in text
+    missing = text.partition("\nmissing\n")[2]
+    assert "peft (LoRA on quantised models): pip install peft" in missing
+    assert "two builds of CuPy share one module" in missing
+    assert "apt-get install g++" in missing

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from intlass_ops import fp4, fused_quantize, packing
@@ -128,24 +130,30 @@ def test_quest_constants_are_best_for_a_gaussian(
 
 
 CASES = [
-    (format_, group, r, quest)
+    (format_, 256, group, r, quest)
     for format_, groups in (("int8", (32, 256)), ("int4", (32, 256)), ("mx", (32,)), ("nv", (16,)))
     for group in groups
     for r in (16, 64)
     for quest in (False, True)
 ]
+# Groups of several tiles and of sizes that are no power of two, a last tile that is not full.
+CASES += [
+    ("int8", 2080, 2080, 32, False),
+    ("int4", 480, 96, 32, False),
+    ("mx", 1184, 32, 32, False),
+]
 
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("format_", "group", "r", "quest"), CASES)
+@pytest.mark.parametrize(("format_", "k", "group", "r", "quest"), CASES)
 def test_kernel_is_the_reference(
-    format_: str, group: int, r: int, quest: bool, dtype: torch.dtype
+    format_: str, k: int, group: int, r: int, quest: bool, dtype: torch.dtype
 ) -> None:
     """Integer data and ±1 rotations: xh is exact, and with it codes, scales and masks."""
     from intlass_ops.triton import fused_quantize as kernels
 
-    x = integers(20 if INTERPRETED else 77, 256).to(DEVICE, dtype)
+    x = integers(20 if INTERPRETED else 77, k).to(DEVICE, dtype)
     x[3], x[5, :64] = 0, 0
     plan = fused_quantize.Plan(format_, quest, r, group, 0.5 if format_ == "nv" else 1.0)
     h = signs(r).to(DEVICE)
@@ -230,26 +238,25 @@ def test_rotation_helps_data_with_outliers() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
-@pytest.mark.parametrize("arch", [80, 90, 120])
-def test_kernel_compiles_without_a_gpu(arch: int) -> None:
+@pytest.mark.parametrize(("arch", "format_"), [(80, "int8"), (90, "int4"), (90, "mx"), (120, "nv")])
+def test_kernel_compiles_without_a_gpu(arch: int, format_: str) -> None:
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from intlass_ops.triton.fused_quantize import _FORMATS, _kernel
+    from intlass_ops.triton.fused_quantize import _FORMATS, _kernel, _tiling
 
-    for format_, code in _FORMATS.items():
-        integer = format_.startswith("int")
-        constants = {"FORMAT": code, "INTEGER": integer, "QUEST": arch == 90, "MASK": True}
-        constants |= {"BM": 32, "R": 64, "CHUNKS": 2 if integer else 1}
-        constants["SUB"] = {"mx": 2, "nv": 4}.get(format_, 1)
-        pointers = {"x_ptr": "*bf16", "h_ptr": "*bf16", "codes_ptr": "*i8", "mask_ptr": "*u8"}
-        pointers["scales_ptr"] = "*fp32" if integer else "*u8"
-        numbers = {"m": "i32", "k": "i32", "global_scale": "fp32", "quest_factor": "fp32"}
-        signature = {
-            name: (pointers | numbers).get(name, "constexpr") for name in _kernel.arg_names
-        }
-        source = triton.compiler.ASTSource(_kernel, signature, constexprs=constants)
-        assert triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["cubin"]
+    integer = format_.startswith("int")
+    tiling = _tiling(4096, 64, {"mx": 32, "nv": 16}.get(format_, 4096))
+    constants = {"FORMAT": _FORMATS[format_], "INTEGER": integer, "QUEST": arch == 90, "MASK": True}
+    constants |= {"BM": tiling.bm, "W": tiling.w, "R": 64}
+    constants |= {"GROUPS": tiling.groups, "TILES": tiling.tiles}
+    pointers = {"x_ptr": "*bf16", "h_ptr": "*bf16", "codes_ptr": "*i8", "mask_ptr": "*u8"}
+    pointers["scales_ptr"] = "*fp32" if integer else "*u8"
+    numbers = dict.fromkeys(("m", "k", "span", "group_size"), "i32")
+    numbers |= dict.fromkeys(("global_scale", "quest_factor"), "fp32")
+    signature = {name: (pointers | numbers).get(name, "constexpr") for name in _kernel.arg_names}
+    source = triton.compiler.ASTSource(_kernel, signature, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["cubin"]
 
 
 @pytest.mark.gpu
@@ -304,3 +311,37 @@ def test_ops_on_the_gpu_agree_with_the_cpu(format_: str, r: int) -> None:
 def test_errors_name_the_values(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@reference_only
+@settings(max_examples=60)
+@given(
+    format_=st.sampled_from(list(OPS)),
+    lead=st.lists(st.integers(0, 3), max_size=2),
+    k=st.sampled_from([0, 8, 16, 32, 48, 64, 96, 160, 256]),
+    r=st.sampled_from([8, 16, 32, 48, 64, 256]),
+    group=st.sampled_from([None, 0, 4, 8, 16, 24, 32, 96, 160]),
+    mask=st.booleans(),
+)
+def test_a_call_is_refused_by_name_or_has_the_shapes_of_the_fake(
+    format_: str, lead: list[int], k: int, r: int, group: int | None, mask: bool
+) -> None:
+    options: dict[str, object] = {"return_mask": mask}
+    if format_.startswith("int"):
+        options["group_size"] = group
+    g = {"mx": 32, "nv": 16}.get(format_, k if group is None else group)
+    legal = k and r in (16, 32, 64, 256) and k % r == 0 and g >= 8 and k % g == 0
+    legal = legal and max(g, r) % min(g, r) == 0
+
+    def call(device: str) -> list[tuple[object, ...]] | str:
+        x, h = torch.ones(*lead, k, device=device), torch.ones(r, r, device=device)
+        try:
+            return [(t.shape, t.dtype) for t in OPS[format_](x, h, **options)]
+        except ValueError as problem:
+            return str(problem)
+
+    found = call("cpu")
+    assert call("meta") == found
+    assert isinstance(found, list) == bool(legal)
+    if isinstance(found, str):
+        assert found.startswith(f"fused_quantize_{format_}: ")

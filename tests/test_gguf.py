@@ -18,8 +18,9 @@ from tolerance import assert_close  # noqa: E402
 
 from intlass_ops import IntLinear, unpack_int4  # noqa: E402
 from intlass_ops.formats import FormatError  # noqa: E402
-from intlass_ops.formats.gguf import BLOCK, GGUFFile  # noqa: E402
+from intlass_ops.formats.gguf import GGUFFile  # noqa: E402
 
+BLOCK = 32
 KINDS = (Type.Q4_0, Type.Q4_1, Type.Q8_0)
 rng = np.random.default_rng(0)
 
@@ -58,7 +59,7 @@ def test_codes_and_scales_are_those_of_the_file(tmp_path: Path, kind: Type) -> N
     assert (weight.zeros is not None) == (kind == Type.Q4_1)
 
 
-@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q5_0, Type.Q8_0], ids=lambda kind: kind.name)
 def test_dequantized_equals_gguf_bit_for_bit(tmp_path: Path, kind: Type) -> None:
     values = random_weight()
     file = GGUFFile(write_tensors(tmp_path / "w.gguf", {"w": (values, kind)}))
@@ -102,6 +103,41 @@ def test_linear_over_the_codes_is_within_tolerance(tmp_path: Path, kind: Type, m
     y = IntLinear(weight.codes, weight.scales, weight.zeros)(x)
     dense = quants.dequantize(quants.quantize(values, kind), kind)
     w = torch.from_numpy(dense).double()
+    assert_close(y, x.double() @ w.T, x.double().abs() @ w.abs().T)
+
+
+def random_blocks(kind: Type, halves: tuple[int, ...], n: int, k: int) -> np.ndarray:
+    """Blocks of random bits, but for their fp16 parameters at these offsets."""
+    size = {Type.Q4_K: 144, Type.Q6_K: 210}[kind]
+    raw = rng.integers(0, 256, (n, k // 256, size), dtype=np.uint8)
+    for at in halves:
+        values = rng.uniform(-0.1, 0.1, (n, k // 256, 1)).astype(np.float16)
+        raw[..., at : at + 2] = values.view(np.uint8)
+    return raw.reshape(n, -1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "halves", "group"), [(Type.Q6_K, (208,), 16), (Type.Q4_K, (0, 2), 32)]
+)
+def test_blocks_of_256_agree_with_gguf(
+    tmp_path: Path, kind: Type, halves: tuple[int, ...], group: int
+) -> None:
+    n, k = 12, 768
+    raw = random_blocks(kind, halves, n, k)
+    writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
+    writer.add_tensor("w", raw, raw_dtype=kind)
+    weight = GGUFFile(finish(writer, tmp_path / "w.gguf")).weight("w")
+    expected = torch.from_numpy(quants.dequantize(raw, kind))
+    if kind == Type.Q6_K:
+        assert torch.equal(weight.dequantize(), expected)
+    else:
+        # The exact w is between; both sides round their minimum's product or quotient.
+        bound = 2.0**-22 * (0.1 * 63 + expected.abs())
+        assert bool(((weight.dequantize() - expected).abs() <= bound).all())
+    assert weight.group_size == group
+    x = torch.randn(3, k, generator=torch.Generator().manual_seed(1))
+    y = IntLinear(weight.codes, weight.scales, weight.zeros)(x)
+    w = weight.dequantize().double()
     assert_close(y, x.double() @ w.T, x.double().abs() @ w.abs().T)
 
 
@@ -214,12 +250,12 @@ def test_hostile_files_are_refused_by_name(tmp_path: Path, content: bytes, messa
 
 def test_unsupported_type_is_named_when_asked_for(tmp_path: Path) -> None:
     values = rng.standard_normal((2, 256)).astype(np.float32)
-    tensors = {"good": (values, Type.Q8_0), "bad": (values, Type.Q5_0)}
+    tensors = {"good": (values, Type.Q8_0), "bad": (values, Type.Q5_1)}
     file = GGUFFile(write_tensors(tmp_path / "w.gguf", tensors))
     assert file.weight("good").bits == 8
-    with pytest.raises(FormatError, match=r"bad has type Q5_0; a weight is read from Q4_0"):
+    with pytest.raises(FormatError, match=r"bad has type Q5_1; a weight is read from Q4_0"):
         file.weight("bad")
-    with pytest.raises(FormatError, match=r"bad has type Q5_0; supported are F32"):
+    with pytest.raises(FormatError, match=r"bad has type Q5_1; supported are F32"):
         file.dense("bad")
     with pytest.raises(FormatError, match="no tensor 'worse'"):
         file.weight("worse")

@@ -12,6 +12,7 @@ from lowering_helpers import SWAPPED, Counting, fresh, outcomes, relative_error
 from torch import Tensor, nn
 from torch.nn import functional
 
+import intlass_ops
 from intlass_ops import lowering
 from intlass_ops.lowering import runtime
 
@@ -93,3 +94,54 @@ def test_a_cache_that_is_written_between_calls_is_not_packed_each_time() -> None
         for _ in range(3):
             compiled(x)
         assert lowering.counters()["run.packed"] == packed + 1
+
+
+def test_a_weight_that_depends_on_what_it_multiplies_is_no_weight() -> None:
+    """x has a fixed shape, as a closure's codes have; packing for each x would never pay."""
+    module, x = spelling_zoo.SPELLINGS["one-dimensional x"][0]()
+    gated = spelling_zoo.Spelled(
+        lambda m, x: functional.linear(x, spelling_zoo.int4(m.p, m.s) * x.amax()),
+        **dict(module.named_buffers()),
+    )
+    with fresh(), torch.no_grad():
+        y = torch.compile(gated, backend=Counting(), fullgraph=True)(x)
+        assert relative_error(y, gated(x)) < 2e-2
+    assert SWAPPED not in outcomes()
+
+
+def test_what_only_values_can_refuse_is_told_and_strict() -> None:
+    """Codes stored as int16 may be of any size: these need 12 bits."""
+    torch.manual_seed(0)
+    wide = torch.randint(-2000, 2000, (spelling_zoo.N, spelling_zoo.K)).to(torch.int16)
+    module = spelling_zoo.Spelled(
+        lambda m, x: functional.linear(x, m.w.to(x.dtype) * m.s), w=wide, s=spelling_zoo.scales(1)
+    )
+    x = torch.randn(5, spelling_zoo.K).bfloat16()
+    with fresh(), torch.no_grad():
+        compiled = torch.compile(module, backend=Counting(), fullgraph=True)
+        with pytest.warns(UserWarning, match="stays dense: codes span"):
+            y = compiled(x)
+        assert relative_error(y, module(x)) < 2e-2
+        (decision,) = lowering.report()
+        assert (decision.outcome, decision.scheme) == ("declined", "quantised")
+        assert "more than 8 bits" in decision.reason
+        with intlass_ops.strict(), pytest.raises(intlass_ops.FallbackError, match="8 bits"):
+            compiled(x)
+
+
+@pytest.mark.parametrize("name", ["bias before the scale", "activation codes that stay floats"])
+def test_the_error_bound_of_a_decision_holds(name: str) -> None:
+    module, x = spelling_zoo.SPELLINGS[name][0]()
+    with fresh(), torch.no_grad():
+        y = torch.compile(module, backend=Counting(), fullgraph=True)(x)
+        (decision,) = lowering.report()
+        assert decision.bound is not None
+        assert 0 < decision.bound < 0.1
+        if name.startswith("bias"):
+            terms = x.double().abs() @ (module.w.double().abs() * module.s.double()[:, None]).t()
+            terms += (module.b.double() * module.s.double()).abs()
+        else:
+            codes = spelling_zoo.unpack(module.p).double() + 8
+            scale = module.s.double().repeat_interleave(spelling_zoo.G, 1)
+            terms = x.double().abs() @ (codes * scale).t()
+        assert bool(((y - module(x)).abs() <= decision.bound * terms).all())

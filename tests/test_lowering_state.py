@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from pathlib import Path
+from typing import Any
 
 import graph_zoo
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters as dynamo_counters
 
 from intlass_ops import lowering
-from intlass_ops.lowering import graph_pass, runtime
+from intlass_ops.lowering import graph_pass, probing, runtime
 
 X = torch.randn(3, graph_zoo.K, generator=torch.Generator().manual_seed(3)).bfloat16()
 
@@ -109,12 +110,44 @@ def test_one_graph_for_all_row_counts() -> None:
     with fresh(), torch.no_grad():
         module = graph_zoo.SubMul()
         compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
-        for rows in (5, 2, 64, 300):
+        for rows in (5, 2, 64, 300, 4096):
             x = torch.randn(rows, graph_zoo.K).bfloat16()
             torch._dynamo.mark_dynamic(x, 0)
             assert close(compiled(x), module(x))
         assert backend.compiles == 1
         assert outcomes() == [SWAPPED]
+        # Dynamo gives one row a graph of its own, once.
+        for rows in (1, 7, 1, 4096):
+            x = torch.randn(rows, graph_zoo.K).bfloat16()
+            assert close(compiled(x), module(x))
+        assert backend.compiles == 2
+
+
+def test_layers_of_equal_shape_are_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probing is most of what the pass costs a compile: it must not grow with the depth."""
+    probed: list[str] = []
+    probe = probing._probe
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        probed.append(args[1].text())
+        return probe(*args, **kwargs)
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(graph_zoo.SubMul(seed=i) for i in range(6))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [layer(x + i) for i, layer in enumerate(self.layers)]
+
+    monkeypatch.setattr(probing, "_probe", counted)
+    monkeypatch.setattr(probing, "_PROBED", {})
+    with fresh(), torch.no_grad():
+        module = Layers()
+        outputs = torch.compile(module, backend=Counting(), fullgraph=True)(X)
+        assert all(map(close, outputs, module(X)))
+        assert outcomes() == [SWAPPED] * 6
+    assert len(probed) == 1
 
 
 def test_dynamic_rows_with_int8_activations() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -66,6 +67,33 @@ def test_gradient_goes_the_other_way_on_the_same_buffer(transposed: bool, device
     rows = a.detach().cpu().double()
     assert_close(y.detach().cpu(), rows @ w, rows.abs() @ w.abs())
     assert_close(a.grad.cpu(), grad.double() @ w.T, grad.double().abs() @ w.abs().T)
+
+
+def test_adapters_train_on_a_quantised_base(device: str) -> None:
+    """QLoRA: before and beside a frozen product, layers learn as if the product were dense."""
+    packed, s, z, w = weight(24, 32, 16, False, FP32)
+    rest = packed.T.to(device), s.to(device), None if z is None else z.to(device), 16
+    dense = w.float().to(device)
+    x, wanted = torch.randn(16, 8, device=device), torch.randn(16, 24, device=device)
+
+    def losses(base: Callable[[Tensor], Tensor]) -> list[float]:
+        torch.manual_seed(0)
+        shapes = (8, 32), (32, 4), (4, 24)
+        before, a, b = parameters = [torch.nn.Parameter(torch.randn(n).to(device)) for n in shapes]
+        optimiser = torch.optim.Adam(parameters, 0.1)
+        found = []
+        for _ in range(10):
+            h = x @ before
+            loss = (base(h) + h @ a @ b - wanted).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            found.append(loss.item())
+        return found
+
+    ours, dense_ones = losses(lambda h: mixed_mm(h, *rest)), losses(lambda h: h @ dense)
+    assert ours == pytest.approx(dense_ones, rel=1e-3)
+    assert ours[-1] < 0.7 * ours[0]
 
 
 def test_numerical_gradient() -> None:

@@ -42,6 +42,14 @@ def test_public_name_is_there_and_documented(name: str) -> None:
         assert "__doc__" in vars(public)
 
 
+@pytest.mark.parametrize("name", intlass_ops.__all__)
+def test_public_name_has_an_example(name: str) -> None:
+    public = getattr(intlass_ops, name)
+    if inspect.ismodule(public) or (inspect.isclass(public) and issubclass(public, Exception)):
+        return
+    assert ">>> " in (inspect.getdoc(public) or ""), name
+
+
 def test_names_are_listed_once() -> None:
     assert len(set(intlass_ops.__all__)) == len(intlass_ops.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'quantise'"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -141,6 +143,25 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="quantize_: 1: QATLinear: K=40 is not a multiple of 32"):
         ia.quantize_(model, QATConfig())
     assert all(type(layer) is nn.Linear for layer in model)
+    with pytest.raises(ValueError, match=r"QATLinear: x is \(3, 32\), the layer has K=64"):
+        QATLinear(nn.Linear(64, 40), QATConfig())(torch.zeros(3, 32))
+
+
+@pytest.mark.parametrize("backward", ["int8", "float"])
+def test_no_rows_and_autocast(backward: Literal["int8", "float"]) -> None:
+    layer = QATLinear(nn.Linear(64, 40), QATConfig("w4a8", backward=backward))
+    x = torch.zeros(2, 0, 64, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+    assert not layer.weight.grad.any()
+    x = torch.randn(3, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert x.grad is not None
+    assert x.grad.dtype == layer.weight.grad.dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------ a small transformer

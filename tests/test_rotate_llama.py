@@ -63,10 +63,26 @@ def test_outliers_are_gone() -> None:
     assert peak() < 3.5
 
 
-def test_refuses_other_layers_before_it_changes_any() -> None:
+class OnePlusGain(nn.RMSNorm):
+    """Gemma's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+
+@pytest.mark.parametrize(
+    ("place", "module", "message"),
+    [
+        ("layers.1.mlp.up_proj", nn.Identity(), r"expected nn\.Linear, found Identity"),
+        ("norm", OnePlusGain(48).double(), r"OnePlusGain is not x·gain / rms\(x\)"),
+        ("layers.0.input_layernorm", nn.LayerNorm(48).double(), "LayerNorm is not"),
+    ],
+)
+def test_refuses_others_before_it_changes_any(place: str, module: nn.Module, message: str) -> None:
     model = llama(True)
-    model.model.layers[1].mlp.up_proj = nn.Identity()
+    model.model.set_submodule(place, module)
     weight = model.model.embed_tokens.weight.detach().clone()
-    with pytest.raises(TypeError, match=r"expected nn\.Linear, found Identity"):
+    with pytest.raises(TypeError, match=message):
         rotate_llama_(model)
     assert torch.equal(model.model.embed_tokens.weight, weight)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

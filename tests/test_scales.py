@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -113,7 +113,7 @@ def interval_optimum(
     edges = edges[edges > 0].unique().tolist()
     least = float(x @ metric @ x)
     for low, high in zip([0.0, *edges], [*edges, 4 * max(edges)], strict=True):
-        if low == high:
+        if high - low <= 2.0**-23 * high:  # no float32 scale lies between
             continue
         q = (x / (0.5 * (low + high))).round().clamp(qmin, qmax)
         den = float(q @ metric @ q)
@@ -134,8 +134,11 @@ def integer_case(format_: str, x: Tensor, **goal: Tensor) -> tuple[Tensor, Tenso
 
 @pytest.mark.parametrize("format_", ["int4", "uint4", "int8"])
 @pytest.mark.parametrize("goal", ["plain", "weights", "hessian", "singular hessian"])
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 2**31))
+@example(seed=14266)  # breakpoints that coincide
+@example(seed=58)  # that coincide but for rounding
+@example(seed=102)  # an optimum at the edge of an interval
 def test_integer_optimum_is_that_of_every_interval(format_: str, goal: str, seed: int) -> None:
     g = 8
     x = blocks(seed, 6, g)[seed % 6][None]

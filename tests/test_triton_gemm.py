@@ -1,11 +1,12 @@
-"""Triton's decoding kernels (mixed_mm transposed, block-scaled FP4 and FP8) under its interpreter.
+"""Triton's decoding kernels (mixed_mm transposed, block-scaled FP4 and FP8) and GPTQ's columns.
 
-On a GPU test_mixed_mm.py and test_block_scaled.py run them as the ops do. The interpreter is chosen
-when Triton is imported, hence a process of its own.
+On a GPU the tests of the ops run them as the ops do; here they run under Triton's interpreter. It
+is chosen when Triton is imported, hence a process of its own.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -64,3 +65,40 @@ def test_sums_over_rows(signed: bool, stripes: int, monkeypatch: pytest.MonkeyPa
         zeros = None if z is None else z.T
         y = mixed_mm.matmul_nn(a, packed, s.T, zeros, k, alpha, torch.float16)
         assert torch.equal(y.double(), a.double() @ w.T * (2 if m % 2 else 1)), (m, n, k, g)
+
+
+@interpreted
+@pytest.mark.parametrize(("symmetric", "act_order"), [(True, True), (False, False)])
+def test_columns_of_gptq(symmetric: bool, act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from intlass_ops.triton import gptq as kernels
+
+    module = importlib.import_module("intlass_ops.gptq")  # the package's name is the function's
+
+    rng = torch.Generator().manual_seed(0)
+    w, x = torch.randn(11, 80, generator=rng), torch.randn(160, 80, generator=rng)
+    how = {"group_size": 16, "symmetric": symmetric, "act_order": act_order, "block_size": 32}
+    expected = module.gptq(w, x.T @ x, **how)  # type: ignore[arg-type]
+    monkeypatch.setattr(module, "_pass_over", lambda *_: kernels.columns)
+    found = module.gptq(w, x.T @ x, **how)  # type: ignore[arg-type]
+    # Sums in another order: a code that falls on the other side moves those after it.
+    assert (found.codes != expected.codes).float().mean() < 0.01
+    torch.testing.assert_close(found.scales, expected.scales, rtol=1e-2, atol=0)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_columns_of_gptq_compile_without_a_gpu(arch: int) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from intlass_ops.triton.gptq import _kernel
+
+    zeros = arch == 90
+    types = {"zeros_ptr": "*i32", "place_ptr": "*i64", "codes_ptr": "*i8"}
+    types |= dict.fromkeys(("work_ptr", "factor_ptr", "scales_ptr", "errors_ptr"), "*fp32")
+    types |= dict.fromkeys(("n", "k", "groups", "group_size", "start"), "i32")
+    types |= dict.fromkeys(("first", "last", "width"), "i32") | {"low": "fp32", "high": "fp32"}
+    signature = {name: types.get(name, "constexpr") for name in _kernel.arg_names}
+    constants = {"HAS_ZEROS": zeros, "ROWS": 8, "W": 128}
+    source = triton.compiler.ASTSource(_kernel, signature, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["cubin"]

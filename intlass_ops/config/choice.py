@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from .fp4 import Fp4
@@ -31,9 +32,14 @@ def _pick_skinny(device: Device, shape: Shape) -> Skinny | SkinnyRing:
 Config = Gemm | Skinny | SkinnyRing | Hopper | TokenSums | Quantize | Fp4
 
 
+_BATCH_INVARIANT_M = 64  # the tokens that the one kernel of batch_invariant() is picked for
+
+
 @lru_cache(maxsize=65536)
 def pick(device: Device, shape: Shape) -> Gemm | Skinny | SkinnyRing | Hopper:
     """The configuration for a problem: the kernel family by M and device, its tile by shape."""
+    if shape.batch_invariant:  # one tile for every M, so one binary: no order that could differ
+        return replace(pick_gemm(device, replace(shape, m=_BATCH_INVARIANT_M)), split_k=1)
     if why_not_skinny(shape) is None:
         return _pick_skinny(device, shape)
     if why_not_hopper(device, shape) is None:
@@ -43,6 +49,8 @@ def pick(device: Device, shape: Shape) -> Gemm | Skinny | SkinnyRing | Hopper:
 
 def reason(device: Device, shape: Shape) -> str:
     """Why `pick` chose the kernel family it chose."""
+    if shape.batch_invariant:
+        return "batch_invariant(): one kernel for every M"
     not_skinny = why_not_skinny(shape)
     if not_skinny is None:
         return f"M={shape.m} is bound by reading W once"

@@ -94,6 +94,7 @@ class Shape:
     k: int
     group_size: int
     apart: bool = True  # no two rows share memory
+    batch_invariant: bool = False  # the kernel must not depend on m
 
 
 def mma_sass(x_kind: str, arch: str, int4_k: int = 32) -> tuple[str, ...]:

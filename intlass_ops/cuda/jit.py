@@ -159,6 +159,11 @@ def warmup(
     With ``arch`` ("sm_90a") in place of a device they are only compiled, which needs no GPU. Shows
     a progress bar on a terminal if `rich` is installed. Returns how many NVRTC compiled, and how
     many it had compiled before.
+
+    >>> from intlass_ops import config
+    >>> picked = config.pick_quantize('float', 8, True, False, 4, 128)
+    >>> warmup([picked], arch='sm_80').compiled in (0, 1)  # 0: it was in the cache
+    True
     """
     if device is not None and arch is not None:
         raise ValueError(f"warmup: device={device} and arch={arch!r} exclude each other")

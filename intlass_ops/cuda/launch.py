@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import config
+from .. import batch_invariance, config
 from ..explain import listening, record
 from . import jit, launch_hopper
 from .arrivals import arrival_counters
@@ -152,6 +152,7 @@ def make(
         n=p.n,
         k=p.k,
         group_size=p.group_size,
+        batch_invariant=batch_invariance.enabled(),
     )
     gpu = device_of(device.index)
     c = config.pick(gpu, shape)

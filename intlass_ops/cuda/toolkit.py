@@ -138,7 +138,12 @@ class Availability:
 
 
 def availability() -> Availability:
-    """Never raises. Does not start CUDA where there is no driver."""
+    """Never raises. Does not start CUDA where there is no driver.
+
+    >>> found = availability()
+    >>> found.problem is None or isinstance(found.problem, str)
+    True
+    """
     cupy = nvrtc = driver = problem = None
     devices: tuple[str, ...] = ()
     try:

@@ -1,17 +1,7 @@
 """GGUF files: metadata, and tensors as canonical weights that keep every code as it is stored.
 
-Lives here: the file's structure and its block formats Q4_0, Q4_1 and Q8_0. Not here: what a model
-does with them (integrations/gguf_llama.py).
-
-    block of 32 weights   stored as                             canonical, group_size 32
-    Q4_0  18 bytes        fp16 d, 16 bytes of nibbles           (q - 8) * d    signed, no zeros
-    Q4_1  20 bytes        fp16 d, fp16 m, 16 bytes of nibbles   q * d + m      unsigned, zeros -m/d
-    Q8_0  34 bytes        fp16 d, 32 int8                       q * d
-
-A nibble byte j holds elements j (low) and j + 16 (high); ours holds neighbours (packing.py).
-Codes and scales are exact. The one rounding is Q4_1's zeros = -m/d in float32, half an ulp: with
-it, (q - zeros) * d in float32 is within 2^-23 * (|m| + |q * d + m|) of the exact q * d + m. A Q4_1
-block with d = 0 says w = m whatever its codes; it becomes code 0, scale 1, zero -m, which is exact.
+Lives here: the file's structure. Not here: its block formats (gguf_blocks.py), what a model does
+with them (integrations/gguf_llama.py).
 
 The structure is walked here rather than by `gguf.GGUFReader`, which is not meant for files one does
 not trust (lengths are believed, so a small file can ask for any amount of memory) and which needs
@@ -20,6 +10,7 @@ not trust (lengths are believed, so a small file can ask for any amount of memor
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import struct
@@ -30,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..packing import pack
 from . import CanonicalWeight, FormatError
+from .gguf_blocks import BLOCK_TYPES
 
-BLOCK = 32
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
@@ -43,21 +33,19 @@ _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 # tensor type id -> name, elements in a block, bytes of a block
-_TYPES = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", BLOCK, 18),
-    3: ("Q4_1", BLOCK, 20),
-    8: ("Q8_0", BLOCK, 34),
-    30: ("BF16", 1, 2),
+_FLOATS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)}
+_IDS = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 8: "Q8_0", 12: "Q4_K", 14: "Q6_K"}
+_TYPES = _FLOATS | {
+    number: (name, BLOCK_TYPES[name].weights, BLOCK_TYPES[name].bytes)
+    for number, name in _IDS.items()
 }
-QUANTIZED = ("Q4_0", "Q4_1", "Q8_0")
+QUANTIZED = tuple(BLOCK_TYPES)
 # The rest of ggml's enumeration, to name what is not read.
 _UNREAD_TYPES = {
-    6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
-    15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
-    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
-    34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+    7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 15: "Q8_K", 16: "IQ2_XXS",
+    17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
+    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
+    39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
 
 
@@ -110,24 +98,10 @@ class GGUFFile:
         if len(info.shape) != 2:
             raise FormatError(f"{self.path}: {name} has shape {info.shape}; expected [N, K]")
         n, k = info.shape
-        groups = k // BLOCK
-        blocks = self._raw(info).reshape(n, groups, info.nbytes // (n * groups))
-        scales = self._halves(info, blocks[..., :2])
-        zeros = None
-        if info.type == "Q8_0":
-            codes = torch.from_numpy(blocks[..., 2:].copy()).view(torch.int8).view(n, k)
-        elif info.type == "Q4_0":
-            # q - 8 in two's complement is q with its top bit flipped.
-            codes = _pack_nibbles(blocks[..., 2:]) ^ 0x88
-        else:
-            codes = _pack_nibbles(blocks[..., 4:])
-            minima = self._halves(info, blocks[..., 2:4]).float()
-            flat = scales == 0
-            zeros = torch.where(flat, -minima, -minima / scales.float())
-            scales = torch.where(flat, 1.0, scales)
-            codes.view(n, groups, BLOCK // 2)[flat] = 0
-        bits = 8 if info.type == "Q8_0" else 4
-        return CanonicalWeight(name, codes, scales, zeros, bits, BLOCK, (n, k))
+        form = BLOCK_TYPES[info.type]
+        blocks = self._raw(info).reshape(n, k // form.weights, form.bytes)
+        codes, scales, zeros = form.decode(blocks, functools.partial(self._halves, info))
+        return CanonicalWeight(name, codes, scales, zeros, form.bits, form.group_size, (n, k))
 
     def dense(self, name: str) -> Tensor:
         """Any supported tensor as float32."""
@@ -156,12 +130,6 @@ class GGUFFile:
                 f"(row {n}, block {g}); the file is damaged"
             )
         return values
-
-
-def _pack_nibbles(nibbles: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-    """[N, G, 16] bytes of (element j, element j + 16) to our packed rows [N, 16 * G]."""
-    halves = torch.from_numpy(np.concatenate((nibbles & 0xF, nibbles >> 4), axis=-1))
-    return pack(halves).flatten(1)
 
 
 class _Walk:

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ..formats import CanonicalWeight, FormatError
 from ..formats.gguf import GGUFFile
 from ..nn import IntLinear
+from ..ops import dequantize
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 # ggml's names of pre-tokenizers -> whether every digit is a token of its own
@@ -50,11 +51,20 @@ class IntEmbedding(nn.Module):
         self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self.table.bits == 4:
+            return self._int4(ids)
         rows = self.table.weight[ids].to(torch.float32)  # [..., K]
         scales = self.table.scales[ids].to(torch.float32)  # [..., K/group_size]
         grouped = rows.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)
         embedded: Tensor = grouped.flatten(-2).to(self.dtype)
         return embedded
+
+    def _int4(self, ids: Tensor) -> Tensor:
+        table, rows = self.table, ids.reshape(-1)
+        zeros = None if table.zeros is None else table.zeros[rows]
+        k = table.in_features
+        dense = dequantize(table.weight[rows], table.scales[rows], zeros, k=k, dtype=self.dtype)
+        return dense.view(*ids.shape, k)
 
 
 def config_of(file: GGUFFile) -> LlamaConfig:
@@ -179,9 +189,9 @@ def _build(
     config = config_of(file)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    targets = list(_targets(config))
-    for done, (name, path) in enumerate(targets, 1):
-        weight = _read(file, name, config)
+    wanted = list(targets(config))
+    for done, (name, path) in enumerate(wanted, 1):
+        weight = read_tensor(file, name, config)
         if path.endswith("norm"):
             assert isinstance(weight, Tensor)
             values = nn.Parameter(weight.to(device, dtype), requires_grad=False)
@@ -189,7 +199,7 @@ def _build(
         else:
             model.set_submodule(path, linear(weight))
         if progress is not None:
-            progress(done, len(targets))
+            progress(done, len(wanted))
     embedding = model.get_submodule("model.embed_tokens")
     if config.tie_word_embeddings:
         model.set_submodule("lm_head", embedding)
@@ -203,7 +213,7 @@ def _build(
     return model.eval()
 
 
-def _targets(config: LlamaConfig) -> Iterator[tuple[str, str]]:
+def targets(config: LlamaConfig) -> Iterator[tuple[str, str]]:
     """Name in the file and module path of each tensor."""
     yield "token_embd.weight", "model.embed_tokens"
     yield "output_norm.weight", "model.norm"
@@ -214,7 +224,8 @@ def _targets(config: LlamaConfig) -> Iterator[tuple[str, str]]:
             yield f"blk.{i}.{name}.weight", f"model.layers.{i}.{path}"
 
 
-def _read(file: GGUFFile, name: str, config: LlamaConfig) -> CanonicalWeight | Tensor:
+def read_tensor(file: GGUFFile, name: str, config: LlamaConfig) -> CanonicalWeight | Tensor:
+    """A tensor of the file, its rows in transformers' order."""
     weight = file.weight(name) if file.is_quantized(name) else file.dense(name)
     heads = {
         "attn_q": config.num_attention_heads,

@@ -32,20 +32,29 @@ def rotate_llama_(model: Any, *, seed: int = 0, rotate_heads: bool = True) -> No
     Norms must be x·gain / rms(x) with a ``weight`` alone, linears plain nn.Linear. Everything is
     computed in float64 and rounded to the weights' dtype once.
 
-    Raises TypeError for other layers and ValueError for sizes without a Hadamard matrix.
+    Raises TypeError for other layers or norms and ValueError for sizes without a Hadamard matrix,
+    before anything is changed.
+
+    >>> rotate_llama_(model, seed=0)                                         # doctest: +SKIP
+    >>> quantize_(model, Int4DynamicActivationInt4Weight(64))                # doctest: +SKIP
     """
     body, head = model.model, model.lm_head
-    if head.weight is body.embed_tokens.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
-        model.config.tie_word_embeddings = False
     _require_linears(head)
+    _require_rms_norm(body.norm)
     for layer in body.layers:
         _require_linears(*_readers(layer), *_writers(layer))
+        _require_rms_norm(layer.input_layernorm)
+        _require_rms_norm(layer.post_attention_layernorm)
+        if rotate_heads:
+            hadamard_matrix(layer.self_attn.head_dim)  # an error comes before any change
     hidden = body.embed_tokens.weight.shape[1]
     device = body.embed_tokens.weight.device
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (hidden, 1), generator=generator).double() * 2 - 1
     q = (signs * hadamard_matrix(hidden, dtype=torch.float64)).to(device)
+    if head.weight is body.embed_tokens.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+        model.config.tie_word_embeddings = False
 
     _set(body.embed_tokens.weight, body.embed_tokens.weight.double() @ q)
     for layer in body.layers:
@@ -74,6 +83,16 @@ def _require_linears(*modules: nn.Module) -> None:
     for module in modules:
         if type(module) is not nn.Linear:
             raise TypeError(f"rotate_llama_: expected nn.Linear, found {type(module).__name__}")
+
+
+def _require_rms_norm(norm: Any) -> None:
+    """That it computes x·gain / rms(x): other norms have a weight too, and mean something else."""
+    gain = norm.weight
+    x = torch.linspace(-1, 2, gain.numel(), dtype=gain.dtype, device=gain.device)
+    expected = x.double() / x.double().square().mean().sqrt() * gain.double()
+    found = norm(x).double()
+    if not torch.allclose(found, expected, rtol=0.02, atol=0.01 * float(expected.abs().max())):
+        raise TypeError(f"rotate_llama_: {type(norm).__name__} is not x·gain / rms(x)")
 
 
 def _read(norm: Any, linears: Iterable[Any], q: Tensor) -> None:

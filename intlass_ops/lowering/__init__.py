@@ -1,7 +1,7 @@
 """`torch.compile(model, backend="intlass")`, `enable()` for plain Inductor, and their reports.
 
 Lives here: the two ways in. Not here: the pass (graph_pass.py), what it recognises (weights.py,
-activations.py, rules.py) or what the rewritten graph calls (runtime.py).
+activations.py, linears.py, rules.py) or what the rewritten graph calls (runtime.py).
 """
 
 from __future__ import annotations
@@ -46,12 +46,19 @@ def enable() -> None:
     """Make every plain `torch.compile(model)` of this process swap quantised linears too.
 
     Idempotent; chains with a pass that is already installed.
+
+    >>> enable()  # from here on torch.compile(model) is enough
+    >>> disable()
     """
     graph_pass.install()
 
 
 def disable() -> None:
-    """Undo `enable()`; leaves other passes on the hook alone. Compiled graphs stay as they are."""
+    """Undo `enable()`; leaves other passes on the hook alone. Compiled graphs stay as they are.
+
+    >>> enable()
+    >>> disable()  # what is compiled from here on is left alone
+    """
     graph_pass.uninstall()
 
 
@@ -59,6 +66,8 @@ def refresh() -> None:
     """Repack what changed in place before replaying a CUDA graph you captured yourself.
 
     Graphs that torch.compile captures (mode="reduce-overhead") are refreshed at each call.
+
+    >>> refresh()  # before graph.replay(), after an optimiser changed weights
     """
     runtime.refresh_captured()
 

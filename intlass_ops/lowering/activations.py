@@ -53,7 +53,7 @@ class Activation:
     """x = (codes - zero) * scale; scale and zero are nodes, numbers, or None (1 and 0).
 
     `codes` is int8, uint8 or a floating node of integers (see `span`). A str for zero is the
-    caller's own mark (rules.SHIFTED).
+    caller's own mark (linears.SHIFTED).
     """
 
     codes: Node

@@ -1,7 +1,7 @@
 """Reading and editing one graph: which nodes are static, slices of weights, new nodes.
 
 Lives here: `Editor`. It knows fx, not Inductor: graph_pass.py tells it which placeholders are
-weights and which fake mode new nodes get their shapes from. Not here: what to rewrite (rules.py).
+weights and which fake mode new nodes get their shapes from. Not here: what to rewrite (linears.py).
 """
 
 from __future__ import annotations
@@ -29,14 +29,6 @@ _INDEXING = (
     aten.index_select.default,
     aten.gather.default,
     aten.embedding.default,
-)
-_BY_INDEX = (
-    "aten._unsafe_index",
-    "aten.embedding",
-    "aten.gather",
-    "aten.index",
-    "aten.scatter",
-    "aten.take",
 )
 _TRANSPARENT = (
     CAST,
@@ -135,29 +127,32 @@ class Editor:
         dtypes = [leaf.meta["val"].dtype for leaf in leaves if "val" in leaf.meta]
         return looks_quantised(dtypes, [str(each.target) for each in inner])
 
-    def slice_of(self, gemm: Gemm, column_scales: Sequence[tuple[Node, bool]]) -> Slice:
-        """The weight operand, times the scales its epilogue would have applied."""
+    def slice_of(
+        self, gemm: Gemm, column_scales: Sequence[tuple[Node, bool]], zero: Node | None = None
+    ) -> Slice:
+        """The weight operand, less the zero points and times the scales that follow the product."""
         made: list[Node] = []
         root = gemm.weight
+        steps: list[tuple[Any, Node]] = [] if zero is None else [(aten.sub.Tensor, zero)]
+        steps += [(aten.div.Tensor if d else aten.mul.Tensor, each) for each, d in column_scales]
         with self.graph.inserting_before(gemm.node):
-            for scale, divides in column_scales:
+            for operation, value in steps:
                 wide = self.graph.call_function(CAST, (root, torch.float32))
                 made.append(wide)
-                if column_like(scale, gemm.n) and len(shape_of(scale)) > 0:
+                if column_like(value, gemm.n) and len(shape_of(value)) > 0:
                     size = [gemm.n] if gemm.layout == "kn" else [gemm.n, 1]
-                    scale = self.graph.call_function(aten.reshape.default, (scale, size))
-                    made.append(scale)
-                operation = aten.div.Tensor if divides else aten.mul.Tensor
-                root = self.graph.call_function(operation, (wide, scale))
+                    value = self.graph.call_function(aten.reshape.default, (value, size))
+                    made.append(value)
+                root = self.graph.call_function(operation, (wide, value))
                 made.append(root)
         try:
             leaves, inner = walk(root, self.is_leaf)
             program, nodes = extract(leaves, inner)
             if not inner:
                 program, nodes = _identity(leaves)
-            uncertain = [leaf for leaf in leaves if not self.certain_leaf(leaf)]
+            uncertain = {leaf for leaf in leaves if not self.certain_leaf(leaf)}
             if uncertain:
-                self._only_codes(gemm, leaves)
+                self._only_codes(gemm, leaves, uncertain)
             into = _index_sizes(inner)
             metas = tuple(_leaf_meta(leaf, into.get(leaf)) for leaf in leaves)
         finally:
@@ -181,24 +176,25 @@ class Editor:
                 results.append(Evaluation(program, [known[leaf] for leaf in leaves]).weight())
         return tuple(results)
 
-    def _only_codes(self, gemm: Gemm, leaves: Sequence[Node]) -> None:
+    def _only_codes(self, gemm: Gemm, leaves: Sequence[Node], uncertain: set[Node]) -> None:
         """A tensor that is no parameter may still be a weight (a closure, an argument) if the
-        operand is made from integers of a fixed shape; otherwise it is an activation."""
+        operand is made from integers of a fixed shape, and not also of what it multiplies;
+        otherwise it is an activation."""
         values = [leaf.meta["val"] for leaf in leaves]
         integer_bits = sum(
             8 * v.numel() * v.element_size()
             for v in values
             if not v.dtype.is_floating_point and v.dtype != torch.bool
         )
-        if gemm.flipped or integer_bits < 2 * gemm.batch * gemm.n * gemm.k:
+        few = integer_bits < 2 * gemm.batch * gemm.n * gemm.k
+        if gemm.flipped or few or uncertain & _inputs_of(gemm.x):
             raise NotASlice("depends on an input that is not a parameter, buffer or integer codes")
 
     def probe(self, gemm: Gemm, piece: Slice) -> WeightForm:
         recipe = Recipe(piece.program, 0, gemm.layout, gemm.batch, gemm.n, gemm.k)
         device = piece.leaves[0].meta["val"].device if piece.leaves else torch.device("cpu")
-        # An index that synthetic values push out of range is an exception on a CPU; on a GPU it
-        # is a device-side assertion, which ends the process's CUDA context.
-        risky = any(op.target.startswith(_BY_INDEX) for op in piece.program.operations)
+        # Synthetic values may be indices out of range.
+        risky = piece.program.indexes
         if device.type == "cuda" and (risky or not torch.cuda.is_available()):
             device = torch.device("cpu")
         with self.undisturbed(), torch.no_grad():
@@ -223,6 +219,17 @@ class Editor:
         with self._fake_mode or contextlib.nullcontext():
             node.meta["val"] = target(*values[0], **values[1])
         return node
+
+
+def _inputs_of(node: Node) -> set[Node]:
+    """The placeholders that a node is computed from."""
+    seen, stack = {node}, [node]
+    while stack:
+        for each in stack.pop().all_input_nodes:
+            if each not in seen:
+                seen.add(each)
+                stack.append(each)
+    return {each for each in seen if each.op == "placeholder"}
 
 
 def _identity(leaves: Sequence[Node]) -> tuple[Program, dict[Node, int]]:

@@ -17,6 +17,8 @@ from torch.fx import Node
 aten: Any = torch.ops.aten
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _CAST = torch.ops.prims.convert_element_type.default
+# What our ops read and write; a wider epilogue stays in the graph.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,19 @@ def _unexpanded(node: Node) -> Node:
     return node
 
 
+def _factors(node: Node, output: tuple[Any, ...]) -> list[Node]:
+    """A scale for every element of the output spelled as (one a row) * (one a column), in parts."""
+    if node.target is not aten.mul.Tensor or len(shape_of(node)) != len(output):
+        return [node]
+    whole = all(_same(s, t) for s, t in zip(shape_of(node), output, strict=True))
+    parts = [_unexpanded(each) for each in node.args if isinstance(each, Node)]
+    return parts if whole and len(parts) == 2 and parts[0] is not parts[1] else [node]
+
+
+def _on_columns(node: Node, n: int) -> bool:
+    return column_like(node, n) or _single(node)
+
+
 def _single(node: Node) -> bool:
     shape = static_shape(node)
     return "val" in node.meta and shape is not None and math.prod(shape) == 1
@@ -243,7 +258,7 @@ def epilogue(
             pending.append(user)
             current = user
             continue
-        if not user.meta["val"].dtype.is_floating_point:
+        if user.meta["val"].dtype not in FLOATS:
             break
         if user.target is _CAST:
             current = user
@@ -268,12 +283,13 @@ def epilogue(
             break
         if gemm.bias is not None:
             break
-        if (column_like(other, gemm.n) or _single(other)) and is_static(other):
-            columns.append((other, divides))
-        elif rows and not divides and row_like(other, shape):
-            row_scales.append(other)
-        else:
+        factors = _factors(other, shape)
+        on_columns = [each for each in factors if _on_columns(each, gemm.n) and is_static(each)]
+        on_rows = [each for each in factors if each not in on_columns]
+        if on_rows and not (rows and not divides and all(row_like(e, shape) for e in on_rows)):
             break
+        columns.extend((each, divides) for each in on_columns)
+        row_scales.extend(on_rows)
         current = user
         found = Epilogue(user, tuple(pending), tuple(columns), tuple(row_scales), None)
     return found

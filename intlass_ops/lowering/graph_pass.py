@@ -2,7 +2,7 @@
 
 Lives here: how our pass is hooked in, which placeholders are weights, how the graph is walked
 and edited. Not here: what counts as a quantised weight (weights.py, activations.py) or what is
-emitted for it (rules.py).
+emitted for it (linears.py, rules.py).
 
 Private APIs, checked on torch 2.11 and 2.13: `torch._inductor.config.joint_custom_pre_pass` (2.11
 takes one callable, 2.13 also a list: we always install one callable and chain),
@@ -31,7 +31,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..explain import is_strict
-from . import records, rules, runtime, siblings, spellings
+from . import linears, quantisers, records, runtime, siblings, spellings
 from .editor import Editor
 
 HOOK = "joint_custom_pre_pass"
@@ -54,18 +54,20 @@ class LoweringPass(CustomGraphPass):
 def rewrite(graph: torch.fx.Graph, edit: Editor) -> None:
     """Apply the rules to every product of a graph and record each decision."""
     records.passed()
-    if not any(rules.concerns(node) or spellings.concerns(node) for node in graph.nodes):
+    passes = (linears.concerns, spellings.concerns, quantisers.concerns)
+    if not any(concerns(node) for node in graph.nodes for concerns in passes):
         return
     if not edit.training:
         records.count("merged", siblings.merge_equal(graph))
         records.count("respelled", spellings.respell(edit))
-    for node in [node for node in graph.nodes if rules.concerns(node)]:
-        decision = rules.lower(edit, node)
+    for node in [node for node in graph.nodes if linears.concerns(node)]:
+        decision = linears.lower(edit, node)
         if decision is not None:
             records.record(decision)
     if not edit.training:
         # Each linear wrote its own copy of the scale that it shares with its siblings.
         siblings.merge_equal(graph)
+        records.count("quantisers", quantisers.fuse(edit))
     records.count("fused", siblings.fuse(edit))
     # The old dequantisation must go before Inductor plans memory for it.
     graph.eliminate_dead_code()

@@ -6,7 +6,8 @@ Lives here: `read`, which understands the additions and subtractions of int32 no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -17,9 +18,10 @@ from .gemms import Gemm, column_like, row_like, shape_of
 
 @dataclass(frozen=True)
 class IntegerTail:
-    """y = x @ w - zero * rowsum(w) + bias, up to node `last`.
+    """y = x @ w - zero * rowsum(w) - rowsum(x) * weight_zero + bias, up to node `last`.
 
-    zero: one integer a row (or one in all) to subtract from the activations; bias: int [N].
+    zero: one integer a row (or one in all) to subtract from the activations; weight_zero: one a
+    column, to subtract from the weight; bias: int [N].
     unshifted: the product was of x + 128, and 128 * rowsum(w) was subtracted again.
     """
 
@@ -27,6 +29,7 @@ class IntegerTail:
     zero: Node | None = None
     bias: Node | None = None
     unshifted: bool = False
+    weight_zero: Node | None = None
 
 
 def read(edit: Editor, gemm: Gemm) -> IntegerTail:
@@ -58,12 +61,23 @@ def _one(
     if column_like(other, gemm.n) and edit.is_static(other):
         unsigned = gemm.x.meta["val"].dtype == torch.uint8 and not found.unshifted
         if subtracts and unsigned and _is_row_sum(edit, gemm, other, 128):
-            return IntegerTail(user, found.zero, found.bias, True)
+            return replace(found, last=user, unshifted=True)
         if subtracts or found.bias is not None:
             return None
-        return IntegerTail(user, found.zero, other, found.unshifted)
-    if other.target is not aten.mul.Tensor or found.zero is not None or not subtracts:
+        return replace(found, last=user, bias=other)
+    if other.target is not aten.mul.Tensor or not subtracts:
         return None
+    if found.zero is not None or found.weight_zero is not None:
+        return None  # with both, a product of the two zero points follows
+    for zero, sums in (other.args, other.args[::-1]):
+        if (
+            isinstance(sums, Node)
+            and isinstance(zero, Node)
+            and column_like(zero, gemm.n)
+            and edit.is_static(zero)
+            and _sums_rows(sums, gemm.x)
+        ):
+            return replace(found, last=user, weight_zero=zero)
     for zero, sums in (other.args, other.args[::-1]):
         if (
             isinstance(sums, Node)
@@ -73,7 +87,7 @@ def _one(
             and edit.is_static(sums)
             and _is_row_sum(edit, gemm, sums, 1)
         ):
-            return IntegerTail(user, zero, found.bias, found.unshifted)
+            return replace(found, last=user, zero=zero)
     return None
 
 
@@ -85,6 +99,24 @@ def _is_row_sum(edit: Editor, gemm: Gemm, node: Node, factor: int) -> bool:
             weight = weight.reshape(gemm.k, gemm.n).t()
         expected = factor * weight.reshape(gemm.n, gemm.k).double().sum(1)
         return torch.equal(sums.double().flatten(), expected)
+
+
+def _sums_rows(node: Node, x: Node) -> bool:
+    """Whether `node` is x.sum(-1, keepdim=True) of the integer operand x [M, K]."""
+
+    def before_casts(each: Any) -> Any:
+        while isinstance(each, Node) and each.target is CAST:
+            each = each.args[0]
+        return each
+
+    if node.meta["val"].dtype not in (torch.int32, torch.int64):
+        return False
+    node = before_casts(node)
+    if node.target is not aten.sum.dim_IntList or len(node.args) != 3:
+        return False
+    source, dims, keep = node.args
+    last = len(shape_of(x)) - 1
+    return bool(dims in ([-1], [last]) and keep and before_casts(source) is before_casts(x))
 
 
 def as_float_bias(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import blocks
 from .program import Evaluation, NotASlice, Program, dependents
 from .weights import Measured, NotAffine, NotGrouped, Recipe, measure
 
@@ -23,7 +24,7 @@ from .weights import Measured, NotAffine, NotGrouped, Recipe, measure
 MAX_CANDIDATES = 12
 # A weight may be cut from a tensor of codes so many times its size.
 MAX_PARTS = 64
-# Rows looked at when probing; the whole slice is evaluated, since its shapes are constants in it.
+# Rows looked at when probing, where a slice can be cut; else the whole of it is evaluated.
 PROBED_ROWS = 256
 
 
@@ -40,6 +41,7 @@ class WeightForm:
     # values equal to the per-channel scales, nearest to the weight first: one further away may
     # lack a clamp that synthetic scales do not reach
     scale_values: tuple[int, ...]
+    eps: float  # of the least precise floating type on the way from the codes to the weight
 
     @property
     def bits(self) -> int:
@@ -61,7 +63,8 @@ def synthetic(
 ) -> Tensor:
     """Random contents for a leaf: full-range integers, weight-like or scale-like floats.
 
-    small: wide integers too few to be packed codes are zero points, in [0, 15].
+    small: wide integers too few to be packed codes are zero points, and as many as the weight has
+    elements are codes that nobody packed: in [0, 15] both.
     """
     generator = torch.Generator().manual_seed(seed)
     extent = 1 + sum((s - 1) * t for s, t in zip(meta.shape, meta.stride, strict=True) if s)
@@ -76,7 +79,7 @@ def synthetic(
             flat = torch.randn(extent, generator=generator).to(meta.dtype)
         else:
             flat = (torch.rand(extent, generator=generator) + 0.5).to(meta.dtype)
-    elif small and meta.dtype.itemsize >= 4 and 16 * math.prod(meta.shape) <= numel:
+    elif small and _wide_but_small(meta, numel):
         flat = torch.randint(0, 16, (extent,), generator=generator).to(meta.dtype)
     else:
         bytes_ = torch.randint(
@@ -86,6 +89,11 @@ def synthetic(
         bytes_ = torch.where((bytes_ & 0x7C) == 0x7C, bytes_ ^ 0x40, bytes_)
         flat = bytes_.view(meta.dtype)
     return flat.to(device).as_strided(meta.shape, meta.stride)
+
+
+def _wide_but_small(meta: LeafMeta, numel: int) -> bool:
+    few = meta.dtype.itemsize >= 4 and 16 * math.prod(meta.shape) <= numel
+    return few or (meta.dtype.itemsize >= 2 and math.prod(meta.shape) >= numel)
 
 
 _PROBED: dict[tuple[object, ...], WeightForm | str] = {}
@@ -129,6 +137,8 @@ def _probe(
 ) -> WeightForm:
     numel = shape.rows * shape.k
     leaves = [synthetic(meta, numel, 1000 + i, device, small=small) for i, meta in enumerate(metas)]
+    whole = shape
+    shape, leaves = blocks.first_rows(whole, leaves, PROBED_ROWS) or (whole, leaves)
     try:
         evaluation = Evaluation(shape.program, leaves)
     except Exception as problem:
@@ -157,9 +167,9 @@ def _probe(
         except IndexError:
             reason = "the codes index a table: not integers times a scale"
             continue
-        except Exception as problem:
+        except Exception:
             # Some candidates are inputs of bit operations, which float64 codes cannot enter.
-            reason = f"{type(problem).__name__} downstream of the codes"
+            reason = "the codes' bits are picked apart on their way: not integers times a scale"
             continue
         if not _same_codes(found.codes, evaluation.values[index]):
             reason = "the weight keeps only part of its codes (a clamp?)"
@@ -178,7 +188,8 @@ def _probe(
     low, high = found.span
     if high - low > 255:
         raise NotAffine(f"codes span [{low}, {high}]: more than 8 bits")
-    return _describe(evaluation, recipe, found, step)
+    form = _describe(evaluation, recipe, found, step)
+    return replace(form, recipe=replace(whole, codes=recipe.codes))
 
 
 def _same_codes(found: Tensor, source: Tensor) -> bool:
@@ -263,7 +274,9 @@ def _describe(evaluation: Evaluation, recipe: Recipe, found: Measured, step: int
                 and torch.equal(value.double().flatten().expand(recipe.rows)[::step], scales)
             ):
                 scale_values.append(i)
+    coarsest = evaluation.coarsest(recipe.codes)
     return WeightForm(
+        eps=0.0 if coarsest is None else coarsest.eps,
         recipe=recipe,
         group_size=found.group_size,
         span=found.span,

@@ -21,6 +21,14 @@ from torch.fx import Node
 
 MAX_OPERATIONS = 400
 _BIT_CASTS = frozenset({"aten.view.dtype"})
+_BY_INDEX = (
+    "aten._unsafe_index",
+    "aten.embedding",
+    "aten.gather",
+    "aten.index",
+    "aten.scatter",
+    "aten.take",
+)
 _UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided")
 
 
@@ -50,6 +58,12 @@ class Program:
     def operations(self) -> tuple[Operation, ...]:
         operations: tuple[Operation, ...] = _parse(self.text)[1]
         return operations
+
+    @property
+    def indexes(self) -> bool:
+        """Whether values are used as indices. One out of range is an exception on a CPU; on a GPU
+        it is a device-side assertion, which ends the process's CUDA context."""
+        return any(op.target.startswith(_BY_INDEX) for op in self.operations)
 
     @property
     def result(self) -> int:

@@ -1,7 +1,7 @@
 """What the pass decided about each matrix product, and counters for tests and `explain`.
 
 Lives here: the `Decision` record, the process-wide log and its counters. Not here: how a
-decision is reached (weights.py, activations.py, rules.py) or printed (intlass_ops/explain.py).
+decision is reached (weights.py, activations.py, linears.py) or printed (intlass_ops/explain.py).
 A graph served by PyTorch's caches is not passed over again, so it adds no decisions: the
 run-time counters (runtime.py) still count every call and every packing.
 
@@ -12,9 +12,10 @@ run-time counters (runtime.py) still count every call and every packing.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..explain import linears_ran, listening
@@ -26,7 +27,15 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Decision:
-    """One matrix product of one compiled graph: where it was and what became of it."""
+    """One matrix product of one compiled graph: where it was and what became of it.
+
+    bound: the result differs from the graph's own by at most bound times the sum over k of
+    |x| (|q| + |zero|) |scale|, plus |bias|; to first order, with fp32 sums on both sides.
+    recipe: how its weight is read from the leaves, for linears that are packed.
+
+    >>> print(Decision('mm', 'mlp.up', 'mm', 'declined', 'quantised', 'a table', shape=(64, 32)))
+    mlp.up [N=64, K=32]: declined quantised (a table)
+    """
 
     node: str
     path: str
@@ -37,6 +46,26 @@ class Decision:
     rule: str = ""
     shape: tuple[int, int] | None = None
     group_size: int | None = None
+    bound: float | None = None
+    recipe: str = field(default="", repr=False, compare=False)
+
+    def as_stored(self) -> Decision:
+        """The same with the bits its weights have: codes of 4 bits may come in 8-bit tensors.
+
+        That is known when a weight is packed; a weight that was not affine then is dense.
+        """
+        with _LOCK:
+            kinds = {each.kind: each.reason for each in _STORED.get(self.recipe, ())}
+        if not kinds:
+            return self
+        dense = kinds.pop("dense", None)
+        if not kinds:
+            return replace(
+                self, outcome=DECLINED, scheme="quantised", reason=f"its values: {dense}"
+            )
+        bits = 4 if set(kinds) == {"int4"} else 8
+        reason = self.reason if dense is None else f"{self.reason}; some stay dense: {dense}"
+        return replace(self, scheme=f"w{bits}{self.scheme[2:]}", reason=reason)
 
     def __str__(self) -> str:
         where = self.path or self.node
@@ -48,6 +77,8 @@ _LOCK = threading.Lock()
 # Bounded: a server that compiles for weeks must not grow without end.
 _DECISIONS: deque[Decision] = deque(maxlen=65536)
 _COUNTERS: Counter[str] = Counter()
+# By recipe: its weights that are packed now (storage.Packed).
+_STORED: dict[str, weakref.WeakSet[Any]] = {}
 
 
 @dataclass
@@ -99,15 +130,27 @@ def record(decision: Decision) -> None:
             _COUNTERS[f"rule.{decision.rule}"] += 1
 
 
+def stored(recipe: str, packed: Any) -> None:
+    """A weight of this recipe is packed now, for as long as `packed` lives."""
+    with _LOCK:
+        _STORED.setdefault(recipe, weakref.WeakSet()).add(packed)
+
+
 def count(name: str, by: int = 1) -> None:
     with _LOCK:
         _COUNTERS[name] += by
 
 
 def report() -> tuple[Decision, ...]:
-    """Every decision since the last `clear_report()`, oldest first."""
+    """Every decision since the last `clear_report()`, oldest first.
+
+    >>> clear_report()
+    >>> report()
+    ()
+    """
     with _LOCK:
-        return tuple(_DECISIONS)
+        decisions = tuple(_DECISIONS)
+    return tuple(each.as_stored() for each in decisions)
 
 
 def counters() -> dict[str, int]:
@@ -117,7 +160,12 @@ def counters() -> dict[str, int]:
 
 
 def clear_report() -> None:
-    """Forget all decisions and counts."""
+    """Forget all decisions and counts.
+
+    >>> clear_report()
+    >>> counters()
+    {}
+    """
     with _LOCK:
         _DECISIONS.clear()
         _COUNTERS.clear()

@@ -1,33 +1,21 @@
-"""What a matched linear becomes: a table of named rules, and the decision for one GEMM.
+"""What a matched linear becomes: a table of named rules.
 
-Lives here: `RULES` (first whose condition holds wins) and `lower`, which reads one GEMM, asks
-weights.py and activations.py what its operands mean, and applies a rule. Not here: the graph walk
-(graph_pass.py).
+Lives here: `Match` (all that is known about one linear) and `RULES` (the first whose condition
+holds wins, and emits the new nodes). Not here: how a linear is matched (linears.py).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
-from . import activations, adapters, integer_sums
 from .activations import Activation
-from .editor import CAST, Editor, Slice, aten, looks_quantised
-from .gemms import Epilogue, Gemm, epilogue, is_gemm, readings, shape_of
+from .editor import Editor, Slice, aten
+from .gemms import Epilogue, Gemm, shape_of
 from .probing import WeightForm
-from .program import NotASlice, walk
-from .records import DECLINED, DENSE, SWAPPED, Decision
-from .weights import NotAffine
-
-# The unsigned detour was recognised and undone: signed codes, no zero point.
-SHIFTED = "shifted"
-INTERNAL = "internal error"
-A16 = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -53,15 +41,37 @@ class Match:
     def scheme(self) -> str:
         return f"w{self.form.bits}a{16 if self.activation is None else 8}"
 
+    @property
+    def bound(self) -> float:
+        """`records.Decision.bound`: the roundings that the graph makes and the fused op does not,
+        and those of its own result.
+
+        Weight and activations are each proved equal to within 2 eps (weights.py, activations.py);
+        a sum of K products errs by K/2 eps of float32 at most, on either side; then a rounding of
+        eps/2 for the product, each step of the epilogue, and the fused result.
+        """
+        eps, tail = self.form.eps, self.tail
+        dtype = self.gemm.x.meta["val"].dtype
+        if self.activation is not None and dtype.is_floating_point:
+            eps += torch.finfo(dtype).eps
+        steps = 3 + len(tail.column_scales) + len(tail.row_scales) + 2 * (tail.bias is not None)
+        dtypes = [each.meta["val"].dtype for each in (self.gemm.node, tail.last)]
+        coarsest = max(torch.finfo(each).eps for each in dtypes if each.is_floating_point)
+        return 2 * eps + self.gemm.k * torch.finfo(torch.float32).eps + steps * coarsest / 2
+
 
 @dataclass(frozen=True)
 class Rule:
-    """name: counted and shown. applies: when. emit: the GEMM's new nodes, [.., M, N]."""
+    """name: counted and shown. applies: when. emit: the GEMM's new nodes, [.., M, N].
+
+    packs: the weight is read from its leaves and packed when the graph runs.
+    """
 
     name: str
     applies: Callable[[Match], bool]
     emit: Callable[[Editor, Match, Node | None], Node]
     why: str
+    packs: bool = False
 
 
 def _scale_node(m: Match) -> Node | None:
@@ -142,198 +152,6 @@ RULES: tuple[Rule, ...] = (
         lambda m: True,
         _emit_packed,
         "codes, scales and zeros are recovered from the leaves once and packed",
+        packs=True,
     ),
 )
-
-
-# Dynamo names a module as the frame found it: L['self'].layers.0, or ._modules['0'].
-_ROOT = re.compile(r"^L\['\w+'\]\.?")
-_ITEM = re.compile(r"\.?(?:_modules)?\['?(\w+)'?\]")
-
-
-def path_of(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    paths = [str(path) for path, _ in stack.values()]
-    return _ITEM.sub(r".\1", _ROOT.sub("", paths[-1])).lstrip(".") if paths else ""
-
-
-def lower(edit: Editor, node: Node) -> Decision | None:
-    """Rewrite `node` if it is a quantised linear; None if it is no GEMM of a static weight."""
-    dense: Decision | None = None
-    opaque = adapters.opaque_reason(node)
-    if opaque is not None:
-        return _declined(node, opaque)
-    adapter = adapters.ADAPTERS.get(str(node.target))
-    if adapter is not None:
-        try:
-            found = [adapter(edit, node)]
-        except NotAffine as problem:
-            return _declined(node, str(problem))
-    else:
-        found = list(readings(node))
-    for gemm in found:
-        try:
-            walk(gemm.weight, edit.is_leaf)
-            piece = edit.slice_of(gemm, ())
-        except NotASlice:
-            continue
-        operations = [op.target for op in piece.program.operations]
-        if not looks_quantised([meta.dtype for meta in piece.metas], operations):
-            if all(edit.certain_leaf(leaf) for leaf in piece.leaves):
-                dense = dense or _decide(gemm, DENSE, "dense", "a floating-point weight")
-            continue
-        try:
-            return _apply(edit, _match(edit, gemm))
-        except (NotASlice, NotAffine) as problem:
-            return _decide(gemm, DECLINED, "quantised", str(problem))
-        except Exception as problem:
-            # Nothing is replaced before everything is emitted: the graph still is the user's.
-            # A compile must not fail for want of a rewrite; tests fail on this reason.
-            reason = f"{INTERNAL}: {type(problem).__name__}: {str(problem).splitlines()[:1]}"
-            return _decide(gemm, DECLINED, "quantised", reason)
-    return dense
-
-
-def _declined(node: Node, reason: str) -> Decision:
-    return Decision(node.name, path_of(node), str(node.target), DECLINED, "quantised", reason)
-
-
-def concerns(node: Node) -> bool:
-    """Whether `lower` has anything to say about a node."""
-    if node.op != "call_function":
-        return False
-    name = str(node.target)
-    return name in adapters.ADAPTERS or adapters.opaque_reason(node) is not None or is_gemm(node)
-
-
-def _decide(
-    gemm: Gemm, outcome: str, scheme: str, reason: str, rule: str = "", group: int | None = None
-) -> Decision:
-    return Decision(
-        node=gemm.node.name,
-        path=path_of(gemm.node),
-        gemm=str(gemm.node.target),
-        outcome=outcome,
-        scheme=scheme,
-        reason=reason,
-        rule=rule,
-        shape=(gemm.n, gemm.k),
-        group_size=group,
-    )
-
-
-def _match(edit: Editor, gemm: Gemm) -> Match:
-    if gemm.node.meta.get("partitioner_tag") == "is_backward":
-        raise NotAffine("a gradient GEMM: its groups run along the output")
-    activation = None if gemm.flipped else activations.match(edit, gemm.x)
-    dtype = gemm.x.meta["val"].dtype
-    if activation is None and dtype not in A16:
-        raise NotAffine(f"activations are {dtype}")
-    sums = integer_sums.read(edit, gemm) if gemm.integer else None
-    if sums is not None and sums.unshifted:
-        activation = Activation(gemm.x, None, SHIFTED)
-    if sums is not None and sums.zero is not None:
-        if activation is None or activation.zero is not None:
-            raise NotAffine("the activations have two zero points")
-        activation = replace(activation, zero=sums.zero)
-    start = None if sums is None else sums.last
-    tail = epilogue(gemm, rows=gemm.integer, is_static=edit.is_static, start=start)
-    if not tail.last.meta["val"].dtype.is_floating_point:
-        raise NotAffine("the integer result is used as integers")
-    piece = edit.slice_of(gemm, tail.column_scales)
-    form = edit.probe(gemm, piece)
-    if edit.training and not any(
-        not meta.dtype.is_floating_point and meta.dtype != torch.bool for meta in piece.metas
-    ):
-        raise NotAffine("the weight is quantised from a float one that trains: repacked each step")
-    bias = None if sums is None else sums.bias
-    if bias is not None and any(_many(each) for each in tail.row_scales):
-        raise NotAffine("an integer bias before a scale per row")
-    return Match(gemm, piece, form, tail, activation, gemm.x, integer_bias=bias)
-
-
-def _many(node: Node) -> bool:
-    numel = node.meta["val"].numel()
-    return not isinstance(numel, int) or numel != 1
-
-
-def _operands(edit: Editor, match: Match) -> Match:
-    """Emit what the op takes as x, a_scale and a_zero."""
-    gemm, found = match.gemm, match.activation
-    if gemm.flipped:
-        return replace(match, x=_transposed(edit, match.x))
-    if found is None:
-        return match
-    lead = [1, -1] if len(shape_of(match.x)) == 3 and gemm.batch == 1 else [-1]
-    if gemm.batch != 1:
-        lead = [gemm.batch, -1]
-    x = activations.signed(edit, found.codes)
-    if len(shape_of(x)) != len(lead) + 1:
-        x = edit.call(aten.reshape.default, x, [*lead, gemm.k])
-    scale = _parameter(edit, found.scale, lead, x)
-    for each in match.tail.row_scales:
-        more = _parameter(edit, each, lead, x)
-        scale = more if scale is None else edit.call(aten.mul.Tensor, scale, more)
-    zero = None
-    if found.zero is not SHIFTED:
-        zero = _parameter(edit, found.zero, lead, x)
-        if found.unsigned:
-            zero = (
-                _parameter(edit, -128.0, lead, x)
-                if zero is None
-                else edit.call(aten.sub.Tensor, zero, 128)
-            )
-    return replace(match, x=x, a_scale=scale, a_zero=zero)
-
-
-def _parameter(edit: Editor, value: Node | float | str | None, lead: list[int], x: Node) -> Any:
-    """A scale or zero point as a float32 [.., M, 1] or one-element node."""
-    if value is None:
-        return None
-    if not isinstance(value, Node):
-        device = x.meta["val"].device
-        return edit.call(aten.full.default, [1], float(value), dtype=torch.float32, device=device)
-    if value.meta["val"].dtype != torch.float32:
-        value = edit.call(CAST, value, torch.float32)
-    single = value.meta["val"].numel()
-    shape = [1] if isinstance(single, int) and single == 1 else [*lead, 1]
-    return edit.call(aten.reshape.default, value, shape)
-
-
-def _apply(edit: Editor, match: Match) -> Decision:
-    gemm, last = match.gemm, match.tail.last
-    rule = next(rule for rule in RULES if rule.applies(match))
-    with edit.at(last):
-        bias = match.tail.bias or gemm.bias
-        late_bias: Node | None = None
-        if bias is not None and (gemm.flipped or not _is_vector(bias, gemm.n)):
-            bias, late_bias = None, bias
-        if bias is not None and len(shape_of(bias)) != 1:
-            bias = edit.call(aten.reshape.default, bias, [gemm.n])
-        if match.integer_bias is not None:
-            tail = match.tail
-            more = integer_sums.as_float_bias(
-                edit, match.integer_bias, tail.column_scales, tail.row_scales
-            )
-            bias = more if bias is None else edit.call(aten.add.Tensor, bias, more)
-        match = _operands(edit, match)
-        new = rule.emit(edit, match, bias)
-        if gemm.flipped:
-            new = _transposed(edit, new)
-        if late_bias is not None:
-            new = edit.call(aten.add.Tensor, new, late_bias)
-        for view in match.tail.views:
-            new = edit.call(view.target, new, *view.args[1:])
-    last.replace_all_uses_with(new)
-    return _decide(gemm, SWAPPED, match.scheme, rule.why, rule.name, match.form.group_size)
-
-
-def _is_vector(node: Node, n: int) -> bool:
-    shape = shape_of(node)
-    return bool(shape) and shape[-1] == n and node.meta["val"].numel() == n
-
-
-def _transposed(edit: Editor, node: Node) -> Node:
-    dims = list(range(len(shape_of(node))))
-    dims[-1], dims[-2] = dims[-2], dims[-1]
-    return edit.call(aten.permute.default, node, dims)

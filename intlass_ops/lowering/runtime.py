@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..explain import record as record_dispatch
 from . import records
 from .storage import (
     DENSE,
@@ -135,15 +136,7 @@ def _add(
     versions = tuple(_version(leaf) for leaf in leaves)
     packed = _pack_off_pool(recipes, leaves) if pack else None
     if packed is not None:
-        records.count("run.packed", len(recipes))
-    for each in packed or ():
-        records.count(f"run.packed.{each.kind}")
-        if each.kind == DENSE:
-            records.count("run.dense")
-            warnings.warn(
-                f"intlass: a weight {list(each.weight.shape)} stays dense: {each.reason}",
-                stacklevel=4,
-            )
+        _note(text.split("\n"), packed)
     known = key in _MEMO
     entry = _Entry(recipes, leaves, packed)
     entry.versions = versions
@@ -153,6 +146,23 @@ def _add(
         for leaf in leaves:
             weakref.finalize(leaf, _MEMO.pop, key, None)
     return packed
+
+
+def _note(lines: Sequence[str], packed: Sequence[Packed]) -> None:
+    """Report what became of the weights of these recipes, joined into one or not."""
+    records.count("run.packed", len(lines))
+    for each, line in zip(
+        packed if len(packed) > 1 else [*packed] * len(lines), lines, strict=True
+    ):
+        records.stored(line, each)
+    for each in packed:
+        records.count(f"run.packed.{each.kind}")
+        if each.kind == DENSE:
+            records.count("run.dense")
+            warnings.warn(
+                f"intlass: a weight {list(each.weight.shape)} stays dense: {each.reason}",
+                stacklevel=5,
+            )
 
 
 def _refresh(entry: _Entry, leaves: Sequence[Tensor]) -> None:
@@ -224,6 +234,9 @@ def multiply(
         x = x.index_select(-1, packed.order)
     weight = packed.weight[rows]
     if packed.kind == DENSE:
+        sizes = (x.shape[:-1].numel(), weight.shape[0], k, k)
+        reason = packed.reason or "not packed yet"
+        record_dispatch("linear_from_leaves", "dense", sizes, "dense", reason, fallback=True)
         return _dense(x, weight, a_scale, a_zero, bias, out_dtype)
     assert packed.scales is not None
     scales = packed.scales[rows]

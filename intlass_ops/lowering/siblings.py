@@ -2,7 +2,7 @@
 
 Lives here: `merge_equal` (common subexpressions: without it q, k and v each quantise the same
 activation) and `fuse` (packed linears with the same activations become one wider GEMM). Not here:
-which linears are swapped (rules.py), how fused weights are packed (runtime.py).
+which linears are swapped (linears.py), how fused weights are packed (runtime.py).
 """
 
 from __future__ import annotations

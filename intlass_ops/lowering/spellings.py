@@ -1,4 +1,4 @@
-"""Rare spellings of a product with a quantised weight, respelled as the ones that rules.py reads.
+"""Rare spellings of a product with a quantised weight, respelled as the ones that linears.py reads.
 
 Lives here: `SPELLINGS` (name, what it recognises and rewrites) and `respell`. Only products of a
 static quantised weight are touched: dense ones stay exactly as they were. Not here: products of
@@ -103,6 +103,32 @@ def _repeated_experts(edit: Editor, node: Node) -> Node | None:
     return edit.call(aten.reshape.default, y, [repeats * experts, -1, n])
 
 
+def _joined_weights(edit: Editor, node: Node) -> Node | None:
+    """x @ cat([a, b]).T: a product for each part, whose codes are found one by one."""
+    if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+        return None
+    x, weight = node.args[-2:]
+    assert isinstance(x, Node)
+    assert isinstance(weight, Node)
+    transposed = weight.target is aten.permute.default
+    joined = weight.args[0] if transposed else weight
+    if not isinstance(joined, Node) or joined.target is not aten.cat.default:
+        return None
+    parts: Any = joined.args[0]
+    dim = joined.args[1] if len(joined.args) > 1 else 0
+    along_n = 0 if transposed else 1
+    if dim not in (along_n, along_n - 2) or edit.is_static(x):
+        return None
+    if not all(len(shape_of(each)) == 2 and edit.quantised(each) for each in parts):
+        return None
+    if transposed:
+        parts = [edit.call(aten.permute.default, each, [1, 0]) for each in parts]
+    y = edit.call(aten.cat.default, [edit.call(aten.mm.default, x, each) for each in parts], 1)
+    if node.target is aten.mm.default:
+        return y
+    return edit.call(aten.add.Tensor, y, node.args[0])
+
+
 _FAKE_QUANTIZERS = {
     "aten.fake_quantize_per_tensor_affine_cachemask.default": ("scale", "zero", "low", "high"),
     "aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default": (
@@ -150,11 +176,18 @@ SPELLINGS: dict[str, Callable[[Editor, Node], Node | None]] = {
     "matrix times vector": _matrix_vector,
     "addmm with alpha or beta": _scaled_sum,
     "experts repeated over a batch": _repeated_experts,
+    "weights joined along N": _joined_weights,
     "fake_quantize": _fake_quantize,
 }
 
 
-_TARGETS = (aten.sum.dim_IntList, aten.addmm.default, aten.baddbmm.default, aten.bmm.default)
+_TARGETS = (
+    aten.sum.dim_IntList,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.bmm.default,
+)
 
 
 def concerns(node: Node) -> bool:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .weights import Measured, NotAffine, Recipe, as_nk, evaluate_real, measure
+from .blocks import measure_rows
+from .weights import Measured, NotAffine, Recipe, as_nk, evaluate_real
 
 INT4 = "int4"
 INT8 = "int8"
@@ -22,7 +23,7 @@ INT4_PAIR = "int4 pair"
 DENSE = "dense"
 
 
-@dataclass
+@dataclass(eq=False)
 class Packed:
     """One weight in our storage. `order`: the K permutation of an act-order weight.
 
@@ -75,12 +76,11 @@ def pack_all(recipes: Sequence[Recipe], leaves: Sequence[Tensor]) -> list[Packed
 
 def _pack(recipe: Recipe, leaves: Sequence[Tensor]) -> Packed:
     """Evaluate, prove and pack; a weight that turns out not to be affine is kept dense."""
-    evaluation = evaluate_real(recipe, leaves)
     try:
-        return _store(measure(evaluation, recipe))
+        return _store(measure_rows(recipe, leaves))
     except NotAffine as problem:
         # A leaf itself must not be kept alive by its own memo entry: a copy.
-        dense = as_nk(evaluation.weight(), recipe).clone(memory_format=torch.contiguous_format)
+        dense = dense_weight(recipe, leaves).clone(memory_format=torch.contiguous_format)
         return Packed(DENSE, dense, reason=str(problem))
 
 

@@ -130,7 +130,9 @@ def _solve(
     exact = (raw - offset) / slope
     codes = exact.round()
     if not bool(((exact - codes).abs() <= 1e-6 * (1 + codes.abs())).all()):
-        raise NotAffine("the weight is not an affine function of the codes (a look-up table?)")
+        raise NotAffine(
+            "an element is not an affine function of its own code (a clamp, a table, a rotation?)"
+        )
     if bool((codes.abs() > 32767).any()):
         raise NotAffine("the codes need more than 16 bits")
     zero = -offset / slope
@@ -164,6 +166,15 @@ def _boundaries(scale: Tensor, zero: Tensor) -> int:
     return math.gcd(k, *at)
 
 
+def _not_grouped(scale: Tensor, zero: Tensor, group: int) -> str:
+    rows = _boundaries(scale.t(), zero.t())
+    if rows > 1 and rows % GROUP_STEP == 0:
+        return "groups run along N, not along K"
+    if _usable(_boundaries(scale, zero[:, :1].expand_as(zero)), scale.shape[1]):
+        return "what is added to the scaled codes is not constant in groups along K"
+    return f"scales change every {group} columns, not in groups of {GROUP_STEP}"
+
+
 def _usable(group: int, k: int) -> bool:
     return group == k or group % GROUP_STEP == 0
 
@@ -176,13 +187,7 @@ def _grouped(codes: Tensor, scale: Tensor, zero: Tensor) -> Measured:
         order = _column_order(scale, zero)
         group = _boundaries(scale[:, order], zero[:, order])
         if not _usable(group, k):
-            rows = _boundaries(scale.t(), zero.t())
-            along_n = rows > 1 and rows % GROUP_STEP == 0
-            raise NotGrouped(
-                "groups run along N, not along K"
-                if along_n
-                else f"scales change every {group} columns, not in groups of {GROUP_STEP}"
-            )
+            raise NotGrouped(_not_grouped(scale, zero, group))
         codes, scale, zero = codes[:, order], scale[:, order], zero[:, order]
     first = slice(None, None, group)
     return Measured(

@@ -306,6 +306,12 @@ def matmul_mxf4_bf16_tn(
     operands are multiplied exactly as integers or in bf16.
 
     Returns [..., N], differentiable in a floating ``a``. TypeError, ValueError: see the message.
+
+    >>> from intlass_ops.fp4 import to_blocked
+    >>> ones = torch.full((1, 16), 0x22, dtype=torch.uint8)  # 2 is the code of 1.0
+    >>> two = to_blocked(torch.full((1, 1), 2.0).to(torch.float8_e8m0fnu))
+    >>> matmul_mxf4_bf16_tn(ones, ones, two, two, torch.tensor(1.0))
+    tensor([[128.]], dtype=torch.bfloat16)
     """
     op = "matmul_mxf4_bf16_tn"
     return _call(op, "mxf4", a, b, a_scale, b_scale, alpha, out_dtype, blocked=True)
@@ -320,7 +326,13 @@ def matmul_ada_mxf4_bf16_tn(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`matmul_mxf4_bf16_tn` with plain scales, [..., K/32] and [N, K/32]."""
+    """:func:`matmul_mxf4_bf16_tn` with plain scales, [..., K/32] and [N, K/32].
+
+    >>> ones = torch.full((1, 16), 0x22, dtype=torch.uint8)
+    >>> two = torch.full((1, 1), 2.0).to(torch.float8_e8m0fnu)
+    >>> matmul_ada_mxf4_bf16_tn(ones, ones, two, two, torch.tensor(1.0))
+    tensor([[128.]], dtype=torch.bfloat16)
+    """
     op = "matmul_ada_mxf4_bf16_tn"
     return _call(op, "mxf4", a, b, a_scale, b_scale, alpha, out_dtype, blocked=False)
 
@@ -338,6 +350,12 @@ def matmul_nvf4_bf16_tn(
     """NVFP4: as :func:`matmul_mxf4_bf16_tn` with float8_e4m3fn scales of 16 k.
 
     alpha is 1 / (global scale of a · global scale of b). ``blocked`` False: plain scales.
+
+    >>> from intlass_ops.fp4 import to_blocked
+    >>> ones = torch.full((1, 16), 0x22, dtype=torch.uint8)
+    >>> two = to_blocked(torch.full((1, 2), 2.0).to(torch.float8_e4m3fn))
+    >>> matmul_nvf4_bf16_tn(ones, ones, two, two, torch.tensor(1.0))
+    tensor([[128.]], dtype=torch.bfloat16)
     """
     op = "matmul_nvf4_bf16_tn"
     return _call(op, "nvf4", a, b, a_scale, b_scale, alpha, out_dtype, blocked)
@@ -353,7 +371,14 @@ def matmul_mxf8_bf16_tn(
     blocked: bool = True,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """MXFP8: as :func:`matmul_mxf4_bf16_tn`, a [..., K] and b [N, K] in float8_e4m3fn."""
+    """MXFP8: as :func:`matmul_mxf4_bf16_tn`, a [..., K] and b [N, K] in float8_e4m3fn.
+
+    >>> from intlass_ops.fp4 import to_blocked
+    >>> ones = torch.ones(1, 32).to(torch.float8_e4m3fn)
+    >>> two = to_blocked(torch.full((1, 1), 2.0).to(torch.float8_e8m0fnu))
+    >>> matmul_mxf8_bf16_tn(ones, ones, two, two, torch.tensor(1.0))
+    tensor([[128.]], dtype=torch.bfloat16)
+    """
     op = "matmul_mxf8_bf16_tn"
     return _call(op, "mxf8", a, b, a_scale, b_scale, alpha, out_dtype, blocked)
 
@@ -368,6 +393,13 @@ def matmul_mxf8_bf16_nn(
     blocked: bool = True,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`matmul_mxf8_bf16_tn` with b [K, N]; its scales are still those of [N, K/32]."""
+    """:func:`matmul_mxf8_bf16_tn` with b [K, N]; its scales are still those of [N, K/32].
+
+    >>> from intlass_ops.fp4 import to_blocked
+    >>> ones = torch.ones(1, 32).to(torch.float8_e4m3fn)
+    >>> two = to_blocked(torch.full((1, 1), 2.0).to(torch.float8_e8m0fnu))
+    >>> matmul_mxf8_bf16_nn(ones, ones.T, two, two, torch.tensor(1.0))
+    tensor([[128.]], dtype=torch.bfloat16)
+    """
     op = "matmul_mxf8_bf16_nn"
     return _call(op, "mxf8", a, b, a_scale, b_scale, alpha, out_dtype, blocked, b_is_kn=True)

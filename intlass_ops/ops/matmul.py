@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cpu, cpu_integers, packing, reference
+from .. import batch_invariance, cpu, cpu_integers, packing, reference
 from ..cuda import launch, plans
 from ..explain import listening, record
 from . import gradients
@@ -61,7 +61,12 @@ def _cpu(
         why = "no fast CPU kernel for this scheme and shape"
         _explain(p, rows.shape[0], "reference float64", why, fallback=True)
         codes = w if p.w_kind == "s8" else packing.unpack(w, p.k, p.w_kind == "s4")
-        y = reference.matmul(rows, codes, s, z, a_scale=sa, a_zero=za, alpha=alpha, bias=bias)
+        if batch_invariance.enabled():
+            x = rows.double() if za is None else rows.double() - za.double()
+            y = batch_invariance.row_by_row(x, reference.dequantize(codes, s, z))
+            y = reference.scale_and_shift(y, sa, alpha, bias)
+        else:
+            y = reference.matmul(rows, codes, s, z, a_scale=sa, a_zero=za, alpha=alpha, bias=bias)
     return reference.round_once(y, p.out_dtype).view(*a.shape[:-1], p.n)
 
 
@@ -124,6 +129,7 @@ def _cuda(
         out_dtype,
         a.data_ptr() % 16,
         w.data_ptr() % 16,
+        batch_invariance.enabled(),
     )
     plan = launch.find(key)
     if plan is None:
@@ -147,7 +153,8 @@ def _cuda_float32(
     _explain(p, math.prod(a.shape[:-1]), "dequantize + mm", why, fallback=True)
     dense = torch.ops.intlass.dequantize(w, scales, zeros, p.k, torch.float32)
     rows = a.reshape(math.prod(a.shape[:-1]), p.k)
-    return _finish(p, rows @ dense.T, alpha, bias).view(*a.shape[:-1], p.n)
+    y = batch_invariance.row_by_row(rows, dense) if batch_invariance.enabled() else rows @ dense.T
+    return _finish(p, y, alpha, bias).view(*a.shape[:-1], p.n)
 
 
 def _int4(kernel: Any) -> Any:

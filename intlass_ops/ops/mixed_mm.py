@@ -156,6 +156,12 @@ def mixed_mm(
 
     Differentiable in ``a``, the gradient taking the other direction on the same buffer.
     Raises ValueError or TypeError naming what does not fit.
+
+    >>> from intlass_ops import pack_int4
+    >>> w = torch.tensor([[1, 2]] * 16)  # [K, N]
+    >>> b, scales = pack_int4(w.T).T, torch.ones(1, 2)
+    >>> mixed_mm(torch.ones(1, 16), b, scales, None, group_size=16)
+    tensor([[16., 32.]])
     """
     if b.dim() != 2 or b.dtype != torch.uint8:
         raise TypeError(f"mixed_mm: b is {b.dtype} {tuple(b.shape)}; expected uint8 [K/2, N]")

@@ -1,13 +1,14 @@
 """Rotation, scale, rounding and packing of activations in one pass, as a Triton kernel.
 
-The mathematics and the checks are in ../fused_quantize.py. A program takes BM rows of one span, the
-larger of a group and a rotation. It rotates the span twice, once for the scales and once for the
-codes: the second time x comes from cache, and nothing is kept in between.
+The mathematics and the checks are in ../fused_quantize.py. A program takes BM rows of a span: a
+tile of W columns that whole groups fill, or one longer group in several tiles. A tile is read as it
+lies in memory and multiplied by h as a matrix with R columns. Long groups are rotated twice, once
+for their scale and once for the codes: the second time x comes from cache.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from ..fused_quantize import Plan
 
 _FORMATS = {"int8": 0, "int4": 1, "mx": 2, "nv": 3}
+# Values of a tile, and the largest group that lies in one.
+_TILE = 4096
+_GROUP_IN_TILE = 1024
 _INT8, _MX = tl.constexpr(_FORMATS["int8"]), tl.constexpr(_FORMATS["mx"])
 
 
@@ -64,72 +68,82 @@ def _e2m1(y):
 
 
 @triton.jit
-def _rotated(x_ptr, h, row, column, k, inside, R: tl.constexpr):
-    at = row.to(tl.int64)[:, None] * k + column + tl.arange(0, R)[None, :]
-    x = tl.load(x_ptr + at, mask=inside[:, None], other=0.0)
-    return tl.dot(x, h, input_precision="ieee")
+def _rotated(
+    x_ptr, h, row, column, m, end, k,
+    BM: tl.constexpr, W: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The tile times h, float32 [BM, GROUPS, W / GROUPS]; zeros outside of x."""
+    at = row.to(tl.int64)[:, None] * k + column[None, :]
+    x = tl.load(x_ptr + at, mask=(row < m)[:, None] & (column < end)[None, :], other=0.0)
+    xh = tl.dot(tl.reshape(x, (BM * W // R, R)), h, input_precision="ieee")
+    return tl.reshape(xh, (BM, GROUPS, W // GROUPS))
 
 
 @triton.jit
 def _kernel(
-    x_ptr, h_ptr, codes_ptr, scales_ptr, mask_ptr, m, k, global_scale, quest_factor,
+    x_ptr, h_ptr, codes_ptr, scales_ptr, mask_ptr, m, k, span, group_size,
+    global_scale, quest_factor,
     FORMAT: tl.constexpr, INTEGER: tl.constexpr, QUEST: tl.constexpr, MASK: tl.constexpr,
-    BM: tl.constexpr, R: tl.constexpr, CHUNKS: tl.constexpr, SUB: tl.constexpr,
+    BM: tl.constexpr, W: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """CHUNKS rotations in a span, SUB groups in a rotation; one of them is 1."""
+    """GROUPS in a tile, TILES in a span; one of them is 1."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
-    inside = row < m
-    span = tl.program_id(1)
-    first = span * CHUNKS * R
-    G: tl.constexpr = R // SUB
+    first = tl.program_id(1) * span
+    end = tl.minimum(first + span, k)
+    wide = tl.arange(0, W)
     h = tl.load(h_ptr + tl.arange(0, R)[:, None] * R + tl.arange(0, R)[None, :])
 
-    amax = tl.zeros((BM, SUB), tl.float32)
-    total = tl.zeros((BM, SUB), tl.float32)
-    squares = tl.zeros((BM, SUB), tl.float32)
-    for chunk in range(CHUNKS):
-        xh = tl.reshape(_rotated(x_ptr, h, row, first + chunk * R, k, inside, R), (BM, SUB, G))
-        # adding 0·x keeps a NaN, which a maximum would drop
-        amax = tl.maximum(amax, tl.max(tl.abs(xh), 2))
-        total += tl.sum(xh, 2)
-        squares += tl.sum(xh * xh, 2)
+    rotated = _rotated(x_ptr, h, row, first + wide, m, end, k, BM, W, R, GROUPS)
+    amax = tl.max(tl.abs(rotated), 2)
+    total = tl.sum(rotated, 2)
+    squares = tl.sum(rotated * rotated, 2)
+    for tile in range(1, TILES):
+        more = _rotated(x_ptr, h, row, first + tile * W + wide, m, end, k, BM, W, R, GROUPS)
+        amax = tl.maximum(amax, tl.max(tl.abs(more), 2))
+        total += tl.sum(more, 2)
+        squares += tl.sum(more * more, 2)
+    # adding 0·x keeps a NaN, which a maximum would drop
     amax += total * 0.0
-    count = CHUNKS * G
-    rms2 = squares / count
-    mean = total / count
+    rms2 = squares / group_size
+    mean = total / group_size
     spread = tl.sqrt_rn(tl.maximum(rms2 - mean * mean, 0.0) + total * 0.0)
 
     factor = 1.0
-    at = row.to(tl.int64)[:, None] * (k // count) + span * SUB + tl.arange(0, SUB)[None, :]
+    group = first // group_size + tl.arange(0, GROUPS)
+    at = row.to(tl.int64)[:, None] * (k // group_size) + group[None, :]
+    inside = (row < m)[:, None] & (group < k // group_size)[None, :]
     if INTEGER:
         qmax: tl.constexpr = 127.0 if FORMAT == _INT8 else 7.0
         if QUEST:
             scale = quest_factor * tl.sqrt_rn(rms2)
         else:
-            scale = tl.div_rn(amax, tl.full((BM, SUB), qmax, tl.float32))
+            scale = tl.div_rn(amax, tl.full((BM, GROUPS), qmax, tl.float32))
         scale = tl.where(scale == 0.0, 1.0, scale)
         divisor = scale
-        tl.store(scales_ptr + at, scale, mask=inside[:, None])
+        tl.store(scales_ptr + at, scale, mask=inside)
     elif FORMAT == _MX:
         base = (quest_factor * spread if QUEST else amax) + 1e-8
         field = (base.to(tl.int32, bitcast=True) >> 23) & 255
         divisor = tl.where(field == 255, float("nan"), _power_of_two(field))
         factor = 1.0 if QUEST else 3.0
-        tl.store(scales_ptr + at, field.to(tl.uint8), mask=inside[:, None])
+        tl.store(scales_ptr + at, field.to(tl.uint8), mask=inside)
     else:
-        six = tl.full((BM, SUB), 6.0, tl.float32)
+        six = tl.full((BM, GROUPS), 6.0, tl.float32)
         base = global_scale * (quest_factor * spread if QUEST else tl.div_rn(amax, six))
         base = tl.where(tl.abs(base) < float("inf"), base, float("nan"))
         value, scale_code = _e4m3(base)
         divisor = tl.where(value == 0.0, float("inf"), value)
         factor = global_scale
-        tl.store(scales_ptr + at, scale_code.to(tl.uint8), mask=inside[:, None])
+        tl.store(scales_ptr + at, scale_code.to(tl.uint8), mask=inside)
 
-    for chunk in range(CHUNKS):
-        column = first + chunk * R
-        xh = tl.reshape(_rotated(x_ptr, h, row, column, k, inside, R), (BM, SUB, G))
-        y = tl.div_rn(xh * factor, tl.broadcast_to(divisor[:, :, None], (BM, SUB, G)))
-        y = tl.reshape(y, (BM, R))
+    for tile in range(TILES):
+        start = first + tile * W
+        if TILES > 1:
+            xh = _rotated(x_ptr, h, row, start + wide, m, end, k, BM, W, R, GROUPS)
+        else:
+            xh = rotated
+        y = tl.div_rn(xh * factor, tl.broadcast_to(divisor[:, :, None], xh.shape))
+        y = tl.reshape(y, (BM, W))
         if INTEGER:
             bound: tl.constexpr = 127.0 if FORMAT == _INT8 else 7.0
             q = _rint(tl.minimum(tl.maximum(y, -bound - 1.0), bound + 1.0))
@@ -140,18 +154,43 @@ def _kernel(
             kept = tl.abs(y) < (18.0 if FORMAT == _MX and not QUEST else 6.0)
             code = _e2m1(y)
         line = row.to(tl.int64)[:, None]
+        here = (row < m)[:, None]
         if FORMAT == _INT8:
-            out = line * k + column + tl.arange(0, R)[None, :]
-            tl.store(codes_ptr + out, code.to(tl.int8), mask=inside[:, None])
+            column = start + wide
+            out = line * k + column[None, :]
+            tl.store(codes_ptr + out, code.to(tl.int8), mask=here & (column < end)[None, :])
         else:
-            low, high = tl.split(tl.reshape(code & 15, (BM, R // 2, 2)))
-            out = (line * k + column) // 2 + tl.arange(0, R // 2)[None, :]
-            tl.store(codes_ptr + out, (low | (high << 4)).to(tl.uint8), mask=inside[:, None])
+            low, high = tl.split(tl.reshape(code & 15, (BM, W // 2, 2)))
+            byte = start // 2 + tl.arange(0, W // 2)
+            out = line * (k // 2) + byte[None, :]
+            packed = (low | (high << 4)).to(tl.uint8)
+            tl.store(codes_ptr + out, packed, mask=here & (byte < end // 2)[None, :])
         if MASK:
-            place = tl.arange(0, 8)[None, None, :]
-            bits = tl.reshape(kept.to(tl.int32), (BM, R // 8, 8)) << place
-            out = (line * k + column) // 8 + tl.arange(0, R // 8)[None, :]
-            tl.store(mask_ptr + out, tl.sum(bits, 2).to(tl.uint8), mask=inside[:, None])
+            bits = tl.reshape(kept.to(tl.int32), (BM, W // 8, 8)) << tl.arange(0, 8)[None, None, :]
+            byte = start // 8 + tl.arange(0, W // 8)
+            out = line * (k // 8) + byte[None, :]
+            bits = tl.sum(bits, 2).to(tl.uint8)
+            tl.store(mask_ptr + out, bits, mask=here & (byte < end // 8)[None, :])
+
+
+class _Tiling(NamedTuple):
+    span: int  # columns of a program
+    bm: int
+    w: int
+    groups: int  # in a tile
+    tiles: int  # in a span
+
+
+def _tiling(k: int, r: int, g: int) -> _Tiling:
+    """Tiles of _TILE values.
+
+    Short groups fill a tile if their size is a power of two, others take programs of their own.
+    """
+    if g <= _GROUP_IN_TILE and g & (g - 1) == 0:
+        w = max(g, r, min(triton.next_power_of_2(k), 1024))
+        return _Tiling(w, max(_TILE // w, 1), w, w // g, 1)
+    w = max(r, min(triton.next_power_of_2(g), 2048))
+    return _Tiling(g, max(_TILE // w, 1), w, 1, triton.cdiv(g, w))
 
 
 def fused_quantize(
@@ -174,10 +213,10 @@ def fused_quantize(
         *lead, k // g, dtype=torch.float32 if integer else torch.uint8, device=x.device
     )
     mask = torch.empty(*lead, k // 8 if return_mask else 0, dtype=torch.uint8, device=x.device)
-    bm = 16 if r >= 128 else 32
+    tiling = _tiling(k, r, g)
     kernel: Any = _kernel
     if m:
-        kernel[(triton.cdiv(m, bm), k // max(g, r))](
+        kernel[(triton.cdiv(m, tiling.bm), triton.cdiv(k, tiling.span))](
             rows,
             h.to(x.device, x.dtype).contiguous(),
             codes,
@@ -185,15 +224,18 @@ def fused_quantize(
             mask,
             m,
             k,
+            tiling.span,
+            g,
             plan.global_scale,
             QUEST_INT.get(8 if plan.format == "int8" else 4) if integer else QUEST_E2M1,
             FORMAT=_FORMATS[plan.format],
             INTEGER=integer,
             QUEST=plan.quest,
             MASK=return_mask,
-            BM=bm,
+            BM=tiling.bm,
+            W=tiling.w,
             R=r,
-            CHUNKS=max(g // r, 1),
-            SUB=max(r // g, 1),
+            GROUPS=tiling.groups,
+            TILES=tiling.tiles,
         )
     return codes, scales, mask

@@ -1,0 +1,259 @@
+"""Figures and tables of the documentation, from benchmarks/results: python benchmarks/plots.py
+
+Writes docs/figures/*.svg and, in docs/*.md, what stands between `<!-- table NAME -->` and
+`<!-- end -->`. With --check nothing is written and the exit code says whether a table is stale.
+Only what lies in benchmarks/results is shown: no number of the pages' tables is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from intlass_ops import config
+
+ROOT = Path(__file__).parent.parent
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+SHAPES = ((4096, 4096), (28672, 4096), (57344, 8192))
+PEERS = {
+    "bf16_mm": "bf16, `torch.mm`",
+    "tinygemm": "INT4, `_weight_int4pack_mm`",
+    "int_mm": "INT8, `torch._int_mm`, no scales",
+    "intlass_w4a16_sm80": "W4A16",
+    "intlass_w4a8_g128_sm80": "W4A8",
+    "intlass_w4a4_sm80": "W4A4",
+    "intlass_w8a16_sm80": "W8A16",
+    "intlass_w8a8_sm80": "W8A8",
+}
+HOPPER = {
+    ("bf16", "s4", "128"): "W4A16",
+    ("s8", "s4", "128"): "W4A8",
+    ("s8", "s8", "channel"): "W8A8",
+}
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def us(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def portable() -> dict[tuple[str, int, int, int], float]:
+    """Microseconds by (name, N, K, M) of the portable kernels and their peers."""
+    rows = read("h200-sm80.json")["rows"]
+    return {(r["peer"], r["N"], r["K"], r["M"]): r["us"] for r in rows if r["ok"]}
+
+
+def hopper() -> dict[tuple[str, int, int, int], tuple[float | None, float]]:
+    """(time of the tile that is picked, of the fastest one), microseconds, of hopper.cu."""
+    figures = read("h200-tiles.json")
+    columns = figures["columns"][2:]
+    found = {}
+    for each in figures["problems"]:
+        scheme = HOPPER.get((each["activations"], each["weights"], str(each["group_size"])))
+        if scheme is None or each["zeros"]:
+            continue
+        n, k, m = each["n"], each["k"], each["m"]
+        picked = _picked(each)
+        tile = [int(getattr(picked, name)) for name in columns]
+        times = {tuple(map(int, row[2:])): row[0] for row in each["tiles"]}
+        found[scheme, n, k, m] = (times.get(tuple(tile)), min(times.values()))
+    return found
+
+
+def _picked(problem: Any) -> Any:
+    group = problem["group_size"]
+    shape = config.Shape(
+        x_kind=problem["activations"],
+        w_kind=problem["weights"],
+        scale_type="float",
+        zero_type="float",
+        out_type="__nv_bfloat16",
+        has_zeros=problem["zeros"],
+        has_a_zero=False,
+        aligned=True,
+        m=problem["m"],
+        n=problem["n"],
+        k=problem["k"],
+        group_size=problem["k"] if group == "channel" else int(group),
+    )
+    return config.pick(config.device_of("sm_90a"), shape)
+
+
+def gemm_table() -> str:
+    times = portable()
+    tokens = (1, 16, 128, 2048)
+    rows = []
+    for n, k in SHAPES:
+        for peer, name in PEERS.items():
+            cells = [us(times[peer, n, k, m]) for m in tokens]
+            rows.append([f"{n}x{k}", name, *cells])
+    return table(["N x K", "", *(f"M = {m}" for m in tokens)], rows)
+
+
+def hopper_table() -> str:
+    times, others = hopper(), portable()
+    tokens = (32, 128, 512, 2048)
+    rows = []
+    for n, k in SHAPES[:2]:
+        for scheme in HOPPER.values():
+            cells = [_both(times.get((scheme, n, k, m))) for m in tokens]
+            rows.append([f"{n}x{k}", scheme, *cells])
+        dense = [others.get(("bf16_mm", n, k, m)) for m in tokens]
+        rows.append([f"{n}x{k}", PEERS["bf16_mm"], *("-" if t is None else us(t) for t in dense)])
+    return table(["N x K", "", *(f"M = {m}" for m in tokens)], rows)
+
+
+def _both(times: tuple[float | None, float] | None) -> str:
+    if times is None:
+        return "-"
+    picked, best = times
+    return us(best) if picked == best else f"{'?' if picked is None else us(picked)} ({us(best)})"
+
+
+def model_table() -> str:
+    rows = read("h200-llama.json")["rows"]
+    cases = list(dict.fromkeys(r["case"] for r in rows))
+    speeds = {(r["variant"], r["case"]): r["tokens_per_s"] for r in rows}
+    names = {"bf16": "bf16", "intlass_w4a16": "W4A16", "intlass_w4a8": "W4A8"}
+    names["intlass_w8a8"] = "W8A8"
+    lines = []
+    for variant, name in names.items():
+        cells = [speeds.get((variant, case)) for case in cases]
+        lines.append([name, *("-" if v is None else f"{v:.0f}" for v in cells)])
+    words = {"decode_b1": "decode, 1 sequence", "decode_b64": "decode, 64 sequences"}
+    words["prefill_4096"] = "prefill, 4096 tokens"
+    return table(["tokens/s", *(words[case] for case in cases)], lines)
+
+
+def demo_table() -> str:
+    figures = read("demo-h200.json")
+    both = [figures["intlass"], figures["dense"]]
+    rows = [
+        ["weights, MB", *(f"{c['weight_bytes'] / 1e6:.0f}" for c in both)],
+        ["perplexity, 8176 tokens", *(f"{c['perplexity']:.3f}" for c in both)],
+        ["decode, tokens/s", *(f"{c['tokens_per_second']['decode']:.0f}" for c in both)],
+        ["prefill, tokens/s", *(f"{c['tokens_per_second']['prefill']:.0f}" for c in both)],
+    ]
+    return table(["SmolLM2-135M", "INT4/INT8", "dense bf16"], rows)
+
+
+def lowering_table() -> str:
+    """How many linears of each library's models are swapped, by device."""
+    devices = {"CPU": "lowering-cpu.json", "H200": "lowering-cuda.json"}
+    seen = {device: _swapped(read(file)) for device, file in devices.items()}
+    names = dict.fromkeys(name for each in seen.values() for name in each)
+    rows = [
+        [name, *(each.get(name, "-") for each in seen.values())]
+        for name in names
+        if not name.startswith("hand-written")
+    ]
+    return table(["model", *devices], rows)
+
+
+def _swapped(figures: Any) -> dict[str, str]:
+    return {
+        row["name"]: f"{row['swapped']} of {row['products']}" if "swapped" in row else "not run"
+        for row in figures["rows"]
+    }
+
+
+def accuracy_table() -> str:
+    path = RESULTS / "accuracy-cpu.md"
+    if not path.exists():
+        return "Not measured yet: `python benchmarks/accuracy.py` makes the table."
+    lines = path.read_text().splitlines()
+    return "\n".join(line for line in lines if line.startswith("|"))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy_table,
+    "demo": demo_table,
+    "gemm": gemm_table,
+    "hopper": hopper_table,
+    "lowering": lowering_table,
+    "model": model_table,
+}
+
+
+def filled(text: str) -> str:
+    """A page with its tables made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def draw() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "intlass"  # the same file from the same numbers
+    (DOCS / "figures").mkdir(exist_ok=True)
+    times, wgmma = portable(), hopper()
+    panels = (("W4A16", "tinygemm"), ("W4A8", "tinygemm"), ("W8A8", "int_mm"))
+    ours = {"W4A16": "intlass_w4a16_sm80", "W4A8": "intlass_w4a8_g128_sm80"}
+    ours["W8A8"] = "intlass_w8a8_sm80"
+    for n, k in SHAPES[:2]:
+        figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.4), sharey=True)
+        for panel, (scheme, peer) in zip(axes, panels, strict=True):
+            lines = {
+                "bf16, torch.mm": _line(times, "bf16_mm", n, k),
+                PEERS[peer].replace("`", ""): _line(times, peer, n, k),
+                f"{scheme}, portable": _line(times, ours[scheme], n, k),
+                f"{scheme}, hopper.cu, fastest tile": [
+                    (m, best) for m, (_, best) in _line(wgmma, scheme, n, k)
+                ],
+            }
+            for name, points in lines.items():
+                panel.loglog(*zip(*points, strict=True), marker=".", label=name, base=2)
+            panel.set(title=scheme, xlabel="tokens M")
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize="x-small")
+        axes[0].set_ylabel("microseconds")
+        figure.suptitle(f"One H200, {n}x{k}, cold weights, groups of 128 for INT4")
+        figure.tight_layout()
+        figure.savefig(DOCS / "figures" / f"gemm-{n}x{k}.svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _line(times: dict[Any, Any], name: str, n: int, k: int) -> list[tuple[int, Any]]:
+    return sorted((key[3], t) for key, t in times.items() if key[:3] == (name, n, k))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say whether a table is stale")
+    options = parser.parse_args()
+    stale = []
+    for page in sorted(DOCS.glob("*.md")):
+        before = page.read_text()
+        after = filled(before)
+        if after != before:
+            stale.append(page.name)
+            if not options.check:
+                page.write_text(after)
+    if options.check:
+        print(f"stale: {', '.join(stale)}" if stale else "all tables are those of the results")
+        return 1 if stale else 0
+    draw()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""`open_reader`: which of the formats a checkpoint directory is in, by what its config says."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from ..nn import Activation
+from . import FormatError, hqq
+from .awq import Awq
+from .checkpoint import Checkpoint, read_json
+from .compressed_tensors import CompressedTensors
+from .gptq import Gptq
+from .stored import StoredWeight
+from .torchao import Torchao
+
+
+class Reader(Protocol):
+    """What a format offers: the linears of a checkpoint, one by one."""
+
+    checkpoint: Checkpoint
+    paths: list[str]  # modules whose weights are quantised
+
+    def stored(self, path: str) -> StoredWeight: ...
+
+    def activation(self, path: str) -> Activation: ...
+
+
+FORMATS = ("gptq", "awq", "compressed-tensors", "hqq", "torchao")
+
+
+def quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """quantization_config of config.json, or what older writers put into a file of its own."""
+    config = checkpoint.config.get("quantization_config")
+    if config is None:
+        config = checkpoint.config.get("compression_config")
+    file = checkpoint.directory / "quantize_config.json"
+    if config is None and file.is_file():
+        config = {"quant_method": "gptq", **read_json(file)}
+    if config is None and checkpoint.layers(hqq.MARKER):
+        # HQQ's own files have no config for it: their layers describe themselves.
+        config = {"quant_method": "hqq"}
+    if not isinstance(config, dict):
+        raise FormatError(
+            f"{checkpoint.directory}: config.json has no quantization_config: this is not a "
+            "quantised checkpoint (to quantise one: intlass quantize)"
+        )
+    return config
+
+
+def open_reader(checkpoint: Checkpoint, *, checkpoint_format: str | None = None) -> Reader:
+    """The reader of a checkpoint; ``checkpoint_format`` overrides the version of a GPTQ one.
+
+    Raises FormatError for a method that is not read and a config that does not make sense.
+
+    >>> reader = open_reader(Checkpoint("llama-awq"))                          # doctest: +SKIP
+    >>> reader.stored("model.layers.0.mlp.up_proj").load().dequantize()        # doctest: +SKIP
+    """
+    config = quantization_config(checkpoint)
+    method = config.get("quant_method")
+    if checkpoint_format is not None and method != "gptq":
+        raise FormatError(
+            f"{checkpoint.directory}: checkpoint_format={checkpoint_format!r} is for GPTQ, this "
+            f"checkpoint is {method!r}"
+        )
+    if method == "gptq":
+        return Gptq(checkpoint, config, checkpoint_format)
+    if method == "awq":
+        return Awq(checkpoint, config)
+    if method == "compressed-tensors":
+        return CompressedTensors(checkpoint, config)
+    if method == "hqq":
+        return hqq.Hqq(checkpoint)
+    if method == "torchao":
+        return Torchao(checkpoint)
+    raise FormatError(
+        f"{checkpoint.directory}: quant_method is {method!r}; read are {', '.join(FORMATS)}"
+    )

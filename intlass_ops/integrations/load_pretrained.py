@@ -1,0 +1,214 @@
+"""`load_pretrained`: GPTQ, AWQ, compressed-tensors, GGUF and our own checkpoints on our layers.
+
+Lives here: how the tensors of a checkpoint become those of a transformers model, one at a time. Not
+here: the formats (formats/), how our own are described and saved (transformers_quantizer.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from ..formats import CanonicalWeight, FormatError
+from ..formats.checkpoint import Checkpoint
+from ..formats.gguf import GGUFFile
+from ..formats.layers import METHOD, LayerSpec, buffers_of, write_specs
+from ..formats.reader import Reader, open_reader, quantization_config
+from ..formats.stored import StoredWeight
+from ..ops._library import FLOATS
+from . import gguf_llama
+from . import transformers_quantizer as _quantizer  # noqa: F401  (registers quant_method="intlass")
+
+
+class Deferred:
+    """What safetensors calls a slice: a tensor that is read when it is indexed with ``...``."""
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], Tensor]):
+        self.dtype, self.shape, self._read = dtype, shape, read
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._read()[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+
+State = dict[str, Deferred]
+
+
+def load_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    device_map: Any = None,
+    dtype: torch.dtype | None = None,
+    checkpoint_format: str | None = None,
+) -> PreTrainedModel:
+    """A transformers model whose quantised linears are `IntLinear`s with the checkpoint's codes.
+
+    ``path``: a directory with config.json and safetensors in GPTQ, AWQ, compressed-tensors or our
+    own layout, or a GGUF file of a Llama. Codes, scales and zero points are those of the file, not
+    rounded again; weights are read one by one, so the peak is about the quantised size.
+    ``device_map`` as in transformers; ``dtype`` is that of everything that is not quantised
+    (default: the checkpoint's; float32 for GGUF). ``checkpoint_format``: "gptq" or "gptq_v2", for
+    GPTQ files that contradict themselves. The model's ``save_pretrained`` writes our layout.
+
+    Raises FileNotFoundError, FormatError (a ValueError) for a checkpoint that is damaged or of a
+    kind that is not read, and ValueError for weights that do not fit the model.
+
+    >>> model = load_pretrained("llama-3-8b-gptq", device_map="cuda")         # doctest: +SKIP
+    """
+    path = Path(path)
+    if path.is_file():
+        return _load_gguf(path, device_map, dtype)
+    checkpoint = Checkpoint(path)
+    if quantization_config(checkpoint).get("quant_method") == METHOD:
+        return _finish(path, *_from_directory(path, device_map, dtype))
+    reader = open_reader(checkpoint, checkpoint_format=checkpoint_format)
+    if not reader.paths:
+        raise FormatError(f"{path}: no quantised weight in this checkpoint")
+    specs, state = _layers(reader)
+    config = AutoConfig.from_pretrained(path)
+    config.quantization_config = write_specs(specs)
+    if dtype is None:
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    model, info = class_of(config).from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        device_map=device_map,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return _finish(path, model, info)
+
+
+def _from_directory(path: Path, device_map: Any, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    loaded: tuple[Any, Any] = class_of(AutoConfig.from_pretrained(path)).from_pretrained(
+        path, device_map=device_map, dtype=dtype or "auto", output_loading_info=True
+    )
+    return loaded
+
+
+def class_of(config: Any) -> Any:
+    """The model class that a config names."""
+    names = config.architectures or [None]
+    found = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise FormatError(f"architecture {names[0]!r} is not one of transformers")
+    return found
+
+
+def _finish(path: Path, model: PreTrainedModel, info: Mapping[str, Any]) -> PreTrainedModel:
+    """Random weights in place of missing ones would be a silent error: refuse them."""
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(str(each) for each in info.get(kind, ()))
+        if names:
+            raise FormatError(
+                f"{path}: {kind.replace('_keys', '')} tensors for {type(model).__name__}: "
+                f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            )
+    return model.eval()
+
+
+def _layers(reader: Reader) -> tuple[dict[str, LayerSpec], State]:
+    """Specs of the quantised layers, and every tensor of the model."""
+    specs: dict[str, LayerSpec] = {}
+    state: State = {}
+    checkpoint = reader.checkpoint
+    for path in reader.paths:
+        stored = reader.stored(path)
+        spec, buffers = buffers_of(stored, reader.activation(path))
+        specs[path] = _add(state, path, spec, buffers)
+        bias = checkpoint.tensors.get(f"{path}.bias")
+        if bias is not None:
+            n = stored.shape[0]
+            if bias.dtype not in FLOATS or bias.shape != (n,):
+                raise FormatError(
+                    f"{bias.file}: {path}.bias is {bias.stored} {list(bias.shape)}; expected "
+                    f"floating point [{n}]"
+                )
+            entry = ("bias", bias.dtype, bias.shape)
+            specs[path] = replace(specs[path], tensors=(*specs[path].tensors, entry))
+    for name, header in checkpoint.tensors.items():
+        path, _, part = name.rpartition(".")
+        if path in specs and part != "bias":
+            continue
+        if header.dtype is None:
+            raise FormatError(f"{header.file}: {name} is {header.stored}, which is not read")
+        state[name] = Deferred(header.dtype, header.shape, _reading(checkpoint, name))
+    return specs, state
+
+
+def _add(
+    state: State, path: str, spec: LayerSpec, buffers: Mapping[str, Callable[[], Tensor]]
+) -> LayerSpec:
+    for name, dtype, shape in spec.tensors:
+        state[f"{path}.{name}"] = Deferred(dtype, shape, buffers[name])
+    return spec
+
+
+def _reading(checkpoint: Checkpoint, name: str) -> Callable[[], Tensor]:
+    return lambda: checkpoint.read(name)
+
+
+def _load_gguf(path: Path, device_map: Any, dtype: torch.dtype | None) -> PreTrainedModel:
+    file = GGUFFile(path)
+    config = gguf_llama.config_of(file)
+    dtype = dtype or torch.float32
+    specs: dict[str, LayerSpec] = {}
+    state: State = {}
+    for name, module in list(gguf_llama.targets(config)):
+        info = file.info(name)
+        tied = module == "model.embed_tokens" and config.tie_word_embeddings
+        if file.is_quantized(name) and (tied or module != "model.embed_tokens"):
+            head = "lm_head" if tied else module
+            stored = _gguf_weight(file, name, config)
+            specs[head] = _add(state, head, *buffers_of(stored, None))
+            # Looked up in floating point, multiplied in integers: two tensors from here on.
+            config.tie_word_embeddings = config.tie_word_embeddings and not tied
+        if module == "model.embed_tokens" or not file.is_quantized(name):
+            read = _gguf_dense(file, name, config, dtype)
+            state[f"{module}.weight"] = Deferred(dtype, info.shape, read)
+    config.quantization_config = write_specs(specs)
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = dtype
+    model, loaded = transformers.LlamaForCausalLM.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        device_map=device_map,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    return _finish(path, model, loaded)
+
+
+def _gguf_weight(file: GGUFFile, name: str, config: Any) -> StoredWeight:
+    def read() -> CanonicalWeight:
+        weight = gguf_llama.read_tensor(file, name, config)
+        assert isinstance(weight, CanonicalWeight)
+        return weight
+
+    w = read()
+    return StoredWeight(name, w.bits, w.shape, w.scales, w.zeros, None, lambda: read().codes)
+
+
+def _gguf_dense(file: GGUFFile, name: str, config: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        weight = gguf_llama.read_tensor(file, name, config)
+        return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+
+    return read

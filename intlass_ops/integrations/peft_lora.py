@@ -1,0 +1,53 @@
+"""LoRA of peft on a quantised base: adapters train beside codes that stay as they are.
+
+Lives here: the layer that peft puts around an `IntLinear`, and `lora_config`, which tells peft so.
+Not here: fine-tuning without peft (qat.py).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear
+
+from ..nn import IntLinear, PackedLinear
+
+
+class LoraIntLinear(Linear):  # type: ignore[misc]
+    """y = base(x) + scaling · B(A(dropout(x))), with the base in INT4 or INT8.
+
+    Several adapters, switching between them and saving work as on any layer of peft. Gradients
+    reach x through weight-only bases (w4a16, w8a16); bases that quantise their activations have
+    none, so adapters below them cannot be trained.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        with warnings.catch_warnings():
+            # peft warns of base layers it does not know, before it is told that this one does.
+            warnings.filterwarnings("ignore", "Unsupported layer type")
+            super().__init__(*args, **options)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: rounding the sum to the base's codes again would lose most of the adapter."""
+        raise NotImplementedError(
+            "merge: the base is quantised, and its codes cannot hold the adapter; keep it beside "
+            "the base, or merge it into the floating-point model and quantise that"
+        )
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+
+def lora_config(**options: Any) -> LoraConfig:
+    """`peft.LoraConfig` that knows our layers; ``options`` are its own.
+
+    >>> from peft import get_peft_model                                       # doctest: +SKIP
+    >>> model = intlass_ops.load_pretrained("llama-int4")                     # doctest: +SKIP
+    >>> config = lora_config(r=8, target_modules=["q_proj", "v_proj"])        # doctest: +SKIP
+    >>> model = get_peft_model(model, config)                                 # doctest: +SKIP
+    """
+    config = LoraConfig(**options)
+    config._register_custom_module({IntLinear: LoraIntLinear, PackedLinear: LoraIntLinear})
+    return config

@@ -1,0 +1,290 @@
+"""Checkpoints of a random two-layer Llama in other libraries' layouts, written without their code.
+
+`write(directory, form)` makes one and returns the model it stands for, dequantised. Every form has
+the codes drawn here; packing is spelled out bit by bit, as the formats' descriptions have it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+GROUP = 16
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass
+class Weight:
+    """w[n, k] = s[n, g[k]]·(q[n, k] - z[n, g[k]])."""
+
+    q: Tensor  # [N, K] unsigned
+    z: Tensor  # [N, G]
+    s: Tensor  # [N, G] fp16
+    g: Tensor  # [K]
+    bits: int
+
+    def dense(self) -> Tensor:
+        return (self.q - self.z[:, self.g]).float() * self.s.float()[:, self.g]
+
+
+def draw(
+    n: int, k: int, seed: int, *, bits: int = 4, symmetric: bool = False, shuffled: bool = False,
+    groups: int | None = None,
+) -> Weight:  # fmt: skip
+    rng = torch.Generator().manual_seed(seed)
+    groups = groups or k // GROUP
+    q = torch.randint(0, 1 << bits, (n, k), generator=rng)
+    z = torch.randint(0, 1 << bits, (n, groups), generator=rng)
+    s = (torch.rand(n, groups, generator=rng) * 0.5 + 0.5) * 0.6 / (1 << bits)
+    g = torch.arange(k) // (k // groups)
+    if shuffled:
+        g = g[torch.randperm(k, generator=rng)]
+    return Weight(q, torch.full_like(z, 1 << (bits - 1)) if symmetric else z, s.half(), g, bits)
+
+
+def words(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., C] lowest first into int32 [..., ceil(C·bits/32)]."""
+    per = 32 // bits
+    padded = nn.functional.pad(codes.long(), (0, -codes.shape[-1] % per))
+    fields = padded.unflatten(-1, (-1, per))
+    value = sum(fields[..., i] << (bits * i) for i in range(per))
+    return torch.where(value >= 1 << 31, value - (1 << 32), value).to(torch.int32)  # type: ignore[arg-type]
+
+
+def gptq(w: Weight, version: int) -> dict[str, Tensor]:
+    stored = w.z if version == 2 else (w.z - 1) % (1 << w.bits)
+    return {
+        "qweight": words(w.q, w.bits).t(),
+        "qzeros": words(stored.t(), w.bits),
+        "scales": w.s.t(),
+        "g_idx": w.g.int(),
+    }
+
+
+def awq(w: Weight) -> dict[str, Tensor]:
+    def pack(x: Tensor) -> Tensor:  # [R, N]
+        return words(x.unflatten(-1, (-1, 8))[..., list(AWQ_ORDER)].flatten(-2), 4)
+
+    return {"qweight": pack(w.q.t()), "qzeros": pack(w.z.t()), "scales": w.s.t()}
+
+
+def packed(w: Weight) -> dict[str, Tensor]:
+    tensors = {
+        "weight_packed": words(w.q, w.bits),
+        "weight_shape": torch.tensor(w.q.shape),
+        "weight_scale": w.s,
+        "weight_zero_point": words(w.z.t(), w.bits).t(),
+        "weight_g_idx": w.g.int(),
+    }
+    if bool((w.z == 1 << (w.bits - 1)).all()):
+        del tensors["weight_zero_point"]
+    return tensors
+
+
+def plain(w: Weight) -> dict[str, Tensor]:
+    half = 1 << (w.bits - 1)
+    return {"weight": (w.q - half).to(torch.int8), "weight_scale": w.s}
+
+
+def small(value: int | str) -> Tensor:
+    """A number or text as HQQ stores it."""
+    if isinstance(value, str):
+        return torch.tensor([ord(c) for c in value], dtype=torch.uint8)
+    return torch.tensor(value, dtype=torch.int32)
+
+
+def hqq(w: Weight) -> dict[str, Tensor]:
+    group = w.q.shape[1] // w.s.shape[1]
+    rows = w.q.reshape(-1, group).to(torch.uint8)
+    half = len(rows) // 2
+    codes = rows if w.bits == 8 else (rows[:half] << 4) | rows[half:]
+    return {
+        "W_q": codes, "scale": w.s.reshape(-1, 1), "zero": w.z.reshape(-1, 1).half(),
+        "nbits": small(w.bits), "group_size": small(group), "axis": small(1),
+        "shape": torch.tensor(w.q.shape), "packing": small(f"{w.bits}bit_u8"),
+        "view_as_float": torch.tensor(0, dtype=torch.uint8),
+    }  # fmt: skip
+
+
+def torchao(w: Weight) -> dict[str, Tensor]:
+    half = 1 << (w.bits - 1)
+    return {
+        "_weight_qdata": (w.q - half).to(torch.int8),
+        "_weight_scale": w.s,
+        "_weight_zero_point": (w.z - half).to(torch.int8),
+    }
+
+
+def compressed(bits: int, form: str, activation: int | None = None) -> dict[str, Any]:
+    inputs = {"num_bits": activation, "type": "int", "symmetric": True, "dynamic": True,
+              "strategy": "token"}  # fmt: skip
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group"},
+        "input_activations": inputs if activation else None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "sparsity_config": {},
+        "transform_config": {},
+        "kv_cache_scheme": None,
+    }
+
+
+def gptq_config(bits: int, version: int, symmetric: bool = False) -> dict[str, Any]:
+    form = "gptq_v2" if version == 2 else "gptq"
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": GROUP,
+        "sym": symmetric,
+        "checkpoint_format": form,
+        "desc_act": True,
+        "dynamic": {},
+        "pack_dtype": "int32",
+    }
+
+
+@dataclass
+class Form:
+    """How weights are drawn and stored, and what the config says."""
+
+    draw: dict[str, Any]
+    store: Callable[[Weight], dict[str, Tensor]]
+    config: dict[str, Any]
+    metadata: str = ""  # of each weight
+
+
+def torchao_type(target: str | None) -> str:
+    """What the header says of a weight: weight only, or W8A8 with symmetric activations."""
+    rows = {"granularity": {"_type": "PerRow", "_data": {"dim": -1}},
+            "mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"}}  # fmt: skip
+    if target is None:
+        kwargs = {"_type": "QuantizeTensorToInt8Kwargs", "_data": rows}
+        return json.dumps({"_type": "Int8Tensor", "_data": {"act_quant_kwargs": kwargs}})
+    data = {
+        "target_dtype": {"_type": "torch.dtype", "_data": target},
+        "activation_quantization": None,
+    }
+    return json.dumps({"_type": "IntxUnpackedToInt8Tensor", "_data": data})
+
+
+AWQ_CONFIG = {
+    "quant_method": "awq",
+    "bits": 4,
+    "group_size": GROUP,
+    "version": "gemm",
+    "zero_point": True,
+    "modules_to_not_convert": None,
+}
+FORMS = {
+    "gptq v1": Form({}, lambda w: gptq(w, 1), gptq_config(4, 1)),
+    "gptq v1 symmetric": Form({"symmetric": True}, lambda w: gptq(w, 1), gptq_config(4, 1, True)),
+    "gptq v2 act-order": Form({"shuffled": True}, lambda w: gptq(w, 2), gptq_config(4, 2)),
+    "gptq v1 2 bits": Form({"bits": 2}, lambda w: gptq(w, 1), gptq_config(2, 1)),
+    "gptq v1 8 bits": Form({"bits": 8, "shuffled": True}, lambda w: gptq(w, 1), gptq_config(8, 1)),
+    "gptq v2 8 bits symmetric": Form(
+        {"bits": 8, "symmetric": True}, lambda w: gptq(w, 2), gptq_config(8, 2, True)
+    ),
+    "awq": Form({}, awq, AWQ_CONFIG),
+    "packed w4a16": Form({"symmetric": True}, packed, compressed(4, "pack-quantized")),
+    "packed w4a16 asymmetric act-order": Form(
+        {"shuffled": True}, packed, compressed(4, "pack-quantized")
+    ),
+    "packed w8a16": Form({"bits": 8, "symmetric": True}, packed, compressed(8, "pack-quantized")),
+    "int w8a8": Form(
+        {"bits": 8, "symmetric": True, "groups": 1}, plain, compressed(8, "int-quantized", 8)
+    ),
+    "int w4a8": Form({"symmetric": True}, plain, compressed(4, "int-quantized", 8)),
+    "hqq 4 bits": Form({}, hqq, {"quant_method": "hqq"}),
+    "hqq 8 bits": Form({"bits": 8}, hqq, {"quant_method": "hqq"}),
+    "torchao int4": Form({}, torchao, {"quant_method": "torchao"}, torchao_type("int4")),
+    "torchao w8a8": Form(
+        {"bits": 8, "symmetric": True, "groups": 1}, torchao, {"quant_method": "torchao"},
+        torchao_type(None),
+    ),
+}  # fmt: skip
+
+
+def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        attention_bias=True, initializer_range=0.3, bos_token_id=1, eos_token_id=None,
+        pad_token_id=0, architectures=["LlamaForCausalLM"], dtype="float32",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path != "lm_head"
+    }
+
+
+def round_to_nearest(dense: Tensor, group: int, *, bits: int = 4, symmetric: bool = False,
+                     **_: Any) -> Weight:  # fmt: skip
+    """Codes of a real weight instead of drawn ones."""
+    n, k = dense.shape
+    w, top = dense.float().view(n, -1, group), (1 << bits) - 1
+    low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    s = ((high - low) / top).clamp(min=1e-6).half()
+    z = torch.full_like(s, 1 << (bits - 1)).float() if symmetric else (-low / s.float()).round()
+    q = (w / s.float() + z).round().clamp(0, top)
+    index = torch.arange(k) // group
+    return Weight(q.view(n, k).long(), z.view(n, -1).long(), s.view(n, -1), index, bits)
+
+
+@torch.no_grad()
+def write(
+    directory: Path, form: Form, model: Any = None, *, group: int | None = None
+) -> LlamaForCausalLM:
+    """The checkpoint of one form; returns the model with the dequantised weights.
+
+    Of a tiny Llama with drawn codes, or of ``model``, whose weights are rounded in groups of
+    ``group``.
+    """
+    drawn, model = model is None, model or tiny_llama()
+    state = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    for seed, (path, linear) in enumerate(linears(model).items()):
+        if drawn:
+            w = draw(linear.out_features, linear.in_features, seed, **form.draw)
+        else:
+            w = round_to_nearest(linear.weight, group or linear.in_features, **form.draw)
+        del state[f"{path}.weight"]
+        state |= {f"{path}.{name}": t for name, t in form.store(w).items()}
+        linear.weight.copy_(w.dense())
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = {f"{path}.weight": form.metadata for path in linears(model)}
+    save_file(
+        {name: t.contiguous() for name, t in state.items()},
+        directory / "model.safetensors",
+        metadata if form.metadata else None,
+    )
+    config = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"]}
+    config["quantization_config"] = form.config
+    (directory / "config.json").write_text(json.dumps(config))
+    return model
