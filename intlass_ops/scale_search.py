@@ -72,6 +72,17 @@ def scale_bounds(
     return low * (1 - _SLACK), high * (1 + _SLACK)
 
 
+def _reach(x: Tensor, error: Tensor, hessian: Tensor, qmax: float) -> Tensor:
+    """Scales [B] below which no codes come within ``error`` [B], however singular H is.
+
+    |s·q| <= s·qmax for each element, so √(rᵀHr) >= √(xᵀHx) - s·qmax·√(g·λmax).
+    """
+    largest = torch.linalg.eigvalsh(hessian)[-1].clamp(min=1e-300)
+    missing = block_error(x, None, hessian).clamp(min=0).sqrt() - error.clamp(min=0).sqrt()
+    slope: Tensor = qmax * (x.shape[-1] * largest).sqrt()
+    return missing.clamp(min=0) / slope * (1 - 1e-6)
+
+
 def grid_search(
     x: Tensor,
     start: Tensor,
@@ -99,8 +110,12 @@ def grid_search(
     best_error = error_of(start, everything)
     budget = residual_budget(best_error, hessian)
     s_low, s_high = scale_bounds(x, budget, qmax, d0, weights)
+    if hessian is not None:
+        s_low = torch.maximum(s_low, _reach(x, best_error, hessian, qmax))
     low = torch.searchsorted(grid, s_low).clamp(max=grid.numel() - 1)
     high = torch.searchsorted(grid, s_high, right=True) - 1
+    # The first scale that sends all to zero stands for those above it.
+    high = torch.minimum(high, torch.searchsorted(grid, x.abs().amax(-1) / d0))
     for step in range(int((high - low).max()) + 1 if x.shape[0] else 0):
         rows = (low + step <= high).nonzero().squeeze(-1)
         index = low[rows] + step

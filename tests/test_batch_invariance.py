@@ -1,4 +1,4 @@
-"""`batch_invariant()`: a row of a product does not depend on the others, nor on how many there are."""
+"""`batch_invariant()`: a row of a product depends neither on the others nor on their number."""
 
 from __future__ import annotations
 

@@ -105,6 +105,7 @@ def pick_gemm(device: Device, shape: Shape) -> Gemm:
     grouping = grouping_of(shape.k, shape.group_size, block_k)
     # NVRTC 12.9 needs more registers for these, so tiles that take them all elsewhere spill.
     crowded = device.arch in ("sm_100", "sm_120") and floats
+    sm_90 = device.arch in ("sm_90", "sm_90a")
     large_tiles = math.ceil(shape.m / 128) * math.ceil(shape.n / 128)
     large = shape.m >= 192 and large_tiles > 1.5 * device.sm_count
     block_m = min(64, max(8, 1 << (max(shape.m, 1) - 1).bit_length()))
@@ -116,7 +117,7 @@ def pick_gemm(device: Device, shape: Shape) -> Gemm:
     elif (
         grouping is Grouping.STRADDLING
         or (shape.has_zeros and (crowded or shape.has_a_zero or grouping is Grouping.SPAN))
-        or (crowded and not channel and shape.w_kind == "s8")
+        or (not channel and shape.w_kind == "s8" and (crowded or (floats and sm_90)))
     ):
         block_n = 64  # masked fragments, or sums of x, beside two sets of accumulators
     whole = shape.k * BITS[shape.x_kind] % 128 == 0 and shape.k * BITS[shape.w_kind] % 128 == 0

@@ -58,8 +58,10 @@ class IntlassConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: list[str] | None = None,
         layers: list[dict[str, Any]] | None = None,
         version: int = VERSION,
-        **_unused: Any,
+        quant_method: str = METHOD,
     ) -> None:
+        if quant_method != METHOD:
+            raise ValueError(f"IntlassConfig: quant_method={quant_method!r}; expected {METHOD!r}")
         self.quant_method = METHOD
         self.layers = layers
         self.version = version
