@@ -184,6 +184,22 @@ def hqq(
     s, z, _ = scales.uint4_naive(w, group_size=group_size)
     x = w.detach().float().reshape(s.numel(), -1)
     scale, zero = s.reshape(-1, 1), z.reshape(-1, 1).float()
+    # Groups are independent: on a CPU in blocks that stay in its cache.
+    rows = max(1, _CPU_BLOCK // max(x.shape[1], 1)) if x.device.type == "cpu" else x.shape[0]
+    blocks = zip(x.split(rows), scale.split(rows), zero.split(rows), strict=True)
+    codes, zeros = zip(
+        *(_half_quadratic(*block, p, beta, kappa, iterations) for block in blocks), strict=True
+    )
+    return QuantizedWeight(torch.cat(codes).view(n, k), s, torch.cat(zeros).view(s.shape))
+
+
+_CPU_BLOCK = 1 << 16
+
+
+def _half_quadratic(
+    x: Tensor, scale: Tensor, zero: Tensor, p: float, beta: float, kappa: float, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """(codes, zeros) of groups x [G, g] with scales and first zeros [G, 1]."""
     codes = reference.quantize(x, scale, zero, 4, None)
     best_zero, best_codes = zero, codes
     best = (x - (codes - zero) * scale).abs().pow(p).sum(-1, keepdim=True)
@@ -198,7 +214,7 @@ def hqq(
         best_zero = torch.where(better, zero, best_zero)
         best_codes = torch.where(better, codes, best_codes)
         beta *= kappa
-    return QuantizedWeight(best_codes.to(torch.uint8).view(n, k), s, best_zero.view(s.shape))
+    return best_codes.to(torch.uint8), best_zero
 
 
 def awq(
