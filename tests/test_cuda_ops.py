@@ -109,13 +109,14 @@ def test_large_products(case: Case) -> None:
 
 
 RING = {
-    "u4": Case("bf16", "u4", k=1984, groups=31, scale=BF16, bias=BF16),
-    "s4": Case("fp16", "s4", k=4096, groups=32, alpha="float"),
-    "channel": Case("bf16", "u4", k=992, out=FP32),
+    "u4": Case("bf16", "u4", lead=(16,), k=1920, groups=15, scale=BF16, bias=BF16),
+    "u4 half a chunk": Case("bf16", "u4", lead=(8,), k=1984, groups=31, scale=BF16, bias=BF16),
+    "s4": Case("fp16", "s4", lead=(16,), k=4096, groups=32, alpha="float"),
+    "channel": Case("bf16", "u4", lead=(16,), k=992, out=FP32),
 }
 
 
-@pytest.mark.parametrize("smem", [227, 64])
+@pytest.mark.parametrize("smem", [227, 72])
 @pytest.mark.parametrize("kind", RING)
 def test_many_rows_of_few_tokens(kind: str, smem: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU that is said to be so small that 700 rows are many and K is cut into segments."""
@@ -124,10 +125,10 @@ def test_many_rows_of_few_tokens(kind: str, smem: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(launch, "device_of", lambda index: small)
     monkeypatch.setattr(launch, "_plans", {})
     for n in (700, 384):
-        call = build(replace(RING[kind], lead=(16,), n=n), "cuda")
+        call = build(replace(RING[kind], n=n), "cuda")
         kernels = [d.kernel for d in ia.explain(call.run).dispatches]
         assert all(kernel.startswith("skinny_ring") for kernel in kernels), kernels
-        check_rows(call, (1, 2, 3, 5, 8, 9, 13, 16))
+        check_rows(call, tuple(m for m in (1, 2, 3, 5, 8, 9, 13, 16) if m <= len(call.a)))
 
 
 @pytest.mark.parametrize("w", ["s4", "s8"])

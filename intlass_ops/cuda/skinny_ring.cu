@@ -170,8 +170,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       const bool inside = Config::whole || ahead.chunk * chunk_k + quarter * lane_k < k;
 #pragma unroll
       for (int i = 0; i < pieces; ++i)
-        cp_async_16(to + i * 512, inside ? ahead.w_row[i] + ahead.chunk * 64 : p.w,
-                    inside ? 16 : 0);
+        cp_async_16(to + i * 512, inside ? ahead.w_row[i] + ahead.chunk * 64 : p.w, !inside);
       if constexpr (grouped && passes == 1) {
         const int group = ahead.chunk / Config::chunks_per_group;
 #pragma unroll

@@ -197,7 +197,8 @@ def _dense(
 ) -> Tensor:
     """Both operands in bf16 (fp16 beside fp16), which holds every FP4 code times its scale exactly.
 
-    FP8 codes too, but for scales below 2^-122 or above 2^119.
+    FP8 codes too, but for scales below 2^-122 or above 2^119. The sums are a tensor core's fp32:
+    unlike fp4.cu's, not exact.
     """
     dtype = x.dtype if x_scale is None else torch.bfloat16
     factor = 1.0
