@@ -171,20 +171,63 @@ def _swapped(figures: Any) -> dict[str, str]:
 
 
 def accuracy_table() -> str:
-    path = RESULTS / "accuracy-cpu.md"
-    if not path.exists():
-        return "Not measured yet: `python benchmarks/accuracy.py` makes the table."
-    lines = path.read_text().splitlines()
-    return "\n".join(line for line in lines if line.startswith("|"))
+    figures = _accuracy()
+    rows = [
+        [
+            row["name"],
+            f"{row['perplexity']:.3f}",
+            *(f"{row[key]:.3f}" if key in row else "" for key in ("weight_error", "output_error")),
+        ]
+        for row in figures["rows"]
+    ]
+    return table(["weights, activations", "perplexity", "error of weights", "of outputs"], rows)
+
+
+def accuracy_kinds_table() -> str:
+    """Errors of outputs by kind of linear, of the rows at groups of 64 that have them."""
+    rows = {
+        row["name"].removeprefix("W4 g64 ").removesuffix(", A16"): row
+        for row in _accuracy()["rows"]
+        if row["name"].startswith("W4 g64") and row["name"].endswith("A16")
+    }
+    shown = [rows[name] for name in ("rtn", "mse", "mse of outputs", "gptq") if name in rows]
+    shown = [row for row in shown if "output_errors" in row]
+    kinds = list(shown[0]["output_errors"]) if shown else []
+    cells = [[row["name"], *(f"{row['output_errors'][k]:.3f}" for k in kinds)] for row in shown]
+    return table(["error of outputs", *(kind.removesuffix("_proj") for kind in kinds)], cells)
+
+
+def _accuracy() -> Any:
+    """The figures of a GPU, which has time for all rows, or else those of a CPU."""
+    on_gpu = (RESULTS / "accuracy-h200.json").exists()
+    return read("accuracy-h200.json" if on_gpu else "accuracy-cpu.json")
+
+
+def qat_table() -> str:
+    """What training wins back of W4A4's loss."""
+    figures = read("qat-cpu.json")
+    rows = [
+        [
+            row["name"],
+            f"{figures['float_trained_on']:.3f}",
+            f"{row['untrained']:.3f}",
+            f"{row['trained']:.3f}",
+            f"{row['won_back']:.0%}",
+        ]
+        for row in figures["rows"]
+    ]
+    return table(["W4A4, scales", "floating point", "not trained", "trained", "won back"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy_table,
+    "accuracy_kinds": accuracy_kinds_table,
     "demo": demo_table,
     "gemm": gemm_table,
     "hopper": hopper_table,
     "lowering": lowering_table,
     "model": model_table,
+    "qat": qat_table,
 }
 
 

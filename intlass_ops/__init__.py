@@ -26,10 +26,11 @@ from .fused_quantize import (
     fused_quantize_nv,
 )
 from .gptq import gptq
-from .nn import IntLinear
+from .nn import IntExpertLinear, IntLinear
 from .ops import (
     dequantize,
     matmul_ada_mxf4_bf16_tn,
+    matmul_experts,
     matmul_int4_bf16_tn,
     matmul_int8_bf16_tn,
     matmul_mxf4_bf16_tn,
@@ -113,6 +114,7 @@ __all__ = [
     "Int8DynamicActivationInt4Weight",
     "Int8DynamicActivationInt8Weight",
     "Int8WeightOnly",
+    "IntExpertLinear",
     "IntLinear",
     "IntlassConfig",
     "IntlassError",
@@ -150,6 +152,7 @@ __all__ = [
     "int8_optimal_hessian",
     "load_pretrained",
     "matmul_ada_mxf4_bf16_tn",
+    "matmul_experts",
     "matmul_int4_bf16_tn",
     "matmul_int8_bf16_tn",
     "matmul_mxf4_bf16_tn",

@@ -14,7 +14,7 @@ import time
 import torch
 
 from . import __version__, bench, config, demo
-from .commands import add_commands
+from .commands import add_commands, tune
 from .commands.info import info
 from .cuda import jit
 from .cuda.cache import CubinCache, default_directory
@@ -38,6 +38,16 @@ def main(arguments: list[str] | None = None) -> int:
     command.set_defaults(run=bench.run)
 
     add_commands(commands)
+
+    command = commands.add_parser(
+        "tune",
+        help="find the fastest kernel configurations for this GPU",
+        description=tune.TUNE,
+        epilog=tune.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tune.add_arguments(command)
+    command.set_defaults(run=tune.run)
 
     command = commands.add_parser("info", help="what this machine has, lacks, and how to get it")
     command.set_defaults(run=info)

@@ -19,8 +19,10 @@ from . import scale_search as search
 # float64 elements of one temporary of a search, which holds about ten of them.
 _CHUNK_ELEMENTS = 1 << 22
 _CHUNK_ELEMENTS_ON_GPU = 1 << 24
-# Groups up to this size are searched by Triton on a GPU, larger ones by PyTorch there too.
+# Groups up to this size are searched by Triton on a GPU, larger ones by PyTorch there too. Under a
+# Hessian a program holds a matrix of this size in shared memory.
 _TRITON_MAX_GROUP = 256
+_TRITON_MAX_HESSIAN = 128
 
 
 @dataclass(frozen=True)
@@ -135,13 +137,9 @@ def _aligned(
 
 
 def _by_triton(x: Tensor, hessian: Tensor | None) -> bool:
-    """Whether triton/scale_search.py takes blocks [..., g]; it has no Hessian searches."""
-    return (
-        x.is_cuda
-        and hessian is None
-        and x.shape[-1] <= _TRITON_MAX_GROUP
-        and importlib.util.find_spec("triton") is not None
-    )
+    """Whether the searches in triton/ take blocks [..., g]."""
+    largest = _TRITON_MAX_GROUP if hessian is None else _TRITON_MAX_HESSIAN
+    return x.is_cuda and x.shape[-1] <= largest and importlib.util.find_spec("triton") is not None
 
 
 def _fp4_solver(grid: Tensor, start: Callable[[Tensor], Tensor], global_scale: float) -> Solver:
@@ -164,10 +162,13 @@ def _fp4_solver(grid: Tensor, start: Callable[[Tensor], Tensor], global_scale: f
 def _grid_search(blocks: Blocks, x: Tensor, start: Tensor, grid: Tensor) -> Tensor:
     """Index of the best scale for x, which is blocks.x times the global scale."""
     g = x.shape[-1]
-    if _by_triton(x, blocks.hessian) and g & (g - 1) == 0:
-        from .triton import scale_search as kernels
+    if _by_triton(x, blocks.hessian):
+        if blocks.hessian is not None:
+            return _no_worse(blocks.hessian, x, start, grid)
+        if g & (g - 1) == 0:
+            from .triton import scale_search as kernels
 
-        return kernels.grid_search(x.float(), start, grid, blocks.weights)
+            return kernels.grid_search(x.float(), start, grid, blocks.weights)
     return search.grid_search(
         x,
         start,
@@ -178,6 +179,18 @@ def _grid_search(blocks: Blocks, x: Tensor, start: Tensor, grid: Tensor) -> Tens
         weights=blocks.weights,
         hessian=blocks.hessian,
     )
+
+
+def _no_worse(hessian: Tensor, x: Tensor, start: Tensor, grid: Tensor) -> Tensor:
+    """What the kernel finds in float32, and ``start`` where float64 says that it is better."""
+    from .triton import hessian_search as kernels
+
+    found = kernels.grid_search(x, start, grid, hessian)
+    errors = []
+    for index in (found, start):
+        s = grid[index][:, None]
+        errors.append(search.block_error(x - s * fp4.round_e2m1(x / s), None, hessian))
+    return torch.where(errors[0] <= errors[1], found, start)
 
 
 def nvfp4_solver(op: str, device: torch.device, global_scale: float) -> Solver:
@@ -228,9 +241,11 @@ def _sweeps(blocks: Blocks, error: Tensor, ranges: list[tuple[int, int]]) -> Ten
     x = blocks.x.double()
     budget = search.residual_budget(error, blocks.hessian)
     if _by_triton(x, blocks.hessian):
-        from .triton import scale_search as kernels
+        from .triton import hessian_search, scale_search
 
-        return kernels.sweep(blocks.x, ranges, budget, blocks.weights)
+        if blocks.hessian is not None:
+            return hessian_search.sweep(blocks.x, ranges, blocks.hessian, budget)
+        return scale_search.sweep(blocks.x, ranges, budget, blocks.weights)
     if blocks.hessian is None:
         return search.sweep(x, ranges, budget, blocks.weights).float()
     found = [search.sweep_hessian(x, limits, blocks.hessian, budget) for limits in ranges]

@@ -227,12 +227,14 @@ def awq(
     symmetric: bool = True,
     optimal_scales: bool = False,
     steps: int = 20,
+    powers_of_two: bool = False,
 ) -> tuple[QuantizedWeight, Tensor]:
     """Quantise w·c for the channel scales c [K] of least output error; returns (weight, c).
 
     The layer then computes (x / c) @ ŵᵀ: divide its input by c, or fold 1/c into what makes it.
     c = m^α / √(max·min), α in {0, 1/steps, …, 1 - 1/steps}, m = ``mean_abs`` [K] of the inputs, by
     default their root mean square from H. α = 0 is no scaling, so the result is never worse.
+    ``powers_of_two`` rounds c to such: x / c is then exact in any floating-point type.
     Method: Lin et al., "AWQ: Activation-aware Weight Quantization" (2023).
 
     >>> weight, c = awq(torch.tensor([[7.0, -3.2, 0.4, 1.0]]), torch.eye(4))
@@ -251,6 +253,7 @@ def awq(
     for step in range(steps):
         c = magnitude ** (step / steps)
         c = (c / (c.max() * c.min()).sqrt()).float()
+        c = c.log2().round().exp2() if powers_of_two else c
         q = quantize(x * c, bits=bits, group_size=group_size, symmetric=symmetric)
         error = float(output_error(q.dequantize() / c - x, h))
         if best is None or error < best[0]:

@@ -17,8 +17,8 @@ from . import calibrate
 from .calibrate import InputStatistics, QuantizedWeight
 from .gptq import gptq
 
-Method = Literal["rtn", "mse", "hqq", "gptq"]
-METHODS = ("rtn", "mse", "hqq", "gptq")
+Method = Literal["rtn", "mse", "hqq", "gptq", "awq"]
+METHODS = ("rtn", "mse", "hqq", "gptq", "awq")
 # Hessians held at a time. Layers beyond it wait for another pass over the data, which then sees
 # the layers before them quantised.
 HESSIAN_BYTES = 2 << 30
@@ -30,7 +30,7 @@ def check(op: str, method: str, bits: int, symmetric: bool, calibration: object 
         raise ValueError(f"{op}: method={method!r}; expected one of {', '.join(METHODS)}")
     if method == "hqq" and (bits != 4 or symmetric):
         raise ValueError(f"{op}: method='hqq' makes INT4 with zero points; set symmetric=False")
-    if method == "gptq" and calibration is None:
+    if method in ("gptq", "awq") and calibration is None:
         raise ValueError(f"{op}: method={method!r} needs calibration data")
     if method in ("rtn", "hqq") and calibration is not None:
         raise ValueError(f"{op}: method={method!r} takes no calibration data")
@@ -44,21 +44,24 @@ def weights(
     group_size: int | None,
     symmetric: bool,
     calibration: Sequence[Any] | None,
-    replace: Callable[[nn.Linear, QuantizedWeight], None],
+    replace: Callable[[nn.Linear, QuantizedWeight, Tensor | None], None],
     progress: bool,
 ) -> None:
-    """``replace(linear, weight)`` for each of ``linears`` (with their paths), in their order."""
+    """``replace(linear, weight, channels)`` for each of ``linears``, in their order.
+
+    ``channels`` [K]: what the layer divides its input by (awq), or None.
+    """
     done = _bar(f"Quantising ({method})", len(linears), progress)
     with torch.no_grad():
         for part in [linears] if calibration is None else _passes(linears):
-            hessians = {} if calibration is None else _hessians(model, part, calibration)
+            seen = {} if calibration is None else _statistics(model, part, calibration)
             for path, linear in part:
                 w = linear.weight.detach()
                 try:
-                    q = _quantize(w, method, bits, group_size, symmetric, hessians.pop(path, None))
+                    q, c = _quantize(w, method, bits, group_size, symmetric, seen.pop(path, None))
                 except ValueError as problem:
                     raise ValueError(f"quantize_: {path}: {problem}") from problem
-                replace(linear, q)
+                replace(linear, q, c)
                 next(done)
 
 
@@ -68,21 +71,21 @@ def _quantize(
     bits: int,
     group_size: int | None,
     symmetric: bool,
-    hessian: Tensor | None,
-) -> QuantizedWeight:
+    statistics: InputStatistics | None,
+) -> tuple[QuantizedWeight, Tensor | None]:
     if method == "hqq":
-        return calibrate.hqq(w, group_size=group_size)
-    if method == "gptq" and hessian is not None:
+        return calibrate.hqq(w, group_size=group_size), None
+    how: Any = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    if method == "gptq" and statistics is not None:
         # Columns by falling importance: the groups' scales are then those of the original weight.
-        return gptq(
-            w, hessian, bits=bits, group_size=group_size, symmetric=symmetric, act_order=True
-        )
+        return gptq(w, statistics.hessian, act_order=True, **how), None
+    if method == "awq" and statistics is not None:
+        h, mean_abs = statistics.hessian, statistics.mean_abs
+        return calibrate.awq(w, h, mean_abs=mean_abs, powers_of_two=True, **how)
     if method == "mse":
-        importance = None if hessian is None else hessian.diagonal()
-        return calibrate.mse(
-            w, bits=bits, group_size=group_size, symmetric=symmetric, weights=importance
-        )
-    return calibrate.rtn(w, bits=bits, group_size=group_size, symmetric=symmetric)
+        importance = None if statistics is None else statistics.hessian.diagonal()
+        return calibrate.mse(w, weights=importance, **how), None
+    return calibrate.rtn(w, **how), None
 
 
 def _passes(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[list[tuple[str, nn.Linear]]]:
@@ -99,10 +102,10 @@ def _passes(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[list[tuple[str
         yield part
 
 
-def _hessians(
+def _statistics(
     model: nn.Module, part: Sequence[tuple[str, nn.Linear]], calibration: Sequence[Any]
-) -> dict[str, Tensor]:
-    """Σ xᵀx of each linear's inputs over one pass of the data, by path."""
+) -> dict[str, InputStatistics]:
+    """Those of each linear's inputs over one pass of the data, by path."""
     found = {
         path: InputStatistics(linear.in_features, device=linear.weight.device)
         for path, linear in part
@@ -129,7 +132,7 @@ def _hessians(
     for path, statistics in found.items():
         if not statistics.tokens:
             raise ValueError(f"quantize_: {path}: no calibration batch reaches this layer")
-    return {path: statistics.hessian for path, statistics in found.items()}
+    return found
 
 
 def _bar(text: str, total: int, progress: bool) -> Iterator[object]:

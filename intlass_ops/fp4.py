@@ -62,11 +62,15 @@ def encode_e8m0_floor(x: Tensor) -> Tensor:
 
     ``x`` >= 0; anything that has no logarithm to speak of (NaN, infinity) becomes the NaN of e8m0.
     """
+    return e8m0_floor_code(x).view(torch.float8_e8m0fnu)
+
+
+def e8m0_floor_code(x: Tensor) -> Tensor:
+    """The bytes of `encode_e8m0_floor`, for compilers that do not know the type."""
     x = x.double()
     exponent = torch.frexp(x).exponent - 1
     exponent = torch.where(x > 0, exponent, -127).clamp(-127, 127)
-    code = torch.where(torch.isfinite(x), exponent + 127, 255).to(torch.uint8)
-    return code.view(torch.float8_e8m0fnu)
+    return torch.where(torch.isfinite(x), exponent + 127, 255).to(torch.uint8)
 
 
 def scale_values(scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -77,9 +81,13 @@ def scale_values(scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     if scales.dtype != torch.float8_e8m0fnu:
         return scales.to(dtype)
-    code = scales.view(torch.uint8)
+    return e8m0_values(scales.view(torch.uint8)).to(dtype)
+
+
+def e8m0_values(code: Tensor) -> Tensor:
+    """float64 values of e8m0 in its bytes."""
     value = torch.ldexp(torch.ones_like(code, dtype=torch.float64), code.int() - 127)
-    return torch.where(code == 255, torch.nan, value).to(dtype)
+    return torch.where(code == 255, torch.nan, value)
 
 
 def e4m3_grid(device: torch.device | None = None) -> Tensor:

@@ -167,24 +167,29 @@ def _run(x: Tensor, h: Tensor, plan: Plan, return_mask: bool) -> tuple[Tensor, .
 
 def reference(x: Tensor, h: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (packed unless INT8), scales (FP8 as bytes) and mask, in float32 arithmetic."""
-    k = x.shape[-1]
     rotated = x.float().reshape(-1, plan.r) @ h.to(x.dtype).float()
-    groups = rotated.reshape(*x.shape[:-1], k // plan.group_size, plan.group_size)
+    return quantize_rotated(rotated.view(x.shape), plan)
+
+
+def quantize_rotated(rotated: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """What follows the rotation: `reference` of float32 [..., K] that are rotated already."""
+    shape, k = rotated.shape, rotated.shape[-1]
+    groups = rotated.reshape(*shape[:-1], k // plan.group_size, plan.group_size)
     stored, factor, divisor = _group_scales(groups, plan)
     y = groups * factor / divisor
     if plan.format in _INTEGERS:
         qmax = 127 if plan.format == "int8" else 7
         q = torch.round(y)
         mask = q.abs() <= qmax
-        codes = q.clamp(-qmax, qmax).nan_to_num(0.0).to(torch.int8).reshape(x.shape)
+        codes = q.clamp(-qmax, qmax).nan_to_num(0.0).to(torch.int8).reshape(shape)
     else:
         # abs_max of MX multiplies by 3 after the scale; the mask is about what the scale leaves.
         mask = y.abs() < fp4.E2M1_MAX * (3 if plan.format == "mx" and not plan.quest else 1)
-        codes = fp4.encode_e2m1(y).reshape(x.shape)
+        codes = fp4.encode_e2m1(y).reshape(shape)
     if plan.format != "int8":
         codes = packing.pack(codes)
-    bits = mask.reshape(*x.shape[:-1], k // 8, 8).to(torch.uint8)
-    places = torch.arange(8, dtype=torch.uint8, device=x.device)
+    bits = mask.reshape(*shape[:-1], k // 8, 8).to(torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=rotated.device)
     return codes, stored.squeeze(-1), (bits << places).sum(-1, dtype=torch.uint8)
 
 
@@ -201,8 +206,8 @@ def _group_scales(groups: Tensor, plan: Plan) -> tuple[Tensor, float, Tensor]:
     centred = groups - groups.mean(-1, keepdim=True)
     spread = centred.square().mean(-1, keepdim=True).sqrt()
     if plan.format == "mx":
-        scale = fp4.encode_e8m0_floor((QUEST_E2M1 * spread if plan.quest else amax) + _TINY)
-        return scale.view(torch.uint8), 1.0 if plan.quest else 3.0, fp4.scale_values(scale)
+        code = fp4.e8m0_floor_code((QUEST_E2M1 * spread if plan.quest else amax) + _TINY)
+        return code, 1.0 if plan.quest else 3.0, fp4.e8m0_values(code).float()
     base = plan.global_scale * (QUEST_E2M1 * spread if plan.quest else amax / fp4.E2M1_MAX)
     scale = fp4.encode_e4m3(torch.where(base.isfinite(), base, torch.nan))
     value = scale.float()

@@ -1,10 +1,11 @@
-"""Modules over the ops: `IntLinear`, a linear layer whose weight is INT4 or INT8 codes.
+"""Modules over the ops: `IntLinear`, a linear layer whose weight is INT4 or INT8 codes, and kin.
 
 How a weight becomes codes is quantize.py's; this file only stores and applies them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from . import packing
 from .ops import (
+    matmul_experts,
     matmul_int4_bf16_tn,
     matmul_int8_bf16_tn,
     quantize_int4,
@@ -19,27 +21,15 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from .lowering.storage import Packed
 
 Activation = Literal["int8", "int4"] | None
 
 
-class IntLinear(nn.Module):
-    """y = x @ w.T + bias with w[n, k] = (q[n, k] - zeros[n, g]) * scales[n, g].
-
-    ``weight``: uint8 [N, ceil(K/2)] (INT4, see `pack_int4`) or int8 [N, K]; ``scales`` [N] or
-    [N, K/group_size]; ``zeros`` likewise or None (INT4: None means signed codes). ``activation``:
-    None keeps x as it is (W4A16, W8A16); "int8" or "int4" quantises x per token, symmetrically,
-    on every call. All tensors are buffers, so that `state_dict` holds exactly the quantised layer.
-
-    Raises ValueError or TypeError, from the op, for shapes and dtypes that do not fit.
-
-    >>> from intlass_ops import pack_int4
-    >>> codes = torch.tensor([[1, -2] * 8, [3, 0] * 8])
-    >>> layer = IntLinear(pack_int4(codes), scales=torch.tensor([0.5, 0.25]))
-    >>> layer(torch.ones(16))
-    tensor([-4.,  6.])
-    """
+class _Codes(nn.Module):
+    """What layers of INT4 or INT8 codes share: their buffers, and that these keep their dtypes."""
 
     weight: Tensor
     scales: Tensor
@@ -50,44 +40,115 @@ class IntLinear(nn.Module):
         self,
         weight: Tensor,
         scales: Tensor,
-        zeros: Tensor | None = None,
-        bias: Tensor | None = None,
-        *,
-        in_features: int | None = None,
-        activation: Activation = None,
+        zeros: Tensor | None,
+        bias: Tensor | None,
+        in_features: int | None,
+        activation: Activation,
     ) -> None:
         super().__init__()
-        if weight.dim() != 2 or weight.dtype not in (torch.uint8, torch.int8):
-            raise TypeError(
-                f"IntLinear: weight is {weight.dtype} {tuple(weight.shape)}; expected uint8 "
-                "[N, ceil(K/2)] (INT4) or int8 [N, K]"
-            )
+        name = type(self).__name__
         self.bits = 4 if weight.dtype == torch.uint8 else 8
-        self.out_features = weight.shape[0]
-        self.in_features = in_features or weight.shape[1] * (2 if self.bits == 4 else 1)
+        n, width = weight.shape[-2:]
+        self.out_features = n
+        self.in_features = in_features or width * (2 if self.bits == 4 else 1)
         stored = packing.packed_size(self.in_features) if self.bits == 4 else self.in_features
-        if stored != weight.shape[1]:
+        if stored != width:
             raise ValueError(
-                f"IntLinear: weight has {weight.shape[1]} columns; "
-                f"in_features={self.in_features} needs {stored}"
+                f"{name}: weight has {width} columns; in_features={self.in_features} needs {stored}"
             )
         if activation not in (None, "int8", "int4"):
-            raise ValueError(f"IntLinear: activation={activation!r}; expected None, 'int8', 'int4'")
+            raise ValueError(f"{name}: activation={activation!r}; expected None, 'int8', 'int4'")
         if activation == "int4" and self.bits == 8:
-            raise ValueError("IntLinear: activation='int4' needs an INT4 weight, this one is INT8")
+            raise ValueError(f"{name}: activation='int4' needs an INT4 weight, this one is INT8")
         if zeros is not None and self.bits == 8:
-            raise ValueError("IntLinear: zeros belong to INT4 weights, this one is INT8")
+            raise ValueError(f"{name}: zeros belong to INT4 weights, this one is INT8")
         self.activation = activation
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", zeros)
         self.register_buffer("bias", bias)
 
+    def _activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(x, None), or its codes and their scales."""
+        if self.activation is None:
+            return x, None
+        quantize = quantize_int8 if self.activation == "int8" else quantize_int4
+        codes, scales, _ = quantize(x)
+        return codes, scales
+
+    def extra_repr(self) -> str:
+        groups = self.scales.shape[-1] if self.scales.dim() > 1 else 1
+        a_bits = {None: 16, "int8": 8, "int4": 4}[self.activation]
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"scheme=w{self.bits}a{a_bits}, group_size={self.in_features // groups}, "
+            f"zeros={self.zeros is not None}, bias={self.bias is not None}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move between devices; keep codes, scales and zeros in the dtype they were made in.
+
+        `model.half()` and `.to(dtype)` would round fp32 scales, silently changing every weight, and
+        `.type(dtype)` would make numbers of the codes.
+        """
+        tensors = (("weight", self.weight), ("scales", self.scales), ("zeros", self.zeros))
+        kept = {name: t for name, t in tensors if t is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+
+class IntLinear(_Codes):
+    """y = x @ w.T + bias with w[n, k] = (q[n, k] - zeros[n, g]) * scales[n, g].
+
+    ``weight``: uint8 [N, ceil(K/2)] (INT4, see `pack_int4`) or int8 [N, K]; ``scales`` [N] or
+    [N, K/group_size]; ``zeros`` likewise or None (INT4: None means signed codes). ``activation``:
+    None keeps x as it is (W4A16, W8A16); "int8" or "int4" quantises x per token, symmetrically,
+    on every call. ``input_scale`` [K]: x is multiplied by it first (under torch.compile as part of
+    what makes x). All tensors are buffers, so that `state_dict` holds exactly the quantised layer.
+
+    Raises ValueError or TypeError, from the op, for shapes and dtypes that do not fit.
+
+    >>> from intlass_ops import pack_int4
+    >>> codes = torch.tensor([[1, -2] * 8, [3, 0] * 8])
+    >>> layer = IntLinear(pack_int4(codes), scales=torch.tensor([0.5, 0.25]))
+    >>> layer(torch.ones(16))
+    tensor([-4.,  6.])
+    """
+
+    input_scale: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        in_features: int | None = None,
+        activation: Activation = None,
+        input_scale: Tensor | None = None,
+    ) -> None:
+        if weight.dim() != 2 or weight.dtype not in (torch.uint8, torch.int8):
+            raise TypeError(
+                f"IntLinear: weight is {weight.dtype} {tuple(weight.shape)}; expected uint8 "
+                "[N, ceil(K/2)] (INT4) or int8 [N, K]"
+            )
+        super().__init__(weight, scales, zeros, bias, in_features, activation)
+        if input_scale is not None and input_scale.shape != (self.in_features,):
+            raise ValueError(
+                f"IntLinear: input_scale has shape {tuple(input_scale.shape)}; expected "
+                f"({self.in_features},)"
+            )
+        self.register_buffer("input_scale", input_scale)
+
     def forward(self, x: Tensor) -> Tensor:
-        a, a_scale = x, None
-        if self.activation is not None:
-            quantize = quantize_int8 if self.activation == "int8" else quantize_int4
-            a, a_scale, _ = quantize(x)
+        if self.input_scale is not None:
+            x = x * self.input_scale.to(x.dtype)
+        a, a_scale = self._activations(x)
         if self.bits == 8:
             return matmul_int8_bf16_tn(
                 a, self.weight, a_scale, self.scales, bias=self.bias, out_dtype=x.dtype
@@ -103,29 +164,63 @@ class IntLinear(nn.Module):
             out_dtype=x.dtype,
         )
 
-    def extra_repr(self) -> str:
-        groups = self.scales.shape[1] if self.scales.dim() == 2 else 1
-        a_bits = {None: 16, "int8": 8, "int4": 4}[self.activation]
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"scheme=w{self.bits}a{a_bits}, group_size={self.in_features // groups}, "
-            f"zeros={self.zeros is not None}, bias={self.bias is not None}"
+
+class IntExpertLinear(_Codes):
+    """A linear of every expert of a mixture: `IntLinear`s of one kind, stacked.
+
+    ``weight`` [experts, N, ceil(K/2) or K], ``scales`` and ``zeros`` [experts, N, K/group_size],
+    otherwise as in `IntLinear`. Called with tokens [T, K] sorted by expert, where the tokens of
+    each expert end, and biases [experts, N], if there are any (see `matmul_experts`).
+
+    >>> layer = IntExpertLinear(torch.ones(2, 1, 16, dtype=torch.int8), torch.ones(2, 1, 1))
+    >>> layer(torch.ones(3, 16), ends=torch.tensor([3, 3])).tolist()
+    [[16.0], [16.0], [16.0]]
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None = None,
+        *,
+        in_features: int | None = None,
+        activation: Activation = None,
+    ) -> None:
+        if weight.dim() != 3 or weight.dtype not in (torch.uint8, torch.int8):
+            raise TypeError(
+                f"IntExpertLinear: weight is {weight.dtype} {tuple(weight.shape)}; expected uint8 "
+                "[experts, N, ceil(K/2)] (INT4) or int8 [experts, N, K]"
+            )
+        super().__init__(weight, scales, zeros, None, in_features, activation)
+
+    @classmethod
+    def stack(cls, layers: Sequence[IntLinear]) -> IntExpertLinear:
+        """The layers of all experts, which are alike and have no biases, in one."""
+        zeros = [layer.zeros for layer in layers if layer.zeros is not None]
+        return cls(
+            torch.stack([layer.weight for layer in layers]),
+            torch.stack([layer.scales for layer in layers]),
+            torch.stack(zeros) if zeros else None,
+            in_features=layers[0].in_features,
+            activation=layers[0].activation,
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> IntLinear:
-        """Move between devices; keep codes, scales and zeros in the dtype they were made in.
+    def forward(self, x: Tensor, ends: Tensor, bias: Tensor | None = None) -> Tensor:
+        a, a_scale = self._activations(x)
+        return matmul_experts(
+            a,
+            self.weight,
+            self.scales,
+            self.zeros,
+            ends=ends,
+            k=self.in_features,
+            a_scale=a_scale,
+            bias=bias,
+            out_dtype=x.dtype,
+        )
 
-        `model.half()` and `.to(dtype)` would round fp32 scales, silently changing every weight, and
-        `.type(dtype)` would make numbers of the codes.
-        """
-        tensors = (("weight", self.weight), ("scales", self.scales), ("zeros", self.zeros))
-        kept = {name: t for name, t in tensors if t is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = getattr(self, name)
-            if after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
-        return self
+    def extra_repr(self) -> str:
+        return f"experts={self.weight.shape[0]}, {super().extra_repr()}"
 
 
 class PackedLinear(nn.Module):

@@ -190,8 +190,23 @@ class QATLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.config = config
         self.weight, self.bias = linear.weight, linear.bias
-        h = hadamard_matrix(r) if config.rotation else torch.eye(r)
-        self.register_buffer("h", h.to(self.weight), persistent=False)
+        self.register_buffer("h", self._rotation(), persistent=False)
+
+    def _rotation(self) -> Tensor:
+        r = self.config.rotation
+        h = hadamard_matrix(r) if r else torch.eye(_NO_ROTATION, device="cpu")
+        return h.to(self.weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QATLinear:
+        """Recomputes ``h``, which `to_empty` leaves uninitialised and casts round."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.h = self._rotation()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Recomputes ``h``: loading with assign=True takes the weight, not it, from meta."""
+        super()._load_from_state_dict(*args)
+        self.h = self._rotation()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:

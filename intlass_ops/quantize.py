@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from . import calibrated, packing
 from .calibrate import QuantizedWeight
 from .calibrated import Method
-from .integrations.experts import experts_left
-from .nn import Activation, IntLinear
+from .integrations import conv1d, experts
+from .nn import Activation, IntExpertLinear, IntLinear
 from .ops import quantize_int4, quantize_int8
 from .ops._library import FLOATS
 from .ops.problem import GROUP_STEP
@@ -106,22 +106,24 @@ def quantize_(
     calibration: Sequence[Any] | None = None,
     progress: bool = True,
 ) -> None:
-    """Replace every nn.Linear of ``model`` by an `IntLinear`, in place.
+    """Replace every nn.Linear (and GPT-2's `Conv1D`) of ``model`` by an `IntLinear`, in place.
 
     ``config``: one of `Int4WeightOnly`, `Int8WeightOnly`, `Int8DynamicActivationInt8Weight`,
     `Int8DynamicActivationInt4Weight`, `Int4DynamicActivationInt4Weight`. Its ``method`` makes the
     codes: "rtn" rounds to nearest; "mse" finds the scales of least squared error; "hqq" fits
     floating zero points (INT4 with zeros); "gptq" feeds errors back through the statistics of the
-    layers' inputs, which it collects from ``calibration``: batches that ``model`` is called with
-    (a tensor, a tuple of arguments or a mapping of named ones), read once for every 2 GiB of
-    statistics. With data "mse" weighs errors by the mean square of their inputs, which matters
-    where few inputs are large. ``progress`` shows a bar on a terminal if `rich` is installed. A
-    `QATConfig` makes trainable `QATLinear`s instead, of which `convert_` makes integer layers after
-    training.
+    layers' inputs; "awq" scales input channels by powers of two before it rounds, so that those
+    with large inputs are rounded more finely, and the layer divides its input by them. Both collect
+    their statistics from ``calibration``: batches that ``model`` is called with (a tensor, a tuple
+    of arguments or a mapping of named ones), read once for every 2 GiB of statistics. With data
+    "mse" weighs errors by the mean square of their inputs, which matters where few inputs are
+    large. ``progress`` shows a bar on a terminal if `rich` is installed. A `QATConfig` makes
+    trainable `QATLinear`s instead, of which `convert_` makes integer layers after training.
     ``filter_fn(module, name)`` picks the linears (default: all). A module that occurs twice stays
-    shared. Fused experts (3-D parameters) stay as they are, with a warning that says how much of
-    the model they are. Scales of INT4 weights take the weight's dtype under "rtn", all others are
-    fp32.
+    shared. Fused experts of transformers (3-D parameters) become `IntExpertLinear`s; ``filter_fn``
+    is asked for their module. "gptq" and "awq" take them as "mse" does, without data. A warning
+    names the 3-D weights that stay as they are. Scales of INT4 weights take the weight's dtype
+    under "rtn", all others are fp32.
 
     Raises, before anything is changed and naming the layer, ValueError for a K that is 0 or not a
     multiple of the group size and TypeError for a weight that is not fp32, bf16 or fp16; TypeError
@@ -139,19 +141,52 @@ def quantize_(
     if isinstance(model, nn.Linear):
         raise TypeError("quantize_: the model is a Linear itself and cannot be replaced in place")
     calibrated.check("quantize_", config.method, config.bits, config.symmetric, calibration)
-    found: list[tuple[nn.Module, str, nn.Linear]] = []
+    found: list[tuple[nn.Module, str, Any]] = []
     for parent_name, parent in model.named_modules():
         for name, child in parent._modules.items():  # named_children() leaves repetitions out
             path = f"{parent_name}.{name}" if parent_name else name
-            if type(child) is nn.Linear and (filter_fn is None or filter_fn(child, path)):
-                _check(child, path, config)
+            transposed = conv1d.is_conv1d(child)
+            if not transposed and type(child) is not nn.Linear:
+                continue
+            if filter_fn is None or filter_fn(child, path):
+                _check_weight(path, child.weight.t() if transposed else child.weight, config)
                 found.append((parent, name, child))
-    left = experts_left(model)
+    mixtures = [
+        (path, module)
+        for path, module in experts.mixtures_of(model)
+        if filter_fn is None or filter_fn(module, path)
+    ]
+    for path, module in mixtures:
+        for name in experts.projections(module):
+            weight = experts.weights_of(module, name)
+            _check_weight(f"{path}.{name}", weight, config)
+    linears = _as_linears(found)
+    if config.method != "rtn":
+        _quantize_calibrated(model, linears, config, calibration, progress)
+    else:
+        _quantize_nearest(linears, config)
+    for _, module in mixtures:
+        for name in experts.projections(module):
+            layer = quantize_experts(experts.weights_of(module, name), config)
+            experts.put(module, name, layer)
+    left = experts.experts_left(model)
     if left is not None:
         warnings.warn(f"quantize_: {left}", stacklevel=2)
-    if config.method != "rtn":
-        _quantize_calibrated(model, found, config, calibration, progress)
-        return
+
+
+def _as_linears(
+    found: list[tuple[nn.Module, str, Any]],
+) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """With each `Conv1D` replaced in the model by a linear that computes the same."""
+    made: dict[nn.Module, nn.Linear] = {}
+    for parent, name, module in found:
+        if conv1d.is_conv1d(module):
+            made.setdefault(module, conv1d.linear_of(module))
+            setattr(parent, name, made[module])
+    return [(parent, name, made.get(module, module)) for parent, name, module in found]
+
+
+def _quantize_nearest(found: list[tuple[nn.Module, str, nn.Linear]], config: Scheme) -> None:
     replaced: dict[nn.Linear, IntLinear] = {}
     for parent, name, linear in found:
         if linear not in replaced:
@@ -171,7 +206,7 @@ def _quantize_calibrated(
         places.setdefault(linear, []).append((parent, name))
     paths = {module: path for path, module in model.named_modules()}
 
-    def replace(linear: nn.Linear, q: QuantizedWeight) -> None:
+    def replace(linear: nn.Linear, q: QuantizedWeight, channels: Tensor | None) -> None:
         layer = IntLinear(
             packing.pack(q.codes) if config.bits == 4 else q.codes,
             q.scales,
@@ -179,6 +214,7 @@ def _quantize_calibrated(
             None if linear.bias is None else linear.bias.detach(),
             in_features=linear.in_features,
             activation=config.activation,
+            input_scale=None if channels is None else channels.reciprocal().to(linear.weight.dtype),
         )
         for parent, name in places[linear]:
             setattr(parent, name, layer)
@@ -196,19 +232,17 @@ def _quantize_calibrated(
     )
 
 
-def _check(linear: nn.Linear, path: str, config: Scheme) -> None:
-    group = config.group_size
+def _check_weight(path: str, weight: Tensor, config: Scheme) -> None:
+    group, k = config.group_size, weight.shape[-1]
     if group is not None and (group < GROUP_STEP or group % GROUP_STEP):
         raise ValueError(f"quantize_: group_size={group} is not a multiple of {GROUP_STEP}")
-    if linear.weight.dtype not in FLOATS:
-        raise TypeError(
-            f"quantize_: {path}: the weight is {linear.weight.dtype}, no fp32, bf16, fp16"
-        )
-    if linear.in_features == 0:
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"quantize_: {path}: the weight is {weight.dtype}, no fp32, bf16, fp16")
+    if k == 0:
         raise ValueError(f"quantize_: {path}: K=0, there is nothing to quantise")
-    if group is not None and linear.in_features % group:
+    if group is not None and k % group:
         raise ValueError(
-            f"quantize_: {path}: K={linear.in_features} is not a multiple of group_size={group}; "
+            f"quantize_: {path}: K={k} is not a multiple of group_size={group}; "
             "choose another group_size or leave the layer out with filter_fn"
         )
 
@@ -235,6 +269,23 @@ def quantize_linear(linear: nn.Linear, config: Scheme) -> IntLinear:
         in_features=linear.in_features,
         activation=config.activation,
     )
+
+
+def quantize_experts(w: Tensor, config: Scheme) -> IntExpertLinear:
+    """The IntExpertLinear of weights [experts, N, K].
+
+    The methods that need data take each expert as "mse" does: no statistics of the few tokens that
+    reach an expert are collected.
+    """
+    method = config.method if config.method in ("rtn", "hqq") else "mse"
+    layers: list[Any] = []
+    for one in w:
+        linear = nn.Linear(one.shape[1], one.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(one, requires_grad=False)
+        box = nn.Sequential(linear)
+        quantize_(box, replace(config, method=method), progress=False)
+        layers.append(box[0])
+    return IntExpertLinear.stack(layers)
 
 
 def _round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:

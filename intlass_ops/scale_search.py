@@ -41,7 +41,8 @@ def block_error(r: Tensor, weights: Tensor | None = None, hessian: Tensor | None
 
 def smallest_eigenvalue(hessian: Tensor) -> float:
     """A lower bound on λmin(H) >= 0 that allows for the eigensolver's rounding."""
-    eigenvalues = torch.linalg.eigvalsh(hessian)
+    # On the host: a decomposition of this size costs less there than its launches on a GPU.
+    eigenvalues = torch.linalg.eigvalsh(hessian.cpu())
     rounding = 1e-14 * hessian.shape[-1] * float(eigenvalues.abs().max())
     return max(float(eigenvalues.min()) - rounding, 0.0)
 

@@ -42,10 +42,10 @@ class HiddenKernel(nn.Module):
 
 
 def _random(bits: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q [K, N], z [G, N] (both at least 1), s [G, N], x."""
+    """q [K, N], z [G, N], s [G, N], x."""
     g = torch.Generator().manual_seed(seed)
     q = torch.randint(0, 1 << bits, (K, N), generator=g)
-    z = torch.randint(1, 1 << bits, (K // GROUP, N), generator=g)
+    z = torch.randint(0, 1 << bits, (K // GROUP, N), generator=g)
     s = (torch.rand(K // GROUP, N, generator=g) * 0.02 + 0.01).half()
     return q, z, s, torch.randn(5, K, generator=g).half()
 
@@ -58,7 +58,7 @@ def _gptq(bits: int, version: int, act_order: bool) -> Callable[[], Case]:
         index = index[torch.randperm(K, generator=g)] if act_order else index
         module = HiddenKernel(
             qweight=_words(q, bits, 0),
-            qzeros=_words(z - (2 - version), bits, 1),
+            qzeros=_words(z, bits, 1) - (2 - version) * _words(torch.ones_like(z), bits, 1),
             scales=s,
             g_idx=index.int(),
             bits=bits,

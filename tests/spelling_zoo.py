@@ -159,6 +159,27 @@ def _weight_zero_points(m: Any, x: Tensor) -> Tensor:
     return (acc.float() * s * m.c.float()).to(x.dtype)
 
 
+def _both_zero_points(together: bool) -> Callable[..., Tensor]:
+    def call(m: Any, x: Tensor) -> Tensor:
+        q, s, z = asymmetric(x)
+        z, rows = z.int(), m.w.sum(1, dtype=torch.int32)
+        acc = torch._int_mm(q, m.w.t()) - q.sum(-1, keepdim=True, dtype=torch.int32) * m.z
+        acc = acc - z * (rows - K * m.z) if together else acc - z * rows + K * z * m.z
+        return (acc.float() * s * m.s.float()).to(x.dtype)
+
+    return call
+
+
+def _one_bit(m: Any, x: Tensor) -> Tensor:
+    bits = (m.p.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    return functional.linear(x, torch.where(bits.flatten(-2).bool(), m.s, -m.s))
+
+
+def _between_two_ends(m: Any, x: Tensor) -> Tensor:
+    low, high = m.low.float(), m.high.float()
+    return functional.linear(x, torch.lerp(low, high, unpack(m.p).float() / 15).to(x.dtype))
+
+
 def _joined(m: Any, x: Tensor) -> Tensor:
     return functional.linear(x, torch.cat([int4(m.p, m.s), int4(m.r, m.t)]), m.b)
 
@@ -250,6 +271,58 @@ SPELLINGS: dict[str, tuple[Any, list[str]]] = {
             z=torch.randint(0, 16, (N,), generator=_g).int(),
         ),
         ["w4a8"],
+    ),
+    **{
+        f"int_mm, both zero points{', together' if together else ''}": (
+            _int8(
+                _both_zero_points(together),
+                (20, K),
+                z=torch.randint(-9, 9, (N,), generator=_g).int(),
+            ),
+            ["w8a8"],
+        )
+        for together in (False, True)
+    },
+    "one bit": (
+        _int8(
+            _one_bit,
+            p=torch.randint(0, 256, (N, K // 8), generator=_g).to(torch.uint8),
+            s=scales(N, 1),
+        ),
+        ["w4a16"],
+    ),
+    "codes between two ends": (
+        _int4(_between_two_ends, low=-scales(N, 1), high=scales(N, 1)),
+        ["w4a16"],
+    ),
+    "scales in float64": (
+        _int8(
+            lambda m, x: functional.linear(x, (m.w.double() * m.t).to(x.dtype)),
+            t=torch.rand(N, 1, dtype=torch.float64, generator=_g),
+        ),
+        ["w8a16"],
+    ),
+    "columns in reverse": (
+        _int8(lambda m, x: functional.linear(x, m.w.flip(-1).to(x.dtype) * m.s.unsqueeze(-1))),
+        ["w8a16"],
+    ),
+    "experts in another order": (
+        _int8(
+            lambda m, x: torch.bmm(x, (m.w[m.i].to(x.dtype) * m.s[m.i].unsqueeze(-1)).mT),
+            (3, 5, K),
+            w=codes8(3, N, K),
+            s=scales(3, N),
+            i=torch.tensor([2, 0, 1]),
+        ),
+        ["w8a16"],
+    ),
+    "all experts on the same rows": (
+        _int8(
+            lambda m, x: torch.einsum("mk,enk->men", x, _wide(m)),
+            w=codes8(3, N, K),
+            s=scales(3, N),
+        ),
+        ["w8a16"],
     ),
     "integer bias of a float product": (
         _int8(

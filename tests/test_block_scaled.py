@@ -79,6 +79,25 @@ def test_two_fp4_operands(format_: str, method: str, blocked: bool, device: str)
             assert torch.equal(y.cpu(), round_once(expected, BF16)), (m, n, k)
 
 
+LLAMAS = [(12288, 4096), (4096, 11008), (15360, 5120), (10240, 8192), (57344, 8192), (8192, 28672)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format_", ["mx", "nv"])
+def test_products_of_llamas_are_exact(format_: str) -> None:
+    """(N, K) from Llama 7B to 70B, fused and merged, with one token and with 16."""
+    torch.manual_seed(0)
+    for n, k in LLAMAS:
+        h = hadamard_matrix(32, device="cuda", dtype=BF16)
+        call = fused_quantize.fused_quantize_mx if format_ == "mx" else ia.fused_quantize_nv
+        x, w = (torch.randn(rows, k, device="cuda", dtype=BF16) * 25 for rows in (16, n))
+        (a, a_scale), (b, b_scale) = (call(t, h) for t in (x, w))
+        expected = exact(a, a_scale) @ exact(b, b_scale).T
+        for m in (1, 16):
+            y = op_of(format_, False)(a[:m], b, a_scale[:m], b_scale)
+            assert torch.equal(y.cpu(), round_once(expected[:m].cpu(), BF16)), (m, n, k)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("format_", ["mx", "nv"])
 def test_fp4_weights_with_16_bit_activations(format_: str, dtype: torch.dtype, device: str) -> None:

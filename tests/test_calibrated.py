@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,25 @@ def test_better_methods_lose_less(symmetric: bool) -> None:
     assert loss("mse", with_data=True, symmetric=symmetric) < 0.98 * mse
 
 
+def test_awq_rounds_channels_of_large_inputs_more_finely() -> None:
+    layers = model()[:1]
+    x = inputs()
+    x[:, ::16] *= 20
+    expected = layers(x)
+
+    def loss_of(method: calibrated.Method) -> float:
+        quantised = copy.deepcopy(layers)
+        data = [x] if method == "awq" else None
+        ia.quantize_(quantised, ia.Int4WeightOnly(32, method=method), calibration=data)
+        if method == "awq":
+            scale = quantised[0].input_scale
+            assert torch.equal(scale.log2(), scale.log2().round())
+            assert scale[::16].max() < scale[1::16].min()
+        return float((quantised(x) - expected).square().mean())
+
+    assert loss_of("awq") < 0.5 * loss_of("rtn")
+
+
 def test_hqq_keeps_floating_zeros() -> None:
     layers = model()
     ia.quantize_(layers, ia.Int4WeightOnly(32, method="hqq"))
@@ -67,8 +88,9 @@ def test_a_shared_layer_stays_shared() -> None:
 
 def test_refusals() -> None:
     layers = nn.Sequential(nn.Linear(64, 8))
-    with pytest.raises(ValueError, match="quantize_: method='gptq' needs calibration data"):
-        ia.quantize_(layers, ia.Int4WeightOnly(32, method="gptq"))
+    for method in ("gptq", "awq"):
+        with pytest.raises(ValueError, match=f"method='{method}' needs calibration data"):
+            ia.quantize_(layers, ia.Int4WeightOnly(32, method=method))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="quantize_: method='hqq' takes no calibration data"):
         ia.quantize_(layers, ia.Int4WeightOnly(32, method="hqq"), calibration=[])
     with pytest.raises(ValueError, match="quantize_: method='best'; expected one of rtn, mse"):

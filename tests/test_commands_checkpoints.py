@@ -39,13 +39,13 @@ def quantised(path: Path) -> int:
     return sum(isinstance(m, intlass_ops.IntLinear) for m in model.modules())
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 def test_quantize_writes_what_load_pretrained_reads(
     dense: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     command = ["quantize", str(dense), str(out), "--method", method, "--group-size", "16"]
-    if method == "gptq":
+    if method != "rtn":
         text = tmp_path / "text.txt"
         text.write_text(" ".join("".join(map(chr, range(33, 97))) for _ in range(40)))
         command += ["--calibration", str(text), "--samples", "4", "--window", "16"]

@@ -4,15 +4,17 @@ It compiles, keeps everything in registers, fits the shared memory, and uses the
 instructions it was written for. The cubins go through the kernel cache, so that a second run, and
 the second test of an architecture, only read them.
 
-Compiling takes a second a kernel. A config that is shipped for all six architectures is compiled
-for two of them in turn, an old one and a new one; each architecture still meets a config of each
-combination of operand kinds.
+Compiling takes a second a kernel, disassembling one most of a second. Hence a config that is
+shipped for several architectures of a generation is compiled for one of them, in turn, and a code
+path is disassembled on one of them; but each architecture compiles every code path that it has, and
+disassembles every set of instructions that it should use.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,45 +26,109 @@ from intlass_ops.cuda import cubin, jit, source
 from intlass_ops.cuda.source import KernelConfig
 
 REGISTERS_OF_A_BLOCK = 65536
+GENERATIONS = (("sm_80", "sm_86", "sm_89"), ("sm_90a", "sm_100", "sm_120"))
+
+Chosen = dict[tuple[str, str], list[Any]]  # the configs of each (kernel source, architecture)
 
 
-def by_kernel_and_arch(*, thorough: bool) -> dict[tuple[str, str], list[Any]]:
-    """The configs of each (kernel source, architecture), without repetition."""
+def in_turn(turn: int, archs: Iterable[str], *, thorough: bool) -> list[str]:
+    """Of some architectures one of each generation, or all."""
+    own = [[arch for arch in generation if arch in archs] for generation in GENERATIONS]
+    return [
+        arch for each in own if each for arch in (each if thorough else [each[turn % len(each)]])
+    ]
+
+
+def by_kernel_and_arch(*, thorough: bool) -> Chosen:
+    """What is compiled, without repetition."""
     archs_of: dict[Any, dict[str, None]] = defaultdict(dict)
     for shipped, archs in config.shipped_configs():
         archs_of[shipped].update(dict.fromkeys(archs))
-    found: dict[tuple[str, str], list[Any]] = defaultdict(list)
-    seen: set[Any] = set()
+    found: Chosen = defaultdict(list)
     for turn, (c, archs) in enumerate(archs_of.items()):
-        for place, arch in enumerate(archs):
-            path = (c.source, arch, code_path(c, arch))
-            in_turn = len(archs) < 3 or place % 3 == turn % 3
-            if thorough or in_turn or path not in seen:
-                seen.add(path)
-                found[c.source, arch].append(c)
+        for arch in in_turn(turn, archs, thorough=thorough):
+            found[c.source, arch].append(c)
+    met = {(key, code_path(c, key[1])) for key, configs in found.items() for c in configs}
+    for c, archs in archs_of.items():
+        for arch in archs:
+            key = c.source, arch
+            if (key, code_path(c, arch)) not in met:
+                met.add((key, code_path(c, arch)))
+                found[key].append(c)
     return found
 
 
-def code_path(c: Any, arch: str) -> Any:
+def code_path(c: Any, arch: str) -> tuple[Any, tuple[str, ...]]:
     """Operand kinds and expected instructions: tile sizes do not decide which one multiplies."""
     names = [field.name for field in dataclasses.fields(c) if field.name.endswith("_kind")]
     return tuple(getattr(c, name) for name in names), c.expected_sass(arch)
 
 
+def to_disassemble(compiled: Chosen, *, thorough: bool) -> Chosen:
+    """One config of each code path that names instructions."""
+    paths: dict[tuple[str, str], dict[Any, Any]] = defaultdict(dict)
+    archs_of: dict[Any, list[str]] = defaultdict(list)  # of (source, operand kinds)
+    for (name, arch), configs in compiled.items():
+        for c in configs:
+            kinds, expected = code_path(c, arch)
+            if expected:
+                paths[name, arch].setdefault((kinds, expected), c)
+                archs_of[name, kinds].append(arch)
+    turns = {key: turn for turn, key in enumerate(archs_of)}
+    found: Chosen = {}
+    for (name, arch), configs in paths.items():
+        seen: set[tuple[str, ...]] = set()
+        found[name, arch] = []
+        for (kinds, expected), c in configs.items():
+            key = name, kinds
+            its_turn = arch in in_turn(turns[key], archs_of[key], thorough=thorough)
+            if its_turn or expected not in seen:
+                seen.add(expected)
+                found[name, arch].append(c)
+    return found
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if {"arch", "configs"} <= set(metafunc.fixturenames):
-        chosen = by_kernel_and_arch(thorough=metafunc.config.getoption("--thorough"))
-        cases = [pytest.param(arch, cs, id=f"{name}-{arch}") for (name, arch), cs in chosen.items()]
-        metafunc.parametrize(("arch", "configs"), cases)
+    if "arch" not in metafunc.fixturenames:
+        return
+    thorough = metafunc.config.getoption("--thorough")
+    compiled = by_kernel_and_arch(thorough=thorough)
+    for names, chosen in (
+        (("arch", "configs"), compiled),
+        (("arch", "disassembled"), to_disassemble(compiled, thorough=thorough)),
+    ):
+        if set(names) <= set(metafunc.fixturenames):
+            cases = [pytest.param(a, cs, id=f"{name}-{a}") for (name, a), cs in chosen.items()]
+            metafunc.parametrize(names, cases)
 
 
-def test_every_config_is_compiled_and_every_architecture_meets_every_code_path() -> None:
+def test_nothing_shipped_is_left_out() -> None:
     some, everything = (by_kernel_and_arch(thorough=each) for each in (False, True))
-    assert set(some) == set(everything)
-    assert {c for cs in some.values() for c in cs} == {c for cs in everything.values() for c in cs}
+    shipped = {(c.source, arch, c) for c, archs in config.shipped_configs() for arch in archs}
+    assert {(*key, c) for key, configs in everything.items() for c in configs} == shipped
+    assert {c for configs in some.values() for c in configs} == {c for *_, c in shipped}
     for (name, arch), configs in everything.items():
         paths = {code_path(c, arch) for c in configs}
         assert {code_path(c, arch) for c in some[name, arch]} == paths
+
+
+def test_no_instruction_is_left_out() -> None:
+    compiled = by_kernel_and_arch(thorough=False)
+    chosen = to_disassemble(compiled, thorough=False)
+    kinds = [
+        {
+            (name, generation, code_path(c, arch)[0])
+            for (name, arch), configs in each.items()
+            for c in configs
+            for generation in GENERATIONS
+            if arch in generation and c.expected_sass(arch)
+        }
+        for each in (compiled, chosen)
+    ]
+    assert kinds[0] == kinds[1]
+    for (name, arch), configs in compiled.items():
+        expected = {c.expected_sass(arch) for c in configs} - {()}
+        assert {c.expected_sass(arch) for c in chosen.get((name, arch), [])} == expected
 
 
 def test_compiles(arch: str, configs: list[Any]) -> None:
@@ -94,15 +160,6 @@ def test_stays_in_registers_and_shared_memory(arch: str, configs: list[Any]) -> 
     assert not problems, "\n".join(problems)
 
 
-def one_of_each_code_path(arch: str, configs: list[Any]) -> list[Any]:
-    """The disassembler takes most of a second: too slow for all."""
-    found: dict[Any, Any] = {}
-    for c in configs:
-        if c.expected_sass(arch):
-            found.setdefault(code_path(c, arch), c)
-    return list(found.values())
-
-
 def missing_instructions(c: Any, arch: str) -> list[str]:
     """The expected instructions that the kernel lacks, and local memory where it has any."""
     code = sass.disassemble(jit.compile_cubin(c, arch))
@@ -112,10 +169,9 @@ def missing_instructions(c: Any, arch: str) -> list[str]:
     return [f"{c!r} for {arch}: {problem}" for problem in problems]
 
 
-def test_uses_the_native_instructions(arch: str, configs: list[Any]) -> None:
-    chosen = one_of_each_code_path(arch, configs)
-    jit.warmup(chosen, arch=arch, progress=False)
-    problems = [p for c in chosen for p in missing_instructions(c, arch)]
+def test_uses_the_native_instructions(arch: str, disassembled: list[Any]) -> None:
+    jit.warmup(disassembled, arch=arch, progress=False)
+    problems = [p for c in disassembled for p in missing_instructions(c, arch)]
     assert not problems, "\n".join(problems)
 
 
@@ -149,9 +205,10 @@ def test_a_bad_kernel_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "bad.cu").write_text(BAD_CU)
     monkeypatch.setattr(source, "SOURCE_DIR", tmp_path)
     monkeypatch.setenv("INTLASS_CACHE_DIR", str(tmp_path / "cache"))
-    for arch in ("sm_80", "sm_90a", "sm_120"):
+    for arch in ("sm_80", "sm_90a"):
         image = jit.compile_cubin(BadConfig(), arch)
         assert sass.usage(image, "bad", arch).shared_bytes == 4096
+        assert cubin.stack_bytes(image) == 256
         text = "\n".join(problems_of(BadConfig(), arch, image))
         assert "256 bytes of local memory" in text
         assert f"{230 * 1024} bytes of shared memory exceed" in text

@@ -110,7 +110,8 @@ def test_large_products(case: Case) -> None:
 
 RING = {
     "u4": Case("bf16", "u4", lead=(16,), k=1920, groups=15, scale=BF16, bias=BF16),
-    "u4 half a chunk": Case("bf16", "u4", lead=(8,), k=1984, groups=31, scale=BF16, bias=BF16),
+    "u4 bytes": Case("bf16", "u4", lead=(16,), k=1920, groups=15, scale=BF16, zero=torch.uint8),
+    "s4 half a chunk": Case("bf16", "s4", lead=(16,), k=1984, groups=31, scale=BF16, bias=BF16),
     "s4": Case("fp16", "s4", lead=(16,), k=4096, groups=32, alpha="float"),
     "channel": Case("bf16", "u4", lead=(16,), k=992, out=FP32),
 }

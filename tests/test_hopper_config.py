@@ -21,8 +21,8 @@ def a_shape(x: str, w: str, m: int, n: int, k: int, group_size: int) -> config.S
     return config.Shape(
         x_kind=x,
         w_kind=w,
-        scale_type="float",
-        zero_type="float",
+        scale_type="float" if group_size == k else "__nv_bfloat16",
+        zero_type="unsigned char",
         out_type="__nv_bfloat16",
         has_zeros=w == "u4",
         has_a_zero=False,
@@ -40,6 +40,11 @@ def k_tiles_done(c: config.Hopper, m: int, n: int, k: int, sm_count: int) -> Cou
     _, _, k_tiles, whole, each, extra = c.shares(m, n, k, blocks)
     done: Counter[int] = Counter()
     for block in range(blocks):
+        if c.split_k > 1:
+            stripe = -(-k_tiles // c.split_k)
+            begin = min(block % c.split_k * stripe, k_tiles)
+            done[block // c.split_k] += min(begin + stripe, k_tiles) - begin
+            continue
         for tile in range(block, whole, blocks):
             done[tile] += k_tiles
         unit = block * each + min(block, extra)
@@ -67,8 +72,8 @@ def test_the_pick_is_close_to_the_best_tile_measured() -> None:
         shape = a_shape(p["activations"], p["weights"], p["m"], p["n"], p["k"], group_size)
         c = config.pick(H200, shape)
         assert isinstance(c, config.Hopper)
-        tile = [c.block_m, c.tiles_n, c.consumers, int(c.stream_k)]
-        times = {tuple(t[2:6]): t[0] for t in p["tiles"]}
+        tile = [c.block_m, c.tiles_n, c.consumers, int(c.stream_k), c.split_k]
+        times = {tuple(t[2:7]): t[0] for t in p["tiles"]}
         if tuple(tile) in times:  # tiles of a hopeless prediction were not measured
             losses.append(times[tuple(tile)] / min(times.values()))
     assert len(losses) > 120

@@ -11,14 +11,17 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
-from tiny_checkpoints import FORMS, linears, write
+from tiny_checkpoints import FORMS, Weight, draw, linears, write, write_experts
 
-from intlass_ops import IntLinear
+from intlass_ops import IntLinear, dequantize, pack_int4
 from intlass_ops.formats import FormatError
 from intlass_ops.formats.checkpoint import Checkpoint
+from intlass_ops.formats.experts import stacked
+from intlass_ops.formats.layers import layer_of
 from intlass_ops.formats.reader import open_reader
+from intlass_ops.formats.stored import StoredWeight, unsigned
 from intlass_ops.integrations.load_pretrained import load_pretrained
-from intlass_ops.nn import PackedLinear
+from intlass_ops.nn import IntExpertLinear, PackedLinear
 
 PROMPT = torch.tensor([[1, 7, 23, 42, 5]])
 
@@ -53,6 +56,42 @@ def test_codes_come_over_exactly_and_generation_agrees(tmp_path: Path, name: str
     again = load_pretrained(tmp_path / "ours")
     assert torch.equal(again(PROMPT).logits, logits)
     assert again.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["gptq v1", "awq", "packed w4a16", "int w8a8"])
+def test_experts_of_a_checkpoint_are_joined(tmp_path: Path, name: str) -> None:
+    expected = write_experts(tmp_path / "theirs", FORMS[name])
+    model = load_pretrained(tmp_path / "theirs")
+    assert sum(isinstance(m, IntExpertLinear) for m in model.modules()) == 4
+    logits, reference = model(PROMPT).logits, expected(PROMPT).logits
+    if name == "int w8a8":
+        assert (logits - reference).norm() < 0.05 * reference.norm()
+    else:
+        torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-4)
+        assert torch.equal(generate(model), generate(expected))
+    model.save_pretrained(tmp_path / "ours")
+    assert torch.equal(load_pretrained(tmp_path / "ours")(PROMPT).logits, logits)
+
+
+def test_signed_experts_among_unsigned_ones_keep_their_values() -> None:
+    stored = [open_stored(draw(16, 32, seed, symmetric=seed == 0), seed) for seed in range(2)]
+    assert [each.zeros is None for each in stored] == [True, False]
+    spec, read = stacked("experts", [stored], None)
+    layer = layer_of(spec.kind, 32, None, {name: get() for name, get in read.items()})
+    for expert, each in enumerate(stored):
+        parts = (layer.weight[expert], layer.scales[expert], layer.zeros[expert])
+        assert torch.equal(dequantize(*parts), each.load().dequantize())
+
+
+def open_stored(w: Weight, seed: int) -> StoredWeight:
+    codes = pack_int4(w.q.to(torch.uint8))
+    return unsigned(f"expert {seed}", 4, (16, 32), w.s, w.z, None, lambda: codes)
+
+
+def test_experts_stored_otherwise_are_refused(tmp_path: Path) -> None:
+    write_experts(tmp_path, FORMS["gptq v2 act-order"])
+    with pytest.raises(FormatError, match=r"experts\.0\.w1: act-order .* not read for experts"):
+        load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False])

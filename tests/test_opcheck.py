@@ -124,6 +124,33 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         ),
         {},
     ),
+    "experts": (
+        OPS.matmul_experts.default,
+        (
+            _x(5, 32).requires_grad_(),
+            oracle.pack(_codes(3, 4, 32)),
+            _x(3, 4, 2),
+            _x(3, 4, 2),
+            torch.tensor([2, 2, 4]),
+            32,
+            None,
+            _x(3, 4).requires_grad_(),
+        ),
+        {},
+    ),
+    "experts-backward": (
+        OPS.matmul_experts_backward.default,
+        (
+            _x(5, 4),
+            _codes(2, 4, 7).to(torch.int8),
+            _x(2, 4, 1),
+            None,
+            torch.tensor([2, 5]),
+            7,
+            BF16,
+        ),
+        {},
+    ),
     "w8a8-transposed": (*_matmul(Case("s8", "s8", (3,), 8, 16, w_layout="transposed")), {}),
 }
 
@@ -163,6 +190,8 @@ def test_every_op_has_a_sample() -> None:
             "fused_quantize",
             "matmul_block_scaled",
             "matmul_int4_nn",
+            "matmul_experts",
+            "matmul_experts_backward",
         )
     }
 

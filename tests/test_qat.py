@@ -164,6 +164,23 @@ def test_no_rows_and_autocast(backward: Literal["int8", "float"]) -> None:
     assert x.grad.dtype == layer.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("how", ["to_empty", "assign"])
+@pytest.mark.parametrize("rotation", [32, None])
+def test_a_layer_made_on_the_meta_device_rotates(rotation: int | None, how: str) -> None:
+    config = QATConfig("w4a4", rotation)
+    layer = QATLinear(nn.Linear(64, 40), config)
+    with torch.device("meta"):
+        twin = QATLinear(nn.Linear(64, 40), config)
+    assert twin.h.is_meta
+    if how == "to_empty":
+        twin.to_empty(device="cpu")
+        twin.h.fill_(torch.nan)  # what "uninitialised" may be
+        twin.to_empty(device="cpu")
+    twin.load_state_dict(layer.state_dict(), assign=how == "assign")
+    x = torch.randn(3, 64)
+    assert torch.equal(twin(x), layer(x))
+
+
 # ------------------------------------------------------------------------------ a small transformer
 
 

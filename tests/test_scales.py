@@ -60,7 +60,7 @@ def stored_index(format_: str, stored: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("format_", ["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("goal", ["plain", "weights", "hessian", "singular hessian"])
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 2**31))
 def test_fp4_pruned_search_is_brute_force_on_every_block(
     format_: str, goal: str, seed: int
@@ -104,23 +104,22 @@ def test_mxfp4_best_scale_may_be_neither_naive_nor_its_double() -> None:
 def interval_optimum(
     x: Tensor, qmin: int, qmax: int, weights: Tensor | None = None, hessian: Tensor | None = None
 ) -> float:
-    """Least error of one block over all scales: each interval of constant codes, one by one."""
+    """Least error of one block over all scales: the best of each interval of constant codes."""
     x = x.double()
     metric = torch.diag(torch.ones_like(x) if weights is None else weights)
     metric = metric if hessian is None else hessian
     k = torch.arange(max(-qmin, qmax), dtype=torch.float64) + 0.5
     edges = (x.abs()[:, None] / k).flatten()
-    edges = edges[edges > 0].unique().tolist()
-    least = float(x @ metric @ x)
-    for low, high in zip([0.0, *edges], [*edges, 4 * max(edges)], strict=True):
-        if high - low <= 2.0**-23 * high:  # no float32 scale lies between
-            continue
-        q = (x / (0.5 * (low + high))).round().clamp(qmin, qmax)
-        den = float(q @ metric @ q)
-        s = min(max(float(x @ metric @ q) / den, low), high) if den > 0 else high
-        r = x - s * q
-        least = min(least, float(r @ metric @ r))
-    return least
+    edges = edges[edges > 0].unique()
+    low = torch.cat([torch.zeros(1), edges])
+    high = torch.cat([edges, 4 * edges[-1:]])
+    wide = high - low > 2.0**-23 * high  # else no float32 scale lies between
+    low, high = low[wide], high[wide]
+    q = (x / (0.5 * (low + high))[:, None]).round().clamp(qmin, qmax)  # [intervals, g]
+    s = (q @ metric @ x) / ((q @ metric) * q).sum(-1)
+    s = torch.where(s.isfinite(), torch.minimum(torch.maximum(s, low), high), high)
+    r = torch.cat([x[None], x - s[:, None] * q])  # without a scale everything is left
+    return float(((r @ metric) * r).sum(-1).min())
 
 
 def integer_case(format_: str, x: Tensor, **goal: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,9 +301,9 @@ def test_int4_naive_is_the_reference_quantiser() -> None:
 
 
 def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    w = blocks(6, 12, 32)
+    w = blocks(6, 6, 32)
     h = torch.stack([gram(j, 16) for j in range(2)])
-    weights = torch.rand(12, 32)
+    weights = torch.rand(6, 32)
     calls = [
         lambda: scales.nvfp4_optimal(w, weights=weights),
         lambda: scales.int4_optimal(w, group_size=16, weights=weights),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("transformers")
 
 from tiny_checkpoints import linears, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from intlass_ops import Int4WeightOnly, IntLinear, quantize_
+from intlass_ops import Int4WeightOnly, IntLinear, QATConfig, quantize_
 from intlass_ops.integrations.load_pretrained import load_pretrained
 from intlass_ops.integrations.schemes import SCHEMES, scheme_named
 from intlass_ops.integrations.transformers_quantizer import IntlassConfig, save_pretrained
@@ -48,8 +48,9 @@ def test_quantised_while_loading_is_as_quantised_after(
 
 def test_model_quantised_in_place_is_saved_whole(dense: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
-    quantize_(model, Int4WeightOnly(16))
+    quantize_(model, Int4WeightOnly(16, method="awq"), calibration=[PROMPT])
     assert isinstance(model.lm_head, IntLinear)
+    assert model.lm_head.input_scale is not None
     save_pretrained(model, tmp_path)
     again = load_pretrained(tmp_path)
     assert torch.equal(again(PROMPT).logits, model(PROMPT).logits)
@@ -68,6 +69,30 @@ def test_dequantize_gives_linears_back(dense: Path) -> None:
     torch.testing.assert_close(plain(PROMPT).logits, before, rtol=1e-4, atol=1e-4)
 
 
+def test_conv1d_of_gpt2_is_a_linear_that_lies_transposed(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    tokens = {"bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.3}
+    plain = GPT2LMHeadModel(GPT2Config(**sizes, **tokens)).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    model = copy.deepcopy(plain)
+    quantize_(model, Int4WeightOnly(16), lambda _, path: path != "lm_head")
+    assert sum(isinstance(m, IntLinear) for m in model.modules()) == 4
+    logits = model(PROMPT).logits
+    assert (logits - plain(PROMPT).logits).norm() < 0.3 * logits.norm()
+    save_pretrained(model, tmp_path / "ours")
+    assert torch.equal(load_pretrained(tmp_path / "ours")(PROMPT).logits, logits)
+    loaded = GPT2LMHeadModel.from_pretrained(
+        tmp_path / "plain", quantization_config=IntlassConfig(group_size=16)
+    )
+    assert torch.equal(loaded(PROMPT).logits, logits)
+    loaded.dequantize().save_pretrained(tmp_path / "dense")
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(again(PROMPT).logits, logits, rtol=1e-4, atol=1e-4)
+
+
 def test_mistakes_name_what_to_do(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"K=48 is not a multiple of group_size=32.*modules_to"):
         AutoModelForCausalLM.from_pretrained(
@@ -79,21 +104,7 @@ def test_mistakes_name_what_to_do(dense: Path, tmp_path: Path) -> None:
         scheme_named("w2a2")
     with pytest.raises(ValueError, match="has no quantised layers"):
         save_pretrained(tiny_llama(), tmp_path)
-
-
-def test_fused_experts_are_reported(tmp_path: Path) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
-    )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"2 fused expert weights stay .*experts"):
-        model = AutoModelForCausalLM.from_pretrained(
-            tmp_path, quantization_config=IntlassConfig(group_size=16)
-        )
-    assert isinstance(model.model.layers[0].self_attn.q_proj, IntLinear)
-    assert isinstance(model.lm_head, nn.Linear)
-    with pytest.warns(UserWarning, match=r"quantize_: 2 fused expert weights stay"):
-        quantize_(MixtralForCausalLM(config), Int4WeightOnly(16))
+    trained = tiny_llama()
+    quantize_(trained, QATConfig("w4a4", rotation=16))
+    with pytest.raises(ValueError, match=r"q_proj is a QATLinear, which has no file format"):
+        save_pretrained(trained, tmp_path)

@@ -7,6 +7,7 @@ the codes drawn here; packing is spelled out bit by bit, as the formats' descrip
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +61,12 @@ def words(codes: Tensor, bits: int) -> Tensor:
 
 
 def gptq(w: Weight, version: int) -> dict[str, Tensor]:
-    stored = w.z if version == 2 else (w.z - 1) % (1 << w.bits)
+    stored = words(w.z.t(), w.bits)
+    if version == 1:  # one word at a time: a zero point of 0 borrows from the next
+        stored -= {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[w.bits]
     return {
         "qweight": words(w.q, w.bits).t(),
-        "qzeros": words(stored.t(), w.bits),
+        "qzeros": stored,
         "scales": w.s.t(),
         "g_idx": w.g.int(),
     }
@@ -232,6 +235,31 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
     return model
 
 
+def write_experts(directory: Path, form: Form) -> Any:
+    """The checkpoint of a tiny Mixtral, a linear for each expert; returns it dequantised."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        num_local_experts=4, initializer_range=0.3, eos_token_id=None, pad_token_id=0,
+        architectures=["MixtralForCausalLM"], dtype="float32",
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    dense = revert_weight_conversion(model, model.state_dict())
+    state = dict(dense)
+    for seed, name in enumerate(name for name in dense if re.search(r"_proj|\.w[123]\.", name)):
+        w = draw(*dense[name].shape, seed, **form.draw)
+        dense[name] = w.dense()
+        del state[name]
+        path = name.removesuffix(".weight")
+        state |= {f"{path}.{part}": t for part, t in form.store(w).items()}
+    _save(directory, state, form, config)
+    return MixtralForCausalLM.from_pretrained(None, config=config, state_dict=dense).eval()
+
+
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         path: module
@@ -277,14 +305,21 @@ def write(
         del state[f"{path}.weight"]
         state |= {f"{path}.{name}": t for name, t in form.store(w).items()}
         linear.weight.copy_(w.dense())
-    directory.mkdir(parents=True, exist_ok=True)
     metadata = {f"{path}.weight": form.metadata for path in linears(model)}
-    save_file(
-        {name: t.contiguous() for name, t in state.items()},
-        directory / "model.safetensors",
-        metadata if form.metadata else None,
-    )
-    config = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"]}
-    config["quantization_config"] = form.config
-    (directory / "config.json").write_text(json.dumps(config))
+    model.config.architectures = ["LlamaForCausalLM"]
+    _save(directory, state, form, model.config, metadata if form.metadata else None)
     return model
+
+
+def _save(
+    directory: Path,
+    state: dict[str, Tensor],
+    form: Form,
+    config: Any,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.contiguous() for name, t in state.items()}
+    save_file(tensors, directory / "model.safetensors", metadata)
+    text = json.dumps({**config.to_dict(), "quantization_config": form.config})
+    (directory / "config.json").write_text(text)

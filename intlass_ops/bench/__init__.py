@@ -34,6 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", metavar="FILE", help="plot time against M (needs matplotlib)")
 
 
+def parse_shapes(text: str, multiple: int) -> list[tuple[int, int]]:
+    """Layers of ``--shapes``, K a multiple of what their groups need."""
+    shapes = []
+    for each in text.split(","):
+        n, x, k = each.partition("x")
+        if not (x and n.isdigit() and k.isdigit()):
+            raise ValueError(f"--shapes takes NxK,NxK,...; {each!r} is none")
+        if int(k) % multiple or not int(n) * int(k):
+            raise ValueError(f"--shapes {each}: K={k} is not a multiple of {multiple}")
+        shapes.append((int(n), int(k)))
+    return shapes
+
+
+def parse_numbers(text: str) -> list[int]:
+    """Numbers of ``--tokens``."""
+    if not all(each.isdigit() and int(each) for each in text.split(",")):
+        raise ValueError(f"--tokens takes positive numbers: 1,16,256; not {text!r}")
+    return [int(each) for each in text.split(",")]
+
+
 def run(options: argparse.Namespace) -> int:
     """Returns 0, 1 if a contender computed something wrong, 2 if it could not start."""
     try:

@@ -14,7 +14,16 @@ from torch import Tensor
 from .. import provenance
 from ..demo.show import Show
 from ..explain import explain
-from . import CPU_SHAPES, CPU_TOKENS, SHAPES, TOKENS, contenders, timing
+from . import (
+    CPU_SHAPES,
+    CPU_TOKENS,
+    SHAPES,
+    TOKENS,
+    contenders,
+    parse_numbers,
+    parse_shapes,
+    timing,
+)
 from .contenders import Contender, Layer, Tokens
 
 _CHECKED = 16  # tokens
@@ -48,8 +57,10 @@ def run(options: argparse.Namespace) -> int:
         code = 0
     else:
         try:
-            shapes = _shapes(options.shapes or (CPU_SHAPES if on_cpu else SHAPES))
-            tokens = _numbers(options.tokens or (CPU_TOKENS if on_cpu else TOKENS))
+            shapes = parse_shapes(
+                options.shapes or (CPU_SHAPES if on_cpu else SHAPES), contenders.GROUP
+            )
+            tokens = parse_numbers(options.tokens or (CPU_TOKENS if on_cpu else TOKENS))
         except ValueError as error:
             show.problem(f"intlass bench: {error}")
             return 2
@@ -65,24 +76,6 @@ def run(options: argparse.Namespace) -> int:
 
         plot(rows, options.png, figures["device"])
     return code
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    shapes = []
-    for each in text.split(","):
-        n, x, k = each.partition("x")
-        if not (x and n.isdigit() and k.isdigit()):
-            raise ValueError(f"--shapes takes NxK,NxK,...; {each!r} is none")
-        if int(k) % contenders.GROUP or not int(n) * int(k):
-            raise ValueError(f"--shapes {each}: K={k} is not a multiple of {contenders.GROUP}")
-        shapes.append((int(n), int(k)))
-    return shapes
-
-
-def _numbers(text: str) -> list[int]:
-    if not all(each.isdigit() and int(each) for each in text.split(",")):
-        raise ValueError(f"--tokens takes positive numbers: 1,16,256; not {text!r}")
-    return [int(each) for each in text.split(",")]
 
 
 def _chosen(names: list[str], only: str | None) -> list[str]:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..cuda import arrivals
+
 COLD_BYTES = 320 << 20  # more than the last cache of any current GPU or CPU socket
 _CALLS = 20
 _MIN_REPEATS = 5
@@ -24,9 +26,20 @@ def copies_of(num_bytes: int) -> int:
     return max(2, min(64, math.ceil(COLD_BYTES / max(num_bytes, 1))))
 
 
-def microseconds(call: Callable[[int], object], copies: int, device: str, seconds: float) -> float:
-    """Median time of ``call(i)`` with i going round over the copies."""
-    calls = max(_CALLS, copies)
+def microseconds(
+    call: Callable[[int], object],
+    copies: int,
+    device: str,
+    seconds: float,
+    *,
+    calls: int | None = None,
+    give_up: float = math.inf,
+) -> float:
+    """Median time of ``call(i)`` with i going round over the copies.
+
+    ``calls``: so many in one CUDA graph. ``give_up``: what takes longer at first is not repeated.
+    """
+    calls = calls or max(_CALLS, copies)
     if device == "cpu":
         return _median(lambda: [call(i % copies) for i in range(calls)], seconds) / calls
     stream = torch.cuda.Stream()
@@ -35,6 +48,13 @@ def microseconds(call: Callable[[int], object], copies: int, device: str, second
         for i in range(min(copies, 3)):
             call(i)
     torch.cuda.current_stream().wait_stream(stream)
+    with arrivals.borrowed():
+        return _median_of_replays(call, copies, calls, seconds, give_up) / calls
+
+
+def _median_of_replays(
+    call: Callable[[int], object], copies: int, calls: int, seconds: float, give_up: float
+) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(calls):
@@ -49,11 +69,13 @@ def microseconds(call: Callable[[int], object], copies: int, device: str, second
         return float(begin.elapsed_time(end)) * 1e3
 
     replay()
-    times: list[float] = []
+    times = [replay()]
     start = time.perf_counter()
-    while len(times) < _MIN_REPEATS or time.perf_counter() - start < seconds:
+    while times[0] <= give_up * calls and (
+        len(times) < _MIN_REPEATS or time.perf_counter() - start < seconds
+    ):
         times.append(replay())
-    return statistics.median(times) / calls
+    return statistics.median(times)
 
 
 def _median(work: Callable[[], object], seconds: float) -> float:

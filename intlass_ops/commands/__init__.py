@@ -12,6 +12,7 @@ import sys
 
 from ..calibrated import METHODS
 from ..demo import quiet
+from ..errors import IntlassError
 from ..integrations.schemes import SCHEMES
 
 QUANTIZE = """\
@@ -22,7 +23,7 @@ says how each layer is stored). The result is read back by
     AutoModelForCausalLM.from_pretrained(DST)    after: from intlass_ops import IntlassConfig
 
 Embeddings, norms and the output head stay as they are. rtn, mse and hqq quantise each weight as it
-is read, so memory stays near the size of the result; gptq needs the whole model and some text.
+is read, so memory stays near the size of the result; gptq and awq need the whole model and text.
 """
 EXAMPLES = """\
 examples:
@@ -62,7 +63,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument(
         "--method", choices=METHODS, default="rtn",
         help="rtn: nearest; mse: scales of least squared error; hqq: floating zero points; gptq: "
-        "errors fed back through the statistics of real inputs, best and slowest (%(default)s)",
+        "errors fed back through the statistics of real inputs, best and slowest; awq: inputs of "
+        "large channels rounded more finely (%(default)s)",
     )  # fmt: skip
     command.add_argument(
         "--symmetric", action="store_true", help="w4a16 without zero points: smaller, less exact"
@@ -73,13 +75,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )  # fmt: skip
     command.add_argument(
         "--calibration", metavar="FILE",
-        help="gptq: plain text like what the model will see (default: Python's documentation)",
+        help="gptq, awq: plain text like what the model will see (default: Python's documentation)",
     )  # fmt: skip
     command.add_argument(
-        "--samples", type=int, default=64, help="gptq: windows of text (%(default)s)"
+        "--samples", type=int, default=64, help="gptq, awq: windows of text (%(default)s)"
     )
     command.add_argument(
-        "--window", type=int, default=512, help="gptq: tokens of each (%(default)s)"
+        "--window", type=int, default=512, help="gptq, awq: tokens of each (%(default)s)"
     )
     command.add_argument("--device", default="cpu", help="where to compute (%(default)s)")
     command.set_defaults(run=run_quantize)
@@ -129,7 +131,7 @@ def _run(name: str, options: argparse.Namespace) -> int:
         return 2
     try:
         code: int = getattr(module, name)(options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IntlassError) as error:
         print(f"intlass {name}: {error}", file=sys.stderr)
         return 2
     return code

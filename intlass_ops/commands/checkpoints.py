@@ -22,14 +22,14 @@ from ..demo.show import Show
 from ..explain import explain as explain_call
 from ..formats.checkpoint import Checkpoint
 from ..integrations.experts import experts_left
-from ..integrations.load_pretrained import class_of, load_pretrained
+from ..integrations.load_pretrained import class_of, load_pretrained, placement
+from ..integrations.model_layers import specs_of
 from ..integrations.schemes import scheme_named
 from ..integrations.transformers_quantizer import (
     IntlassConfig,
     is_kept,
     listening,
     save_pretrained,
-    specs_of,
 )
 from ..quantize import quantize_
 
@@ -49,7 +49,7 @@ def quantize(options: argparse.Namespace) -> int:
         )
     logging.disable_progress_bar()
     start = time.perf_counter()
-    work = _with_data if options.method == "gptq" else _while_loading
+    work = _with_data if options.method in ("gptq", "awq") else _while_loading
     model = work(src, options, show)
     _save(model, src, dst)
     _report(show, model, checkpoint, dst, time.perf_counter() - start)
@@ -100,9 +100,7 @@ def _while_loading(src: Path, options: argparse.Namespace, show: Show) -> Any:
     with show.bar(f"Quantising to {options.scheme} ({options.method})") as advance:
         token = listening.set(advance)
         try:
-            return class_of(AutoConfig.from_pretrained(src)).from_pretrained(
-                src, quantization_config=config, dtype="auto", device_map=options.device
-            )
+            return _load(src, options.device, quantization_config=config)
         finally:
             listening.reset(token)
 
@@ -115,15 +113,22 @@ def _with_data(src: Path, options: argparse.Namespace, show: Show) -> Any:
         method=options.method,
     )
     show.say("Loading the model ...")
-    model = class_of(AutoConfig.from_pretrained(src)).from_pretrained(
-        src, dtype="auto", device_map=options.device
-    )
+    model = _load(src, options.device)
     kept = {*get_keys_to_not_convert(model), *options.keep}
     windows = _windows(src, options)
-    show.say(f"Quantising to {options.scheme} (gptq) with {len(windows)} windows of text ...")
+    how = f"{options.scheme} ({options.method})"
+    show.say(f"Quantising to {how} with {len(windows)} windows of text ...")
     batches = [{"input_ids": window.to(options.device)} for window in windows]
     quantize_(model, scheme, lambda _, path: not is_kept(path, kept), calibration=batches)
     return model
+
+
+def _load(src: Path, where: str, **how: Any) -> Any:
+    device_map, device = placement(where)
+    model = class_of(AutoConfig.from_pretrained(src)).from_pretrained(
+        src, dtype="auto", device_map=device_map, **how
+    )
+    return model.to(device)
 
 
 def _windows(src: Path, options: argparse.Namespace) -> list[torch.Tensor]:
@@ -135,7 +140,7 @@ def _windows(src: Path, options: argparse.Namespace) -> list[torch.Tensor]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(src)
     except ValueError:
-        raise ValueError(f"{src}: no tokenizer in it, which method gptq needs") from None
+        raise ValueError(f"{src}: no tokenizer in it, which methods gptq and awq need") from None
     count, length = options.samples, options.window
     # A token is at least one character, and text costs time to tokenise.
     ids = tokenizer(text[: 16 * count * length], return_tensors="pt")["input_ids"][0]

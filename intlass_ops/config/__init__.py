@@ -2,17 +2,22 @@
 
 The single statement of every kernel constraint. Pure: no CUDA, no torch calls; what the hardware
 offers arrives as a `Device`. The kernels state the same facts as static_asserts. One file a kernel;
-choice.py picks the family, shipped.py lists what is compiled ahead.
+choice.py picks the family, tuned.py reads what was measured (the only files it reads but the
+kernels' own), shipped.py lists what is compiled ahead.
 """
 
 from .choice import Config as Config
+from .choice import Matmul as Matmul
+from .choice import candidates as candidates
 from .choice import pick as pick
+from .choice import predicted as predicted
 from .choice import reason as reason
 from .fp4 import FP4_MAX_M as FP4_MAX_M
 from .fp4 import FP4_X as FP4_X
 from .fp4 import Fp4 as Fp4
 from .fp4 import pick_fp4 as pick_fp4
 from .gemm import Gemm as Gemm
+from .gemm import is_idle as is_idle
 from .hopper import HOPPER_BLOCK_K as HOPPER_BLOCK_K
 from .hopper import Hopper as Hopper
 from .hopper import TokenSums as TokenSums

@@ -1,58 +1,88 @@
-"""Which kernel family a problem gets, and why."""
+"""Which configuration a problem gets, and why: measured if a table has it, else predicted."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
 
+from . import tuned
 from .fp4 import Fp4
-from .gemm import Gemm, pick_gemm
-from .hopper import Hopper, TokenSums, pick_hopper, why_not_hopper
-from .problem import BITS, Device, Shape
+from .gemm import Gemm, gemm_candidates, pick_gemm
+from .hopper import Hopper, TokenSums, hopper_candidates, pick_hopper, why_not_hopper
+from .problem import Device, Shape, without_wgmma
 from .quantize import Quantize
-from .skinny import Skinny, pick_skinny, why_not_skinny
-from .skinny_ring import SkinnyRing, pick_ring
+from .skinny import Skinny, pick_skinny, skinny_candidates, why_not_skinny
+from .skinny_ring import SkinnyRing, pick_ring, ring_candidates, why_not_ring
 
-
-def _pick_skinny(device: Device, shape: Shape) -> Skinny | SkinnyRing:
-    """Rows by the thousand stream through a ring; else every block loads its rows at once.
-
-    Where decoding costs nothing, loading at once is as fast (W8A8, W4A8, W8A16 on an H200).
-    """
-    w4a16 = BITS[shape.w_kind] == 4 and BITS[shape.x_kind] == 16
-    masked = shape.group_size < 512 // BITS[shape.w_kind] and shape.group_size < shape.k
-    spills = shape.m > 8 and shape.has_zeros and masked  # by a few bytes, on sm_100
-    if w4a16 and shape.n >= 128 * device.sm_count and not spills:
-        ring = pick_ring(device, shape)
-        if ring is not None:
-            return ring
-    return pick_skinny(device, shape)
-
-
-Config = Gemm | Skinny | SkinnyRing | Hopper | TokenSums | Quantize | Fp4
-
+Matmul = Gemm | Skinny | SkinnyRing | Hopper
+Config = Matmul | TokenSums | Quantize | Fp4
 
 _BATCH_INVARIANT_M = 64  # the tokens that the one kernel of batch_invariant() is picked for
 
 
-@lru_cache(maxsize=65536)
-def pick(device: Device, shape: Shape) -> Gemm | Skinny | SkinnyRing | Hopper:
+def pick(device: Device, shape: Shape) -> Matmul:
     """The configuration for a problem: the kernel family by M and device, its tile by shape."""
-    if shape.batch_invariant:  # one tile for every M, so one binary: no order that could differ
-        return replace(pick_gemm(device, replace(shape, m=_BATCH_INVARIANT_M)), split_k=1)
+    return _choose(device, shape)[0]
+
+
+def reason(device: Device, shape: Shape) -> str:
+    """Why `pick` chose what it chose."""
+    return _choose(device, shape)[1]
+
+
+def predicted(device: Device, shape: Shape) -> Matmul:
+    """The configuration without any table."""
     if why_not_skinny(shape) is None:
-        return _pick_skinny(device, shape)
+        # Rows by the thousand stream through a ring; else every block loads its rows at once.
+        if shape.n >= 128 * device.sm_count and why_not_ring(shape) is None:
+            ring = pick_ring(device, shape)
+            if ring is not None:
+                return ring
+        return pick_skinny(device, shape)
     if why_not_hopper(device, shape) is None:
         return pick_hopper(device, shape)
     return pick_gemm(device, shape)
 
 
-def reason(device: Device, shape: Shape) -> str:
-    """Why `pick` chose the kernel family it chose."""
-    if shape.batch_invariant:
-        return "batch_invariant(): one kernel for every M"
-    not_skinny = why_not_skinny(shape)
+def candidates(device: Device, shape: Shape) -> list[Matmul]:
+    """All that the tuner measures and that a table may ask for, the predicted one first."""
+    found: list[Matmul] = [predicted(device, shape), pick_gemm(device, shape)]
+    if why_not_skinny(shape) is None:
+        found += skinny_candidates(device, shape)
+        found += ring_candidates(device, shape) if why_not_ring(shape) is None else ()
+    else:
+        found += gemm_candidates(device, shape)
+    if why_not_hopper(device, shape) is None:
+        found += [c for c, _ in hopper_candidates(device, shape)]
+    return list(dict.fromkeys(found))
+
+
+@lru_cache(maxsize=65536)
+def _choose(device: Device, shape: Shape) -> tuple[Matmul, str]:
+    if shape.batch_invariant:  # one tile for every M, so one binary: no order that could differ
+        c = replace(pick_gemm(device, replace(shape, m=_BATCH_INVARIANT_M)), split_k=1)
+        return c, "batch_invariant(): one kernel for every M"
+    best = _measured(device, shape)
+    if best is not None:
+        return best
+    not_skinny, not_hopper = why_not_skinny(shape), why_not_hopper(device, shape)
     if not_skinny is None:
-        return f"M={shape.m} is bound by reading W once"
-    not_hopper = why_not_hopper(device, shape)
-    return not_skinny if not_hopper is None else f"{not_skinny}; {not_hopper}"
+        why = f"M={shape.m} is bound by reading W once"
+    else:
+        why = not_skinny if not_hopper is None else f"{not_skinny}; {not_hopper}"
+    return predicted(device, shape), why
+
+
+def _measured(device: Device, shape: Shape) -> tuple[Matmul, str] | None:
+    """The best configuration of the nearest M that was measured, if it fits this problem."""
+    entries = tuned.nearest(device, shape)
+    if not entries and why_not_skinny(shape) is None:  # what wgmma has no part in
+        entries = tuned.nearest(without_wgmma(device), shape)
+    if not entries:
+        return None
+    legal = {(c.entry, tuned.tile_of(c)): c for c in reversed(candidates(device, shape))}
+    for entry in entries:
+        c = legal.get((entry.kernel, entry.tile))
+        if c is not None:
+            return c, f"tuned: the fastest at M={entry.m}"
+    return None

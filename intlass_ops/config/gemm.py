@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -83,6 +84,10 @@ def why_illegal(c: Gemm, device: Device) -> str | None:
         return f"num_stages={c.num_stages} is below 2"
     if c.smem_bytes > device.smem_per_block:
         return f"{c.smem_bytes} bytes of shared memory exceed {device.smem_per_block}"
+    accumulators = c.block_m * c.block_n // (32 * c.warps_m * c.warps_n)
+    sums_of_x = c.has_zeros and c.grouping == Grouping.TILE and BITS[c.x_kind] == 16
+    if c.split_k > 1 and sums_of_x and accumulators >= 64:
+        return f"split_k={c.split_k} with zero points and groups spills beside {accumulators} sums"
     return None
 
 
@@ -94,32 +99,47 @@ def grouping_of(k: int, group_size: int, block_k: int) -> Grouping:
     return Grouping.STRADDLING if group_size % SPAN_K else Grouping.SPAN
 
 
-def pick_gemm(device: Device, shape: Shape) -> Gemm:
-    """Warp tiles by what the accumulators leave of the registers, split_k by SM count.
+def _crowded(device: Device, shape: Shape) -> bool:
+    """NVRTC 12.9 needs more registers there, so tiles that take them all elsewhere spill."""
+    return device.arch in ("sm_100", "sm_120") and BITS[shape.x_kind] == 16
 
-    Measured on an H200 (docs/notes/kernels.md): warps of 64 tokens by 64 rows with one set of
-    accumulators, by 32 rows with a second one for groups; four warps a block, two blocks an SM.
-    """
+
+def _rows(device: Device, shape: Shape) -> int:
+    """Rows of W that four warps beside each other hold without spilling, for up to 64 tokens."""
     channel, floats = shape.group_size >= shape.k, BITS[shape.x_kind] == 16
-    block_k = 64 if shape.group_size == 64 and not channel else 128
-    grouping = grouping_of(shape.k, shape.group_size, block_k)
-    # NVRTC 12.9 needs more registers for these, so tiles that take them all elsewhere spill.
-    crowded = device.arch in ("sm_100", "sm_120") and floats
-    sm_90 = device.arch in ("sm_90", "sm_90a")
-    large_tiles = math.ceil(shape.m / 128) * math.ceil(shape.n / 128)
-    large = shape.m >= 192 and large_tiles > 1.5 * device.sm_count
-    block_m = min(64, max(8, 1 << (max(shape.m, 1) - 1).bit_length()))
-    block_n, warps_m, warps_n = 128, 1, 4
-    if channel and large and not shape.has_zeros and not (crowded and shape.w_kind == "s8"):
-        block_m, warps_m, warps_n = 128, 2, 2
-        if floats:
-            block_n, warps_n, block_k = 256, 4, 64  # half the k: 16-bit tokens fill shared memory
-    elif (
+    crowded, sm_90 = _crowded(device, shape), device.arch in ("sm_90", "sm_90a")
+    grouping = grouping_of(shape.k, shape.group_size, 64 if shape.group_size == 64 else 128)
+    if (
         grouping is Grouping.STRADDLING
         or (shape.has_zeros and (crowded or shape.has_a_zero or grouping is Grouping.SPAN))
         or (not channel and shape.w_kind == "s8" and (crowded or (floats and sm_90)))
     ):
-        block_n = 64  # masked fragments, or sums of x, beside two sets of accumulators
+        return 64  # masked fragments, or sums of x, beside two sets of accumulators
+    return 128
+
+
+Tile = tuple[int, int, int, int]  # block_m, block_n, warps_m, warps_n
+
+
+def _large_tile(device: Device, shape: Shape) -> Tile | None:
+    """For many tokens, where one set of accumulators is enough: warps of 64 tokens by 64 rows."""
+    crowded = _crowded(device, shape) and shape.w_kind == "s8"
+    if shape.group_size < shape.k or shape.has_zeros or crowded:
+        return None
+    return (128, 256, 2, 4) if BITS[shape.x_kind] == 16 else (128, 128, 2, 2)
+
+
+def _tokens(m: int) -> int:
+    """The fewest tokens of a block that hold m, up to 64."""
+    return min(64, max(8, 1 << (max(m, 1) - 1).bit_length()))
+
+
+def _config(device: Device, shape: Shape, tile: Tile) -> Gemm:
+    """A tile for a problem, its ring as deep as is useful, K not split."""
+    block_m, block_n, warps_m, warps_n = tile
+    # half the k for the largest tiles: 16-bit tokens fill shared memory
+    half = block_n == 256 or (shape.group_size == 64 and shape.group_size < shape.k)
+    block_k = 64 if half else 128
     whole = shape.k * BITS[shape.x_kind] % 128 == 0 and shape.k * BITS[shape.w_kind] % 128 == 0
     config = Gemm(
         x_kind=shape.x_kind,
@@ -134,23 +154,75 @@ def pick_gemm(device: Device, shape: Shape) -> Gemm:
         warps_n=warps_n,
         num_stages=3,
         split_k=1,
-        grouping=grouping,
+        grouping=grouping_of(shape.k, shape.group_size, block_k),
         has_zeros=shape.has_zeros,
         has_a_zero=shape.has_a_zero,
         aligned=shape.aligned and whole,
     )
     # Three stages, which leave more cache than four for the scales; two where that lets a second
     # block of four warps share the SM.
-    blocks = 2 if config.threads <= 128 else 1
-    room = min(device.smem_per_sm // blocks - 1024, device.smem_per_block)
+    room = min(device.smem_per_sm // _blocks_per_sm(config) - 1024, device.smem_per_block)
     if config.smem_bytes > room:
         fewer = replace(config, num_stages=2)
         if fewer.smem_bytes <= room or config.smem_bytes > device.smem_per_block:
             config = fewer
+    return config
+
+
+def _blocks_per_sm(c: Gemm) -> int:
+    return 2 if c.threads <= 128 else 1
+
+
+def pick_gemm(device: Device, shape: Shape) -> Gemm:
+    """Warp tiles by what the accumulators leave of the registers, split_k by SM count.
+
+    Measured on an H200 (docs/notes/kernels.md): warps of 64 tokens by 64 rows with one set of
+    accumulators, by 32 rows with a second one for groups; four warps a block, two blocks an SM.
+    """
+    tile = _large_tile(device, shape)
+    large_tiles = math.ceil(shape.m / 128) * math.ceil(shape.n / 128)
+    if tile is None or shape.m < 192 or large_tiles <= 1.5 * device.sm_count:
+        tile = _tokens(shape.m), _rows(device, shape), 1, 4
+    config = _config(device, shape, tile)
     if problem := why_illegal(config, device):
         raise ValueError(f"no configuration for {shape} on {device.arch}: {problem}")
-    tiles = config.tiles(shape.m, shape.n)
-    k_tiles = math.ceil(shape.k / config.block_k)
-    # Two blocks for each SM, in stripes of at least four tiles of K; powers of two: few kernels.
-    wanted = min(blocks * device.sm_count // max(tiles, 1), k_tiles // 4, 4)
-    return replace(config, split_k=1 << max(wanted, 1).bit_length() - 1)
+    config = _split(config, device, shape)
+    if why_illegal(config, device) is not None:
+        config = _split(_config(device, shape, (config.block_m, 64, 1, 4)), device, shape)
+    return config
+
+
+def _split(c: Gemm, device: Device, shape: Shape) -> Gemm:
+    """Two blocks an SM, in stripes of at least four tiles of K; powers of two: few kernels."""
+    tiles, k_tiles = c.tiles(shape.m, shape.n), math.ceil(shape.k / c.block_k)
+    wanted = min(_blocks_per_sm(c) * device.sm_count // max(tiles, 1), k_tiles // 4, 4)
+    return replace(c, split_k=1 << max(wanted, 1).bit_length() - 1)
+
+
+def gemm_candidates(device: Device, shape: Shape) -> Iterator[Gemm]:
+    """What the tuner measures: warps that hold no more than those of `pick_gemm` for such operands.
+
+    The compiler's choices differ all the same; the tuner refuses what spills.
+    """
+    tokens, rows = _tokens(shape.m), _rows(device, shape)
+    tiles = [(m, n, 1, 4) for m in {tokens, max(8, tokens // 2)} for n in {rows, 64}]
+    if shape.m > 64:
+        tiles += [(128, rows, 2, 4), *filter(None, [_large_tile(device, shape)])]
+    for tile in tiles:
+        config = _config(device, shape, tile)
+        for split_k in (1, 2, 4, _MOST_STRIPES):
+            c = replace(config, split_k=split_k)
+            whole_stripes = split_k == 1 or math.ceil(shape.k / c.block_k) >= 2 * split_k
+            if whole_stripes and why_illegal(c, device) is None:
+                yield c
+
+
+_MOST_STRIPES = 8
+
+
+def is_idle(c: Gemm, device: Device, shape: Shape) -> bool:
+    """Whether most SMs have nothing to do, or too much of it is adding up stripes of K."""
+    blocks, k_tiles = c.tiles(shape.m, shape.n) * c.split_k, math.ceil(shape.k / c.block_k)
+    could_split = 2 * c.split_k <= _MOST_STRIPES and k_tiles >= 4 * c.split_k
+    few = 2 * blocks <= device.sm_count and could_split
+    return few or (c.split_k > 1 and blocks > 4 * device.sm_count)

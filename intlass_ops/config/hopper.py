@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ class Hopper:
 
     source: ClassVar[str] = "hopper.cu"
     entry: ClassVar[str] = "hopper"
+    starts_early: ClassVar[bool] = True
 
     x_kind: str
     w_kind: str
@@ -29,7 +31,9 @@ class Hopper:
     consumers: int
     num_stages: int
     stream_k: bool  # whether the blocks share out the last tiles by k
+    split_k: int  # blocks of a cluster that share a tile
     raster: int
+    slab: int  # tokens of the output in shared memory at a time
     grouping: int
     groups_per_tile: int
     has_zeros: bool
@@ -50,14 +54,23 @@ class Hopper:
     @property
     def stage_bytes(self) -> int:
         bits = self.block_m * BITS[self.x_kind] + self.block_n * BITS[self.w_kind]
-        sums = 4 * self.groups_per_tile * self.block_m if self.has_zeros else 0
+        sums = 4 * self.groups_per_tile * self.block_m if self.needs_token_sums else 0
         return math.ceil((bits * HOPPER_BLOCK_K // 8 + sums) / 1024) * 1024
 
     @property
+    def needs_token_sums(self) -> bool:
+        """Whether zero points multiply sums of the activations (TokenSums)."""
+        return self.has_zeros and self.grouping != Grouping.SCALED_WEIGHTS
+
+    @property
     def smem_bytes(self) -> int:
-        """Barriers and the ring, then staging for the output."""
-        slab = math.gcd(64, self.block_m)
-        staging = self.consumers * (slab * (64 * TYPE_BYTES[self.out_type] + 16) + 4 * self.block_m)
+        """Barriers and the ring; behind it staging for the output, or over it a cluster's sums."""
+        if self.split_k > 1:
+            exchange = 4 * self.block_m * (self.block_n + 4)
+            return 1024 + max(self.num_stages * self.stage_bytes, exchange)
+        staging = self.consumers * (
+            self.slab * (64 * TYPE_BYTES[self.out_type] + 16) + 4 * self.block_m
+        )
         return 1024 + self.num_stages * self.stage_bytes + staging
 
     @property
@@ -70,6 +83,8 @@ class Hopper:
 
     def grid(self, m: int, n: int, k: int, sm_count: int) -> tuple[int, int, int]:
         """A block for every place on the GPU, if there is work for it."""
+        if self.split_k > 1:
+            return self.tiles(m, n) * self.split_k, 1, 1
         work = self.tiles(m, n) * (math.ceil(k / HOPPER_BLOCK_K) if self.stream_k else 1)
         return min(sm_count * self.blocks_per_sm, work), 1, 1
 
@@ -88,6 +103,8 @@ class Hopper:
 
     def __str__(self) -> str:
         extra = " stream_k" if self.stream_k else ""
+        if self.split_k > 1:
+            extra = f" split_k={self.split_k}"
         return (
             f"hopper {self.x_kind}x{self.w_kind} "
             f"{self.block_m}x{self.block_n}x{HOPPER_BLOCK_K}/{self.num_stages}{extra}"
@@ -140,40 +157,44 @@ def why_not_hopper(device: Device, shape: Shape) -> str | None:
 
 
 # Tiles of hopper.cu: block_m, tiles_n, consumers, and the TOPS of an H200 full of them, by kinds
-# of activations and weights. These and the times below are a fit to 168 problems, M = 32..2048 on
-# four layers, with every tile measured on each: picking by them loses 0.4 % to the best tile.
+# of activations and weights. These and the times below are a fit to 200 problems, M = 17..4096 on
+# five layers, with every tile that comes near the best measured on each: picking by them loses
+# 0.7 % to the best tile.
 _HOPPER_TILES = {
     ("bf16", 4, "groups"): (
         (128, 2, 2, 614), (128, 1, 2, 543), (64, 2, 2, 429), (64, 1, 2, 368), (64, 1, 1, 381),
         (32, 2, 2, 237), (32, 1, 1, 208),
     ),
     ("bf16", 4, "channel"): (
-        (256, 1, 2, 730), (128, 2, 2, 650), (128, 1, 2, 560), (64, 2, 2, 440), (64, 1, 1, 380),
-        (32, 2, 2, 260), (32, 1, 1, 200),
+        (256, 1, 2, 782), (128, 2, 2, 653), (128, 1, 2, 633), (64, 2, 2, 471), (64, 1, 1, 417),
+        (32, 2, 2, 284), (32, 1, 1, 238),
     ),
     ("bf16", 8, "channel"): (
-        (256, 1, 2, 861), (128, 2, 2, 664), (128, 1, 2, 612), (64, 2, 2, 419), (64, 1, 1, 419),
-        (32, 2, 2, 286), (32, 1, 1, 242),
+        (256, 1, 2, 766), (128, 2, 2, 725), (128, 1, 2, 686), (64, 2, 2, 500), (64, 1, 1, 462),
+        (32, 2, 2, 312), (32, 1, 1, 259),
     ),
     ("s8", 4, "groups"): (
-        (128, 2, 2, 877), (128, 1, 2, 784), (64, 2, 2, 618), (64, 1, 2, 496), (64, 1, 1, 460),
-        (32, 2, 2, 377), (32, 1, 1, 271),
+        (128, 2, 2, 845), (128, 1, 2, 773), (64, 2, 2, 650), (64, 1, 2, 537), (64, 1, 1, 516),
+        (32, 2, 2, 412), (32, 1, 1, 321),
     ),
     ("s8", 4, "channel"): (
-        (256, 1, 2, 1397), (128, 2, 2, 1282), (128, 1, 2, 1105), (64, 2, 2, 887), (64, 1, 1, 741),
-        (32, 2, 2, 490), (32, 1, 1, 461),
+        (256, 1, 2, 1428), (128, 2, 2, 1346), (128, 1, 2, 1203), (64, 2, 2, 969), (64, 1, 1, 819),
+        (32, 2, 2, 569), (32, 1, 1, 511),
     ),
     ("s8", 8, "channel"): (
-        (256, 1, 2, 1424), (128, 2, 2, 1334), (128, 1, 2, 1395), (128, 1, 1, 1125),
-        (64, 2, 2, 1088), (64, 1, 2, 1088), (64, 1, 1, 941), (32, 2, 2, 636), (32, 1, 1, 641),
+        (256, 1, 2, 1509), (128, 2, 2, 1513), (128, 1, 2, 1465), (128, 1, 1, 1108),
+        (64, 2, 2, 1264), (64, 1, 2, 1139), (64, 1, 1, 959), (32, 2, 2, 819), (32, 1, 1, 672),
     ),
 }  # fmt: skip
 _HOPPER_TILES["bf16", 8, "groups"] = _HOPPER_TILES["bf16", 4, "groups"]
-_H200_SMS, _H200_BYTES_PER_US = 132, 4.2e6
-_LAUNCH_US = 0.8  # until the first product and after the last
-_SHARED_US = 6.6  # until a block has the sums of another
-_EXCHANGED_PER_US = 15000  # sums that a block reads from others
-_ALONE = 0.64  # of its rate a block reaches that has no other one on its SM to hide latencies
+_H200_SMS, _H200_BYTES_PER_US = 132, 4.01e6
+_LAUNCH_US = 1.2  # until the first product and after the last
+_SHARED_US = 6.1  # until a block has the sums of another, by stream_k
+_CLUSTER_US = 2.4  # and of one of its cluster
+_EXCHANGED_PER_US = 15200  # sums that a block reads from others
+_ALONE = 0.58  # of its rate a block reaches that has no other one on its SM to hide latencies
+_NOT_HIDDEN = 0.25  # of the shorter of computing and reading W
+_STREAMED = 0.12  # stream_k: slower over many rounds, in which tiles share less of what L2 holds
 
 
 def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
@@ -181,55 +202,95 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
     tiles = c.tiles(shape.m, shape.n)
     places = device.sm_count * c.blocks_per_sm
     k_tiles = math.ceil(shape.k / HOPPER_BLOCK_K)
-    rounds = tiles / places if c.stream_k else math.ceil(tiles / places)
+    rounds = math.ceil(tiles * c.split_k / places) / c.split_k
+    exchange = _CLUSTER_US * (c.split_k > 1)
+    if c.stream_k:
+        rounds = tiles / places
+        rounds *= 1 + _STREAMED * max(0.0, 1 - 1 / rounds)
+        exchange = _SHARED_US + max(1.0, places / tiles) * c.block_m * c.block_n / _EXCHANGED_PER_US
     blocks = c.grid(shape.m, shape.n, shape.k, device.sm_count)[0]
     speed = 2 * _ALONE if c.blocks_per_sm == 2 and blocks <= device.sm_count else 1.0
     work = 2 * c.block_m * c.block_n * HOPPER_BLOCK_K * k_tiles * c.blocks_per_sm
     compute = rounds * work / (rate * 1e6 / _H200_SMS * speed)
     memory = shape.n * shape.k * BITS[c.w_kind] / 8 / _H200_BYTES_PER_US
-    parts = max(1.0, places / tiles) if c.stream_k else 0.0
-    exchange = _SHARED_US * c.stream_k + parts * c.block_m * c.block_n / _EXCHANGED_PER_US
     busy, idle = max(compute, memory), min(compute, memory)
-    return _LAUNCH_US + exchange + busy + idle / 4
+    return _LAUNCH_US + exchange + busy + idle * _NOT_HIDDEN
+
+
+def weights_take_scales(shape: Shape) -> bool:
+    """Whether scales of groups multiply the weights, which are rounded to the activations' type.
+
+    So does a dequantised model, and scales of the activations' own type say that this one was. An
+    output of 16 bits hides it; one of float32 is summed group by group and rounded once.
+    """
+    own = {"bf16": "__nv_bfloat16", "fp16": "__half"}.get(shape.x_kind)
+    zeros = ("int", "signed char", "unsigned char", *(["__nv_bfloat16"] if own != "__half" else []))
+    return (
+        shape.group_size < shape.k
+        and shape.scale_type == own
+        and shape.out_type != "float"
+        and (not shape.has_zeros or shape.zero_type in zeros)
+    )
 
 
 def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, float]]:
     """The tiles that fit a problem, with as deep a ring as fits, and their predicted times."""
     whole = shape.group_size >= shape.k and not shape.has_zeros
+    scaled = weights_take_scales(shape)
     kind = "s8" if shape.x_kind == "s8" else "bf16"
-    tiles = _HOPPER_TILES[kind, BITS[shape.w_kind], "channel" if whole else "groups"]
+    tiles = _HOPPER_TILES[kind, BITS[shape.w_kind], "channel" if whole or scaled else "groups"]
     groups_per_tile = max(1, HOPPER_BLOCK_K // min(shape.group_size, HOPPER_BLOCK_K))
     if shape.group_size >= shape.k:
         groups_per_tile = 1
-    several = Grouping.SPAN if groups_per_tile > 1 else Grouping.TILE
-    for block_m, tiles_n, consumers, rate in tiles:
-        for stream_k in (False, True):
-            extra = stream_k + shape.has_zeros + (groups_per_tile > 1)
-            crowded = 0 if whole else block_m * tiles_n + 32 * extra
-            if crowded > (160 if stream_k or shape.has_zeros else 256):
-                continue  # registers would spill
-            c = Hopper(
-                x_kind=shape.x_kind,
-                w_kind=shape.w_kind,
-                scale_type=shape.scale_type,
-                zero_type=shape.zero_type,
-                out_type=shape.out_type,
-                block_m=block_m,
-                tiles_n=tiles_n,
-                consumers=consumers,
-                num_stages=1,
-                stream_k=stream_k,
-                raster=8,
-                grouping=Grouping.CHANNEL if whole else several,
-                groups_per_tile=groups_per_tile,
-                has_zeros=shape.has_zeros,
-            )
-            # two blocks on an SM, each with 1 KiB of the system's
-            room = (device.smem_per_block - 1024 * (c.blocks_per_sm - 1)) // c.blocks_per_sm
-            rest = c.smem_bytes - c.stage_bytes
-            c = replace(c, num_stages=min(8, (room - rest) // c.stage_bytes))
-            if c.num_stages >= 2:
-                yield c, _hopper_time(c, rate, device, shape)
+    if whole:
+        grouping = Grouping.CHANNEL
+    elif scaled:
+        grouping = Grouping.SCALED_WEIGHTS
+    else:
+        grouping = Grouping.SPAN if groups_per_tile > 1 else Grouping.TILE
+    for (block_m, tiles_n, consumers, rate), (stream_k, split_k) in itertools.product(
+        tiles, ((False, 1), (True, 1), (False, 2))
+    ):
+        extra = stream_k + shape.has_zeros + (groups_per_tile > 1)
+        if scaled:
+            spills = block_m * tiles_n == 256 and shape.has_zeros and groups_per_tile > 2
+        else:
+            limit = 160 if stream_k or shape.has_zeros else 256
+            spills = not whole and block_m * tiles_n + 32 * extra > limit
+        if spills:
+            continue
+        c = Hopper(
+            x_kind=shape.x_kind,
+            w_kind=shape.w_kind,
+            scale_type=shape.scale_type,
+            zero_type=shape.zero_type,
+            out_type=shape.out_type,
+            block_m=block_m,
+            tiles_n=tiles_n,
+            consumers=consumers,
+            num_stages=1,
+            stream_k=stream_k,
+            split_k=split_k,
+            raster=8,
+            slab=math.gcd(64, block_m),
+            grouping=grouping,
+            groups_per_tile=groups_per_tile,
+            has_zeros=shape.has_zeros,
+        )
+        if split_k > 1 and c.grid(shape.m, shape.n, shape.k, 0)[0] > (
+            device.sm_count * c.blocks_per_sm
+        ):
+            continue
+        # two blocks on an SM, each with 1 KiB of the system's
+        room = (device.smem_per_block - 1024 * (c.blocks_per_sm - 1)) // c.blocks_per_sm
+        rings = (
+            replace(c, num_stages=stages, slab=slab)
+            for stages in range(8, 1, -1)
+            for slab in ((c.slab, 16) if stages == 3 else (c.slab,))  # a third stage is worth it
+        )
+        fits = next((r for r in rings if r.smem_bytes <= room), None)
+        if fits is not None:
+            yield fits, _hopper_time(fits, rate, device, shape)
 
 
 def pick_hopper(device: Device, shape: Shape) -> Hopper:

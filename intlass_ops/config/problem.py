@@ -34,6 +34,7 @@ class Grouping(IntEnum):
     TILE = 1  # groups of block_k
     SPAN = 2  # groups of whole spans
     STRADDLING = 3  # a group may end inside a span: group_size 16, 48, ...
+    SCALED_WEIGHTS = 4  # each weight takes its scale before it is multiplied
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Device:
     sm_count: int
     smem_per_block: int  # bytes, opt-in maximum
     smem_per_sm: int
+    name: str = ""  # as its driver gives it: tables of measured configurations go by it
 
 
 # Shared memory by architecture, CUDA C++ Programming Guide, "Compute Capabilities".
@@ -95,6 +97,12 @@ class Shape:
     group_size: int
     apart: bool = True  # no two rows share memory
     batch_invariant: bool = False  # the kernel must not depend on m
+
+    @property
+    def zeros_in_sums(self) -> bool:
+        """Whether zero points multiply sums of x: bytes leave INT4 codes as these become floats."""
+        in_codes = BITS[self.x_kind] == 16 and BITS[self.w_kind] == 4
+        return self.has_zeros and not (in_codes and TYPE_BYTES[self.zero_type] == 1)
 
 
 def mma_sass(x_kind: str, arch: str, int4_k: int = 32) -> tuple[str, ...]:

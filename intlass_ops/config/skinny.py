@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ class Skinny:
 
     source: ClassVar[str] = "skinny.cu"
     entry: ClassVar[str] = "skinny"
+    starts_early: ClassVar[bool] = True
     x_kind: str
     w_kind: str
     scale_type: str
@@ -82,11 +84,45 @@ def pick_skinny(device: Device, shape: Shape) -> Skinny:
     Measured on an H200 over rows x warps x unroll x blocks (docs/notes/kernels.md); what the best
     of each shape needs more registers for than there are is left out.
     """
+    return _config(shape, _direct_tile(device, shape))
+
+
+def skinny_candidates(device: Device, shape: Shape) -> Iterator[Skinny]:
+    """What the tuner measures: as much in flight as registers hold, by few warps or many.
+
+    Registers bound the 16-byte pieces of W that a lane asks for at once. `limits` are what nearly
+    always compiles without spilling in the 64, 128 and 255 registers that so many threads leave
+    each other; the tuner refuses what spills all the same.
+    """
+    chunks = math.ceil(shape.k * BITS[shape.w_kind] / 512)
+    groups_per_chunk = _groups_per_chunk(shape)
+    heavy = (shape.m > 8) + shape.zeros_in_sums
+    limits = ((_most_threads(device), 1 >> heavy), (512, 4 >> heavy), (256, 8))
+    for tiles_n, unroll in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)):
+        if groups_per_chunk > 1:
+            break
+        fits = (
+            t for t, pieces in limits if tiles_n * unroll <= pieces and (t == 256 or unroll < 4)
+        )
+        threads = next(fits)
+        for warps in (4, 8, 16):
+            if 32 * warps <= threads and warps * unroll <= chunks:
+                yield _config(shape, (tiles_n, warps, unroll, threads // (32 * warps)))
+
+
+def _most_threads(device: Device) -> int:
+    """Of an SM. NVRTC 12.9 spills a few bytes there with 64 registers and float scales."""
+    return 512 if device.arch in ("sm_100", "sm_120") else 1024
+
+
+def _groups_per_chunk(shape: Shape) -> int:
     chunk_k = 512 // BITS[shape.w_kind]
-    chunks = math.ceil(shape.k / chunk_k)
-    groups_per_chunk = max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
-    masked = groups_per_chunk > 1
-    tiles_n, warps, unroll, blocks_per_sm = _direct_tile(device, shape, chunks, masked)
+    return max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
+
+
+def _config(shape: Shape, tile: tuple[int, int, int, int]) -> Skinny:
+    tiles_n, warps, unroll, blocks_per_sm = tile
+    chunk_k = 512 // BITS[shape.w_kind]
     return Skinny(
         x_kind=shape.x_kind,
         w_kind=shape.w_kind,
@@ -98,7 +134,7 @@ def pick_skinny(device: Device, shape: Shape) -> Skinny:
         warps=warps,
         unroll=unroll,
         blocks_per_sm=blocks_per_sm,
-        groups_per_chunk=groups_per_chunk,
+        groups_per_chunk=_groups_per_chunk(shape),
         chunks_per_group=max(1, min(shape.group_size, shape.k) // chunk_k),
         grouping=Grouping.CHANNEL if shape.group_size >= shape.k else Grouping.SPAN,
         has_zeros=shape.has_zeros,
@@ -106,25 +142,25 @@ def pick_skinny(device: Device, shape: Shape) -> Skinny:
     )
 
 
-def _direct_tile(
-    device: Device, shape: Shape, chunks: int, masked: bool
-) -> tuple[int, int, int, int]:
+def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     """(tiles_n, warps, unroll, blocks_per_sm) of skinny.cu.
 
-    Zero points and groups inside a chunk take registers; with zero points the tiles are chosen for
-    the bytes in flight, not measured.
+    Sums of x for zero points, and groups inside a chunk, take registers; with such sums the tiles
+    are chosen for the bytes in flight, not measured.
     """
+    chunks = math.ceil(shape.k / (512 // BITS[shape.w_kind]))
+    masked = _groups_per_chunk(shape) > 1
     blocks, sms = math.ceil(shape.n / 32), device.sm_count
     few_tokens = shape.m <= 8
-    if masked or (shape.has_zeros and not few_tokens and blocks > sms):
+    if masked or (shape.zeros_in_sums and not few_tokens and blocks > sms):
         warps = max(1, min(8, chunks))
         fewer = 2 * blocks <= sms or (shape.m > 8)
         return (1 if fewer else 2), warps, 1, min(4, 8 // warps)
     if chunks <= 16 and 2 * blocks <= sms:  # a small layer: each warp one chunk
         return 1, max(1, chunks), 1, 1
-    if shape.has_zeros and blocks > sms:
+    if shape.zeros_in_sums and blocks > sms:
         tile = 1, 8, 2, 2
-    elif shape.has_zeros:
+    elif shape.zeros_in_sums:
         tile = 2, 8, 4 if few_tokens else 2, 1
     elif blocks <= sms:
         if few_tokens and chunks <= 64:
@@ -139,11 +175,15 @@ def _direct_tile(
         if few_tokens and chunks <= 64:
             tile = 1, 8, 1, 4
         else:
-            tile = 2, 8, 2 if few_tokens else 1, 2
+            tile = 2, 8, 2 if few_tokens and not shape.has_zeros else 1, 2
+    elif shape.has_zeros:
+        tile = 1, 8, 2, 2 if few_tokens else 1
     else:
         warps = 8 if chunks > 32 else 4
         tile = 2, warps, 2, (16 if few_tokens else 8) // warps
     tiles_n, warps, unroll, blocks_per_sm = tile
     while warps > 1 and warps * unroll > chunks:
         warps, unroll = (warps, unroll // 2) if unroll > 1 else (warps // 2, 1)
+    if 32 * warps * blocks_per_sm > _most_threads(device):
+        blocks_per_sm = max(1, _most_threads(device) // (32 * warps))
     return tiles_n, warps, unroll, blocks_per_sm

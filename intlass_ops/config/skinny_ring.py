@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ class SkinnyRing:
 
     source: ClassVar[str] = "skinny_ring.cu"
     entry: ClassVar[str] = "skinny_ring"
+    starts_early: ClassVar[bool] = True
     x_kind: str
     w_kind: str
     scale_type: str
@@ -77,13 +79,32 @@ def _ring_smem(c: SkinnyRing) -> int:
     return ring + x + (1 if c.tokens > 8 else 2) * c.warps * _ring_slab(c.tokens, c.tiles_n)
 
 
+def why_not_ring(shape: Shape) -> str | None:
+    """What keeps a problem for few tokens (skinny.why_not_skinny) from skinny_ring.cu, or None.
+
+    Where decoding costs nothing, loading at once is as fast (W8A8, W4A8, W8A16 on an H200).
+    """
+    if BITS[shape.w_kind] != 4 or BITS[shape.x_kind] != 16:
+        return "decoding costs nothing that a ring could hide"
+    masked = shape.group_size < 512 // BITS[shape.w_kind] and shape.group_size < shape.k
+    if shape.has_zeros and masked:
+        return "registers would spill"
+    return None
+
+
 def pick_ring(device: Device, shape: Shape) -> SkinnyRing | None:
     """The first choice that fits shared memory, in the order in which they were measured."""
+    return next(ring_candidates(device, shape), None)
+
+
+def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
+    """What fits shared memory, in the order in which they were measured."""
     chunk_k = 512 // BITS[shape.w_kind]
     chunks = max(1, math.ceil(shape.k / chunk_k))
     tokens = 1 << (shape.m - 1).bit_length()
     groups_per_chunk = max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
-    heavy = shape.m > 8 or shape.has_zeros or groups_per_chunk > 1  # registers for 8 warps only
+    zeros = shape.has_zeros and (shape.zeros_in_sums or shape.x_kind == "fp16")
+    heavy = shape.m > 8 or zeros or groups_per_chunk > 1  # registers for 8 warps only
     # warps of a group share a row's chunks evenly
     group_warps = min((4, 3, 2), key=lambda g: math.ceil(chunks / g) * g) if chunks > 1 else 1
     for warps, num_stages, blocks_per_sm in (
@@ -123,5 +144,5 @@ def pick_ring(device: Device, shape: Shape) -> SkinnyRing | None:
             config = replace(config, segment_k=min(rounds * group_warps, chunks) * chunk_k)
             config = replace(config, fixed_smem=_ring_smem(config))
             if config.smem_of(shape.n, shape.k) <= room:
-                return config
-    return None
+                yield config
+                break

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,8 @@ from . import jit
 # Kernels that split K count the arrivals of a tile in ints that are zero before and after a launch.
 # Launches of one stream follow each other and share a slab; a captured launch may be replayed on
 # any stream, beside any other, so it gets ints of its own that are never handed out again.
-_SLAB = 1 << 18  # ints
+# Every linear of a model at dozens of batch sizes, each with a graph, takes a million of them.
+_SLAB = 1 << 21  # ints
 
 
 class _Counters:
@@ -39,6 +43,20 @@ class _Counters:
 
 
 _counters: dict[int, _Counters] = {}
+
+
+@contextlib.contextmanager
+def borrowed() -> Iterator[None]:
+    """What is captured inside gives its counters back: its graphs must not outlive the context.
+
+    For who times one graph after another; with no counters left, graphs are slower.
+    """
+    before = {index: counters.captured_used for index, counters in _counters.items()}
+    try:
+        yield
+    finally:
+        for index, used in before.items():
+            _counters[index].captured_used = used
 
 
 def arrival_counters(a: Tensor, stream: int, count: int) -> tuple[int, Tensor | None]:

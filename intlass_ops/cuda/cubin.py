@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 
 _KPARAM_INFO = 0x17
+_FRAME_SIZE = 0x11  # in ".nv.info": symbol, bytes
 _SIZED_VALUE = 0x04  # attribute format: a 16-bit size, then that many bytes
 # .param .u32 name | .param .u64 .ptr .global .align 16 name | .param .align 64 .b8 name[128]
 _PTX_PARAMETER = re.compile(
@@ -28,24 +29,37 @@ def parameter_sizes(image: bytes, entry: str) -> tuple[int, ...]:
     return _sizes_in_ptx(image.decode("utf-8", errors="replace"), entry)
 
 
+def stack_bytes(image: bytes) -> int:
+    """Local memory of a thread: what found no register. 0 for PTX, which does not know yet."""
+    if not image.startswith(b"\x7fELF"):
+        return 0
+    info = dict(_sections(image)).get(".nv.info", b"")
+    return max((struct.unpack("<II", v)[1] for v in _values(info, _FRAME_SIZE)), default=0)
+
+
 def _sizes_in_cubin(image: bytes, entry: str) -> tuple[int, ...]:
     wanted = f".nv.info.{entry}"
     sections = dict(_sections(image))
     if wanted not in sections:
         raise ValueError(f"cubin has no section {wanted}")
-    info = sections[wanted]
     sizes = {}
+    for value in _values(sections[wanted], _KPARAM_INFO):
+        # index, ordinal, offset; then bits, of which the upper 14 are the size
+        _, ordinal, _, bits = struct.unpack("<IHHI", value)
+        sizes[ordinal] = bits >> 18
+    return tuple(sizes[ordinal] for ordinal in range(len(sizes)))
+
+
+def _values(info: bytes, wanted: int) -> Iterator[bytes]:
+    """The records of one attribute in a section of kernel information."""
     position = 0
     while position < len(info):
         form, attribute, size = struct.unpack_from("<BBH", info, position)
         position += 4
         if form == _SIZED_VALUE:
-            if attribute == _KPARAM_INFO:
-                # index, ordinal, offset; then bits, of which the upper 14 are the size
-                _, ordinal, _, bits = struct.unpack_from("<IHHI", info, position)
-                sizes[ordinal] = bits >> 18
+            if attribute == wanted:
+                yield info[position : position + size]
             position += size
-    return tuple(sizes[ordinal] for ordinal in range(len(sizes)))
 
 
 def _sections(image: bytes) -> Iterator[tuple[str, bytes]]:

@@ -66,7 +66,12 @@ def _load(config: KernelConfig, device_index: int) -> Kernel:
             try:
                 runtime.memGetInfo()  # any call that needs a context makes the device's current
                 module = cupy_module("cupy.cuda.function").Module()
-                loaded = Kernel(config, device_index, image, driver, module)
+                starts_early = getattr(config, "starts_early", False) and (
+                    torch.cuda.get_device_capability(device_index) >= (9, 0)
+                )
+                loaded = Kernel(
+                    config, device_index, image, driver, module, starts_early=starts_early
+                )
                 _kernels[config, device_index] = loaded
             finally:
                 driver.ctxSetCurrent(context)

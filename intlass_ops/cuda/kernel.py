@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import KernelLaunchError
-from . import cubin
+from . import cubin, early_launch
 from .source import KernelConfig
 
 Dim3 = tuple[int, int, int]
@@ -35,9 +35,17 @@ class Kernel:
     """A kernel loaded on one device; ``get`` makes them."""
 
     def __init__(
-        self, config: KernelConfig, device_index: int, image: bytes, driver: Any, module: Any
+        self,
+        config: KernelConfig,
+        device_index: int,
+        image: bytes,
+        driver: Any,
+        module: Any,
+        *,
+        starts_early: bool = False,
     ) -> None:
         """Loads ``image`` on the device that is current; CuPy's driver and an empty Module."""
+        self.starts_early = starts_early
         self.config = config
         self.device_index = device_index
         self.parameter_sizes = cubin.parameter_sizes(image, config.entry)
@@ -136,9 +144,13 @@ class Launch:
         # What a call reads, next to it: an attribute of an attribute costs more than the copy.
         self._context = kernel.context
         self._current_context: Callable[[], int] = kernel.driver.ctxGetCurrent
-        self._launch_kernel: Callable[..., None] = functools.partial(
-            kernel.driver.launchKernel, kernel.function, *grid, *block, smem_bytes
-        )
+        self._launch_kernel: Callable[[int, int, int], None]
+        if kernel.starts_early:
+            self._launch_kernel = early_launch.launcher(kernel.function, grid, block, smem_bytes)
+        else:
+            self._launch_kernel = functools.partial(
+                kernel.driver.launchKernel, kernel.function, *grid, *block, smem_bytes
+            )
         if smem_bytes:
             kernel.allow_smem(smem_bytes)
 

@@ -51,7 +51,7 @@ def tail(c: config.Hopper, x: Tensor, w: Tensor, k: int) -> Tail:
     """For operands of these shapes and strides: x [M, K], w [N, K] or packed."""
     m = x.shape[0]
     sums, shape = None, (0, 0)
-    if c.has_zeros:
+    if c.needs_token_sums:
         s = config.TokenSums(c.x_kind, config.HOPPER_BLOCK_K // c.groups_per_tile)
         spans = math.ceil(k / config.HOPPER_BLOCK_K) * c.groups_per_tile
         shape = spans, math.ceil(m / c.block_m) * c.block_m

@@ -37,6 +37,23 @@ __device__ __forceinline__ u32 smem_address(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));
 }
 
+// Kernels that start early (early_launch.py): let the next one start, and wait until those before have
+// ended and what they wrote is there.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_predecessors() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // 16 bytes from global memory, or zeros
 __device__ __forceinline__ void cp_async_16(u32 smem, const void* gmem, bool zeros) {
   asm volatile(

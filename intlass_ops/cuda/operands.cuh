@@ -63,6 +63,24 @@ template <class X> __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
   return d;
 }
 
+template <class X> __device__ __forceinline__ u32 mul2(u32 a, u32 b) {
+  u32 d;
+  if constexpr (same<X, bf16>::value)
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  else
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+// Two numbers of X's type in a word, rounded to it
+template <class X> __device__ __forceinline__ u32 halves(float low, float high) {
+  u32 d;
+  if constexpr (same<X, bf16>::value)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
 // 16-bit constants, twice in a word
 template <class X> struct half_words;
 template <> struct half_words<bf16> {
@@ -192,29 +210,45 @@ template <> struct Pair<fp16, s8> : Int8Float16Pair<fp16> {};
 // The same fragments of INT4 weights with one shift a word instead of three. A nibble stays where it
 // is and the multiplier of the FMA differs: fp16 has room for a second nibble above the first. bf16
 // has not, but its subnormals and their next binade form one line, bits 0..7 times 2^-133, of which
-// the FMA takes 2^6 away: `unit` is 64.
-template <class X, class W> struct FewShifts : Pair<X, W> {};
+// the FMA takes 2^6 away: `unit` is 64. What the FMA adds makes a code of `zero` 0: 8, or a row's zero
+// point, exactly if it is an integer below 256.
+template <class X, class W> struct FewShifts : Pair<X, W> {
+  struct Zero {};
+  static __device__ __forceinline__ Zero zero(float) { return {}; }
+  template <int words>
+  static __device__ __forceinline__ typename Pair<X, W>::A w(const u32 (&lo)[words], Zero,
+                                                             const u32 (&hi)[words], Zero) {
+    return Pair<X, W>::w(lo, hi);
+  }
+};
 template <class X, class W> struct FewShiftsInt4 : Pair<X, W> {
   static constexpr bool narrow = same<X, bf16>::value;
   static constexpr float unit = narrow ? 64.f : 1.f, unit_w = unit;
-  static __device__ __forceinline__ void row(u32 w, u32 (&f)[4]) {
+  struct Zero { u32 low, high; };  // for the nibbles at the bottom of a half word, and above
+  static __device__ __forceinline__ Zero zero(float z) {
+    if constexpr (narrow) {
+      const u32 minus = halves<X>(z * (-1 / unit), z * (-1 / unit));
+      return {minus, minus};
+    } else {
+      return {halves<X>(-1024.f - z, -1024.f - z), halves<X>(-64.f - z, -64.f - z)};
+    }
+  }
+  static __device__ __forceinline__ void row(u32 w, Zero z, u32 (&f)[4]) {
     constexpr u32 magic = narrow ? 0u : 0x64006400u;
     constexpr u32 flip = same<W, s4>::value ? 0x00080008u : 0u;
     constexpr u32 low_factor = narrow ? 0x7f007f00u : 0x3c003c00u;   // 2^127, 1
     constexpr u32 high_factor = narrow ? 0x7d007d00u : 0x2c002c00u;  // a 16th of it
-    constexpr u32 low_bias = narrow ? 0xbe00be00u : 0xe408e408u;     // -8 / 64, -(1024 + 8)
-    constexpr u32 high_bias = narrow ? 0xbe00be00u : 0xd480d480u;    // -8 / 64, -(64 + 8)
     const u32 upper = w >> 8;
-    f[0] = fma2<X>(and_xor(w, 0x000f000f, magic ^ flip), low_factor, low_bias);
-    f[1] = fma2<X>(and_xor(w, 0x00f000f0, magic ^ (flip << 4)), high_factor, high_bias);
-    f[2] = fma2<X>(and_xor(upper, 0x000f000f, magic ^ flip), low_factor, low_bias);
-    f[3] = fma2<X>(and_xor(upper, 0x00f000f0, magic ^ (flip << 4)), high_factor, high_bias);
+    f[0] = fma2<X>(and_xor(w, 0x000f000f, magic ^ flip), low_factor, z.low);
+    f[1] = fma2<X>(and_xor(w, 0x00f000f0, magic ^ (flip << 4)), high_factor, z.high);
+    f[2] = fma2<X>(and_xor(upper, 0x000f000f, magic ^ flip), low_factor, z.low);
+    f[3] = fma2<X>(and_xor(upper, 0x00f000f0, magic ^ (flip << 4)), high_factor, z.high);
   }
-  static __device__ __forceinline__ typename Pair<X, W>::A w(const u32 (&lo)[1],
-                                                             const u32 (&hi)[1]) {
+  static __device__ __forceinline__ typename Pair<X, W>::A w(const u32 (&lo)[1], Zero lo_zero,
+                                                             const u32 (&hi)[1], Zero hi_zero) {
     u32 l[4], h[4];
-    row(lo[0], l);
-    row(hi[0], h);
+    row(lo[0], lo_zero, l);
+    row(hi[0], hi_zero, h);
     return {{{l[0], h[0], l[1], h[1]}, {l[2], h[2], l[3], h[3]}}};
   }
 };

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -60,6 +61,6 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @lru_cache
 def device_of(index: int) -> config.Device:
-    return config.device_of(
-        jit.arch_of(index), torch.cuda.get_device_properties(index).multi_processor_count
-    )
+    properties = torch.cuda.get_device_properties(index)
+    device = config.device_of(jit.arch_of(index), properties.multi_processor_count)
+    return replace(device, name=properties.name)

@@ -32,14 +32,15 @@ __device__ __forceinline__ void load_tokens(u32 (&v)[words], const char* from, b
     for (int i = 0; i < words; ++i) v[i] = 0;
     if (!inside) return;
   }
+  // not `nc`: another kernel may have been writing them when this one started
   if constexpr (words == 4)
-    asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                  : "l"(from));
   else if constexpr (words == 2)
-    asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "l"(from));
+    asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "l"(from));
   else
-    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v[0]) : "l"(from));
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v[0]) : "l"(from));
 }
 
 struct Sums {
@@ -70,7 +71,7 @@ __device__ __forceinline__ void flush(Totals& total, const Sums& sum, const Scal
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float v = lifted(sum.y[i][j][2 * h + c]);
-          if constexpr (has_zeros) v -= zero_in_units(z[i][h]) * value(sum.x[j][c]);
+          if constexpr (zeros_in_sums) v -= zero_in_units(z[i][h]) * value(sum.x[j][c]);
           total[i][j][2 * h + c] += scale * v;
         }
     }
@@ -86,6 +87,7 @@ struct Chunk {
 
 extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     skinny(const __grid_constant__ Params p) {
+  launch_dependents();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quarter = lane % 4;
   const i64 n0 = i64(blockIdx.x) * rows;
   const int k = int(p.k), chunks = (k + chunk_k - 1) / chunk_k;
@@ -120,12 +122,24 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
         if constexpr (has_zeros) z[i][h] = z_row[i][h][group * zero_group];
       }
   };
-  auto load_chunk = [&](Chunk& c, int chunk) {
+  auto group_of = [&](int chunk, int pass) {
+    const int group = passes == 1 ? chunk / Config::chunks_per_group : chunk * passes + pass;
+    return Config::whole ? group : min(group, groups - 1);
+  };
+  auto load_codes = [&](Chunk& c, int chunk) {
     const bool inside = chunk * chunk_k + quarter * lane_k < k;
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) load_weights(c.w[i][h], w_row[i][h] + chunk * 64, inside);
+    if constexpr (grouped)  // on their way, for what comes after the wait
+#pragma unroll
+      for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) prefetch_l2(s_row[i][h] + group_of(chunk, 0) * scale_group);
+  };
+  auto load_rest = [&](Chunk& c, int chunk) {
+    const bool inside = chunk * chunk_k + quarter * lane_k < k;
 #pragma unroll
     for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
@@ -133,10 +147,18 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
         load_tokens(c.x[j][t], x_row[j] + (chunk * chunk_k + t * 8) * X::bits / 8, inside);
     if constexpr (grouped)
 #pragma unroll
-      for (int pass = 0; pass < passes; ++pass) {
-        const int group = passes == 1 ? chunk / Config::chunks_per_group : chunk * passes + pass;
-        load_scales(c.s[pass], c.z[pass], Config::whole ? group : min(group, groups - 1));
-      }
+      for (int pass = 0; pass < passes; ++pass)
+        load_scales(c.s[pass], c.z[pass], group_of(chunk, pass));
+  };
+
+  typename D::Zero row_zero[tiles_n][2] = {};  // with one zero point a row
+  auto code_zero = [&](const Chunk& c, int pass, int i, int h) {
+    if constexpr (!zeros_in_codes)
+      return D::zero(8.f);
+    else if constexpr (grouped)
+      return D::zero(as_float(c.z[pass][i][h]));
+    else
+      return row_zero[i][h];
   };
 
   Totals total = {};
@@ -151,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
         typename P::B b[tiles_m];
 #pragma unroll
         for (int j = 0; j < tiles_m; ++j) b[j] = P::x(c.x[j][t]);
-        if constexpr (has_zeros) {
+        if constexpr (zeros_in_sums) {
           const typename P::A ones = passes == 1 ? P::ones_w() : masked(P::ones_w(), mine);
 #pragma unroll
           for (int j = 0; j < tiles_m; ++j) P::mma(sum.x[j], ones, b[j]);
@@ -164,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
             lo[v] = c.w[i][0][t * span_words<W> + v];
             hi[v] = c.w[i][1][t * span_words<W> + v];
           }
-          typename P::A a = D::w(lo, hi);
+          typename P::A a = D::w(lo, code_zero(c, pass, i, 0), hi, code_zero(c, pass, i, 1));
           if constexpr (passes > 1) a = masked(a, mine);
 #pragma unroll
           for (int j = 0; j < tiles_m; ++j) P::mma(sum.y[i][j], a, b[j]);
@@ -180,12 +202,21 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   for (int chunk0 = warp * unroll; chunk0 < chunks; chunk0 += warps * unroll) {
     Chunk c[unroll];
 #pragma unroll
-    for (int u = 0; u < unroll; ++u) load_chunk(c[u], chunk0 + u);  // past the end: zeros
+    for (int u = 0; u < unroll; ++u) load_codes(c[u], chunk0 + u);  // past the end: zeros
+    wait_for_predecessors();
+    if constexpr (zeros_in_codes && !grouped)
+#pragma unroll
+      for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) row_zero[i][h] = D::zero(as_float(*z_row[i][h]));
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) load_rest(c[u], chunk0 + u);
 #pragma unroll
     for (int u = 0; u < unroll; ++u) use_chunk(c[u]);
   }
+  wait_for_predecessors();  // warps without a chunk of their own
   __shared__ Sum partial[warps][tokens][rows];
-  __shared__ Acc partial_x[!grouped && has_zeros ? warps : 1][tokens];
+  __shared__ Acc partial_x[!grouped && zeros_in_sums ? warps : 1][tokens];
 #pragma unroll
   for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
@@ -195,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       for (int i = 0; i < tiles_n; ++i)
         partial[warp][m][i * 16 + e / 2 * 8 + lane / 4] =
             Select<grouped, float, Acc>::of(total[i][j][e], sum.y[i][j][e]);
-      if constexpr (!grouped && has_zeros) partial_x[warp][m] = sum.x[j][e];
+      if constexpr (!grouped && zeros_in_sums) partial_x[warp][m] = sum.x[j][e];
     }
   __syncthreads();
   const float alpha = alpha_of(p);
@@ -208,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
     for (int w = 0; w < warps; ++w) y += partial[w][m][r];
     Acc x = 0;
-    if constexpr (!grouped && has_zeros)
+    if constexpr (!grouped && zeros_in_sums)
 #pragma unroll
       for (int w = 0; w < warps; ++w) x += partial_x[w][m];
     finish(p, n, m, y, x, alpha * a_scale_of(p, m));

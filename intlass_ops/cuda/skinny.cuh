@@ -10,6 +10,10 @@ constexpr int lane_k = chunk_k / 4, spans = lane_k / 8;  // k of a lane, in word
 constexpr int passes = Config::groups_per_chunk;         // groups a chunk holds, at least one
 constexpr bool grouped = grouping != channel;
 static_assert(!has_a_zero, "a zero point of the activations needs row sums, which gemm.cu forms");
+// Zero points that are bytes leave the codes as these become fragments: exact, and free. Others
+// multiply sums of x.
+constexpr bool zeros_in_codes = has_zeros && W::bits == 4 && X::bits == 16 && sizeof(Zero) == 1;
+constexpr bool zeros_in_sums = has_zeros && !zeros_in_codes;
 static_assert(passes == 1 || passes == 2 || passes == 4, "a group is whole lanes of a chunk");
 
 // D::unit, split so that the largest scale does not overflow: what exceeds 1 multiplies the sums.
@@ -40,7 +44,7 @@ __device__ __forceinline__ void finish(const Params& p, i64 n, int m, Sum y, Acc
                                        float factor) {
   float v = grouped ? value(y) : lifted(y);
   if constexpr (!grouped) {
-    if constexpr (has_zeros)
+    if constexpr (zeros_in_sums)
       v -= zero_in_units(static_cast<const Zero*>(p.zeros)[n * p.zero_row]) * value(sum_x);
     // an empty sum is zero, whatever the scale
     v = p.k ? v * scale_in_units(static_cast<const Scale*>(p.scales)[n * p.scale_row]) : 0.f;

@@ -34,11 +34,12 @@ static_assert(ring_bytes + x_bytes + buffers * warps * slab * 4 == Config::fixed
 
 template <int words>
 __device__ __forceinline__ void load_global(u32 (&v)[words], const char* from) {
+  // not __ldg: another kernel may have been writing them when this one started
   if constexpr (words == 4) {
-    const uint4 t = __ldg(reinterpret_cast<const uint4*>(from));
+    const uint4 t = *reinterpret_cast<const uint4*>(from);
     v[0] = t.x, v[1] = t.y, v[2] = t.z, v[3] = t.w;
   } else {
-    const uint2 t = __ldg(reinterpret_cast<const uint2*>(from));
+    const uint2 t = *reinterpret_cast<const uint2*>(from);
     v[0] = t.x, v[1] = t.y;
   }
 }
@@ -70,6 +71,10 @@ struct Scales {
   Scale s[quad_rows];
   Zero z[quad_rows];
 };
+
+__device__ __forceinline__ float zero_of_pass(Zero z) {
+  return zeros_in_codes ? as_float(z) : zero_in_units(z);
+}
 
 template <int count> __device__ __forceinline__ void group_sync(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(count) : "memory");
@@ -128,6 +133,7 @@ struct XBlock {
 
 extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     skinny_ring(const __grid_constant__ Params p) {
+  launch_dependents();
   extern __shared__ __align__(16) char smem[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quarter = lane % 4;
   const int group = warp / group_warps;
@@ -142,17 +148,15 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   // [turns][groups][tokens][pitch]: sums of earlier segments, where there are several
   Sum* kept = partial + buffers * warps * slab;
 
-  XBlock x_block[x_ahead];  // ahead of W in the queue to memory: everybody waits for it
-#pragma unroll
-  for (int i = 0; i < x_ahead; ++i) x_block[i].load(p, (i * threads + int(threadIdx.x)) * 8);
-
   Cursor ahead;
   ahead.segment = 0, ahead.tile = first_tile, ahead.chunk = warp % group_warps;
   ahead.end = first_tile < tiles ? min(segment_chunks, chunks) : 0;
   ahead.enter_tile(p, lane);
 
-  // Ask for the next chunk of this warp, wherever it lies; an empty group once there is none.
-  auto request = [&](int stage) {
+  // Ask for the next chunk of this warp, wherever it lies; an empty group once there is none. Codes
+  // or scales alone: the start of the kernel asks for the codes of several chunks first.
+  enum Part { codes, scales_alone, both };
+  auto request = [&](int stage, Part part) {
     Scales result;
     while (ahead.chunk >= ahead.end && ahead.segment < segments) {
       ahead.tile += step;
@@ -168,10 +172,15 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     if (ahead.segment < segments) {
       const u32 to = smem_address(ring + stage * stage_bytes);
       const bool inside = Config::whole || ahead.chunk * chunk_k + quarter * lane_k < k;
+      if (part != scales_alone)
 #pragma unroll
-      for (int i = 0; i < pieces; ++i)
-        cp_async_16(to + i * 512, inside ? ahead.w_row[i] + ahead.chunk * 64 : p.w, !inside);
-      if constexpr (grouped && passes == 1) {
+        for (int i = 0; i < pieces; ++i)
+          cp_async_16(to + i * 512, inside ? ahead.w_row[i] + ahead.chunk * 64 : p.w, !inside);
+      if (grouped && passes == 1 && part == codes)
+#pragma unroll
+        for (int i = 0; i < quad_rows; ++i)
+          prefetch_l2(ahead.s_row[i] + ahead.chunk / Config::chunks_per_group * scale_group);
+      if (grouped && passes == 1 && part != codes) {
         const int group = ahead.chunk / Config::chunks_per_group;
 #pragma unroll
         for (int i = 0; i < quad_rows; ++i) {
@@ -181,13 +190,23 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       }
       ahead.chunk += group_warps;
     }
-    cp_async_commit();
+    if (part != scales_alone) cp_async_commit();
     return result;
   };
 
   Scales scales[num_stages - 1];  // of the chunks under way, the oldest first
+  const Cursor first = ahead;
 #pragma unroll
-  for (int s = 0; s < num_stages - 1; ++s) scales[s] = request(s);
+  for (int s = 0; s < num_stages - 1; ++s) request(s, codes);
+  wait_for_predecessors();
+  XBlock x_block[x_ahead];
+#pragma unroll
+  for (int i = 0; i < x_ahead; ++i) x_block[i].load(p, (i * threads + int(threadIdx.x)) * 8);
+  if (grouped && passes == 1) {
+    ahead = first;
+#pragma unroll
+    for (int s = 0; s < num_stages - 1; ++s) scales[s] = request(s, scales_alone);
+  }
 
   int token[tiles_m];
 #pragma unroll
@@ -213,6 +232,14 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 
     int turn = 0;
     for (int tile = first_tile; tile < tiles; tile += step, ++turn) {
+      typename D::Zero code_zero[pieces];  // what a code of each of the lane's rows loses
+#pragma unroll
+      for (int i = 0; i < pieces; ++i) {
+        const i64 row = min(i64(tile) * rows + i * 8 + lane / 4, p.n - 1);
+        code_zero[i] = D::zero(zeros_in_codes && !grouped
+                                   ? as_float(static_cast<const Zero*>(p.zeros)[row * p.zero_row])
+                                   : 8.f);
+      }
       float total[tiles_n][tiles_m][4] = {};
       Acc sum[tiles_n][tiles_m][4] = {}, sum_x[tiles_m][4] = {};
       for (int chunk = chunk0 + warp % group_warps; chunk < end; chunk += group_warps) {
@@ -224,19 +251,44 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
         for (int s = 0; s < num_stages - 2; ++s) scales[s] = scales[s + 1];
         // into the stage that the chunk before this one has left
-        scales[num_stages - 2] = request(stage == 0 ? num_stages - 1 : stage - 1);
+        scales[num_stages - 2] = request(stage == 0 ? num_stages - 1 : stage - 1, both);
         stage = stage == num_stages - 1 ? 0 : stage + 1;
 
         const typename P::B* x_chunk = x_frags + (chunk - chunk0) * (spans * tokens * 4) + quarter;
 #pragma unroll
         for (int pass = 0; pass < passes; ++pass) {
           const bool keep = passes == 1 || quarter / (4 / passes) == pass;
+          [[maybe_unused]] float s[pieces], z[pieces];
+          if constexpr (grouped) {
+            if constexpr (passes == 1) {
+#pragma unroll
+              for (int i = 0; i < pieces; ++i) {
+                const int from = lane / 4 * 4 + i % 4;
+                s[i] = __shfl_sync(~0u, scale_in_units(mine.s[i / 4]), from);
+                if constexpr (has_zeros) z[i] = __shfl_sync(~0u, zero_of_pass(mine.z[i / 4]), from);
+              }
+            } else {
+              const int group = min(chunk * passes + pass, int(p.k / p.group_size) - 1);
+#pragma unroll
+              for (int i = 0; i < pieces; ++i) {
+                const i64 row = min(i64(tile) * rows + i * 8 + lane / 4, p.n - 1);
+                s[i] = scale_in_units(
+                    static_cast<const Scale*>(p.scales)[row * p.scale_row + group * scale_group]);
+                if constexpr (has_zeros)
+                  z[i] = zero_of_pass(
+                      static_cast<const Zero*>(p.zeros)[row * p.zero_row + group * zero_group]);
+              }
+            }
+            if constexpr (zeros_in_codes)
+#pragma unroll
+              for (int i = 0; i < pieces; ++i) code_zero[i] = D::zero(z[i]);
+          }
 #pragma unroll
           for (int t = 0; t < spans; ++t) {
             typename P::B b[tiles_m];
 #pragma unroll
             for (int j = 0; j < tiles_m; ++j) b[j] = x_chunk[(t * tokens + token[j]) * 4];
-            if constexpr (has_zeros) {
+            if constexpr (zeros_in_sums) {
               const typename P::A ones = passes == 1 ? P::ones_w() : masked(P::ones_w(), keep);
 #pragma unroll
               for (int j = 0; j < tiles_m; ++j) P::mma(sum_x[j], ones, b[j]);
@@ -249,34 +301,13 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
                 lo[v] = w[2 * i][t * span_words<W> + v];
                 hi[v] = w[2 * i + 1][t * span_words<W> + v];
               }
-              typename P::A a = D::w(lo, hi);
+              typename P::A a = D::w(lo, code_zero[2 * i], hi, code_zero[2 * i + 1]);
               if constexpr (passes > 1) a = masked(a, keep);
 #pragma unroll
               for (int j = 0; j < tiles_m; ++j) P::mma(sum[i][j], a, b[j]);
             }
           }
           if constexpr (grouped) {
-            float s[pieces], z[pieces];
-            if constexpr (passes == 1) {
-#pragma unroll
-              for (int i = 0; i < pieces; ++i) {
-                const int from = lane / 4 * 4 + i % 4;
-                s[i] = __shfl_sync(~0u, scale_in_units(mine.s[i / 4]), from);
-                if constexpr (has_zeros)
-                  z[i] = __shfl_sync(~0u, zero_in_units(mine.z[i / 4]), from);
-              }
-            } else {
-              const int group = min(chunk * passes + pass, int(p.k / p.group_size) - 1);
-#pragma unroll
-              for (int i = 0; i < pieces; ++i) {
-                const i64 row = min(i64(tile) * rows + i * 8 + lane / 4, p.n - 1);
-                s[i] = scale_in_units(
-                    static_cast<const Scale*>(p.scales)[row * p.scale_row + group * scale_group]);
-                if constexpr (has_zeros)
-                  z[i] = zero_in_units(
-                      static_cast<const Zero*>(p.zeros)[row * p.zero_row + group * zero_group]);
-              }
-            }
 #pragma unroll
             for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
@@ -284,11 +315,11 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                   float v = lifted(sum[i][j][e]);
-                  if constexpr (has_zeros) v -= z[2 * i + e / 2] * value(sum_x[j][e % 2]);
+                  if constexpr (zeros_in_sums) v -= z[2 * i + e / 2] * value(sum_x[j][e % 2]);
                   total[i][j][e] += s[2 * i + e / 2] * v;
                   sum[i][j][e] = 0;
                 }
-            if constexpr (has_zeros)
+            if constexpr (zeros_in_sums)
 #pragma unroll
               for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
@@ -308,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
           for (int i = 0; i < tiles_n; ++i)
             mine[m * pitch + i * 16 + e / 2 * 8 + lane / 4] =
                 Select<grouped, float, Acc>::of(total[i][j][e], sum[i][j][e]);
-          if constexpr (!grouped && has_zeros) mine[m * pitch + rows] = sum_x[j][e];
+          if constexpr (!grouped && zeros_in_sums) mine[m * pitch + rows] = sum_x[j][e];
         }
       group_sync<32 * group_warps>(group);
       const Sum* all = partial + (buffer * warps + group * group_warps) * slab;
@@ -322,18 +353,18 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
         Sum x = 0;
 #pragma unroll
         for (int w = 0; w < group_warps; ++w) y.add(all + w * slab + m * pitch + r);
-        if constexpr (!grouped && has_zeros)
+        if constexpr (!grouped && zeros_in_sums)
 #pragma unroll
           for (int w = 0; w < group_warps; ++w) x += all[w * slab + m * pitch + rows];
         Sum* sums = kept + ((turn * groups + group) * tokens + m) * pitch;
         if (segment) {
           y.add(sums + r);
-          if constexpr (!grouped && has_zeros) x += sums[rows + segment % 2];
+          if constexpr (!grouped && zeros_in_sums) x += sums[rows + segment % 2];
         }
         if (!last) {
           y.store(sums + r);
           // one thread writes what the others read a segment later, into the place they do not read
-          if constexpr (!grouped && has_zeros)
+          if constexpr (!grouped && zeros_in_sums)
             if (r == 0) sums[rows + (segment + 1) % 2] = x;
         } else {
           finish(p, n, m, y, Acc(x), alpha);

@@ -19,6 +19,8 @@ Compiling it is compiler.py's work.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,19 +65,36 @@ class Program:
 def program(config: KernelConfig) -> Program:
     """The generated struct, then ``config.source``, with every header that it can reach."""
     text = _read(config.source)
-    headers: dict[str, str] = {}
-    included = _INCLUDE.findall(text)
-    for name in included:  # grows while it is walked
-        if name not in headers and (SOURCE_DIR / name).is_file():
-            header = _read(name)
-            headers[name] = f'#line 1 "{_display_name(name)}"\n{header}'
-            included += _INCLUDE.findall(header)
+    headers = {
+        name: f'#line 1 "{_display_name(name)}"\n{header}'
+        for name, header in _headers(text).items()
+    }
     name = _display_name(config.source)
     return Program(
         name=name,
         text=f'{config_struct(config)}{_wgmma(config)}#line 1 "{name}"\n{text}',
         headers=tuple(sorted(headers.items())),
     )
+
+
+def _headers(text: str) -> dict[str, str]:
+    """Every header of ours that a text can reach."""
+    headers: dict[str, str] = {}
+    included = _INCLUDE.findall(text)
+    for name in included:  # grows while it is walked
+        if name not in headers and (SOURCE_DIR / name).is_file():
+            headers[name] = _read(name)
+            included += _INCLUDE.findall(headers[name])
+    return headers
+
+
+@functools.cache
+def digest(name: str) -> str:
+    """Says which state of a kernel's file and headers was measured: comments and spaces aside."""
+    text = _read(name)
+    parts = [text, *(header for _, header in sorted(_headers(text).items()))]
+    code = (re.sub(r"\s+", "", re.sub(r"//[^\n]*", "", part)) for part in parts)
+    return hashlib.sha256("\0".join(code).encode()).hexdigest()[:12]
 
 
 def _wgmma(config: KernelConfig) -> str:

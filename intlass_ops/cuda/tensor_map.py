@@ -1,6 +1,6 @@
 """Tensor maps: how TMA (sm_90 and newer) is told where a matrix lies and which box of it to copy.
 
-The only file that calls libcuda by itself: CuPy has no binding of cuTensorMapEncodeTiled.
+CuPy has no binding of cuTensorMapEncodeTiled.
 """
 
 from __future__ import annotations
@@ -9,17 +9,13 @@ import ctypes
 import functools
 
 from ..errors import KernelLaunchError
+from .early_launch import libcuda
 
 NUM_BYTES = 128  # of a CUtensorMap
 _ALIGNMENT = 64
 # enum values of cuda.h
 _UINT8, _NO_INTERLEAVE, _L2_PROMOTION_128B, _ZEROS_OUTSIDE = 0, 0, 2, 0
 _SWIZZLE = {64: 2, 128: 3}  # by the bytes of a row of the box
-
-
-@functools.cache
-def _encode() -> ctypes._NamedFuncPointer:
-    return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
 
 
 @functools.lru_cache(maxsize=8192)
@@ -33,7 +29,7 @@ def of_rows(
     room = (ctypes.c_char * (NUM_BYTES + _ALIGNMENT))()
     start = ctypes.addressof(room)
     start += -start % _ALIGNMENT
-    status = _encode()(
+    status = libcuda().cuTensorMapEncodeTiled(
         ctypes.c_void_p(start),
         _UINT8,
         2,

@@ -8,7 +8,12 @@
 The version is that of the config: ``checkpoint_format`` "gptq" (and the older files that lack it)
 is 1, "gptq_v2" is 2. Some writers say 1 and store 2; where the config says ``sym``, every zero
 point is known to be 2^(b-1), so a file that contradicts itself is refused, not guessed at; say
-which it is with ``checkpoint_format=``. Version 1 wraps: a stored 2^b - 1 is zero point 0.
+which it is with ``checkpoint_format=``.
+
+GPTQModel writes version 1 by subtracting one from every field of a word in a single subtraction,
+so that zero point 0 borrows from the next field, and reads it by the opposite addition: so do we
+(`second_version`). Kernels that unpack first take 2^b for such a field and 1 less for the next;
+where no zero point is 0 they all agree.
 """
 
 from __future__ import annotations
@@ -24,6 +29,11 @@ from .checkpoint import Checkpoint, Layer, number
 from .stored import StoredWeight, act_order, fields, group_size_of, unsigned
 
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
+
+
+def second_version(qzeros: Tensor, bits: int) -> Tensor:
+    """The int32 words of version 1 as those of version 2: one more in each field, with carries."""
+    return qzeros + sum(1 << place for place in range(0, 32, bits))
 
 
 class Gptq:
@@ -67,7 +77,7 @@ class Gptq:
         if layer.has("g_idx"):
             order = act_order(layer, layer.take("g_idx", (k,), (torch.int32, torch.int64)), groups)
         words = layer.take("qzeros", (groups, n // per_word), (torch.int32,))
-        zeros = self._zeros(layer, fields(words, bits)).t().contiguous()
+        zeros = self._zeros(layer, words).t().contiguous()
 
         def codes() -> Tensor:
             q = layer.take("qweight", (rows, n), (torch.int32,)).t().contiguous()  # [N, words]
@@ -82,9 +92,10 @@ class Gptq:
         # Codes of two bits are codes of four, with small values.
         return unsigned(path, max(bits, 4), (n, k), scales, zeros, order, codes)
 
-    def _zeros(self, layer: Layer, stored: Tensor) -> Tensor:
+    def _zeros(self, layer: Layer, words: Tensor) -> Tensor:
         version, middle = _VERSIONS[self.declared], 1 << (self.bits - 1)
-        zeros = stored if version == 2 else (stored + 1) & ((1 << self.bits) - 1)
+        stored = fields(words, self.bits)
+        zeros = stored if version == 2 else fields(second_version(words, self.bits), self.bits)
         if self.symmetric and not bool((zeros == middle).all()):
             other = "gptq_v2" if version == 1 else "gptq"
             hint = middle if version == 1 else middle - 1

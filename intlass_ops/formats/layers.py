@@ -1,4 +1,4 @@
-"""Our own layout: what of an `IntLinear` or `PackedLinear` goes to a file, and how it comes back.
+"""Our own layout: what of an `IntLinear` or its kin goes to a file, and how it comes back.
 
 A layer is saved as its buffers (`<path>.weight`, `.scales`, `.zeros`, `.order`, `.bias`, …) and a
 `LayerSpec`, which config.json keeps under quantization_config:
@@ -7,7 +7,8 @@ A layer is saved as its buffers (`<path>.weight`, `.scales`, `.zeros`, `.order`,
      "layers": [{"modules": ["model.layers.0.mlp.up_proj", …], "kind": "int4", "in_features": 4096,
                  "activation": null, "tensors": {"weight": ["uint8", [11008, 2048]], …}}, …]}
 
-Layers that are stored alike share an entry. Not here: how a model is walked (integrations/).
+Layers that are stored alike share an entry. An `IntExpertLinear` has one dimension more: experts.
+Not here: how a model is walked (integrations/).
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ..lowering.storage import INT4, INT4_PAIR, INT8, Packed
-from ..nn import Activation, IntLinear, PackedLinear
+from ..nn import Activation, IntExpertLinear, IntLinear, PackedLinear
 from . import FormatError
 from .stored import StoredWeight
 
 VERSION = 1
 METHOD = "intlass"
-_NAMES = ("weight", "scales", "zeros", "high", "high_scales", "order", "bias")
+_NAMES = ("weight", "scales", "zeros", "high", "high_scales", "order", "input_scale", "bias")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -48,7 +49,7 @@ class LayerSpec:
     @classmethod
     def of(cls, module: nn.Module) -> LayerSpec | None:
         """The spec of one of our layers; None for any other module."""
-        if not isinstance(module, (IntLinear, PackedLinear)):
+        if not isinstance(module, (IntExpertLinear, IntLinear, PackedLinear)):
             return None
         buffers = ((name, getattr(module, name, None)) for name in _NAMES)
         tensors = tuple((name, t.dtype, tuple(t.shape)) for name, t in buffers if t is not None)
@@ -78,10 +79,16 @@ def layer_of(
 ) -> nn.Module:
     """The module of a kind over these buffers; ValueError or TypeError if they do not fit."""
     weight, scales = tensors["weight"], tensors["scales"]
+    if weight.dim() == 3:
+        if kind == INT4_PAIR or not tensors.keys() <= {"weight", "scales", "zeros"}:
+            raise ValueError(f"experts of kind {kind!r} with {', '.join(tensors)}")
+        return IntExpertLinear(
+            weight, scales, tensors.get("zeros"), in_features=in_features, activation=activation
+        )
     if kind != INT4_PAIR and "order" not in tensors:
         layer: nn.Module = IntLinear(
             weight, scales, tensors.get("zeros"), tensors.get("bias"),
-            in_features=in_features, activation=activation,
+            in_features=in_features, activation=activation, input_scale=tensors.get("input_scale"),
         )  # fmt: skip
         return layer
     if activation is not None:

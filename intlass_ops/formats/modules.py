@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .gptq import second_version
+
 
 def _fields(words: Tensor, bits: int) -> Tensor:
     """int32 [..., n] to its 32 / bits fields, lowest first: [..., n, 32 / bits]."""
@@ -49,13 +51,14 @@ class _Gptq(_StandIn):
     def __init__(self, module: Any) -> None:
         super().__init__(module)
         version = getattr(module, "qzero_format", None)
-        self.offset = 0 if (version() if callable(version) else version) == 2 else 1
+        self.version = 2 if (version() if callable(version) else version) == 2 else 1
 
     def forward(self, x: Tensor) -> Tensor:
         m = self.module
         bits, (groups, n) = m.bits, m.scales.shape
         q = _fields(m.qweight, bits).transpose(1, 2).reshape(-1, n)  # [K, N]
-        z = _fields(m.qzeros, bits).reshape(groups, n) + self.offset
+        words = m.qzeros if self.version == 2 else second_version(m.qzeros, bits)
+        z = _fields(words, bits).reshape(groups, n)
         if getattr(m, "g_idx", None) is not None:
             g = m.g_idx.long()
             w = (q - z.index_select(0, g)).to(x.dtype) * m.scales.index_select(0, g).to(x.dtype)

@@ -1,16 +1,123 @@
-"""Fused mixtures of experts, whose weights are 3-D parameters [experts, ...] and not linears.
+"""Fused mixtures of experts, whose weights are 3-D parameters [experts, N, K] and not linears.
 
-No layer here holds them, so a quantiser would pass them by in silence: this finds them and says so.
+Lives here: how those of transformers get `IntExpertLinear`s in place of their parameters, through
+its own interface of experts implementations, and which 3-D weights of a model stay as they are.
+Not here: the product (ops/experts.py), how weights become codes (quantize.py).
+
+Private API of transformers, checked on 5.23: `_experts_implementation_internal` of a config, and
+the attributes that `use_experts_implementation` gives its modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Container, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..nn import IntExpertLinear
+from ..ops import dequantize
+
+IMPLEMENTATION = "intlass"
+# Not the parameters' own names: transformers splits tensors of these names when a model is saved.
+SUFFIX = "_quantized"
+# What its interface calls an implementation with, or asks of the module.
+_INTERFACE = ("config", "num_experts", "has_gate", "has_bias", "is_transposed")
 # Position tables, class tokens and the like have a size below this in some dimension.
 _SMALLEST = 16
+
+
+def mixtures_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of fused experts that transformers can run by another implementation."""
+    for path, module in model.named_modules():
+        if len(parameters_of(module)) == 2:
+            yield path, module
+
+
+def parameters_of(module: nn.Module) -> list[str]:
+    """Names of those parameters [experts, …] of a mixture's module that are still there."""
+    if not all(hasattr(module, name) for name in _INTERFACE):
+        return []
+    found = [(name, getattr(module, name, None)) for name in projections(module)]
+    return [name for name, p in found if isinstance(p, nn.Parameter) and p.dim() == 3]
+
+
+def projections(module: Any) -> tuple[str, str]:
+    """Names of the two 3-D parameters of a mixture's module."""
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def weights_of(module: Any, name: str) -> Tensor:
+    """A projection of all experts as [experts, N, K]."""
+    weight: Tensor = getattr(module, name).detach()
+    return weight.transpose(1, 2) if module.is_transposed else weight
+
+
+def put(module: Any, name: str, layer: IntExpertLinear) -> None:
+    """``layer`` in place of the parameter ``name``; the module runs by our implementation."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    delattr(module, name)
+    module.add_module(name + SUFFIX, layer)
+    if hasattr(module, "dense_config"):
+        return
+    # A config of its own: the model's may be set to an implementation that wants the parameter.
+    module.dense_config, module.config = module.config, copy.copy(module.config)
+    module.config._experts_implementation_internal = IMPLEMENTATION
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
+    # Or transformers would, after loading, draw numbers for a parameter that is not there.
+    module._is_hf_initialized = True
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether `put` has been here."""
+    return hasattr(module, "dense_config")
+
+
+def take_back(module: Any, dtype: torch.dtype) -> None:
+    """The parameters again, dequantised, and the implementation that was there before."""
+    for name in projections(module):
+        layer: IntExpertLinear = getattr(module, name + SUFFIX)
+        zeros: Any = layer.zeros if layer.zeros is not None else [None] * len(layer.weight)
+        dense = torch.stack(
+            [
+                dequantize(w, s, z, k=layer.in_features, dtype=dtype)
+                for w, s, z in zip(layer.weight, layer.scales, zeros, strict=True)
+            ]
+        )
+        dense = dense.transpose(1, 2).contiguous() if module.is_transposed else dense
+        delattr(module, name + SUFFIX)
+        module.register_parameter(name, nn.Parameter(dense, requires_grad=False))
+    module.config = module.dense_config
+    del module.dense_config
+
+
+def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Σ of the chosen experts' outputs, weighted: hidden_states [T, K], the others [T, top_k]."""
+    top_k = top_k_index.shape[-1]
+    # Tokens by expert; beyond the last are those of experts that other processes hold.
+    experts, order = top_k_index.reshape(-1).sort(stable=True)
+    numbers = torch.arange(self.num_experts, device=experts.device)
+    ends = torch.searchsorted(experts, numbers, right=True)
+    up, down = projections(self)
+
+    def multiply(name: str, x: Tensor) -> Tensor:
+        bias = getattr(self, f"{name}_bias") if self.has_bias else None
+        y: Tensor = getattr(self, name + SUFFIX)(x, ends, bias)
+        return y
+
+    y = multiply(up, hidden_states[order // top_k])
+    y = multiply(down, self._apply_gate(y) if self.has_gate else self.act_fn(y))
+    if getattr(self, "has_post_expert_norm", False):
+        y = self.post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0], device=order.device)
+    # A sum of one fixed order, unlike adding each row to its token's.
+    y = y[back].view(hidden_states.shape[0], top_k, y.shape[-1]).sum(1)
+    return y.to(hidden_states.dtype)
 
 
 def experts_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -24,14 +131,15 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, parameter
 
 
-def experts_left(model: nn.Module) -> str | None:
-    """Which of them a quantised model still has, in words; None if there are none."""
-    experts = list(experts_of(model))
+def experts_left(model: nn.Module, planned: Container[str] = ()) -> str | None:
+    """Which of them, but those ``planned``, a quantised model has, in words; None if none."""
+    experts = [(path, weight) for path, weight in experts_of(model) if path not in planned]
     if not experts:
         return None
     left = sum(parameter.numel() for _, parameter in experts)
     share = 100 * left / sum(parameter.numel() for parameter in model.parameters())
     return (
         f"{len(experts)} fused expert weights stay {experts[0][1].dtype} ({experts[0][0]}, …; "
-        f"{share:.0f} % of the parameters not quantised): only 2-D linears are quantised"
+        f"{share:.0f} % of the parameters not quantised): they were left out, or are not in the "
+        "form that transformers runs by exchangeable implementations"
     )

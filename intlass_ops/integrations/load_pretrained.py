@@ -6,6 +6,7 @@ here: the formats (formats/), how our own are described and saved (transformers_
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,8 +18,10 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from ..errors import BackendUnavailableError
 from ..formats import CanonicalWeight, FormatError
 from ..formats.checkpoint import Checkpoint
+from ..formats.experts import stacked
 from ..formats.gguf import GGUFFile
 from ..formats.layers import METHOD, LayerSpec, buffers_of, write_specs
 from ..formats.reader import Reader, open_reader, quantization_config
@@ -26,6 +29,7 @@ from ..formats.stored import StoredWeight
 from ..ops._library import FLOATS
 from . import gguf_llama
 from . import transformers_quantizer as _quantizer  # noqa: F401  (registers quant_method="intlass")
+from .expert_checkpoints import fused
 
 
 class Deferred:
@@ -56,15 +60,18 @@ def load_pretrained(
 ) -> PreTrainedModel:
     """A transformers model whose quantised linears are `IntLinear`s with the checkpoint's codes.
 
-    ``path``: a directory with config.json and safetensors in GPTQ, AWQ, compressed-tensors or our
-    own layout, or a GGUF file of a Llama. Codes, scales and zero points are those of the file, not
-    rounded again; weights are read one by one, so the peak is about the quantised size.
-    ``device_map`` as in transformers; ``dtype`` is that of everything that is not quantised
-    (default: the checkpoint's; float32 for GGUF). ``checkpoint_format``: "gptq" or "gptq_v2", for
-    GPTQ files that contradict themselves. The model's ``save_pretrained`` writes our layout.
+    ``path``: a directory with config.json and safetensors in GPTQ, AWQ, compressed-tensors, HQQ,
+    torchao's or our own layout, or a GGUF file of a Llama. Codes, scales and zero points are those
+    of the file, not rounded again; weights are read one by one, so the peak is about the quantised
+    size. Experts that the model holds fused become `IntExpertLinear`s.
+    ``device_map`` as in transformers; a device such as "cuda" also where accelerate is missing.
+    ``dtype`` is that of everything that is not quantised (default: the checkpoint's; float32 for
+    GGUF). ``checkpoint_format``: "gptq" or "gptq_v2", for GPTQ files that contradict themselves.
+    The model's ``save_pretrained`` writes our layout.
 
     Raises FileNotFoundError, FormatError (a ValueError) for a checkpoint that is damaged or of a
-    kind that is not read, and ValueError for weights that do not fit the model.
+    kind that is not read, ValueError for weights that do not fit the model, and
+    BackendUnavailableError for a GPU that is not there.
 
     >>> model = load_pretrained("llama-3-8b-gptq", device_map="cuda")         # doctest: +SKIP
     """
@@ -77,9 +84,10 @@ def load_pretrained(
     reader = open_reader(checkpoint, checkpoint_format=checkpoint_format)
     if not reader.paths:
         raise FormatError(f"{path}: no quantised weight in this checkpoint")
-    specs, state = _layers(reader)
     config = AutoConfig.from_pretrained(path)
+    specs, state = _layers(reader, fused(class_of(config), config, reader.paths))
     config.quantization_config = write_specs(specs)
+    device_map, device = placement(device_map)
     if dtype is None:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     model, info = class_of(config).from_pretrained(
@@ -92,14 +100,33 @@ def load_pretrained(
     )
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
-    return _finish(path, model, info)
+    return _finish(path, model.to(device), info)
 
 
 def _from_directory(path: Path, device_map: Any, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    loaded: tuple[Any, Any] = class_of(AutoConfig.from_pretrained(path)).from_pretrained(
+    model_class = class_of(AutoConfig.from_pretrained(path))
+    device_map, device = placement(device_map)
+    model, info = model_class.from_pretrained(
         path, device_map=device_map, dtype=dtype or "auto", output_loading_info=True
     )
-    return loaded
+    return model.to(device), info
+
+
+def placement(device_map: Any) -> tuple[Any, torch.device | None]:
+    """(what to load with, where to move the model then): transformers asks for accelerate with
+    every device_map, even where all goes to one device."""
+    named = ("auto", "balanced", "balanced_low_0", "sequential")
+    if device_map is None or isinstance(device_map, dict) or device_map in named:
+        return device_map, None
+    device = torch.device(device_map)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            f"device {device}: torch sees no GPU here; load onto the CPU by naming none (intlass "
+            "info shows what is missing)"
+        )
+    if device.type == "cpu" or importlib.util.find_spec("accelerate") is None:
+        return None, device
+    return device_map, None
 
 
 def class_of(config: Any) -> Any:
@@ -123,12 +150,28 @@ def _finish(path: Path, model: PreTrainedModel, info: Mapping[str, Any]) -> PreT
     return model.eval()
 
 
-def _layers(reader: Reader) -> tuple[dict[str, LayerSpec], State]:
-    """Specs of the quantised layers, and every tensor of the model."""
+def _layers(
+    reader: Reader, experts: Mapping[str, list[list[str]]]
+) -> tuple[dict[str, LayerSpec], State]:
+    """Specs of the quantised layers, and every tensor of the model.
+
+    ``experts``: paths of layers of fused experts, and of the checkpoint's linears they consist of.
+    """
     specs: dict[str, LayerSpec] = {}
     state: State = {}
     checkpoint = reader.checkpoint
+    read = set()
+    for target, parts in experts.items():
+        paths = [path for row in parts for path in row]
+        weights = [[reader.stored(path) for path in row] for row in parts]
+        if any(f"{path}.bias" in checkpoint.tensors for path in paths):
+            raise FormatError(f"{checkpoint.directory}: {target}: biases of experts are not read")
+        activation = reader.activation(paths[0])
+        specs[target] = _add(state, target, *stacked(target, weights, activation))
+        read.update(paths)
     for path in reader.paths:
+        if path in read:
+            continue
         stored = reader.stored(path)
         spec, buffers = buffers_of(stored, reader.activation(path))
         specs[path] = _add(state, path, spec, buffers)
@@ -144,7 +187,7 @@ def _layers(reader: Reader) -> tuple[dict[str, LayerSpec], State]:
             specs[path] = replace(specs[path], tensors=(*specs[path].tensors, entry))
     for name, header in checkpoint.tensors.items():
         path, _, part = name.rpartition(".")
-        if path in specs and part != "bias":
+        if path in read or (path in specs and part != "bias"):
             continue
         if header.dtype is None:
             raise FormatError(f"{header.file}: {name} is {header.stored}, which is not read")
@@ -185,6 +228,7 @@ def _load_gguf(path: Path, device_map: Any, dtype: torch.dtype | None) -> PreTra
     config.quantization_config = write_specs(specs)
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = dtype
+    device_map, device = placement(device_map)
     model, loaded = transformers.LlamaForCausalLM.from_pretrained(
         None,
         config=config,
@@ -193,7 +237,7 @@ def _load_gguf(path: Path, device_map: Any, dtype: torch.dtype | None) -> PreTra
         dtype=dtype,
         output_loading_info=True,
     )
-    return _finish(path, model, loaded)
+    return _finish(path, model.to(device), loaded)
 
 
 def _gguf_weight(file: GGUFFile, name: str, config: Any) -> StoredWeight:

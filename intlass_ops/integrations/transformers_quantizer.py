@@ -22,12 +22,12 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import calibrated
-from ..formats import FormatError
-from ..formats.layers import METHOD, VERSION, LayerSpec, read_specs, write_specs
+from ..formats.layers import METHOD, VERSION, read_specs, write_specs
 from ..nn import IntLinear, PackedLinear
-from ..ops import dequantize
-from ..quantize import Scheme, quantize_, quantize_linear
-from .experts import experts_left
+from ..qat import QATLinear, RotatedIntLinear
+from ..quantize import Scheme, quantize_, quantize_experts, quantize_linear
+from . import conv1d, experts
+from .model_layers import check_order, linear_of, put_layers, specs_of
 from .schemes import scheme_named
 
 # Called with (done, total) after each layer that is quantised while a model is loaded.
@@ -39,9 +39,11 @@ class IntlassConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """For ``from_pretrained(..., quantization_config=IntlassConfig("w4a16"))``.
 
     ``scheme``: w4a16, w8a16, w8a8, w4a8 or w4a4; ``group_size`` along K (INT4); ``method``: "rtn",
-    "mse" or "hqq", which need no data (for "gptq": `quantize_`, then `save_pretrained`).
+    "mse" or "hqq", which need no data (for "gptq" and "awq": `quantize_`, then `save_pretrained`).
     ``modules_to_not_convert``: module paths that stay as they are, besides the output head and
     what is tied to the embedding. ``layers`` is what saving fills in and reloading reads.
+    Importing this name is what makes ``from_pretrained`` know our checkpoints; without it,
+    transformers warns of an unknown quantization type and takes the codes for weights.
 
     Raises ValueError for a scheme or method that does not exist.
 
@@ -69,7 +71,7 @@ class IntlassConfig(QuantizationConfigMixin):  # type: ignore[misc]
             if method not in ("rtn", "mse", "hqq"):
                 raise ValueError(
                     f"IntlassConfig: method={method!r}; while loading there are rtn, mse and hqq "
-                    "(for gptq load the model as it is and call intlass_ops.quantize_)"
+                    "(for gptq and awq load the model as it is and call intlass_ops.quantize_)"
                 )
             wanted = scheme_named(scheme, symmetric=symmetric)
             calibrated.check("IntlassConfig", method, wanted.bits, wanted.symmetric, None)
@@ -93,6 +95,7 @@ class IntlassQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: IntlassConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self.planned: set[str] = set()
+        self.transposed: set[str] = set()
         self.done = 0
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -104,22 +107,32 @@ class IntlassQuantizer(HfQuantizer):  # type: ignore[misc]
         scheme = config.to_scheme()
         kept = {*get_keys_to_not_convert(model), *(config.modules_to_not_convert or ())}
         for path, module in list(model.named_modules()):
-            if type(module) is nn.Linear and not is_kept(path, kept):
-                _check_group(path, module, scheme)
-                model.set_submodule(path, quantize_linear(module, _with_rtn(scheme)))
-                self.planned.add(path)
-        left = experts_left(model)
+            transposed = conv1d.is_conv1d(module)
+            if (transposed or type(module) is nn.Linear) and not is_kept(path, kept):
+                linear = conv1d.linear_of(module) if transposed else module
+                _check_group(path, linear.in_features, scheme)
+                model.set_submodule(path, quantize_linear(linear, _with_rtn(scheme)))
+                self.planned.add(f"{path}.weight")
+                if transposed:
+                    self.transposed.add(f"{path}.weight")
+        for path, module in experts.mixtures_of(model):
+            if not is_kept(path, kept):
+                for name in experts.projections(module):
+                    weight = experts.weights_of(module, name)
+                    _check_group(f"{path}.{name}", weight.shape[-1], scheme)
+                    self.planned.add(f"{path}.{name}")
+        left = experts.experts_left(model, self.planned)
         if left is not None:
             warnings.warn(f"intlass: {left}", stacklevel=2)
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **_options: Any
     ) -> bool:
-        path, _, name = param_name.rpartition(".")
-        return name == "weight" and path in self.planned
+        return param_name in self.planned
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self.quantization_config.to_scheme(), self._advance)
+        scheme = self.quantization_config.to_scheme()
+        return _Quantize(scheme, self.transposed, self._advance)
 
     def _advance(self) -> None:
         self.done += 1
@@ -132,14 +145,22 @@ class IntlassQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> PreTrainedModel:
         for path, module in model.named_modules():
             if isinstance(module, PackedLinear):
-                _check_order(path, module)
+                check_order(path, module)
         self.quantization_config.layers = write_specs(specs_of(model))["layers"]
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
+        if not isinstance(dtype, torch.dtype):  # a config may keep its name
+            dtype = torch.float32 if dtype is None else getattr(torch, dtype)
+        with torch.device("meta"):
+            plain = type(model)(model.config)
         for path, module in list(model.named_modules()):
             if isinstance(module, IntLinear):
-                model.set_submodule(path, _dense(module, dtype or torch.float32))
+                linear = linear_of(module, dtype)
+                transposed = conv1d.is_conv1d(plain.get_submodule(path))
+                model.set_submodule(path, conv1d.conv1d_of(linear) if transposed else linear)
+            elif experts.is_quantized(module):
+                experts.take_back(module, dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -157,49 +178,38 @@ class IntlassQuantizer(HfQuantizer):  # type: ignore[misc]
 class _Quantize(ConversionOps):  # type: ignore[misc]
     """A floating-point weight on its way into a planned layer becomes that layer's buffers."""
 
-    def __init__(self, scheme: Scheme, advance: Callable[[], None]) -> None:
-        self.scheme, self.advance = scheme, advance
+    def __init__(self, scheme: Scheme, transposed: set[str], advance: Callable[[], None]) -> None:
+        self.scheme, self.transposed, self.advance = scheme, transposed, advance
 
     @torch.no_grad()
     def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str = "", **_: Any
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str = "",
+        model: Any = None,
+        missing_keys: set[str] | None = None,
+        **_: Any,
     ) -> dict[str, Tensor]:
         (value,) = input_dict.values()
         weight: Tensor = value[0] if isinstance(value, (list, tuple)) else value
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        box = nn.Sequential(linear)
-        quantize_(box, self.scheme, progress=False)
+        path, parameter = full_layer_name.rsplit(".", 1)
+        if weight.dim() == 3:
+            mixture = model.get_submodule(path)
+            setattr(mixture, parameter, nn.Parameter(weight, requires_grad=False))
+            dense = experts.weights_of(mixture, parameter)
+            experts.put(mixture, parameter, quantize_experts(dense, self.scheme))
+            if missing_keys is not None:
+                missing_keys.discard(full_layer_name)
+            buffers: dict[str, Tensor] = {}
+        else:
+            weight = weight.t() if full_layer_name in self.transposed else weight
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            box = nn.Sequential(linear)
+            quantize_(box, self.scheme, progress=False)
+            buffers = {f"{path}.{part}": tensor for part, tensor in box[0].named_buffers()}
         self.advance()
-        path = full_layer_name.removesuffix(".weight")
-        return {f"{path}.{name}": buffer for name, buffer in box[0].named_buffers()}
-
-
-def put_layers(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
-    """Replace the linears of a model on the meta device; ValueError for a path it lacks."""
-    modules = dict(model.named_modules())
-    for path, spec in specs.items():
-        old = modules.get(path)
-        if not isinstance(old, nn.Linear):
-            found = "no such module" if old is None else f"a {type(old).__name__}"
-            raise ValueError(
-                f"{type(model).__name__}: {path} is quantised in the checkpoint, but in the model "
-                f"it is {found}"
-            )
-        new = spec.module()
-        sizes: tuple[Any, Any] = (new.out_features, new.in_features)
-        if sizes != (old.out_features, old.in_features):
-            raise ValueError(
-                f"{type(model).__name__}: {path} is {sizes} in the checkpoint and "
-                f"{(old.out_features, old.in_features)} in the model"
-            )
-        model.set_submodule(path, new)
-
-
-def specs_of(model: nn.Module) -> dict[str, LayerSpec]:
-    """Our layers in a model, by path."""
-    specs = {path: LayerSpec.of(module) for path, module in model.named_modules()}
-    return {path: spec for path, spec in specs.items() if spec is not None}
+        return buffers
 
 
 def save_pretrained(
@@ -212,10 +222,17 @@ def save_pretrained(
     that method. The files are safetensors with the layers' buffers (codes, scales, zeros) and a
     config.json that describes them; reading them back gives the same model bit for bit.
 
-    Raises ValueError for a model without quantised layers.
+    Raises ValueError for a model without quantised layers, or with layers that have no file format:
+    `RotatedIntLinear`s and `QATLinear`s.
 
     >>> save_pretrained(model, "llama-int4")                                  # doctest: +SKIP
     """
+    for path, module in model.named_modules():
+        if isinstance(module, (QATLinear, RotatedIntLinear)):
+            raise ValueError(
+                f"save_pretrained: {path} is a {type(module).__name__}, which has no file format: "
+                "keep its state_dict, or train without rotation and call convert_ first"
+            )
     specs = specs_of(model)
     if not specs:
         raise ValueError(f"save_pretrained: {type(model).__name__} has no quantised layers")
@@ -230,35 +247,14 @@ def is_kept(path: str, kept: set[str]) -> bool:
     return any(path == each or path.endswith("." + each) for each in kept)
 
 
-def _check_order(path: str, layer: PackedLinear) -> None:
-    """An index out of range would end the CUDA context at the first call."""
-    order = layer.order
-    if order is None or order.is_meta:
-        return
-    every = torch.arange(layer.in_features, device=order.device)
-    if not torch.equal(order.long().sort().values, every):
-        raise FormatError(f"{path}.order is no permutation of the {layer.in_features} inputs")
-
-
 def _with_rtn(scheme: Scheme) -> Scheme:
     return Scheme(scheme.bits, scheme.group_size, scheme.symmetric, scheme.activation)
 
 
-def _check_group(path: str, linear: nn.Linear, scheme: Scheme) -> None:
-    if scheme.group_size is not None and linear.in_features % scheme.group_size:
+def _check_group(path: str, k: int, scheme: Scheme) -> None:
+    if scheme.group_size is not None and k % scheme.group_size:
         raise ValueError(
-            f"IntlassConfig: {path}: K={linear.in_features} is not a multiple of "
+            f"IntlassConfig: {path}: K={k} is not a multiple of "
             f"group_size={scheme.group_size}; choose another group_size or keep the layer as it "
             "is (modules_to_not_convert, on the command line --keep)"
         )
-
-
-def _dense(layer: IntLinear, dtype: torch.dtype) -> nn.Linear:
-    w = dequantize(layer.weight, layer.scales, layer.zeros, k=layer.in_features, dtype=dtype)
-    linear = nn.Linear(
-        layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
-    )
-    linear.weight = nn.Parameter(w, requires_grad=False)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
-    return linear

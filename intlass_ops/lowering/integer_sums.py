@@ -18,10 +18,12 @@ from .gemms import Gemm, column_like, row_like, shape_of
 
 @dataclass(frozen=True)
 class IntegerTail:
-    """y = x @ w - zero * rowsum(w) - rowsum(x) * weight_zero + bias, up to node `last`.
+    """y = x @ w - zero * rowsum(w) - rowsum(x) * weight_zero + K * zero * weight_zero + bias, up to
+    node `last`.
 
     zero: one integer a row (or one in all) to subtract from the activations; weight_zero: one a
     column, to subtract from the weight; bias: int [N].
+    crossed: with both zero points, whether their product has been added.
     unshifted: the product was of x + 128, and 128 * rowsum(w) was subtracted again.
     """
 
@@ -30,6 +32,7 @@ class IntegerTail:
     bias: Node | None = None
     unshifted: bool = False
     weight_zero: Node | None = None
+    crossed: bool = False
 
 
 def read(edit: Editor, gemm: Gemm) -> IntegerTail:
@@ -65,14 +68,15 @@ def _one(
         if subtracts or found.bias is not None:
             return None
         return replace(found, last=user, bias=other)
+    if not subtracts and not found.crossed and _is_cross(gemm, found, other):
+        return replace(found, last=user, crossed=True)
     if other.target is not aten.mul.Tensor or not subtracts:
         return None
-    if found.zero is not None or found.weight_zero is not None:
-        return None  # with both, a product of the two zero points follows
     for zero, sums in (other.args, other.args[::-1]):
         if (
             isinstance(sums, Node)
             and isinstance(zero, Node)
+            and found.weight_zero is None
             and column_like(zero, gemm.n)
             and edit.is_static(zero)
             and _sums_rows(sums, gemm.x)
@@ -82,41 +86,69 @@ def _one(
         if (
             isinstance(sums, Node)
             and isinstance(zero, Node)
+            and found.zero is None
             and column_like(sums, gemm.n)
             and row_like(zero, shape_of(gemm.node))
             and edit.is_static(sums)
-            and _is_row_sum(edit, gemm, sums, 1)
         ):
-            return replace(found, last=user, zero=zero)
+            if _is_row_sum(edit, gemm, sums, 1):
+                return replace(found, last=user, zero=zero)
+            if found.weight_zero is not None and _is_row_sum(
+                edit, gemm, sums, 1, found.weight_zero
+            ):
+                return replace(found, last=user, zero=zero, crossed=True)
     return None
 
 
-def _is_row_sum(edit: Editor, gemm: Gemm, node: Node, factor: int) -> bool:
-    """Whether `node` is factor * (sum of each row of the weight), for any weight."""
+def _is_cross(gemm: Gemm, found: IntegerTail, node: Node) -> bool:
+    """Whether `node` is K * zero * weight_zero."""
+    if found.zero is None or found.weight_zero is None:
+        return False
+    number, factors, stack = 1, [], [node]
+    while stack:
+        each: Any = _before_casts(stack.pop())
+        if isinstance(each, int):
+            number *= each
+        elif isinstance(each, Node) and each.target is aten.mul.Tensor:
+            stack.extend(each.args)  # type: ignore[arg-type]
+        else:
+            factors.append(each)
+    zeros = [_before_casts(each) for each in (found.zero, found.weight_zero)]
+    return number == gemm.k and factors in (zeros, zeros[::-1])
+
+
+def _before_casts(each: Any) -> Any:
+    while isinstance(each, Node) and each.target is CAST:
+        each = each.args[0]
+    return each
+
+
+def _is_row_sum(
+    edit: Editor, gemm: Gemm, node: Node, factor: int, zero: Node | None = None
+) -> bool:
+    """Whether `node` is factor * (sum of each row of the weight, less zero), for any weight."""
     with edit.undisturbed():
-        weight, sums = edit.values_of(gemm.weight, node)
+        weight, sums, *zeros = edit.values_of(gemm.weight, node, *([] if zero is None else [zero]))
         if gemm.layout == "kn":
             weight = weight.reshape(gemm.k, gemm.n).t()
-        expected = factor * weight.reshape(gemm.n, gemm.k).double().sum(1)
-        return torch.equal(sums.double().flatten(), expected)
+        weight = weight.reshape(gemm.n, gemm.k).long()
+        for each in zeros:
+            weight = weight - each.long().reshape(-1, 1)
+        # Synthetic zero points are of any size: sums in int32 wrap around.
+        return torch.equal(sums.flatten(), (factor * weight.sum(1)).to(sums.dtype))
 
 
 def _sums_rows(node: Node, x: Node) -> bool:
     """Whether `node` is x.sum(-1, keepdim=True) of the integer operand x [M, K]."""
 
-    def before_casts(each: Any) -> Any:
-        while isinstance(each, Node) and each.target is CAST:
-            each = each.args[0]
-        return each
-
     if node.meta["val"].dtype not in (torch.int32, torch.int64):
         return False
-    node = before_casts(node)
+    node = _before_casts(node)
     if node.target is not aten.sum.dim_IntList or len(node.args) != 3:
         return False
     source, dims, keep = node.args
     last = len(shape_of(x)) - 1
-    return bool(dims in ([-1], [last]) and keep and before_casts(source) is before_casts(x))
+    return bool(dims in ([-1], [last]) and keep and _before_casts(source) is _before_casts(x))
 
 
 def as_float_bias(

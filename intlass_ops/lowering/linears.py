@@ -127,7 +127,8 @@ def _match(edit: Editor, gemm: Gemm) -> Match:
         onto = "an output" if user is None or user.op == "output" else str(user.target)
         raise NotAffine(f"the integer product goes on as integers, to {onto}")
     weight_zero = None if sums is None else sums.weight_zero
-    if weight_zero is not None and activation is not None and activation.zero is not None:
+    both = weight_zero is not None and activation is not None and activation.zero is not None
+    if both and not (sums is not None and sums.crossed):
         raise NotAffine("zero points of activations and weight without their product")
     piece = edit.slice_of(gemm, tail.column_scales, weight_zero)
     form = edit.probe(gemm, piece)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import blocks
 from .program import Evaluation, NotASlice, Program, dependents
-from .weights import Measured, NotAffine, NotGrouped, Recipe, measure
+from .weights import Measured, NotAffine, NotGrouped, Recipe, evaluate_real, measure
 
 # Each measured candidate costs a few evaluations of the slice.
 MAX_CANDIDATES = 12
@@ -135,28 +135,27 @@ def _probe(
     *,
     small: bool,
 ) -> WeightForm:
+    whole = shape
+    shape, metas = _first_rows(whole, metas)
     numel = shape.rows * shape.k
     leaves = [synthetic(meta, numel, 1000 + i, device, small=small) for i, meta in enumerate(metas)]
-    whole = shape
-    shape, leaves = blocks.first_rows(whole, leaves, PROBED_ROWS) or (whole, leaves)
     try:
         evaluation = Evaluation(shape.program, leaves)
     except Exception as problem:
         raise NotAffine(f"the slice cannot be evaluated on its own: {problem}") from problem
     if evaluation.weight().dtype.is_complex or evaluation.weight().dtype == torch.bool:
         raise NotAffine(f"the weight is {evaluation.weight().dtype}")
-    best: tuple[tuple[int, ...], Recipe, Measured] | None = None
+    best: tuple[tuple[int, ...], Recipe, Measured, slice] | None = None
     reason = "no integer-valued tensor of the weight's size"
     settled = False
     tried = 0
-    step = max(1, shape.rows // PROBED_ROWS)
     for index in _candidates(evaluation, shape.rows * shape.k):
         tried += 1
         if tried > MAX_CANDIDATES:
             break
         recipe = replace(shape, codes=index)
         try:
-            found = measure(evaluation, recipe, step)
+            found, rows = _measured(evaluation, recipe)
         except NotGrouped as problem:
             # Nothing nearer the truth will be said about another candidate.
             reason, settled = str(problem), True
@@ -179,17 +178,46 @@ def _probe(
         bits = 4 if levels <= 16 else 8 if levels <= 256 else 9
         rank = (int(found.order is not None), bits, -found.group_size)
         if best is None or rank < best[0]:
-            best = (rank, recipe, found)
+            best = (rank, recipe, found, rows)
         if rank[:2] == (0, 4):
             break
     if best is None:
         raise NotAffine(reason)
-    _, recipe, found = best
+    _, recipe, found, rows = best
     low, high = found.span
     if high - low > 255:
         raise NotAffine(f"codes span [{low}, {high}]: more than 8 bits")
-    form = _describe(evaluation, recipe, found, step)
+    form = _describe(evaluation, recipe, found, rows)
     return replace(form, recipe=replace(whole, codes=recipe.codes))
+
+
+def _first_rows(recipe: Recipe, metas: Sequence[LeafMeta]) -> tuple[Recipe, Sequence[LeafMeta]]:
+    """The first rows of the slice and of its leaves; all of them where it is small or mixed."""
+    blank = [
+        torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device="meta")
+        for meta in metas
+    ]
+    found = blocks.first_rows(recipe, blank, PROBED_ROWS)
+    if found is None:
+        return recipe, metas
+    small, parts = found
+    return small, [
+        replace(meta, shape=tuple(part.shape), stride=part.stride())
+        for meta, part in zip(metas, parts, strict=True)
+    ]
+
+
+def _measured(evaluation: Evaluation, recipe: Recipe) -> tuple[Measured, slice]:
+    """Some rows of the weight, and which."""
+    if recipe.batch == 1 and recipe.n >= 2 * PROBED_ROWS:
+        # The codes are packed across rows: what follows them may still fall apart.
+        small, read = blocks.downstream(recipe)
+        part = blocks.first_rows(small, [evaluation.values[i] for i in read], PROBED_ROWS)
+        if part is not None:
+            found = measure(evaluate_real(*part), part[0])
+            return found, slice(found.codes.shape[0])
+    every = slice(None, None, max(1, recipe.rows // PROBED_ROWS))
+    return measure(evaluation, recipe, every), every
 
 
 def _same_codes(found: Tensor, source: Tensor) -> bool:
@@ -212,10 +240,10 @@ def _candidates(evaluation: Evaluation, numel: int) -> list[int]:
             continue
         if not numel <= value.numel() <= MAX_PARTS * numel:
             continue
-        if value.dtype.is_floating_point and not (
-            bool((value == value.round()).all()) and bool((value != value.flatten()[0]).any())
-        ):
-            continue
+        if value.dtype.is_floating_point:
+            corner = value[(slice(PROBED_ROWS),) * value.dim()]
+            if bool((corner != corner.round()).any()) or bool((corner == corner.min()).all()):
+                continue
         found.append((value.numel() > numel, len(found), index))
     return [index for *_, index in sorted(found)]
 
@@ -250,7 +278,7 @@ def _only_scaled(program: Program, leaf: int) -> bool:
     return all(program.operations[i - program.leaves].target.startswith(_PLAIN) for i in path)
 
 
-def _describe(evaluation: Evaluation, recipe: Recipe, found: Measured, step: int) -> WeightForm:
+def _describe(evaluation: Evaluation, recipe: Recipe, found: Measured, rows: slice) -> WeightForm:
     program = evaluation.program
     leaf = None
     for i in range(program.leaves):
@@ -259,7 +287,7 @@ def _describe(evaluation: Evaluation, recipe: Recipe, found: Measured, step: int
             value.dtype == torch.int8
             and tuple(value.shape) == (recipe.rows, recipe.k)
             and value.is_contiguous()
-            and torch.equal(value[::step].to(torch.int16), found.codes)
+            and torch.equal(value[rows].to(torch.int16), found.codes)
             and _only_scaled(program, i)
         ):
             leaf = i
@@ -271,7 +299,7 @@ def _describe(evaluation: Evaluation, recipe: Recipe, found: Measured, step: int
                 isinstance(value, Tensor)
                 and value.dtype.is_floating_point
                 and value.numel() in (1, recipe.rows)
-                and torch.equal(value.double().flatten().expand(recipe.rows)[::step], scales)
+                and torch.equal(value.double().flatten().expand(recipe.rows)[rows], scales)
             ):
                 scale_values.append(i)
     coarsest = evaluation.coarsest(recipe.codes)

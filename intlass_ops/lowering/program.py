@@ -69,6 +69,13 @@ class Program:
     def result(self) -> int:
         return self.leaves + len(self.operations) - 1
 
+    def part(self, leaves: Sequence[int], operations: Sequence[int]) -> Program:
+        """The operations of these value indices alone, reading those values as leaves."""
+        place = {index: {"v": i} for i, index in enumerate([*leaves, *operations])}
+        kept = [self.operations[index - self.leaves] for index in operations]
+        moved = [(op.target, _moved(op.args, place), _moved(op.kwargs, place)) for op in kept]
+        return Program(as_text(len(leaves), moved))
+
 
 @functools.lru_cache(maxsize=4096)
 def _parse(text: str) -> tuple[int, tuple[Operation, ...]]:
@@ -81,7 +88,7 @@ def target_name(target: Any) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _resolve(name: str) -> Callable[..., Any]:
+def resolve(name: str) -> Callable[..., Any]:
     if name == "getitem":
         return operator.getitem
     namespace, packet, overload = name.split(".", 2)
@@ -140,8 +147,22 @@ def extract(leaves: Sequence[Node], inner: Sequence[Node]) -> tuple[Program, dic
         (target_name(n.target), _encode(list(n.args), index), _encode(dict(n.kwargs), index))
         for n in inner
     ]
-    text = json.dumps([len(leaves), operations], separators=(",", ":"), sort_keys=True)
-    return Program(text), index
+    return Program(as_text(len(leaves), operations)), index
+
+
+def as_text(leaves: int, operations: Sequence[tuple[str, Any, Any]]) -> str:
+    return json.dumps([leaves, operations], separators=(",", ":"), sort_keys=True)
+
+
+def _moved(value: Any, place: Mapping[int, Any]) -> Any:
+    """An encoded argument with its value indices replaced."""
+    if isinstance(value, list):
+        return [_moved(each, place) for each in value]
+    if isinstance(value, dict) and "v" in value:
+        return place[value["v"]]
+    if isinstance(value, dict) and "k" in value:
+        return {"k": {key: _moved(each, place) for key, each in value["k"].items()}}
+    return value
 
 
 def _encode(value: Any, index: Mapping[Node, int]) -> Any:
@@ -181,8 +202,10 @@ def _decode(value: Any, values: Sequence[Any], device: torch.device, wide: bool)
     if "t" in value:
         named = getattr(torch, value["t"])
         # Wide evaluation follows real numbers through the casts: only the graph-precision value
-        # decides what is right, so a cast that wraps shows up as a difference from it.
-        return torch.float64 if wide and isinstance(named, torch.dtype) else named
+        # decides what is right, so a cast that wraps shows up as a difference from it. A truth
+        # value stays one: codes of one bit choose between two numbers.
+        numbers = wide and isinstance(named, torch.dtype) and named != torch.bool
+        return torch.float64 if numbers else named
     return {key: _decode(each, values, device, wide) for key, each in value["k"].items()}
 
 
@@ -203,15 +226,16 @@ def inputs_of(program: Program) -> tuple[frozenset[int], ...]:
     return tuple(frozenset(_used(op.args) | _used(op.kwargs)) for op in program.operations)
 
 
-def dependents(program: Program, index: int) -> list[int]:
+@functools.lru_cache(maxsize=4096)
+def dependents(program: Program, index: int) -> tuple[int, ...]:
     """Value indices computed from value `index`, in execution order, itself excluded."""
     tainted = {index}
     found = []
-    for i, used in enumerate(inputs_of(program)):
+    for i, used in enumerate(inputs_of(program), start=program.leaves):
         if used & tainted:
-            tainted.add(program.leaves + i)
-            found.append(program.leaves + i)
-    return found
+            tainted.add(i)
+            found.append(i)
+    return tuple(found)
 
 
 def _affine_tensor(q: Tensor, scale: Any, zero: Any, *_: Any, **__: Any) -> Tensor:
@@ -246,7 +270,7 @@ def _apply(op: Operation, values: Sequence[Any], device: torch.device, wide: boo
     args = _decode(op.args, values, device, wide)
     kwargs = _decode(op.kwargs, values, device, wide)
     function = _WIDE.get(op.target) if wide else None
-    result = (function or _resolve(op.target))(*args, **kwargs)
+    result = (function or resolve(op.target))(*args, **kwargs)
     if op.target.startswith(_UNINITIALISED):
         # Fixed contents: a slice that lets uninitialised memory through fails its proof.
         result.view(torch.uint8).fill_(0x5A) if result.is_contiguous() else result.fill_(90)
@@ -262,13 +286,14 @@ class Evaluation:
         self.device = leaves[0].device if leaves else torch.device("cpu")
         self.values: list[Any] = [*leaves, *([None] * len(program.operations))]
         self._dtypes: list[Any] = [getattr(value, "dtype", None) for value in self.values]
-        last = {i: n for n, used in enumerate(inputs_of(program)) for i in used}
-        for n, op in enumerate(program.operations):
+        inputs = inputs_of(program)
+        last = {i: n for n, used in enumerate(inputs, start=len(leaves)) for i in used}
+        for n, op in enumerate(program.operations, start=len(leaves)):
             result = _apply(op, self.values, self.device, False)
-            self.values[program.leaves + n] = result
-            self._dtypes[program.leaves + n] = getattr(result, "dtype", None)
+            self.values[n] = result
+            self._dtypes[n] = getattr(result, "dtype", None)
             if keep is not None:
-                for i in inputs_of(program)[n]:
+                for i in inputs[n - len(leaves)]:
                     if last[i] == n and i not in keep:
                         self.values[i] = None
 
@@ -286,14 +311,15 @@ class Evaluation:
         """The weight if value `index` were `codes`, everything downstream of it in float64."""
         values = list(self.values)
         values[index] = codes
-        affected = dependents(self.program, index)
-        last = {i: n for n in affected for i in inputs_of(self.program)[n - self.program.leaves]}
+        affected, first = dependents(self.program, index), self.program.leaves
+        inputs, operations = inputs_of(self.program), self.program.operations
+        last = {i: n for n in affected for i in inputs[n - first]}
         for n in affected:
-            op = self.program.operations[n - self.program.leaves]
+            op = operations[n - first]
             if op.target in _BIT_CASTS:
                 raise NotASlice("the codes' bits are reinterpreted downstream")
             values[n] = _apply(op, values, self.device, True)
-            for i in inputs_of(self.program)[n - self.program.leaves]:
+            for i in inputs[n - first]:
                 if last[i] == n and i != self.program.result:
                     values[i] = None
         weight: Tensor = values[self.program.result]

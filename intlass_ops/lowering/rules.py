@@ -13,8 +13,8 @@ import torch
 from torch.fx import Node
 
 from .activations import Activation
-from .editor import Editor, Slice, aten
-from .gemms import Epilogue, Gemm, shape_of
+from .editor import CAST, Editor, Slice, aten
+from .gemms import FLOATS, Epilogue, Gemm, shape_of
 from .probing import WeightForm
 
 
@@ -92,6 +92,8 @@ def _emit_direct(edit: Editor, m: Match, bias: Node | None) -> Node:
     flat = scale.meta["val"].numel()
     if shape_of(scale) not in ((flat,), ()):
         scale = edit.call(aten.reshape.default, scale, [flat])
+    if scale.meta["val"].dtype not in FLOATS:
+        scale = edit.call(CAST, scale, torch.float32)
     return edit.call(
         torch.ops.intlass.matmul_int8_bf16_tn.default,
         m.x,

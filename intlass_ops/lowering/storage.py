@@ -7,14 +7,15 @@ Not here: when that happens and how long it is kept (runtime.py), how codes are 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .blocks import measure_rows
+from . import blocks
 from .weights import Measured, NotAffine, Recipe, as_nk, evaluate_real
 
 INT4 = "int4"
@@ -77,11 +78,76 @@ def pack_all(recipes: Sequence[Recipe], leaves: Sequence[Tensor]) -> list[Packed
 def _pack(recipe: Recipe, leaves: Sequence[Tensor]) -> Packed:
     """Evaluate, prove and pack; a weight that turns out not to be affine is kept dense."""
     try:
-        return _store(measure_rows(recipe, leaves))
+        try:
+            return _by_rows(recipe, leaves, blocks.measured)
+        except blocks.ColumnsDiffer:
+            return _by_rows(recipe, leaves, blocks.whole)
     except NotAffine as problem:
         # A leaf itself must not be kept alive by its own memo entry: a copy.
         dense = dense_weight(recipe, leaves).clone(memory_format=torch.contiguous_format)
         return Packed(DENSE, dense, reason=str(problem))
+
+
+def _by_rows(
+    recipe: Recipe,
+    leaves: Sequence[Tensor],
+    measured: Callable[[Recipe, Sequence[Tensor]], Iterator[Measured]],
+) -> Packed:
+    """Rows are stored as they are measured, in the form that the first ones need; if others need a
+    wider one, all of them again."""
+    form: Form | None = None
+    while True:
+        rows = _Rows(recipe.n * recipe.batch)
+        for found in measured(recipe, leaves):
+            own, reduced = _reduced(found)
+            wider = own if form is None else form.joined(own)
+            if rows.start and wider != form:
+                form = wider
+                break
+            form = wider
+            rows.add(_store(reduced, form))
+        else:
+            return rows.packed()
+
+
+class _Rows:
+    """Storage of a weight that is filled from its first row on."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.start = n, 0
+        self.parts: dict[str, list[Tensor]] = {}
+        self.whole: Packed | None = None
+
+    def add(self, part: Packed) -> None:
+        rows = part.weight.shape[0]
+        if rows == self.n:
+            self.whole = part
+        elif self.whole is None:
+            self.whole = replace(part, weight=self._all(part.weight))
+            self.whole.high = None if part.high is None else self._all(part.high)
+        self.start += rows
+        if self.whole is part:
+            return
+        # Codes are most of the memory: never held twice.
+        for ours, theirs in ((self.whole.weight, part.weight), (self.whole.high, part.high)):
+            if ours is not None and theirs is not None:
+                ours[self.start - rows : self.start] = theirs
+        for name in ("scales", "zeros", "high_scales"):
+            if getattr(part, name) is not None:
+                self.parts.setdefault(name, []).append(getattr(part, name))
+
+    def _all(self, some: Tensor) -> Tensor:
+        return some.new_empty((self.n, some.shape[1]))
+
+    def packed(self) -> Packed:
+        assert self.whole is not None
+        given: dict[str, Any] = {name: _stacked(each) for name, each in self.parts.items()}
+        return replace(self.whole, **given)
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    dtype = functools.reduce(torch.promote_types, (value.dtype for value in values))
+    return torch.cat([value.to(dtype) for value in values])
 
 
 def _alike(packed: Sequence[Packed]) -> bool:
@@ -100,35 +166,63 @@ def _join(packed: Sequence[Packed]) -> Packed:
     for name in ("weight", "scales", "zeros", "high", "high_scales"):
         values = [getattr(each, name) for each in packed]
         if values[0] is not None:
-            dtype = functools.reduce(torch.promote_types, (v.dtype for v in values))
-            joined[name] = torch.cat([v.to(dtype) for v in values])
+            joined[name] = _stacked(values)
     return Packed(packed[0].kind, **joined)
 
 
-def _store(found: Measured) -> Packed:
-    codes, zeros, group, order = found.codes, found.zeros, found.group_size, found.order
+@dataclass(frozen=True)
+class Form:
+    """How some rows can be stored: with which kind, with zero points or not, in which groups."""
+
+    kind: str
+    zeros: bool
+    group: int
+
+    def joined(self, other: Form) -> Form:
+        """One that both can be stored in."""
+        group = math.gcd(self.group, other.group)
+        kinds = {(each.kind, each.zeros) for each in (self, other)}
+        wider = kinds - {(INT4, False)} if len(kinds) > 1 else kinds
+        kind, zeros = wider.pop() if len(wider) == 1 else (INT4_PAIR, True)
+        return Form(kind, zeros, group)
+
+
+def _reduced(found: Measured) -> tuple[Form, Measured]:
+    """The narrowest form of some rows; where that has no zero points, they are in the codes."""
     low, high = found.span
-    # Integer zeros vanish into the codes where the difference still fits.
+    group, zeros = found.group_size, found.zeros
     if bool((zeros == zeros.round()).all()) and bool((zeros.abs() < 512).all()):
-        shifted = codes - zeros.to(torch.int16).repeat_interleave(group, dim=1)
+        shifted = found.codes - zeros.to(torch.int16).repeat_interleave(group, dim=1)
         least, most = (int(each) for each in torch.aminmax(shifted))
-        if least >= -8 and most <= 7:
-            return Packed(INT4, _pack4(shifted), _compact(found.scales), order=order)
-        if high - low > 15 and least >= -128 and most <= 127:
-            codes8 = shifted.to(torch.int8).contiguous()
-            return Packed(INT8, codes8, _compact(found.scales), order=order)
-    zeros, unsigned = zeros - low, codes - low
-    if high - low <= 15:
-        return Packed(INT4, _pack4(unsigned), _compact(found.scales), _compact(zeros), order=order)
+        narrow = least >= -8 and most <= 7
+        if narrow or (high - low > 15 and least >= -128 and most <= 127):
+            form = Form(INT4 if narrow else INT8, False, group)
+            return form, replace(found, codes=shifted, zeros=torch.zeros_like(zeros))
     if high - low > 255:
         raise NotAffine(f"codes span [{low}, {high}]: more than 8 bits")
+    return Form(INT4 if high - low <= 15 else INT4_PAIR, True, group), found
+
+
+def _store(found: Measured, form: Form) -> Packed:
+    """Reduced rows in a form that is theirs or wider."""
+    order, codes = found.order, found.codes
+    repeats = found.group_size // form.group
+    scales, zeros = (t.repeat_interleave(repeats, 1) for t in (found.scales, found.zeros))
+    if not form.zeros:
+        if form.kind == INT4:
+            return Packed(INT4, _pack4(codes), _compact(scales), order=order)
+        return Packed(INT8, codes.to(torch.int8).contiguous(), _compact(scales), order=order)
+    low = int(codes.min())
+    zeros, unsigned = zeros - low, codes - low
+    if form.kind == INT4:
+        return Packed(INT4, _pack4(unsigned), _compact(scales), _compact(zeros), order=order)
     return Packed(
         INT4_PAIR,
         _pack4(unsigned & 15),
-        _compact(found.scales),
+        _compact(scales),
         _compact(zeros),
         _pack4(unsigned >> 4),
-        _compact(16 * found.scales),
+        _compact(16 * scales),
         order,
     )
 

@@ -88,22 +88,29 @@ def as_nk(weight: Tensor, recipe: Recipe) -> Tensor:
     return stacked.reshape(recipe.rows, recipe.k)
 
 
-def measure(evaluation: Evaluation, recipe: Recipe, step: int = 1) -> Measured:
+def measure(
+    evaluation: Evaluation,
+    recipe: Recipe,
+    rows: slice = slice(None),
+    order: Tensor | None = None,
+) -> Measured:
     """Codes, scales and zeros of the evaluated slice, verified against its own weight.
 
-    step: look at every step-th row only. Probing does; packing looks at all of them.
+    rows: the rows to look at. Probing looks at some; packing looks at all of them.
+    order: of the columns, where other rows of the same weight have told it.
     """
 
-    def rows(weight: Tensor) -> Tensor:
-        return as_nk(weight, recipe)[::step].double()
+    def some(weight: Tensor) -> Tensor:
+        return as_nk(weight, recipe)[rows].double()
 
     source = evaluation.values[recipe.codes]
-    true_codes = source.double()
-    zero = rows(evaluation.with_codes(recipe.codes, torch.zeros_like(true_codes))).clone()
-    scale = rows(evaluation.with_codes(recipe.codes, torch.ones_like(true_codes))) - zero
-    raw = rows(evaluation.with_codes(recipe.codes, true_codes))
+    true_codes = source.to(torch.float64, copy=True)  # what is made of them is written to
+    zero = some(evaluation.with_codes(recipe.codes, torch.zeros_like(true_codes))).clone()
+    scale = some(evaluation.with_codes(recipe.codes, torch.ones_like(true_codes))) - zero
+    raw = some(evaluation.with_codes(recipe.codes, true_codes))
+    raw = raw.contiguous() if 0 in raw.stride() else raw
     codes = torch.empty(raw.shape, dtype=torch.int16, device=raw.device)
-    weight = as_nk(evaluation.weight(), recipe)[::step]
+    weight = as_nk(evaluation.weight(), recipe)[rows]
     kind = evaluation.coarsest(recipe.codes)
     # In blocks that stay in cache; `zero` comes in as the offset and leaves as the zero point.
     block = max(1, _BLOCK_ELEMENTS // max(recipe.k, 1)) if not raw.is_cuda else raw.shape[0]
@@ -112,7 +119,7 @@ def measure(evaluation: Evaluation, recipe: Recipe, step: int = 1) -> Measured:
         codes[part], zero[part], scale[part] = _solve(
             raw[part], zero[part], scale[part], weight[part], kind
         )
-    return _grouped(codes, scale, zero)
+    return _grouped(codes, scale, zero, order)
 
 
 _BLOCK_ELEMENTS = 1 << 17
@@ -125,19 +132,22 @@ def _solve(
 
     A group whose slope is 0 is a constant c whatever its codes are: code 0, zero -c, scale 1.
     """
+    # In place where it can be: this is most of the memory that packing a weight takes.
     constant = (scale == 0) & (offset != 0)
     slope = torch.where(scale != 0, scale, 1.0)
-    exact = (raw - offset) / slope
+    exact = raw.sub_(offset).div_(slope)
     codes = exact.round()
-    if not bool(((exact - codes).abs() <= 1e-6 * (1 + codes.abs())).all()):
+    allowed = codes.abs().add_(1).mul_(1e-6)
+    if not bool((exact.sub_(codes).abs_() <= allowed).all()):
         raise NotAffine(
             "an element is not an affine function of its own code (a clamp, a table, a rotation?)"
         )
-    if bool((codes.abs() > 32767).any()):
+    if bool((allowed > 1e-6 * 32768).any()):
         raise NotAffine("the codes need more than 16 bits")
-    zero = -offset / slope
+    zero = offset.div_(slope).neg_()
     nearest = zero.round()
-    zero = torch.where((zero - nearest).abs() <= 1e-12 * nearest.abs(), nearest, zero)
+    close = (zero - nearest).abs_() <= nearest.abs().mul_(1e-12)
+    zero = torch.where(close, nearest, zero)
     scale = torch.where(constant, slope, scale)
     _verify(weight, codes, scale, zero, kind)
     return codes.to(torch.int16), zero, scale
@@ -153,8 +163,9 @@ def _verify(
     """
     eps, tiny = (0.0, 0.0) if kind is None else (kind.eps, kind.smallest_normal * kind.eps)
     graph = weight.double()
-    bound = 2 * eps * (codes.abs() + zero.abs()) * scale.abs() + 2 * tiny
-    if not bool((((codes - zero) * scale - graph).abs() <= bound + 1e-12 * graph.abs()).all()):
+    error = (codes - zero).mul_(scale).sub_(graph).abs_()
+    bound = codes.abs().add_(zero.abs()).mul_(scale.abs()).mul_(2 * eps).add_(2 * tiny)
+    if not bool((error <= bound.add_(graph.abs().mul_(1e-12))).all()):
         raise NotAffine("(codes - zeros) * scales does not reproduce the weight")
 
 
@@ -179,12 +190,11 @@ def _usable(group: int, k: int) -> bool:
     return group == k or group % GROUP_STEP == 0
 
 
-def _grouped(codes: Tensor, scale: Tensor, zero: Tensor) -> Measured:
+def _grouped(codes: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None) -> Measured:
     k = codes.shape[1]
-    group = _boundaries(scale, zero)
-    order = None
-    if not _usable(group, k):
-        order = _column_order(scale, zero)
+    group = 0 if order is not None else _boundaries(scale, zero)
+    if order is not None or not _usable(group, k):
+        order = _column_order(scale, zero) if order is None else order
         group = _boundaries(scale[:, order], zero[:, order])
         if not _usable(group, k):
             raise NotGrouped(_not_grouped(scale, zero, group))

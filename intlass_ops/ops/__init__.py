@@ -9,6 +9,7 @@ from .block_scaled import (
     matmul_nvf4_bf16_tn,
 )
 from .dequantize import dequantize
+from .experts import matmul_experts
 from .matmul import matmul_int4_bf16_tn, matmul_int8_bf16_tn
 from .mixed_mm import mixed_mm
 from .packing import pack_int4, unpack_int4
@@ -18,6 +19,7 @@ from .quantize_after import rms_norm_quantize, silu_mul_quantize
 __all__ = [
     "dequantize",
     "matmul_ada_mxf4_bf16_tn",
+    "matmul_experts",
     "matmul_int4_bf16_tn",
     "matmul_int8_bf16_tn",
     "matmul_mxf4_bf16_tn",

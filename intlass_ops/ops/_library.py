@@ -34,14 +34,16 @@ def define(
     cuda: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> str:
     """Register the op of ``schema``; returns its qualified name. Ops neither alias nor mutate.
 
-    ``backward`` and ``setup_context`` are those of torch.library.register_autograd.
+    ``backward`` and ``setup_context`` are those of torch.library.register_autograd; ``tags`` come
+    on top of those that every op has.
     """
     name = schema.split("(", 1)[0]
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-    LIBRARY.define(schema, tags=tags)
+    every = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+    LIBRARY.define(schema, tags=(*every, *tags))
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")

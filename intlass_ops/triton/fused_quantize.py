@@ -199,6 +199,8 @@ def fused_quantize(
     """Codes (packed unless INT8), scales (FP8 as bytes) and mask (empty unless asked for)."""
     from ..fused_quantize import QUEST_E2M1, QUEST_INT
 
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        x, h = x.float(), h.to(x.dtype).float()
     *lead, k = x.shape
     rows = x.reshape(-1, k).contiguous()
     m, r, g = rows.shape[0], plan.r, plan.group_size

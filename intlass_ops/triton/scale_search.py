@@ -129,7 +129,7 @@ def _sweep_kernel(
     tl.store(out_ptr + row * columns + column, best_scale / unit)
 
 
-def _power_of_two_units(x: Tensor) -> Tensor:
+def power_of_two_units(x: Tensor) -> Tensor:
     """2^-e for each block [B, g], e the exponent of its largest magnitude: exact to multiply by."""
     exponent = torch.frexp(x.abs().amax(-1)).exponent.clamp(-125, 125)
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), -exponent)
@@ -144,7 +144,7 @@ def grid_search(x: Tensor, start: Tensor, grid: Tensor, weights: Tensor | None =
         kernel[(triton.cdiv(count, _ROWS),)](
             x.contiguous(),
             x if weights is None else weights.float().contiguous(),
-            _power_of_two_units(x),
+            power_of_two_units(x),
             grid.float(),
             start.to(torch.int32),
             out,
@@ -163,7 +163,7 @@ def sweep(
     """`scale_search.sweep`: x [B, g] float32, budget [B]; float32 [B, len(limits)]."""
     count, g = x.shape
     out = torch.empty(count, len(limits), device=x.device)
-    unit = _power_of_two_units(x)
+    unit = power_of_two_units(x)
     kernel: Any = _sweep_kernel
     if count:
         kernel[(count, len(limits))](

@@ -1,0 +1,106 @@
+// What a block of hopper.cu computes: its tile, what a stage of its ring holds, what its threads keep,
+// and how the tiles are shared out among the blocks.
+#pragma once
+#include "hopper.cuh"
+#include "problem.cuh"
+
+constexpr int block_m = Config::block_m, tiles_n = Config::tiles_n, num_stages = Config::num_stages;
+constexpr int split_k = Config::split_k;  // blocks of a cluster that share a tile
+constexpr int consumers = Config::consumers, block_n = consumers * tiles_n * 64, block_k = 128;
+constexpr bool from_registers = !(same<X, s8>::value && same<W, s8>::value);
+constexpr int values = block_m / 2;  // of a thread, for one row tile of 64
+// One accumulator a row tile, for all of K: one scale a row, or weights that have taken theirs
+constexpr bool scaled = grouping == scaled_weights, direct = grouping == channel || scaled;
+constexpr bool needs_sums = has_zeros && !scaled;
+// The launch gives all threads the same registers; the consumers then take what the producer leaves.
+// A single consumer has two blocks on an SM, which hide each other's latencies.
+constexpr int threads = 128 * (consumers + 1), blocks_per_sm = consumers == 1 ? 2 : 1;
+constexpr int consumer_registers = consumers == 1 ? 208 : needs_sums ? 232 : 240;
+constexpr int producer_registers = consumer_registers == 240 ? 24 : 40;
+static_assert(consumers == 1 || consumers == 2, "the registers of an SM are shared out for 1 or 2");
+static_assert(block_m % 16 == 0 && block_m <= 256, "wgmma takes up to 256 tokens");
+static_assert(!has_a_zero, "a zero point of the activations needs row sums, which gemm.cu forms");
+
+// A stage: X in columns of 128 bytes, W, and per group the sums of the tokens
+constexpr int x_columns = block_k * X::bits / 1024, x_column_bytes = block_m * 128;
+constexpr int x_bytes = x_columns * x_column_bytes;
+constexpr int w_row_bytes = block_k * W::bits / 8, w_bytes = block_n * w_row_bytes;
+constexpr int flushes = Config::groups_per_tile;  // in a tile of K, at least one
+constexpr int sum_bytes = needs_sums ? flushes * block_m * 4 : 0;
+constexpr int stage_bytes = (x_bytes + w_bytes + sum_bytes + 1023) / 1024 * 1024;
+constexpr int barriers_bytes = 1024;
+
+// Fragments come in chunks: 16 bytes of a row of W
+constexpr int steps = x_columns * 4, chunks = from_registers ? w_row_bytes / 16 : steps;
+constexpr int chunk_steps = steps / chunks;
+[[maybe_unused]] constexpr int chunks_per_flush = chunks / flushes;
+static_assert(steps % chunks == 0, "a chunk of W is one or two steps of wgmma");
+
+// What a thread keeps of its rows and tokens: if not direct, an accumulator that is emptied into the
+// totals group by group
+constexpr int acc_tiles = direct ? tiles_n : 1;
+struct Sums { Acc acc[acc_tiles][values]; };
+struct Totals { float acc[direct ? 1 : tiles_n][values]; };
+
+// The first or the second of two things of different type
+template <bool pick_first, class First, class Second> struct Select {
+  using type = First;
+  static __device__ __forceinline__ First& of(First& first, Second&) { return first; }
+};
+template <class First, class Second> struct Select<false, First, Second> {
+  using type = Second;
+  static __device__ __forceinline__ Second& of(First&, Second& second) { return second; }
+};
+
+// Tiles lie in a row, group by group of `raster` token tiles, so that blocks that run at the same time
+// share as many tiles of W and X as they can.
+struct Segment { int tile, begin, end; };  // k tiles [begin, end) of a tile
+
+// How the tiles are shared out: config.Hopper.shares
+struct Shares {
+  int of_m, of_n, k_tiles;
+  int whole;        // tiles that are shared out whole
+  int each, extra;  // k tiles of the others for every block; the first `extra` get one more
+
+  __device__ __forceinline__ int first_unit(int block) const {
+    return block * each + min(block, extra);
+  }
+  __device__ __forceinline__ void locate(int tile, int& m0, int& n0) const {
+    constexpr int raster = Config::raster;
+    const int first = tile / (raster * of_n) * raster, height = min(raster, of_m - first);
+    const int within = tile - first * of_n;
+    m0 = (first + within % height) * block_m;
+    n0 = within / height * block_n;
+  }
+};
+
+// A block's place in the order of k of the shared tiles. The order of launch is the other way round: a
+// block waits only for such as were launched before it, so all get on, however few run at a time.
+__device__ __forceinline__ int place() { return gridDim.x - 1 - blockIdx.x; }
+
+// What a block does, one segment after another
+struct Schedule {
+  int tile = blockIdx.x;  // the next one to take whole
+  int done = 0;           // k tiles of the shared ones
+
+  __device__ __forceinline__ bool next(const Shares& shares, Segment& s) {
+    if constexpr (split_k > 1) {  // a cluster has one tile, each of its blocks a stripe of K
+      const int each = (shares.k_tiles + split_k - 1) / split_k, rank = blockIdx.x % split_k;
+      s = {int(blockIdx.x) / split_k, min(rank * each, shares.k_tiles),
+           min((rank + 1) * each, shares.k_tiles)};
+      return done++ == 0;
+    }
+    if (tile < shares.whole) {
+      s = {tile, 0, shares.k_tiles};
+      tile += gridDim.x;
+      return true;
+    }
+    if constexpr (!Config::stream_k) return false;
+    const int unit = shares.first_unit(place()) + done;
+    const int left = shares.first_unit(place() + 1) - unit;
+    s.tile = shares.whole + unit / shares.k_tiles, s.begin = unit % shares.k_tiles;
+    s.end = min(shares.k_tiles, s.begin + left);
+    done += s.end - s.begin;
+    return left > 0;
+  }
+};

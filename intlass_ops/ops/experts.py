@@ -1,0 +1,205 @@
+"""Op `intlass::matmul_experts`: tokens sorted by expert, each times the weight of its expert.
+
+Lives here: the loop over the experts that have tokens; each is one call of a matmul op. How many
+tokens an expert has is data, so a graph holds this one op, and CUDA graphs leave it out. Not here:
+what sorts the tokens (integrations/experts.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelLaunchError
+from . import gradients
+from ._library import define, require_device, require_dtype
+from .problem import INT4, INT8, Problem, check
+
+OP = "matmul_experts"
+
+
+def _check(
+    a: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    ends: Tensor,
+    k: int,
+    a_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Problem:
+    """The problem of one expert; raises TypeError or ValueError for what does not fit."""
+    require_dtype(OP, "w", w.dtype, (torch.uint8, torch.int8))
+    require_dtype(OP, "ends", ends.dtype, (torch.int32, torch.int64))
+    require_device(OP, a, w=w, scales=scales, zeros=zeros, ends=ends, a_scale=a_scale, bias=bias)
+    if a.dim() != 2:
+        raise ValueError(f"{OP}: a has shape {tuple(a.shape)}; expected [tokens, K]")
+    if w.dim() != 3 or not w.shape[0]:
+        raise ValueError(f"{OP}: w has shape {tuple(w.shape)}; expected [experts, N, …]")
+    experts = w.shape[0]
+    if ends.shape != (experts,):
+        raise ValueError(f"{OP}: ends has shape {tuple(ends.shape)}; expected ({experts},)")
+    for name, t, dims in (("scales", scales, 3), ("zeros", zeros, 3), ("bias", bias, 2)):
+        if t is not None and (t.dim() != dims or t.shape[0] != experts):
+            shape = "[experts, N, groups]" if dims == 3 else "[experts, N]"
+            raise ValueError(f"{OP}: {name} has shape {tuple(t.shape)}; expected {shape}")
+    zero, shift = (None if t is None else t[0] for t in (zeros, bias))
+    name = INT4 if w.dtype == torch.uint8 else INT8
+    return check(name, a, w[0], scales[0], zero, k, a_scale, None, None, shift, out_dtype)
+
+
+def _runs(a: Tensor, ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of every expert that has any."""
+    if a.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise KernelLaunchError(
+            f"{OP}: how many tokens each expert gets is read from the GPU, which cannot be while a "
+            "CUDA graph is being captured; leave mixtures of experts out of the capture"
+        )
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if not start <= end <= a.shape[0]:
+            raise ValueError(f"{OP}: ends[{expert}]={end} is not in [{start}, {a.shape[0]}]")
+        if end > start:
+            yield expert, slice(start, end)
+        start = end
+
+
+def _fake(a: Tensor, w: Tensor, *rest: Any) -> Tensor:
+    problem = _check(a, w, *rest)
+    return a.new_empty((a.shape[0], problem.n), dtype=problem.out_dtype)
+
+
+def _run(
+    a: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    ends: Tensor,
+    k: int,
+    a_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    p = _check(a, w, scales, zeros, ends, k, a_scale, bias, out_dtype)
+    if a_scale is not None:
+        a_scale = a_scale.reshape(-1, 1).expand(a.shape[0], 1)
+    y = a.new_zeros((a.shape[0], p.n), dtype=p.out_dtype)
+    for expert, rows in _runs(a, ends):
+        of = [None if t is None else t[expert] for t in (w, scales, zeros, bias)]
+        given = None if a_scale is None else a_scale[rows]
+        if w.dtype == torch.uint8:
+            y[rows] = torch.ops.intlass.matmul_int4_bf16_tn(
+                a[rows], *of[:3], k, given, None, None, of[3], p.out_dtype
+            )
+        else:
+            y[rows] = torch.ops.intlass.matmul_int8_bf16_tn(
+                a[rows], of[0], given, of[1], None, None, of[3], p.out_dtype
+            )
+    return y
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, w, scales, zeros, ends, k, a_scale, bias, out_dtype = inputs
+    gradients.setup(OP, ctx, a, w, scales, zeros, k, a_scale, None, None, bias, out_dtype)
+    ctx.save_for_backward(w, scales, zeros, ends)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.refusal is not None:
+        raise RuntimeError(ctx.refusal)
+    w, scales, zeros, ends = ctx.saved_tensors
+    grad_a = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_a = torch.ops.intlass.matmul_experts_backward(
+            grad, w, scales, zeros, ends, ctx.k, ctx.a_dtype
+        )
+    if ctx.bias_dtype is not None:
+        rows = torch.arange(grad.shape[0], device=grad.device)
+        # Rows beyond the last expert's add to none: to one more, which is cut off.
+        expert = torch.searchsorted(ends.to(rows.dtype), rows, right=True)
+        sums = grad.new_zeros((w.shape[0] + 1, grad.shape[1]), dtype=torch.float32)
+        grad_bias = sums.index_add(0, expert, grad.float())[:-1].to(ctx.bias_dtype)
+    return grad_a, None, None, None, None, None, None, grad_bias, None
+
+
+def _input_gradient(
+    grad: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    ends: Tensor,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    dx = grad.new_zeros((grad.shape[0], k), dtype=dtype)
+    for expert, rows in _runs(grad, ends):
+        z = None if zeros is None else zeros[expert]
+        dense = torch.ops.intlass.dequantize(w[expert], scales[expert], z, k, dtype)
+        dx[rows] = grad[rows].to(dtype) @ dense
+    return dx
+
+
+def _input_gradient_fake(grad: Tensor, *rest: Any) -> Tensor:
+    return grad.new_empty((grad.shape[0], rest[4]), dtype=rest[5])
+
+
+_WEIGHTS = "Tensor w, Tensor scales, Tensor? zeros, Tensor ends, SymInt k"
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+define(
+    f"{OP}_backward(Tensor grad, {_WEIGHTS}, ScalarType dtype) -> Tensor",
+    fake=_input_gradient_fake,
+    cpu=_input_gradient,
+    cuda=_input_gradient,
+    tags=_TAGS,
+)
+define(
+    f"{OP}(Tensor a, {_WEIGHTS}, Tensor? a_scale=None, Tensor? bias=None, "
+    "ScalarType? out_dtype=None) -> Tensor",
+    fake=_fake,
+    cpu=_run,
+    cuda=_run,
+    setup_context=_setup,
+    backward=_backward,
+    tags=_TAGS,
+)
+
+
+def matmul_experts(
+    a: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    *,
+    ends: Tensor,
+    k: int | None = None,
+    a_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y[t] = a_scale[t]·(a[t] @ w[e]ᵀ) + bias[e], e the expert of token t: a grouped product.
+
+    ``a`` [tokens, K], sorted by expert: rows ends[e - 1] to ends[e] - 1 belong to expert e, rows
+    from the last of ``ends`` (int32 or int64 [experts]) on to none, and their result is 0. ``w``
+    uint8 [experts, N, ceil(K/2)] (INT4, see `pack_int4`) or int8 [experts, N, K]; ``scales`` and
+    ``zeros`` [experts, N, groups]; ``bias`` [experts, N]. The rest, dtypes and rounding as in
+    `matmul_int4_bf16_tn` and `matmul_int8_bf16_tn`, which it calls once for each expert with
+    tokens. Has a gradient for ``a`` and ``bias``.
+
+    Raises TypeError or ValueError for what does not fit, `KernelLaunchError` while a CUDA graph is
+    being captured: it waits for the GPU to say how many tokens each expert has.
+
+    >>> w = torch.tensor([[[1, 2]], [[3, 4]]], dtype=torch.int8)  # two experts, N=1, K=2
+    >>> x = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> matmul_experts(x, w, torch.ones(2, 1, 1), ends=torch.tensor([1, 3])).tolist()
+    [[3.0], [3.0], [4.0]]
+    """
+    if k is None:
+        k = w.shape[-1] * (2 if w.dtype == torch.uint8 else 1)
+    y: Tensor = torch.ops.intlass.matmul_experts(
+        a, w, scales, zeros, ends, k, a_scale, bias, out_dtype
+    )
+    return y

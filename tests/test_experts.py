@@ -1,0 +1,180 @@
+"""Fused mixtures of experts: the grouped product, and those of transformers quantised and saved."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_identical
+from torch import Tensor, nn
+
+from intlass_ops import (
+    Int4WeightOnly,
+    Int8DynamicActivationInt8Weight,
+    IntExpertLinear,
+    Scheme,
+    dequantize,
+    matmul_experts,
+    pack_int4,
+    quantize_,
+)
+
+PROMPT = torch.tensor([[1, 7, 23, 5], [3, 9, 9, 1]])
+
+
+def stack(experts: int = 3, n: int = 5, k: int = 32, groups: int = 2) -> dict[str, Tensor]:
+    """INT4 experts with small integers for scales: exact in fp32."""
+    rng = torch.Generator().manual_seed(0)
+    return {
+        "w": pack_int4(torch.randint(0, 16, (experts, n, k), generator=rng)),
+        "scales": torch.randint(1, 4, (experts, n, groups), generator=rng).float(),
+        "zeros": torch.randint(0, 16, (experts, n, groups), generator=rng).to(torch.uint8),
+    }
+
+
+def dense_of(weights: dict[str, Tensor]) -> Tensor:
+    return torch.stack([dequantize(*each) for each in zip(*weights.values(), strict=True)])
+
+
+@pytest.mark.parametrize("ends", [[2, 2, 6], [0, 4, 6], [6, 6, 6], [1, 2, 3], [0, 0, 0]])
+def test_each_run_of_tokens_meets_its_expert(ends: list[int], device: str) -> None:
+    weights = {name: t.to(device) for name, t in stack().items()}
+    x = torch.randint(-4, 5, (6, 32)).float().to(device)
+    bias = torch.randint(-4, 5, (3, 5)).float().to(device)
+    y = matmul_experts(x, **weights, ends=torch.tensor(ends, device=device), bias=bias)
+    expected = torch.zeros(6, 5, device=device)
+    for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        expected[start:end] = x[start:end] @ dense_of(weights)[e].T + bias[e]
+    assert_identical(y, expected)
+
+
+def test_gradients_are_those_of_the_dense_experts() -> None:
+    weights, ends = stack(), torch.tensor([2, 2, 5])
+    x = torch.randn(6, 32, requires_grad=True)
+    bias = torch.randn(3, 5, requires_grad=True)
+    matmul_experts(x, **weights, ends=ends, bias=bias).square().sum().backward()
+    other, shift = (t.detach().clone().requires_grad_() for t in (x, bias))
+    of = torch.tensor([0, 0, 2, 2, 2])
+    (
+        torch.einsum("tk,tnk->tn", other[:5], dense_of(weights)[of]) + shift[of]
+    ).square().sum().backward()
+    torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(bias.grad, shift.grad, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ends": torch.tensor([1, 2])}, r"ends has shape \(2,\); expected \(3,\)"),
+        ({"ends": torch.tensor([3, 2, 6])}, r"ends\[1\]=2 is not in \[3, 6\]"),
+        ({"ends": torch.tensor([1, 2, 7])}, r"ends\[2\]=7 is not in \[2, 6\]"),
+        ({"scales": torch.ones(3, 5)}, r"scales has shape \(3, 5\); expected \[experts"),
+        (
+            {"w": torch.zeros(5, 16, dtype=torch.uint8)},
+            r"w has shape \(5, 16\); expected \[experts",
+        ),
+        ({"a": torch.ones(2, 6, 32)}, r"a has shape \(2, 6, 32\); expected \[tokens, K\]"),
+        ({"k": 40}, "needs"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    arguments = {"a": torch.ones(6, 32), **stack(), "ends": torch.tensor([2, 4, 6])}
+    with pytest.raises(ValueError, match=message):
+        matmul_experts(**{**arguments, **change})
+
+
+# -------------------------------------------------------------------------------- transformers
+
+
+def tiny(name: str) -> Any:
+    """A random model with biases where it has any, and its class."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3,
+        "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": None,
+    }  # fmt: skip
+    few = {"num_experts_per_tok": 2, "head_dim": 16}
+    own = {
+        "Mixtral": {"num_local_experts": 4},
+        "GptOss": {"num_local_experts": 4, **few, "layer_types": ["full_attention"]},
+        "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 16, **few},
+    }[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes, **own)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for path, parameter in model.named_parameters():
+        if path.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+def not_the_head(_: nn.Module, path: str) -> bool:
+    return path != "lm_head"
+
+
+@pytest.mark.parametrize("scheme", [Int4WeightOnly(16), Int8DynamicActivationInt8Weight()])
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Qwen3Moe"])
+def test_experts_are_quantised_saved_and_loaded(name: str, scheme: Scheme, tmp_path: Path) -> None:
+    from intlass_ops.integrations import experts
+    from intlass_ops.integrations.load_pretrained import load_pretrained
+    from intlass_ops.integrations.transformers_quantizer import IntlassConfig, save_pretrained
+
+    dense = tiny(name)
+    model = copy.deepcopy(dense)
+    quantize_(model, scheme, not_the_head)
+    assert sum(isinstance(m, IntExpertLinear) for m in model.modules()) == 2
+    assert experts.experts_left(model) is None
+    logits = model(PROMPT).logits
+    model.set_experts_implementation("eager")  # has nothing left to run on
+    assert torch.equal(model(PROMPT).logits, logits)
+    tokens = model.generate(PROMPT, max_new_tokens=4, do_sample=False)
+
+    save_pretrained(model, tmp_path / "ours")
+    again = load_pretrained(tmp_path / "ours")
+    assert torch.equal(again(PROMPT).logits, logits)
+    assert torch.equal(again.generate(PROMPT, max_new_tokens=4, do_sample=False), tokens)
+
+    dense.save_pretrained(tmp_path / "dense")
+    config = IntlassConfig("w4a16" if scheme.bits == 4 else "w8a8", group_size=16)
+    loaded = type(dense).from_pretrained(tmp_path / "dense", quantization_config=config)
+    assert torch.equal(loaded(PROMPT).logits, logits)
+    plain = loaded.dequantize()
+    assert not any(isinstance(m, IntExpertLinear) for m in plain.modules())
+    if scheme.activation is None:
+        torch.testing.assert_close(plain(PROMPT).logits, logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_graph_holds_the_experts_whole() -> None:
+    model = tiny("GptOss")
+    quantize_(model, Int4WeightOnly(16))
+    mixture = model.model.layers[0].mlp.experts
+    x, chosen = torch.randn(5, 32), torch.tensor([[0, 3], [3, 1], [1, 0], [3, 0], [1, 3]])
+    given = torch.rand(5, 2)
+    fast = torch.compile(mixture, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for tokens in (5, 3):
+            arguments = (x[:tokens], chosen[:tokens], given[:tokens])
+            torch.testing.assert_close(fast(*arguments), mixture(*arguments))
+
+
+def test_experts_stay_where_they_are_not_asked_for() -> None:
+    model = tiny("Mixtral")
+    with pytest.warns(UserWarning, match=r"quantize_: 2 fused expert weights stay .*left out"):
+        quantize_(model, Int4WeightOnly(16), lambda module, _: type(module) is nn.Linear)
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj: K=32 is not a multiple of"):
+        quantize_(tiny("Mixtral"), Int4WeightOnly(64), lambda _, path: path.endswith("experts"))
+
+
+class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4, 16, 32))
+
+
+def test_experts_of_another_kind_are_reported() -> None:
+    with pytest.warns(UserWarning, match=r"1 fused expert weights stay torch.float32 \(0\.w, …"):
+        quantize_(nn.Sequential(Unknown()), Int4WeightOnly(16))
