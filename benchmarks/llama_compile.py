@@ -6,7 +6,7 @@
 in a process of its own with empty caches, `--repeat` times in turn; then calls with other numbers
 of rows, which must not compile again. `pack`: `prepare_` on the linears of a whole Llama 3.1 8B
 (`--pack-scale` divides its width), with the most memory in use over that of the quantised weights.
-Weights are hand-written INT4 in groups of 128, or with `--library torchao` that library's.
+Weights are hand-written INT4 in groups of 128, or with `--library` those of torchao.
 """
 
 from __future__ import annotations
@@ -62,14 +62,25 @@ def hand_written(model: nn.Module, device: str) -> None:
                 setattr(parent, name, Int4Linear(n, k, device))
 
 
-def torchao(model: nn.Module, device: str) -> None:
+def torchao_int4(model: nn.Module, device: str) -> None:
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
 
-    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)))
+    bits: Any = torch.int4  # type: ignore[attr-defined]
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype=bits, granularity=PerGroup(GROUP)))
 
 
-LIBRARIES = {"hand-written": hand_written, "torchao": torchao}
+def torchao_int8(model: nn.Module, device: str) -> None:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+
+
+LIBRARIES = {
+    "hand-written": hand_written,
+    "torchao-int4": torchao_int4,
+    "torchao-int8": torchao_int8,
+}
 
 
 def compiled(args: argparse.Namespace) -> dict[str, Any]:

@@ -198,6 +198,7 @@ def main() -> None:
         default=RESULTS / "h200-sm80.json",
         help="rows of benchmarks/peer_rows.py, or a table of intlass tune (%(default)s)",
     )
+    parser.add_argument("--note", default="", help="what to say on the page about the rows")
     parser.add_argument("--out", type=Path, default=RESULTS / "paper-model")
     options = parser.parse_args()
     json_path = options.out.with_suffix(".json")
@@ -213,6 +214,7 @@ def main() -> None:
     parameters, errors = fit(known, [row[4] for row in rows])
     figures: dict[str, Any] = {
         "measured": options.measured.name,
+        "note": options.note,
         "parameters": dict(zip(PARAMETERS, parameters, strict=True)),
         "median error": round(float(statistics.median(map(abs, errors))), 3),
         "nine of ten below": round(float(numpy.quantile(numpy.abs(errors), 0.9)), 3),
@@ -248,6 +250,7 @@ def page(figures: dict[str, Any], rows: list[Any], errors: Any) -> str:
         f"it is about. Fitted to {len(rows)} rows of `{figures['measured']}` ({parameters}).",
         f"There the model is off by {figures['median error']:.0%} in the median and by less than",
         f"{figures['nine of ten below']:.0%} in nine of ten rows; on other GPUs expect more.",
+        figures["note"],
         "",
         "Median error on the H200, by scheme and number of tokens (positive: predicted too slow)",
         "",

@@ -83,6 +83,8 @@ def test_what_cannot_start_says_why(
     assert "K=32 is not a multiple of group_size=128" in problem(dense, out)
     assert "no such directory" in problem(tmp_path / "nothing", out)
     assert "'hqq' makes INT4" in problem(dense, out, "--scheme", "w8a8", "--method", "hqq")
+    if not torch.cuda.is_available():
+        assert "torch sees no GPU here" in problem(dense, out, "--device", "cuda")
     text = tmp_path / "short.txt"
     text.write_text("ab")
     short = ("--method", "gptq", "--group-size", "16", "--calibration", text)

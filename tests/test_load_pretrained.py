@@ -261,6 +261,16 @@ def test_real_weights_in_each_format(
     assert torch.equal(again.generate(**prompt, **options), tokens)
 
 
+def test_a_device_needs_no_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, FORMS["awq"])
+    monkeypatch.setattr(
+        "transformers.integrations.accelerate.is_accelerate_available", lambda: False
+    )
+    with pytest.raises(ValueError, match="requires `accelerate`"):
+        load_pretrained(tmp_path, device_map={"": "cpu"})
+    assert load_pretrained(tmp_path, device_map="cpu").device.type == "cpu"
+
+
 def test_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib
 

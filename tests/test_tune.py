@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from intlass_ops import config, explain
+from intlass_ops import config, explain, matmul_int4_bf16_tn, matmul_int8_bf16_tn, pack_int4
 from intlass_ops.__main__ import main
 from intlass_ops.bench import tuning
 from intlass_ops.commands import tune
 from intlass_ops.config import gemm, tuned
-from intlass_ops.cuda import compiler, cubin
+from intlass_ops.cuda import compiler, cubin, launch
 from intlass_ops.errors import KernelCompileError
 
 A_GPU = replace(config.device_of("sm_80"), name="A Test GPU")
@@ -248,6 +248,30 @@ def test_wrong_arguments_are_refused(
 def test_without_a_gpu_it_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune"]) == 2
     assert "an NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["w8a8", "w4a8c", "w4a16"])
+def test_tiles_of_gpus_with_little_shared_memory_run_on_any(name: str) -> None:
+    """What sm_86, sm_89 and sm_120 get for many tokens, with exact sums: the same as elsewhere."""
+    m, n, k = 300, 720, 1056 if name != "w4a16" else 1024
+    scheme = tuning.SCHEMES[name]
+    bits = config.BITS[scheme.w_kind]
+    w = torch.randint(-8, 8, (n, k), dtype=torch.int8, device="cuda")
+    x = torch.randint(-8, 8, (m, k), device="cuda")
+    x = x.to(torch.bfloat16 if scheme.x_kind == "bf16" else torch.int8)
+    one = torch.ones(n, k // (scheme.group_size or k), device="cuda")
+    x_scale = None if scheme.x_kind == "bf16" else torch.ones(m, 1, device="cuda")
+    small = replace(config.device_of("sm_86", 3), arch="sm_90")
+    shape = replace(scheme.shape(m, n, k), scale_type="float", out_type="float")
+    c = config.predicted(small, shape)
+    assert isinstance(c, config.Gemm)
+    with launch.forced(c):
+        if bits == 8:
+            y = matmul_int8_bf16_tn(x, w, x_scale, one, out_dtype=torch.float32)
+        else:
+            y = matmul_int4_bf16_tn(x, pack_int4(w), one, a_scale=x_scale, out_dtype=torch.float32)
+    assert torch.equal(y, (x.double() @ w.double().T).float())
 
 
 @pytest.mark.gpu

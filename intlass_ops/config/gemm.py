@@ -119,6 +119,7 @@ def _rows(device: Device, shape: Shape) -> int:
 
 
 Tile = tuple[int, int, int, int]  # block_m, block_n, warps_m, warps_n
+_LARGE_S8 = 128, 128, 2, 2
 
 
 def _large_tile(device: Device, shape: Shape) -> Tile | None:
@@ -126,7 +127,7 @@ def _large_tile(device: Device, shape: Shape) -> Tile | None:
     crowded = _crowded(device, shape) and shape.w_kind == "s8"
     if shape.group_size < shape.k or shape.has_zeros or crowded:
         return None
-    return (128, 256, 2, 4) if BITS[shape.x_kind] == 16 else (128, 128, 2, 2)
+    return (128, 256, 2, 4) if BITS[shape.x_kind] == 16 else _LARGE_S8
 
 
 def _tokens(m: int) -> int:
@@ -137,8 +138,10 @@ def _tokens(m: int) -> int:
 def _config(device: Device, shape: Shape, tile: Tile) -> Gemm:
     """A tile for a problem, its ring as deep as is useful, K not split."""
     block_m, block_n, warps_m, warps_n = tile
-    # half the k for the largest tiles: 16-bit tokens fill shared memory
-    half = block_n == 256 or (shape.group_size == 64 and shape.group_size < shape.k)
+    # half the k for the largest tiles: 16-bit tokens fill shared memory, and where there is little
+    # of it 8-bit ones leave none to a second block (not measured: by the paper model)
+    little = tile == _LARGE_S8 and shape.x_kind == "s8" and device.smem_per_sm <= 100 << 10
+    half = block_n == 256 or little or (shape.group_size == 64 and shape.group_size < shape.k)
     block_k = 64 if half else 128
     whole = shape.k * BITS[shape.x_kind] % 128 == 0 and shape.k * BITS[shape.w_kind] % 128 == 0
     config = Gemm(

@@ -23,6 +23,7 @@ class Quantize:
 
     source: ClassVar[str] = "quantize.cu"
     entry: ClassVar[str] = "quantize"
+    starts_early: ClassVar[bool] = True
 
     x_type: str
     bits: int

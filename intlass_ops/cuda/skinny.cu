@@ -132,11 +132,6 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) load_weights(c.w[i][h], w_row[i][h] + chunk * 64, inside);
-    if constexpr (grouped)  // on their way, for what comes after the wait
-#pragma unroll
-      for (int i = 0; i < tiles_n; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) prefetch_l2(s_row[i][h] + group_of(chunk, 0) * scale_group);
   };
   auto load_rest = [&](Chunk& c, int chunk) {
     const bool inside = chunk * chunk_k + quarter * lane_k < k;
@@ -199,22 +194,31 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     }
   };
 
-  for (int chunk0 = warp * unroll; chunk0 < chunks; chunk0 += warps * unroll) {
-    Chunk c[unroll];
+  Chunk c[unroll];
+  auto load_all_codes = [&](int chunk0) {
 #pragma unroll
     for (int u = 0; u < unroll; ++u) load_codes(c[u], chunk0 + u);  // past the end: zeros
-    wait_for_predecessors();
-    if constexpr (zeros_in_codes && !grouped)
+  };
+  load_all_codes(warp * unroll);
+  if constexpr (grouped)  // on their way, for what comes after the wait
 #pragma unroll
-      for (int i = 0; i < tiles_n; ++i)
+    for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) row_zero[i][h] = D::zero(as_float(*z_row[i][h]));
+      for (int h = 0; h < 2; ++h)
+        prefetch_l2(s_row[i][h] + group_of(min(warp * unroll, chunks - 1), 0) * scale_group);
+  wait_for_predecessors();
+  if constexpr (zeros_in_codes && !grouped)
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) row_zero[i][h] = D::zero(as_float(*z_row[i][h]));
+  for (int chunk0 = warp * unroll; chunk0 < chunks; chunk0 += warps * unroll) {
+    if (chunk0 != warp * unroll) load_all_codes(chunk0);
 #pragma unroll
     for (int u = 0; u < unroll; ++u) load_rest(c[u], chunk0 + u);
 #pragma unroll
     for (int u = 0; u < unroll; ++u) use_chunk(c[u]);
   }
-  wait_for_predecessors();  // warps without a chunk of their own
   __shared__ Sum partial[warps][tokens][rows];
   __shared__ Acc partial_x[!grouped && zeros_in_sums ? warps : 1][tokens];
 #pragma unroll

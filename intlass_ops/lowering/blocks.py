@@ -18,8 +18,8 @@ from .weights import Measured, NotGrouped, Recipe, evaluate_real, measure
 
 # A proof takes up to 80 bytes an element.
 BLOCK_ELEMENTS = 1 << 21
-# Fewer launches: a weight of 2^22 elements keeps a GPU busy.
-GPU_BLOCK_ELEMENTS = 1 << 22
+# Larger ones take fewer launches; a quarter of a gigabyte is what a model of 8 B may take for it.
+GPU_BLOCK_ELEMENTS = 3 << 20
 
 
 class ColumnsDiffer(Exception):

@@ -200,6 +200,8 @@ _RULES: dict[str, Callable[[Operation, int, tuple[int, ...], Shapes], Needs]] = 
     "aten.index.Tensor": _index,
     "aten.index_select.default": _index_select,
     "aten.flip.default": _flip,
+    "quantized_decomposed.dequantize_per_tensor.default": _elementwise,
+    "quantized_decomposed.dequantize_per_tensor.tensor": _elementwise,
     "quantized_decomposed.dequantize_per_channel.default": _per_channel,
     "quantized_decomposed.dequantize_per_channel_group.default": _per_group,
 }

@@ -267,6 +267,9 @@ def matmul_int4_bf16_tn(
     ``a_scale``, ``a_zero``: scalar or one per token, for integer ``a`` only. ``alpha``: a number or
     one element. ``bias`` [N]. Products of integers are summed exactly in int32 (K < 131072), the
     rest in fp32; one rounding to ``out_dtype`` (default: the dtype of a floating ``a``, else bf16).
+    W4A16 in groups on a Hopper GPU, M > 16, ``scales`` and output of the type of ``a``: each weight
+    is rounded to that type first, as in a dequantised model. ``out_dtype=torch.float32`` rounds
+    once on every GPU.
 
     Returns [..., N]. Differentiable in a floating ``a`` and in ``bias``.
     Raises ValueError or TypeError naming the values that do not fit.
