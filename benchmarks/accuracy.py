@@ -114,11 +114,10 @@ def set_weights(
         h = hadamard_matrix(R, device=linear.weight.device)
         wide = original[name].float()
         wide = rotate(wide, h) if row.rotated else wide
-        kind = name.rpartition(".")[2]
-        quantised = row.instead.get(kind, row.weight)(wide, seen[name]).float()
+        quantised = row.weight(wide, seen[name]).float()
         found = calibrate.quantization_error(wide, quantised, seen[name].hessian)
         of_weights.append(found.relative)
-        of_outputs.setdefault(kind, []).append(found.output or 0.0)
+        of_outputs.setdefault(name.rpartition(".")[2], []).append(found.output or 0.0)
         # Turned back: x @ (ŵ hᵀ)ᵀ = (x h) @ ŵᵀ
         linear.weight.copy_(rotate(quantised, h.T.contiguous()) if row.rotated else quantised)
     if not of_weights:

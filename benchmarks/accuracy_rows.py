@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +42,16 @@ def integer(method: str, group: int | None, bits: int = 4, symmetric: bool = Tru
         else:
             found = (calibrate.rtn if method == "rtn" else calibrate.mse)(w, **how)
         return found.dequantize()[:, :k]
+
+    return quantise
+
+
+def better_for_the_outputs(*methods: str) -> Weight:
+    """Of each linear, the method that leaves its outputs the smaller error."""
+
+    def quantise(w: Tensor, seen: InputStatistics) -> Tensor:
+        found = [integer(method, 64)(w, seen) for method in methods]
+        return min(found, key=lambda q: float(calibrate.output_error(w - q, seen.hessian)))
 
     return quantise
 
@@ -98,7 +107,6 @@ class Row(NamedTuple):
     """``weights`` names what ``weight`` does: rows of equal names that follow each other share it.
 
     rotated: weights, and activations where there is an ``activation``, are quantised rotated.
-    ``instead``: of linears whose name ends so, what is done in place of ``weight``.
     """
 
     weights: str
@@ -106,7 +114,6 @@ class Row(NamedTuple):
     weight: Weight | None = None
     activation: Activation | None = None
     rotated: bool = False
-    instead: Mapping[str, Weight] = MappingProxyType({})
 
     @property
     def name(self) -> str:
@@ -123,8 +130,7 @@ def rows() -> Iterator[Row]:
         yield Row(name, weight=weight)
         if method == "mse":
             yield Row(name, "A4", weight, activation(4, False))
-            of_q_and_k = dict.fromkeys(("q_proj", "k_proj"), integer("rtn", 64))
-            yield Row(f"{name}, q and k rtn", weight=weight, instead=of_q_and_k)
+            yield Row("W4 g64 rtn or mse", weight=better_for_the_outputs("rtn", "mse"))
         if method == "gptq":
             yield Row(name, "A8", weight, activation(8, False))
     yield Row("W4 g64 rtn with zeros", weight=integer("rtn", 64, symmetric=False))

@@ -1,7 +1,8 @@
 """Figures and tables of the documentation, from benchmarks/results: python benchmarks/plots.py
 
-Writes docs/figures/*.svg and, in docs/*.md, what stands between `<!-- table NAME -->` and
-`<!-- end -->`. With --check nothing is written and the exit code says whether a table is stale.
+Writes docs/figures/*.svg and, in docs/*.md and README.md, what stands between
+`<!-- table NAME -->` and `<!-- end -->`. With --check nothing is written and the exit code says
+whether a table is stale.
 Only what lies in benchmarks/results is shown: no number of the pages' tables is typed by hand.
 """
 
@@ -13,27 +14,41 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
-
-from intlass_ops import config
 
 ROOT = Path(__file__).parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
-SHAPES = ((4096, 4096), (28672, 4096), (57344, 8192))
-PEERS = {
+SHAPES = ((4096, 4096), (28672, 4096), (8192, 28672))
+# Rows of the harness: what they are called here, ours by the scheme they belong to.
+NAMES = {
     "bf16_mm": "bf16, `torch.mm`",
-    "tinygemm": "INT4, `_weight_int4pack_mm`",
-    "int_mm": "INT8, `torch._int_mm`, no scales",
-    "intlass_w4a16_sm80": "W4A16",
-    "intlass_w4a8_g128_sm80": "W4A8",
-    "intlass_w4a4_sm80": "W4A4",
-    "intlass_w8a16_sm80": "W8A16",
-    "intlass_w8a8_sm80": "W8A8",
+    "fp8_scaled_mm": "FP8, `torch._scaled_mm`",
+    "tinygemm": "W4A16, `_weight_int4pack_mm`",
+    "humming_a16w4": "W4A16, humming",
+    "intlass_w4a16": "**W4A16**",
+    "intlass_w4a16_sm80": "W4A16, portable kernels",
+    "humming_a8w4_gemm": "W4A8, humming",
+    "intlass_w4a8_g128": "**W4A8**",
+    "intlass_w4a8_g128_sm80": "W4A8, portable kernels",
+    "intlass_w4a8_chn": "**W4A8**, one scale a row",
+    "intlass_w4a4": "**W4A4**",
+    "intlass_w8a16": "**W8A16**",
+    "int_mm": "W8A8, `torch._int_mm`, no scales",
+    "sgl_int8_scaled_mm": "W8A8, CUTLASS (sglang-kernel)",
+    "intlass_w8a8": "**W8A8**",
+    "intlass_w8a8_sm80": "W8A8, portable kernels",
 }
-HOPPER = {
-    ("bf16", "s4", "128"): "W4A16",
-    ("s8", "s4", "128"): "W4A8",
-    ("s8", "s8", "channel"): "W8A8",
+FEW, SOME, MANY = (1, 4, 8, 16), (32, 64, 128, 256), (512, 1024, 2048, 4096, 8192)
+RATIOS = (
+    ("intlass_w4a16", ("bf16_mm", "humming_a16w4", "tinygemm")),
+    ("intlass_w4a8_g128", ("bf16_mm", "humming_a8w4_gemm")),
+    ("intlass_w8a8", ("bf16_mm", "fp8_scaled_mm", "sgl_int8_scaled_mm", "int_mm")),
+    ("intlass_w8a8_pipe", ("sgl_int8_pipe",)),
+)
+PIPES = {
+    "intlass_w8a8_pipe": "**W8A8**, from bf16",
+    "sgl_int8_pipe": "W8A8, CUTLASS and humming's quantiser",
 }
 
 
@@ -50,77 +65,57 @@ def us(value: float) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def portable() -> dict[tuple[str, int, int, int], float]:
-    """Microseconds by (name, N, K, M) of the portable kernels and their peers."""
-    rows = read("h200-sm80.json")["rows"]
+def times() -> dict[tuple[str, int, int, int], float]:
+    """Microseconds by (name, N, K, M): ours and their peers, in one run."""
+    rows = read("h200-sm90.json")["rows"]
     return {(r["peer"], r["N"], r["K"], r["M"]): r["us"] for r in rows if r["ok"]}
 
 
-def hopper() -> dict[tuple[str, int, int, int], tuple[float | None, float]]:
-    """(time of the tile that is picked, of the fastest one), microseconds, of hopper.cu."""
-    figures = read("h200-tiles.json")
-    columns = figures["columns"][2:]
-    found = {}
-    for each in figures["problems"]:
-        scheme = HOPPER.get((each["activations"], each["weights"], str(each["group_size"])))
-        if scheme is None or each["zeros"]:
-            continue
-        n, k, m = each["n"], each["k"], each["m"]
-        picked = _picked(each)
-        tile = [int(getattr(picked, name)) for name in columns]
-        times = {tuple(map(int, row[2:])): row[0] for row in each["tiles"]}
-        found[scheme, n, k, m] = (times.get(tuple(tile)), min(times.values()))
-    return found
-
-
-def _picked(problem: Any) -> Any:
-    group = problem["group_size"]
-    shape = config.Shape(
-        x_kind=problem["activations"],
-        w_kind=problem["weights"],
-        scale_type="float",
-        zero_type="float",
-        out_type="__nv_bfloat16",
-        has_zeros=problem["zeros"],
-        has_a_zero=False,
-        aligned=True,
-        m=problem["m"],
-        n=problem["n"],
-        k=problem["k"],
-        group_size=problem["k"] if group == "channel" else int(group),
-    )
-    return config.pick(config.device_of("sm_90a"), shape)
-
-
 def gemm_table() -> str:
-    times = portable()
+    found = times()
     tokens = (1, 16, 128, 2048)
     rows = []
     for n, k in SHAPES:
-        for peer, name in PEERS.items():
-            cells = [us(times[peer, n, k, m]) for m in tokens]
-            rows.append([f"{n}x{k}", name, *cells])
+        for peer, name in NAMES.items():
+            cells = [found.get((peer, n, k, m)) for m in tokens]
+            rows.append([f"{n}x{k}", name, *("-" if t is None else us(t) for t in cells)])
     return table(["N x K", "", *(f"M = {m}" for m in tokens)], rows)
 
 
-def hopper_table() -> str:
-    times, others = hopper(), portable()
-    tokens = (32, 128, 512, 2048)
+def short_table() -> str:
+    found = times()
+    columns = (
+        (4096, 4096, 1),
+        (28672, 4096, 1),
+        (8192, 28672, 1),
+        *((28672, 4096, m) for m in (128, 2048)),
+    )
+    names = ("bf16_mm", "tinygemm", "humming_a16w4", "intlass_w4a16", "humming_a8w4_gemm")
+    names += ("intlass_w4a8_g128", "sgl_int8_scaled_mm", "intlass_w8a8")
+    rows = [
+        [NAMES[name], *(us(found[(name, *c)]) if (name, *c) in found else "-" for c in columns)]
+        for name in names
+    ]
+    return table(["microseconds", *(f"{n}x{k}, M = {m}" for n, k, m in columns)], rows)
+
+
+def ratios_table() -> str:
+    """How many times as fast as others: geometric mean, and the least."""
+    found = times()
     rows = []
-    for n, k in SHAPES[:2]:
-        for scheme in HOPPER.values():
-            cells = [_both(times.get((scheme, n, k, m))) for m in tokens]
-            rows.append([f"{n}x{k}", scheme, *cells])
-        dense = [others.get(("bf16_mm", n, k, m)) for m in tokens]
-        rows.append([f"{n}x{k}", PEERS["bf16_mm"], *("-" if t is None else us(t) for t in dense)])
-    return table(["N x K", "", *(f"M = {m}" for m in tokens)], rows)
-
-
-def _both(times: tuple[float | None, float] | None) -> str:
-    if times is None:
-        return "-"
-    picked, best = times
-    return us(best) if picked == best else f"{'?' if picked is None else us(picked)} ({us(best)})"
+    for ours, others in RATIOS:
+        for other in others:
+            cells = []
+            for tokens in (FEW, SOME, MANY):
+                of = [
+                    found[other, n, k, m] / t
+                    for (name, n, k, m), t in found.items()
+                    if name == ours and m in tokens and (other, n, k, m) in found
+                ]
+                cells.append(f"{geometric_mean(of):.2f} ({min(of):.2f})" if of else "-")
+            names = NAMES | PIPES
+            rows.append([names[ours], names[other], *cells])
+    return table(["ours", "against", "M = 1..16", "32..256", "512 and more"], rows)
 
 
 def model_table() -> str:
@@ -224,10 +219,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy_kinds": accuracy_kinds_table,
     "demo": demo_table,
     "gemm": gemm_table,
-    "hopper": hopper_table,
     "lowering": lowering_table,
     "model": model_table,
     "qat": qat_table,
+    "ratios": ratios_table,
+    "short": short_table,
 }
 
 
@@ -248,23 +244,21 @@ def draw() -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = "intlass"  # the same file from the same numbers
     (DOCS / "figures").mkdir(exist_ok=True)
-    times, wgmma = portable(), hopper()
-    panels = (("W4A16", "tinygemm"), ("W4A8", "tinygemm"), ("W8A8", "int_mm"))
-    ours = {"W4A16": "intlass_w4a16_sm80", "W4A8": "intlass_w4a8_g128_sm80"}
-    ours["W8A8"] = "intlass_w8a8_sm80"
+    found = times()
+    panels = {
+        "W4A16": ("intlass_w4a16", "intlass_w4a16_sm80", "humming_a16w4", "tinygemm"),
+        "W4A8": ("intlass_w4a8_g128", "intlass_w4a8_g128_sm80", "humming_a8w4_gemm"),
+        "W8A8": ("intlass_w8a8", "intlass_w8a8_sm80", "sgl_int8_scaled_mm", "fp8_scaled_mm"),
+    }
     for n, k in SHAPES[:2]:
         figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.4), sharey=True)
-        for panel, (scheme, peer) in zip(axes, panels, strict=True):
-            lines = {
-                "bf16, torch.mm": _line(times, "bf16_mm", n, k),
-                PEERS[peer].replace("`", ""): _line(times, peer, n, k),
-                f"{scheme}, portable": _line(times, ours[scheme], n, k),
-                f"{scheme}, hopper.cu, fastest tile": [
-                    (m, best) for m, (_, best) in _line(wgmma, scheme, n, k)
-                ],
-            }
-            for name, points in lines.items():
-                panel.loglog(*zip(*points, strict=True), marker=".", label=name, base=2)
+        for panel, (scheme, names) in zip(axes, panels.items(), strict=True):
+            for name in ("bf16_mm", *names):
+                points = sorted((key[3], t) for key, t in found.items() if key[:3] == (name, n, k))
+                ours = name == f"intlass_{scheme.lower()}" or name == "intlass_w4a8_g128"
+                style = {"linewidth": 2.5} if ours else {"linewidth": 1.0, "alpha": 0.8}
+                label = NAMES[name].replace("`", "").replace("*", "")
+                panel.loglog(*zip(*points, strict=True), marker=".", label=label, base=2, **style)
             panel.set(title=scheme, xlabel="tokens M")
             panel.grid(alpha=0.3)
             panel.legend(fontsize="x-small")
@@ -275,16 +269,12 @@ def draw() -> None:
         pyplot.close(figure)
 
 
-def _line(times: dict[Any, Any], name: str, n: int, k: int) -> list[tuple[int, Any]]:
-    return sorted((key[3], t) for key, t in times.items() if key[:3] == (name, n, k))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether a table is stale")
     options = parser.parse_args()
     stale = []
-    for page in sorted(DOCS.glob("*.md")):
+    for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
         before = page.read_text()
         after = filled(before)
         if after != before:

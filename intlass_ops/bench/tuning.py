@@ -47,7 +47,7 @@ class Scheme:
             x_kind=self.x_kind,
             w_kind=self.w_kind,
             scale_type=self.scale_type,
-            zero_type="__nv_bfloat16" if self.w_kind == "u4" else "float",
+            zero_type="unsigned char" if self.w_kind == "u4" else "float",
             out_type="__nv_bfloat16",
             has_zeros=self.w_kind == "u4",
             has_a_zero=False,
@@ -130,7 +130,7 @@ class Layer:
         self.scales = self._positive(n, groups).to(dtype)
         self.zeros = None
         if scheme.w_kind == "u4":
-            self.zeros = (15 * torch.rand(n, groups, device=device)).to(torch.bfloat16)
+            self.zeros = torch.randint(0, 16, (n, groups), dtype=torch.uint8, device=device)
 
     def _codes(self, rows: int, columns: int, bits: int) -> Tensor:
         if bits == 8:

@@ -27,8 +27,8 @@ SHAPES = "4096x4096,6144x4096,28672x4096,4096x14336,8192x28672,57344x8192"
 TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096"
 TUNE = """\
 Time every legal kernel configuration of the given layers on this GPU, with cold weights in CUDA
-graphs, and keep the fastest in a table that later processes choose by: numbers of tokens within a
-factor of two of a measured one take its configuration, everything else is predicted as before.
+graphs, and keep the fastest in a table that later processes choose by: numbers of tokens near a
+measured one take its configuration, everything else is predicted as before.
 Another configuration may sum in another order, so the last bits of results may change;
 batch_invariant() ignores tables. Deleting the file undoes it.
 """

@@ -26,7 +26,6 @@ from .problem import Device, Shape
 SHIPPED = Path(__file__).parent / "tables"
 FORMAT = 1
 _LARGEST_FILE = 1 << 24  # bytes
-_REACH = 2.0  # an entry serves numbers of tokens up to so many times as large or small
 # Fields of configurations that the problem decides; the others are the tile.
 _OF_THE_PROBLEM = {
     *(field.name for field in dataclasses.fields(Shape)),
@@ -54,6 +53,8 @@ def class_of(device: Device, shape: Shape) -> Class | None:
     """Which entries a problem shares with others; None where nothing is measured."""
     if shape.has_a_zero or shape.batch_invariant or not (shape.aligned and shape.apart):
         return None
+    if shape.zeros_in_sums:
+        return None
     group_size = min(shape.group_size, shape.k)
     kinds = shape.x_kind, shape.w_kind, shape.has_zeros
     return device.arch, *kinds, shape.n, shape.k, group_size
@@ -67,16 +68,22 @@ def tile_of(config: Any) -> Tile:
 
 
 def nearest(device: Device, shape: Shape) -> list[Entry]:
-    """The entries of a problem's class, from the nearest M on, as far as they reach."""
+    """The entries of a problem's class that serve its M, the nearest first."""
     of = class_of(device, shape)
     if of is None or not device.name or not shape.m:
         return []
 
-    def distance(entry: Entry) -> float:
-        return abs(math.log(entry.m / shape.m))
+    found = [e for e in _of_gpu(device.name).get(of, ()) if _serves(e.m, shape.m)]
+    return sorted(found, key=lambda entry: abs(math.log(entry.m / shape.m)))
 
-    within = [e for e in _of_gpu(device.name).get(of, ()) if distance(e) <= math.log(_REACH)]
-    return sorted(within, key=distance)
+
+def _serves(measured: int, m: int) -> bool:
+    """Whether M is as many tiles of tokens as was measured, or within an eighth of it.
+
+    Not further: what is the fastest for 256 tokens may be half as fast as another for 512.
+    """
+    tile = 8 if m <= 16 else 32 if m <= 128 else 64
+    return math.ceil(measured / tile) == math.ceil(m / tile) or abs(measured - m) * 8 <= m
 
 
 def forget() -> None:

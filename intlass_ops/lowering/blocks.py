@@ -90,10 +90,14 @@ def from_codes(recipe: Recipe, leaves: Sequence[Tensor]) -> tuple[Recipe, list[T
 def first_rows(
     recipe: Recipe, leaves: Sequence[Tensor], rows: int
 ) -> tuple[Recipe, list[Tensor]] | None:
-    """The slice for its first rows only; None where it falls apart in no such way, or is small."""
-    cut = rowwise.cut(recipe, leaves) if recipe.batch == 1 else None
+    """The slice for its first rows only, of the first of stacked weights; None where it falls apart
+    in no such way, or is small."""
+    cut = rowwise.cut(recipe, leaves)
     if cut is None:
         return None
+    if recipe.batch > 1:
+        first = cut.rows(leaves, 0, 1)
+        return first_rows(*first, rows) or first
     rows = _rounded(rows, cut.step)
     return cut.rows(leaves, 0, rows) if recipe.n >= 2 * rows else None
 
