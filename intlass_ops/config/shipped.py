@@ -17,6 +17,7 @@ from .skinny import SKINNY_MAX_M
 def _shipped_hopper(
     types: tuple[str, ...], zero_types: tuple[str, ...]
 ) -> Iterator[tuple[Hopper | TokenSums, tuple[str, ...]]]:
+    h200 = device_of("sm_90a")
     turn = 0
     for x, w in PAIRS:
         for group_size in (4096, 128, 32 + 32 * (turn % 2)):
@@ -36,8 +37,13 @@ def _shipped_hopper(
                     k=4096,
                     group_size=group_size,
                 )
-                if why_not_hopper(device_of("sm_90a"), shape) is None:
-                    yield pick_hopper(device_of("sm_90a"), shape), ("sm_90a",)
+                if why_not_hopper(h200, shape) is None:
+                    yield pick_hopper(h200, shape), ("sm_90a",)
+                # weights that take their scales, as 16-bit checkpoints mostly have them
+                own = {"bf16": "__nv_bfloat16", "fp16": "__half"}.get(x)
+                if own and group_size == 128:
+                    shape = replace(shape, scale_type=own, zero_type="unsigned char", out_type=own)
+                    yield pick_hopper(h200, shape), ("sm_90a",)
         if x in ("bf16", "fp16", "s8") and w == "u4":
             for span in (128, 64, 32):
                 yield TokenSums(x, span), ("sm_90a",)

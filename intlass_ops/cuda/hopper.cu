@@ -11,7 +11,8 @@
 //
 // Blocks are persistent: each takes tile after tile. What a last, partly filled round of tiles would
 // leave idle is shared out by k (`stream_k`): every block gets the same number of k tiles, and a
-// block that begins a tile which others go on with adds their sums, in order, to its own.
+// block that begins a tile which others go on with adds their sums, in order, to its own. Where
+// there are few tiles at all, a cluster of blocks shares each (`split_k`).
 #include "hopper_out.cuh"
 
 struct Ring {
