@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -68,10 +69,18 @@ def _hqq(bits: int, axis: int) -> Callable[[], Case]:
     return make
 
 
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """quanto::unpack: codes of 2 or 4 bits, those of the lowest bits in front."""
+    return torch.cat([(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)])
+
+
 def _quanto(weights: str, dtype: torch.dtype) -> Callable[[], Case]:
     def make() -> Case:
         from optimum import quanto
+        from optimum.quanto.library.extensions import cpp
 
+        # Else quanto's op on CPUs compiles two C++ files when it is first called: a minute.
+        cpp.ext._lib = SimpleNamespace(unpack=_unpack)
         model, x = mlp(dtype)
         quanto.quantize(model, weights=getattr(quanto, weights))
         quanto.freeze(model)
