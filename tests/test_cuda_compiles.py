@@ -1,20 +1,18 @@
-"""Every shipped kernel config, without a GPU: for each architecture (--thorough) or for some.
+"""Every shipped kernel config, without a GPU, for each architecture it is shipped for.
 
 It compiles, keeps everything in registers, fits the shared memory, and uses the tensor-core
 instructions it was written for. The cubins go through the kernel cache, so that a second run, and
 the second test of an architecture, only read them.
 
-Compiling takes a second a kernel, disassembling one most of a second. Hence a config that is
-shipped for several architectures of a generation is compiled for one of them, in turn, and a code
-path is disassembled on one of them; but each architecture compiles every code path that it has, and
-disassembles every set of instructions that it should use.
+Disassembling a cubin takes most of a second, and tile sizes do not decide which instruction
+multiplies: of the configs with the same operand kinds and instructions, one is disassembled for
+each architecture.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,110 +24,54 @@ from intlass_ops.cuda import cubin, jit, source
 from intlass_ops.cuda.source import KernelConfig
 
 REGISTERS_OF_A_BLOCK = 65536
-GENERATIONS = (("sm_80", "sm_86", "sm_89"), ("sm_90a", "sm_100", "sm_120"))
 
 Chosen = dict[tuple[str, str], list[Any]]  # the configs of each (kernel source, architecture)
 
 
-def in_turn(turn: int, archs: Iterable[str], *, thorough: bool) -> list[str]:
-    """Of some architectures one of each generation, or all."""
-    own = [[arch for arch in generation if arch in archs] for generation in GENERATIONS]
-    return [
-        arch for each in own if each for arch in (each if thorough else [each[turn % len(each)]])
-    ]
-
-
-def by_kernel_and_arch(*, thorough: bool) -> Chosen:
-    """What is compiled, without repetition."""
-    archs_of: dict[Any, dict[str, None]] = defaultdict(dict)
-    for shipped, archs in config.shipped_configs():
-        archs_of[shipped].update(dict.fromkeys(archs))
-    found: Chosen = defaultdict(list)
-    for turn, (c, archs) in enumerate(archs_of.items()):
-        for arch in in_turn(turn, archs, thorough=thorough):
-            found[c.source, arch].append(c)
-    met = {(key, code_path(c, key[1])) for key, configs in found.items() for c in configs}
-    for c, archs in archs_of.items():
+def by_kernel_and_arch() -> Chosen:
+    """What is shipped, without repetition."""
+    found: dict[tuple[str, str], dict[Any, None]] = defaultdict(dict)
+    for c, archs in config.shipped_configs():
         for arch in archs:
-            key = c.source, arch
-            if (key, code_path(c, arch)) not in met:
-                met.add((key, code_path(c, arch)))
-                found[key].append(c)
-    return found
+            found[c.source, arch][c] = None
+    return {key: list(configs) for key, configs in found.items()}
 
 
-def code_path(c: Any, arch: str) -> tuple[Any, tuple[str, ...]]:
-    """Operand kinds and expected instructions: tile sizes do not decide which one multiplies."""
-    names = [field.name for field in dataclasses.fields(c) if field.name.endswith("_kind")]
-    return tuple(getattr(c, name) for name in names), c.expected_sass(arch)
-
-
-def to_disassemble(compiled: Chosen, *, thorough: bool) -> Chosen:
+def to_disassemble(compiled: Chosen) -> Chosen:
     """One config of each code path that names instructions."""
-    paths: dict[tuple[str, str], dict[Any, Any]] = defaultdict(dict)
-    archs_of: dict[Any, list[str]] = defaultdict(list)  # of (source, operand kinds)
-    for (name, arch), configs in compiled.items():
-        for c in configs:
-            kinds, expected = code_path(c, arch)
-            if expected:
-                paths[name, arch].setdefault((kinds, expected), c)
-                archs_of[name, kinds].append(arch)
-    turns = {key: turn for turn, key in enumerate(archs_of)}
     found: Chosen = {}
-    for (name, arch), configs in paths.items():
-        seen: set[tuple[str, ...]] = set()
-        found[name, arch] = []
-        for (kinds, expected), c in configs.items():
-            key = name, kinds
-            its_turn = arch in in_turn(turns[key], archs_of[key], thorough=thorough)
-            if its_turn or expected not in seen:
-                seen.add(expected)
-                found[name, arch].append(c)
+    for (name, arch), configs in compiled.items():
+        paths: dict[Any, Any] = {}
+        for c in configs:
+            names = [field.name for field in dataclasses.fields(c) if field.name.endswith("_kind")]
+            expected = c.expected_sass(arch)
+            if expected:
+                paths.setdefault((*(getattr(c, name) for name in names), expected), c)
+        if paths:
+            found[name, arch] = list(paths.values())
     return found
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "arch" not in metafunc.fixturenames:
         return
-    thorough = metafunc.config.getoption("--thorough")
-    compiled = by_kernel_and_arch(thorough=thorough)
+    compiled = by_kernel_and_arch()
     for names, chosen in (
         (("arch", "configs"), compiled),
-        (("arch", "disassembled"), to_disassemble(compiled, thorough=thorough)),
+        (("arch", "disassembled"), to_disassemble(compiled)),
     ):
         if set(names) <= set(metafunc.fixturenames):
             cases = [pytest.param(a, cs, id=f"{name}-{a}") for (name, a), cs in chosen.items()]
             metafunc.parametrize(names, cases)
 
 
-def test_nothing_shipped_is_left_out() -> None:
-    some, everything = (by_kernel_and_arch(thorough=each) for each in (False, True))
-    shipped = {(c.source, arch, c) for c, archs in config.shipped_configs() for arch in archs}
-    assert {(*key, c) for key, configs in everything.items() for c in configs} == shipped
-    assert {c for configs in some.values() for c in configs} == {c for *_, c in shipped}
-    for (name, arch), configs in everything.items():
-        paths = {code_path(c, arch) for c in configs}
-        assert {code_path(c, arch) for c in some[name, arch]} == paths
-
-
 def test_no_instruction_is_left_out() -> None:
-    compiled = by_kernel_and_arch(thorough=False)
-    chosen = to_disassemble(compiled, thorough=False)
+    compiled = by_kernel_and_arch()
+    chosen = to_disassemble(compiled)
     for (name, arch), configs in compiled.items():
         expected = {c.expected_sass(arch) for c in configs} - {()}
         assert {c.expected_sass(arch) for c in chosen.get((name, arch), [])} == expected
-    assert kinds_of_generations(chosen) == kinds_of_generations(compiled)
-
-
-def kinds_of_generations(chosen: Chosen) -> set[Any]:
-    """(kernel, generation, operand kinds) of the configs that name instructions."""
-    return {
-        (name, generation, code_path(c, arch)[0])
-        for generation in GENERATIONS
-        for (name, arch), configs in chosen.items()
-        for c in configs
-        if arch in generation and c.expected_sass(arch)
-    }
+    assert {arch for _, arch in chosen} == set(config.ARCHS)
 
 
 def test_compiles(arch: str, configs: list[Any]) -> None:
