@@ -99,6 +99,21 @@ def short_table() -> str:
     return table(["microseconds", *(f"{n}x{k}, M = {m}" for n, k, m in columns)], rows)
 
 
+def reader_table() -> str:
+    """W4A16 as a multiple of what reading as many bytes takes, in the same run."""
+    found, ceilings = times(), read("h200-sm90.json")["ceil"]
+    megabytes = {(4096, 4096): "8.65", (28672, 4096): "60.6", (8192, 28672): "117.4"}
+    megabytes[57344, 8192] = "242.0"
+    tokens = (1, 4, 8, 16)
+    rows = []
+    for (n, k), size in megabytes.items():
+        reader = ceilings[f"read_{size}MB_us"]
+        cells = [found.get(("intlass_w4a16", n, k, m)) for m in tokens]
+        shown = ["-" if t is None else f"{t / reader:.2f}" for t in cells]
+        rows.append([f"{n}x{k}", f"{size} MB, {us(reader)} us", *shown])
+    return table(["N x K", "a pure reader", *(f"M = {m}" for m in tokens)], rows)
+
+
 def ratios_table() -> str:
     """How many times as fast as others: geometric mean, and the least."""
     found = times()
@@ -223,6 +238,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "model": model_table,
     "qat": qat_table,
     "ratios": ratios_table,
+    "reader": reader_table,
     "short": short_table,
 }
 

@@ -1,6 +1,6 @@
 """GEMMs on a GPU: from tensors to a kernel launch, with the grid, workspace and parameters.
 
-Not here: which configuration (config.py), how it is compiled and loaded (jit.py), what a plan is
+Not here: which configuration (config/), how it is compiled and loaded (jit.py), what a plan is
 (plans.py), the argument checks (ops/problem.py).
 """
 

@@ -1,6 +1,6 @@
 """FP4 GEMMs on a GPU: one launch of fp4.cu, or operands decoded for a dense product.
 
-Not here: which of the two (ops/block_scaled.py), the configuration (config.py).
+Not here: which of the two (ops/block_scaled.py), the configuration (config/).
 """
 
 from __future__ import annotations

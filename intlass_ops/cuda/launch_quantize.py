@@ -1,6 +1,6 @@
 """Quantisation on a GPU: from a tensor to one launch of quantize.cu.
 
-Not here: which configuration (config.py), the argument checks (ops/quantize.py).
+Not here: which configuration (config/), the argument checks (ops/quantize.py).
 """
 
 from __future__ import annotations
