@@ -80,34 +80,30 @@ def load_pretrained(
         return _load_gguf(path, device_map, dtype)
     checkpoint = Checkpoint(path)
     if quantization_config(checkpoint).get("quant_method") == METHOD:
-        return _finish(path, *_from_directory(path, device_map, dtype))
+        model_class = class_of(AutoConfig.from_pretrained(path))
+        return _finish(path, *_placed(model_class, path, device_map, dtype=dtype or "auto"))
     reader = open_reader(checkpoint, checkpoint_format=checkpoint_format)
     if not reader.paths:
         raise FormatError(f"{path}: no quantised weight in this checkpoint")
     config = AutoConfig.from_pretrained(path)
     specs, state = _layers(reader, fused(class_of(config), config, reader.paths))
     config.quantization_config = write_specs(specs)
-    device_map, device = placement(device_map)
     if dtype is None:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    model, info = class_of(config).from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        device_map=device_map,
-        dtype=dtype,
-        output_loading_info=True,
-    )
+    options = {"config": config, "state_dict": state, "dtype": dtype}
+    model, info = _placed(class_of(config), None, device_map, **options)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
-    return _finish(path, model.to(device), info)
+    return _finish(path, model, info)
 
 
-def _from_directory(path: Path, device_map: Any, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    model_class = class_of(AutoConfig.from_pretrained(path))
+def _placed(
+    model_class: Any, path: Path | None, device_map: Any, **options: Any
+) -> tuple[Any, Any]:
+    """transformers' ``from_pretrained``, the model where ``device_map`` says, and what it found."""
     device_map, device = placement(device_map)
     model, info = model_class.from_pretrained(
-        path, device_map=device_map, dtype=dtype or "auto", output_loading_info=True
+        path, device_map=device_map, output_loading_info=True, **options
     )
     return model.to(device), info
 
@@ -228,16 +224,8 @@ def _load_gguf(path: Path, device_map: Any, dtype: torch.dtype | None) -> PreTra
     config.quantization_config = write_specs(specs)
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = dtype
-    device_map, device = placement(device_map)
-    model, loaded = transformers.LlamaForCausalLM.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        device_map=device_map,
-        dtype=dtype,
-        output_loading_info=True,
-    )
-    return _finish(path, model.to(device), loaded)
+    options = {"config": config, "state_dict": state, "dtype": dtype}
+    return _finish(path, *_placed(transformers.LlamaForCausalLM, None, device_map, **options))
 
 
 def _gguf_weight(file: GGUFFile, name: str, config: Any) -> StoredWeight:
