@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_rows import R, Row, rows
+from accuracy_rows import Row, frame, rows
 from torch import Tensor, nn
 
 from intlass_ops import calibrate, provenance
@@ -40,7 +40,7 @@ from intlass_ops.calibrate import InputStatistics
 from intlass_ops.demo import figures
 from intlass_ops.formats.gguf import GGUFFile
 from intlass_ops.integrations import gguf_llama
-from intlass_ops.rotation import hadamard_matrix, rotate
+from intlass_ops.rotation import rotate
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
@@ -76,15 +76,13 @@ def input_statistics(model: nn.Module, tokens: Tensor) -> dict[str, InputStatist
     return found
 
 
-def rotated(seen: dict[str, InputStatistics]) -> dict[str, InputStatistics]:
+def rotated(seen: InputStatistics, h: Tensor | None) -> InputStatistics:
     """Statistics of x h from those of x: the Hessian becomes hᵀ H h."""
-    made = {}
-    for name, one in seen.items():
-        turned = copy.copy(one)
-        h = hadamard_matrix(R, device=one.hessian.device)
-        turned.hessian = rotate(rotate(one.hessian, h).T, h).T
-        made[name] = turned
-    return made
+    if h is None:
+        return seen
+    turned = copy.copy(seen)
+    turned.hessian = rotate(rotate(seen.hessian, h).T, h).T
+    return turned
 
 
 @torch.no_grad()
@@ -111,15 +109,16 @@ def set_weights(
         if row.weight is None:
             linear.weight.copy_(original[name])
             continue
-        h = hadamard_matrix(R, device=linear.weight.device)
         wide = original[name].float()
-        wide = rotate(wide, h) if row.rotated else wide
-        quantised = row.weight(wide, seen[name]).float()
-        found = calibrate.quantization_error(wide, quantised, seen[name].hessian)
+        h = frame(row.rotation, wide)
+        wide = wide if h is None else rotate(wide, h)
+        inputs = rotated(seen[name], h)
+        quantised = row.weight(wide, inputs).float()
+        found = calibrate.quantization_error(wide, quantised, inputs.hessian)
         of_weights.append(found.relative)
         of_outputs.setdefault(name.rpartition(".")[2], []).append(found.output or 0.0)
         # Turned back: x @ (ŵ hᵀ)ᵀ = (x h) @ ŵᵀ
-        linear.weight.copy_(rotate(quantised, h.T.contiguous()) if row.rotated else quantised)
+        linear.weight.copy_(quantised if h is None else rotate(quantised, h.T.contiguous()))
     if not of_weights:
         return {}
     return {
@@ -136,9 +135,12 @@ def measure(model: nn.Module, row: Row, tokens: Tensor) -> float:
 
     def quantise(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         (x,) = args
-        y = row.activation(x) if row.activation else x
-        h = hadamard_matrix(R, device=x.device, dtype=x.dtype)
-        return (rotate(y, h.T.contiguous()) if row.rotated else y,)
+        if row.activation is None:
+            return (x,)
+        h = frame(row.rotation, x)
+        if h is None:
+            return (row.activation(x),)
+        return (rotate(row.activation(rotate(x, h)), h.T.contiguous()),)
 
     if row.activation:
         hooks = [m.register_forward_pre_hook(quantise) for m in linears_of(model).values()]
@@ -185,9 +187,8 @@ def main() -> int:
 
     model = gguf_llama.load_dense(file, device=args.device, dtype=torch.float32).eval()
     original = {name: m.weight.detach().clone() for name, m in linears_of(model).items()}
-    plain = input_statistics(model, calibration)
-    seen = {False: plain, True: rotated(plain)}
-    held: tuple[tuple[str, bool], dict[str, Any]] | None = None
+    seen = input_statistics(model, calibration)
+    held: tuple[tuple[str, str], dict[str, Any]] | None = None
     for i, row in enumerate(wanted):
         start = time.perf_counter()
         if args.seconds is not None and start - began > args.seconds:
@@ -195,10 +196,10 @@ def main() -> int:
             return 1
         results["failed"].pop(row.name, None)
         try:
-            if held is None or held[0] != (row.weights, row.rotated):
+            if held is None or held[0] != (row.weights, row.rotation):
                 held = None
-                errors = set_weights(model, original, row, seen[row.rotated])
-                held = (row.weights, row.rotated), errors
+                errors = set_weights(model, original, row, seen)
+                held = (row.weights, row.rotation), errors
             seconds = time.perf_counter() - start
             one: dict[str, Any] = {"name": row.name, "perplexity": measure(model, row, tokens)}
         except Exception as problem:  # the other rows still count

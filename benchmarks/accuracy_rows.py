@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from intlass_ops.calibrate import InputStatistics
 from intlass_ops.gptq import gptq
 from intlass_ops.rotation import hadamard_matrix
 
-R = 64  # of the rotations: it divides every K of the model
+R = 64  # of the rotations by blocks: it divides every K of the model
+BLOCKS, ROWS = f"rotated by {R}", "rows rotated"
 OTHER_GROUPS = (32, 128)
 # "mse of outputs" weighs the errors by the mean squares of the inputs.
 METHODS = ("rtn", "mse", "mse of outputs", "gptq", "hqq", "awq")
@@ -71,13 +73,23 @@ def fp4(format_: str, search: str) -> Weight:
     return quantise
 
 
-def activation(bits: int, rotated: bool, method: str = "abs_max") -> Activation:
-    """Per token, x ~ codes·scale, in the rotated frame if ``rotated``: the weights are too."""
+def frame(rotation: str, like: Tensor) -> Tensor | None:
+    """The matrix that turns the columns of ``like``: blocks of R, or all as one."""
+    if not rotation:
+        return None
+    return _hadamard(R if rotation == BLOCKS else like.shape[-1], like.dtype, like.device)
+
+
+@functools.cache
+def _hadamard(r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return hadamard_matrix(r, dtype=dtype, device=device)
+
+
+def activation(bits: int, method: str = "abs_max") -> Activation:
+    """Per token, x ~ codes·scale, of x in the frame of the weights."""
 
     def quantise(x: Tensor) -> Tensor:
-        h = hadamard_matrix(R, device=x.device, dtype=x.dtype)
-        if not rotated:
-            h = torch.eye(R, device=x.device, dtype=x.dtype)
+        h = torch.eye(R, device=x.device, dtype=x.dtype)
         op = fused_quantize.fused_quantize_int8 if bits == 8 else fused_quantize.fused_quantize_int4
         codes, s = op(x, h, method=method)
         q = codes if bits == 8 else packing.unpack(codes, x.shape[-1], signed=True)
@@ -86,11 +98,9 @@ def activation(bits: int, rotated: bool, method: str = "abs_max") -> Activation:
     return quantise
 
 
-def fp4_activation(format_: str, method: str, rotated: bool) -> Activation:
+def fp4_activation(format_: str, method: str) -> Activation:
     def quantise(x: Tensor) -> Tensor:
-        h = hadamard_matrix(R, device=x.device, dtype=x.dtype)
-        if not rotated:
-            h = torch.eye(R, device=x.device, dtype=x.dtype)
+        h = torch.eye(R, device=x.device, dtype=x.dtype)
         if format_ == "mxfp4":
             codes, s = fused_quantize.fused_quantize_mx(x, h, method=method)
             codes = packing.unpack(codes, x.shape[-1], signed=False)
@@ -106,49 +116,53 @@ def fp4_activation(format_: str, method: str, rotated: bool) -> Activation:
 class Row(NamedTuple):
     """``weights`` names what ``weight`` does: rows of equal names that follow each other share it.
 
-    rotated: weights, and activations where there is an ``activation``, are quantised rotated.
+    rotation: the frame in which weights, and activations where there is an ``activation``, are
+    quantised.
     """
 
     weights: str
     activations: str = "A16"
     weight: Weight | None = None
     activation: Activation | None = None
-    rotated: bool = False
+    rotation: str = ""
 
     @property
     def name(self) -> str:
-        frame = f", rotated by {R}" if self.rotated else ""
-        return f"{self.weights}, {self.activations}{frame}"
+        return ", ".join(filter(None, (self.weights, self.activations, self.rotation)))
 
 
 def rows() -> Iterator[Row]:
     """What matters most first: all at g64, then rotations, FP4, and the other group sizes."""
     yield Row("float", "float")
-    yield Row("W8 rtn", "A8", integer("rtn", None, 8), activation(8, False))
+    yield Row("W8 rtn", "A8", integer("rtn", None, 8), activation(8))
     for method in METHODS:
         name, weight = f"W4 g64 {method}", integer(method, 64)
         yield Row(name, weight=weight)
         if method == "mse":
-            yield Row(name, "A4", weight, activation(4, False))
+            yield Row(name, "A4", weight, activation(4))
             yield Row("W4 g64 rtn or mse", weight=better_for_the_outputs("rtn", "mse"))
         if method == "gptq":
-            yield Row(name, "A8", weight, activation(8, False))
+            yield Row(name, "A8", weight, activation(8))
     yield Row("W4 g64 rtn with zeros", weight=integer("rtn", 64, symmetric=False))
     for method in ("mse", "gptq"):
         name, weight = f"W4 g64 {method}", integer(method, 64)
         if method == "mse":
-            yield Row(name, weight=weight, rotated=True)
-            yield Row(name, "A4", weight, activation(4, True), True)
-        yield Row(name, "A4 quest", weight, activation(4, True, "quest"), True)
+            yield Row(name, weight=weight, rotation=BLOCKS)
+            yield Row(name, "A4", weight, activation(4), BLOCKS)
+        yield Row(name, "A4 quest", weight, activation(4, "quest"), BLOCKS)
+    for method in ("rtn", "gptq"):
+        name, weight = f"W4 g64 {method}", integer(method, 64)
+        yield Row(name, "A4", weight, activation(4), ROWS)
+        yield Row(name, "A4 quest", weight, activation(4, "quest"), ROWS)
     for format_, method in (("mxfp4", "quest"), ("nvfp4", "abs_max")):
         for search in ("naive", "optimal", "optimal_hessian"):
             weight = fp4(format_, search)
             yield Row(f"{format_} {search}", weight=weight)
             if search == "naive":
-                act = fp4_activation(format_, method, False)
+                act = fp4_activation(format_, method)
                 yield Row(f"{format_} {search}", f"{format_} {method}", weight, act)
-        act = fp4_activation(format_, method, True)
-        yield Row(f"{format_} naive", f"{format_} {method}", fp4(format_, "naive"), act, True)
+        act = fp4_activation(format_, method)
+        yield Row(f"{format_} naive", f"{format_} {method}", fp4(format_, "naive"), act, BLOCKS)
     for g in OTHER_GROUPS:
         for method in METHODS:
             yield Row(f"W4 g{g} {method}", weight=integer(method, g))

@@ -1,4 +1,4 @@
-"""Cutting tensors into blocks and solving every block: what stands between scales.py and the maths.
+"""Cutting tensors into blocks and solving every block: what stands between scales/ and the maths.
 
 `in_blocks` shapes and chunks; a solver turns blocks [B, g] into scales, zeros and codes, treats
 blocks of zeros and blocks that are not finite, and hands the others to scale_search.py.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from . import scale_search as search
 # float64 elements of one temporary of a search, which holds about ten of them.
 _CHUNK_ELEMENTS = 1 << 22
 _CHUNK_ELEMENTS_ON_GPU = 1 << 24
-# Groups up to this size are searched by Triton on a GPU, larger ones by PyTorch there too. Under a
-# Hessian a program holds a matrix of this size in shared memory.
-_TRITON_MAX_GROUP = 256
+# Blocks up to this size are searched by Triton on a GPU, larger ones by PyTorch there too: those
+# of FP4 lie in registers, a Hessian in shared memory, and one program takes long for a large one.
+_TRITON_MAX_GROUP = 1 << 16
+_TRITON_MAX_FP4 = 256
 _TRITON_MAX_HESSIAN = 128
 
 
@@ -44,11 +45,7 @@ class Blocks:
     x: Tensor  # [B, g] float32
     exact: bool
     weights: Tensor | None  # [B, g] float64
-    hessian: Tensor | None  # [g, g] float64
-
-    def rows(self, index: Tensor) -> Blocks:
-        weights = None if self.weights is None else self.weights[index]
-        return Blocks(self.x[index], self.exact, weights, self.hessian)
+    hessian: Tensor | None  # [g, g] float64, or [J, g, g]: block i belongs to the (i % J)th
 
     def error(self, approximation: Tensor) -> Tensor:
         """The goal's value for each block, [B] float64."""
@@ -90,8 +87,9 @@ def in_blocks(
 
     scales, zeros = w.new_empty(n, j, dtype=torch.float32), w.new_zeros(n, j, dtype=torch.int32)
     codes = w.new_empty(n, j, g, dtype=torch.int8)
-    # Under a Hessian only the blocks of one column are alike.
-    width = j if hessian is None else 1
+    # Under a Hessian only the blocks of one column are alike; the kernels can tell them apart.
+    by_column = hessian is not None and not _by_triton(blocks, hessian)
+    width = 1 if by_column else j
     if _by_triton(blocks, hessian):
         expansion = 1
     chunk_elements = _CHUNK_ELEMENTS_ON_GPU if w.is_cuda else _CHUNK_ELEMENTS
@@ -103,7 +101,7 @@ def in_blocks(
                 blocks[part].reshape(-1, g),
                 goal.exact,
                 None if weights is None else weights[part].reshape(-1, g).double(),
-                None if hessian is None else hessian[left].to(w.device, torch.float64),
+                hessian[left] if hessian is not None and by_column else hessian,
             )
             s, z, q = solver(chunk)
             scales[part] = s.view_as(scales[part])
@@ -133,11 +131,12 @@ def _aligned(
             raise ValueError(f"{op}: hessian is {tuple(hessian.shape)}, expected {expected}")
         if not bool(hessian.isfinite().all()):
             raise ValueError(f"{op}: the Hessian holds an infinity or a NaN")
+        hessian = hessian.to(w.device, torch.float64)
     return weights, hessian
 
 
 def _by_triton(x: Tensor, hessian: Tensor | None) -> bool:
-    """Whether the searches in triton/ take blocks [..., g]."""
+    """Whether the searches in triton/ take blocks [..., g]; for FP4 see `_by_fp4_kernel`."""
     largest = _TRITON_MAX_GROUP if hessian is None else _TRITON_MAX_HESSIAN
     return x.is_cuda and x.shape[-1] <= largest and importlib.util.find_spec("triton") is not None
 
@@ -146,29 +145,36 @@ def _fp4_solver(grid: Tensor, start: Callable[[Tensor], Tensor], global_scale: f
     """``start``: largest magnitude [B] -> index into ``grid`` of the naive scale."""
 
     def solve(blocks: Blocks) -> Result:
+        if blocks.exact and _by_fp4_kernel(blocks):
+            from .triton import scale_search as kernels
+
+            s, codes = kernels.grid_search(blocks.x, global_scale, grid, blocks.weights)
+            return s, None, codes
         x = blocks.x.double() * global_scale
         amax = x.abs().amax(-1)
-        scale = torch.where(amax == 0, 1.0, torch.full_like(amax, torch.nan))
-        usable = (amax.isfinite() & (amax > 0)).nonzero().squeeze(-1)
-        index = start(amax[usable]).clamp(0, grid.numel() - 1)
-        if blocks.exact:
-            index = _grid_search(blocks.rows(usable), x[usable], index, grid)
-        scale[usable] = grid[index]
+        usable = amax.isfinite() & (amax > 0)
+        index = start(amax).clamp(0, grid.numel() - 1).where(usable, 0)
+        if blocks.exact and amax.numel():
+            # In place of the others a block whose best scale is known and found at once.
+            searched = torch.where(usable[:, None], x, fp4.E2M1_MAX * grid[0])
+            index = _grid_search(blocks, searched, index, grid)
+        unusable = torch.where(amax == 0, 1.0, torch.full_like(amax, torch.nan))
+        scale = torch.where(usable, grid[index], unusable)
         return scale.float(), None, fp4.encode_e2m1(x / scale[:, None])
 
     return solve
 
 
+def _by_fp4_kernel(blocks: Blocks) -> bool:
+    g = blocks.x.shape[-1]
+    fits = g <= _TRITON_MAX_FP4 and g & (g - 1) == 0
+    return fits and blocks.hessian is None and _by_triton(blocks.x, None)
+
+
 def _grid_search(blocks: Blocks, x: Tensor, start: Tensor, grid: Tensor) -> Tensor:
     """Index of the best scale for x, which is blocks.x times the global scale."""
-    g = x.shape[-1]
-    if _by_triton(x, blocks.hessian):
-        if blocks.hessian is not None:
-            return _no_worse(blocks.hessian, x, start, grid)
-        if g & (g - 1) == 0:
-            from .triton import scale_search as kernels
-
-            return kernels.grid_search(x.float(), start, grid, blocks.weights)
+    if blocks.hessian is not None and _by_triton(x, blocks.hessian):
+        return _no_worse(blocks.hessian, x, start, grid)
     return search.grid_search(
         x,
         start,
@@ -218,17 +224,32 @@ def integer_solver(bits: int, symmetric: bool) -> Solver:
 
     def solve(blocks: Blocks) -> Result:
         scale, zero = reference.quantization_parameters(blocks.x, bits, symmetric)
-        usable = (blocks.x.isfinite().all(-1) & (blocks.x != 0).any(-1)).nonzero().squeeze(-1)
-        if blocks.exact and usable.numel():
-            part = blocks.rows(usable)
-            if zero is None:
-                scale[usable], _ = _best_symmetric(part, scale[usable], bits)
-            else:
-                scale[usable], zero[usable] = _best_asymmetric(part, scale[usable], zero[usable])
+        if blocks.exact and blocks.x.numel():
+            scale, zero = _best_integer(blocks, scale, zero, bits)
         codes = reference.quantize(blocks.x, scale, zero, bits, None)
         return scale.squeeze(-1), None if zero is None else zero.squeeze(-1), codes
 
     return solve
+
+
+def _best_integer(
+    blocks: Blocks, scale: Tensor, zero: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor | None]:
+    """(scale, zero) [B, 1]: the better of those given and the optimum over all of them."""
+    if blocks.hessian is None and _by_triton(blocks.x, None):
+        from .triton import integer_search as kernels
+
+        qmax = reference.code_range(bits, zero is None)[1]
+        return kernels.improve(blocks.x, scale, zero, qmax, blocks.weights)
+    usable = (blocks.x.isfinite().all(-1) & (blocks.x != 0).any(-1))[:, None]
+    # In place of the others one whose best scale, 1, is known and found at once.
+    part = replace(blocks, x=torch.where(usable, blocks.x, 1.0))
+    start = torch.where(usable, scale, 1.0)
+    if zero is None:
+        found, _ = _best_symmetric(part, start, bits)
+        return torch.where(usable, found, scale), None
+    found, found_zero = _best_asymmetric(part, start, torch.where(usable, zero, 0))
+    return torch.where(usable, found, scale), torch.where(usable, found_zero, zero)
 
 
 def _integer_error(blocks: Blocks, bits: int, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -238,14 +259,12 @@ def _integer_error(blocks: Blocks, bits: int, scale: Tensor, zero: Tensor | None
 
 def _sweeps(blocks: Blocks, error: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
     """Best scale [B, len(ranges)] float32 for codes within each range, given an error reached."""
+    if _by_triton(blocks.x, blocks.hessian) and blocks.hessian is not None:
+        from .triton import hessian_search as kernels
+
+        return kernels.sweep(blocks.x, ranges, blocks.hessian, error)
     x = blocks.x.double()
     budget = search.residual_budget(error, blocks.hessian)
-    if _by_triton(x, blocks.hessian):
-        from .triton import hessian_search, scale_search
-
-        if blocks.hessian is not None:
-            return hessian_search.sweep(blocks.x, ranges, blocks.hessian, budget)
-        return scale_search.sweep(blocks.x, ranges, budget, blocks.weights)
     if blocks.hessian is None:
         return search.sweep(x, ranges, budget, blocks.weights).float()
     found = [search.sweep_hessian(x, limits, blocks.hessian, budget) for limits in ranges]

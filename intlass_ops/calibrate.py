@@ -1,7 +1,7 @@
 """Post-training weight quantisers: weight (and statistics of its inputs) -> codes, scales, zeros.
 
     rtn   round to nearest, scale from the largest magnitude
-    mse   least Σ(w - ŵ)² of each group, exact (scales.py)
+    mse   least Σ(w - ŵ)² of each group, exact (scales/)
     hqq   half-quadratic: least Σ|w - ŵ|^p over floating zeros; no data
     gptq  error feedback through the Hessian of the layer's inputs
     awq   a scale per input channel, searched for least output error, before rounding
@@ -143,7 +143,7 @@ def mse(
     symmetric: bool = True,
     weights: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Least Σ weights·(w - ŵ)² of each group over all scales (and zeros); see scales.py.
+    """Least Σ weights·(w - ŵ)² of each group over all scales (and zeros); see scales/.
 
     >>> mse(torch.tensor([[7.0, -3.2, 0.4, 1.0]])).dequantize()
     tensor([[ 7.0712, -3.0305,  0.0000,  1.0102]])

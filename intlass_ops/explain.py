@@ -104,7 +104,13 @@ class Explanation:
         if linear.outcome != "swapped" or linear.shape is None:
             return "-"
         n, k = linear.shape
-        kernels = dict.fromkeys(d.kernel for d in self.dispatches if (d.n, d.k) == (n, k))
+        kernels = dict.fromkeys(
+            f"{d.kernel}, fused to N={d.n}"
+            for d in self.dispatches
+            if (d.n, d.k) == (linear.within, k)
+        )
+        if not kernels:
+            kernels = dict.fromkeys(d.kernel for d in self.dispatches if (d.n, d.k) == (n, k))
         if not kernels:
             wider = (d for d in self.dispatches if d.k == k and d.n > n)
             kernels = dict.fromkeys(f"{d.kernel}, fused to N={d.n}" for d in wider)

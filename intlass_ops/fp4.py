@@ -7,7 +7,7 @@
     e2m1 code   s e e m  (bit 3 … bit 0)     magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6
 
 Scales are held in torch's own float8_e4m3fn and float8_e8m0fnu. FP4 codes pack two per byte like
-INT4 (packing.py), the even element in the low nibble. Not here: how to choose a scale (scales.py).
+INT4 (packing.py), the even element in the low nibble. Not here: how to choose a scale (scales/).
 Sources: OCP Microscaling Formats (MX) v1.0; NVIDIA's description of NVFP4 and, for the blocked
 layout of scales, of cuBLAS's block-scaled matrix products.
 """

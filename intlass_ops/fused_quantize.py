@@ -8,8 +8,8 @@ x [..., K] is cut into rows of R, rotated by h [R, R] (any matrix, in x's dtype)
 of the group's spread that loses least on Gaussian data, which clips the tails. `return_mask` adds
 the trust mask of straight-through training: element 8j + i is bit i of byte j, 1 where it was not
 clipped. A group of zeros has codes 0; an infinity or a NaN makes its group's scale not finite.
-The op `intlass::fused_quantize` (ops/fused_quantize.py) is one Triton kernel on a GPU
-(triton/fused_quantize.py); here is the mathematics.
+The op `intlass::fused_quantize` (ops/fused_quantize.py) is one kernel on a GPU
+(cuda/rotate_quantize.cu); here is the mathematics.
 """
 
 from __future__ import annotations
@@ -198,7 +198,8 @@ def _group_scales(groups: Tensor, plan: Plan) -> tuple[Tensor, float, Tensor]:
     amax = groups.abs().amax(-1, keepdim=True)
     if plan.format in _INTEGERS:
         bits = 8 if plan.format == "int8" else 4
-        scale = amax / (2 ** (bits - 1) - 1)
+        # by a tensor: CUDA would multiply by a Python number's reciprocal
+        scale = amax / torch.full_like(amax, 2 ** (bits - 1) - 1)
         if plan.quest:
             scale = QUEST_INT[bits] * groups.square().mean(-1, keepdim=True).sqrt()
         scale = torch.where(scale == 0, 1.0, scale)
@@ -208,7 +209,8 @@ def _group_scales(groups: Tensor, plan: Plan) -> tuple[Tensor, float, Tensor]:
     if plan.format == "mx":
         code = fp4.e8m0_floor_code((QUEST_E2M1 * spread if plan.quest else amax) + _TINY)
         return code, 1.0 if plan.quest else 3.0, fp4.e8m0_values(code).float()
-    base = plan.global_scale * (QUEST_E2M1 * spread if plan.quest else amax / fp4.E2M1_MAX)
+    sixth = amax / torch.full_like(amax, fp4.E2M1_MAX)
+    base = plan.global_scale * (QUEST_E2M1 * spread if plan.quest else sixth)
     scale = fp4.encode_e4m3(torch.where(base.isfinite(), base, torch.nan))
     value = scale.float()
     # A scale too small for e4m3 is 0 and stands for a group of zeros.

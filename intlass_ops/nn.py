@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .lowering.storage import Packed
+    from .side_by_side import Beside
 
 Activation = Literal["int8", "int4"] | None
 
@@ -120,6 +121,7 @@ class IntLinear(_Codes):
     """
 
     input_scale: Tensor | None
+    beside: Beside | None = None
 
     def __init__(
         self,
@@ -144,6 +146,25 @@ class IntLinear(_Codes):
                 f"({self.in_features},)"
             )
         self.register_buffer("input_scale", input_scale)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        before = self.weight
+        super()._apply(fn, recurse)
+        self._moved_from(before)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        before = self.weight
+        super()._load_from_state_dict(*args, **options)
+        self._moved_from(before)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._moved_from(None)  # into a copy
+
+    def _moved_from(self, before: Tensor | None) -> None:
+        if self.beside is not None and self.weight is not before:
+            self.beside.moves(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:

@@ -12,6 +12,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from . import side_by_side
 from .formats import modules as formats
 from .lowering import capture
 from .lowering.records import DECLINED, SWAPPED, Decision
@@ -63,6 +64,7 @@ def prepare_(model: nn.Module) -> list[Decision]:
                 # A module used in several places is released after the last one.
                 done.pop(child)
             del child
+    side_by_side.lay_siblings(model)
     gc.collect()
     return decisions
 

@@ -11,13 +11,14 @@ backward="int8" computes both products with integers too, reusing those of the f
 dy·sw and (dy·sx)ᵀ are quantised anew, rounded stochastically, so that the gradients are unbiased.
 backward="float" keeps dy and multiplies by the dequantised tensors.
 
-Not here: the quantisers (fused_quantize.py), the GEMMs (ops/matmul.py). The formulas are those of
-QuTLASS and of Panferov et al., "QuEST: Stable Training of LLMs with 1-Bit Weights and Activations"
-(2025).
+Not here: the function and its gradient (straight_through.py), the quantisers (fused_quantize.py).
+The formulas are those of QuTLASS and of Panferov et al., "QuEST: Stable Training of LLMs with 1-Bit
+Weights and Activations" (2025).
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,13 +26,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import packing
+from . import side_by_side
 from .nn import IntLinear
-from .ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn
 from .rotation import hadamard_matrix
+from .straight_through import SCHEMES, StraightThrough, product, quantise
 
-_SCHEMES = {"w4a4": (4, 4), "w4a8": (4, 8), "w8a8": (8, 8)}
 _NO_ROTATION = 16
+_rotations: weakref.WeakValueDictionary[tuple[int | None, torch.dtype, torch.device], Tensor] = (
+    weakref.WeakValueDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class QATConfig:
 
     def __post_init__(self) -> None:
         allowed = {
-            "scheme": tuple(_SCHEMES),
+            "scheme": tuple(SCHEMES),
             "rotation": (None, 16, 32, 64, 128, 256),
             "method": ("abs_max", "quest"),
             "backward": ("int8", "float"),
@@ -64,106 +67,6 @@ class QATConfig:
                 raise ValueError(
                     f"QATConfig: {name}={getattr(self, name)!r}; expected one of {values}"
                 )
-
-
-def _quantise(t: Tensor, h: Tensor, bits: int, method: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, packed if INT4, scales [rows, 1], mask) of rows [R, K]."""
-    codes, scales, mask = torch.ops.intlass.fused_quantize(
-        t, h, f"int{bits}", method, t.shape[1], 1.0, True
-    )
-    return codes, scales, mask
-
-
-def _product(
-    xq: Tensor,
-    sx: Tensor,
-    wq: Tensor,
-    sw: Tensor,
-    bias: Tensor | None,
-    k: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    if wq.dtype == torch.uint8:
-        return matmul_int4_bf16_tn(xq, wq, sw, k=k, a_scale=sx, bias=bias, out_dtype=dtype)
-    return matmul_int8_bf16_tn(xq, wq, sx, sw, bias=bias, out_dtype=dtype)
-
-
-def _codes(q: Tensor, k: int) -> Tensor:
-    return packing.unpack(q, k, signed=True) if q.dtype == torch.uint8 else q
-
-
-def _kept(mask: Tensor) -> Tensor:
-    """The packed mask, one truth value for each element."""
-    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return ((mask[..., None] >> places) & 1).flatten(-2).bool()
-
-
-def stochastic_int8(t: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes int8, scales float32 [rows, 1]) of t [R, C]; codes·scales has the expectation t.
-
-    Rounds up with the probability of the fraction, by torch's random numbers: reproducible through
-    torch.manual_seed, and one fused kernel under torch.compile.
-    """
-    t = t.float()
-    amax = t.abs().amax(1, keepdim=True)
-    scale = torch.where(amax == 0, 1.0, amax / 127)
-    codes = torch.floor(t / scale + torch.rand_like(t)).clamp(-127, 127)
-    return codes.to(torch.int8), scale
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        h: Tensor,
-        scheme: str,
-        method: str,
-        backward: str,
-    ) -> Tensor:
-        w_bits, a_bits = _SCHEMES[scheme]
-        xq, sx, x_mask = _quantise(x, h, a_bits, method)
-        wq, sw, w_mask = _quantise(weight, h, w_bits, method)
-        ctx.save_for_backward(xq, sx, x_mask, wq, sw, w_mask, h)
-        ctx.backward_in, ctx.dtypes = backward, (x.dtype, weight.dtype)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return _product(xq, sx, wq, sw, bias, x.shape[1], x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        xq, sx, x_mask, wq, sw, w_mask, h = ctx.saved_tensors
-        k = 8 * x_mask.shape[1]
-        multiply = _int8_product if ctx.backward_in == "int8" else _float_product
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:  # Σ_n dy[m, n] sw[n] wq[n, k]
-            dx = _back(multiply(dy, sw.T, _codes(wq, k), ctx.dtypes[0]), x_mask, h)
-        if ctx.needs_input_grad[1]:  # Σ_m dy[m, n] sx[m] xq[m, k]
-            dw = _back(multiply(dy.T, sx.T, _codes(xq, k), ctx.dtypes[1]), w_mask, h)
-        if ctx.needs_input_grad[2]:
-            db = dy.float().sum(0).to(ctx.bias_dtype)
-        return dx, dw, db, None, None, None, None
-
-
-def _back(grad: Tensor, mask: Tensor, h: Tensor) -> Tensor:
-    """(grad ⊙ mask) hᵀ, with h in the dtype that the forward pass rotated this operand in."""
-    kept = torch.where(_kept(mask), grad, 0.0)
-    return (kept.view(-1, h.shape[0]) @ h.to(grad.dtype).T).view(grad.shape)
-
-
-def _float_product(a: Tensor, scale: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """(a ⊙ scale) @ codes in ``dtype``: the scale joins the operand that is not integer."""
-    return (a.float() * scale).to(dtype) @ codes.to(dtype)
-
-
-def _int8_product(a: Tensor, scale: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same with a ⊙ scale rounded to INT8, row by row and stochastically."""
-    if not codes.shape[0]:
-        return a.new_zeros(a.shape[0], codes.shape[1], dtype=dtype)
-    q, s = stochastic_int8(a.float() * scale)
-    one = torch.ones((), device=a.device)
-    return matmul_int8_bf16_tn(q, codes.T.contiguous(), s, one, out_dtype=dtype)
 
 
 class QATLinear(nn.Module):
@@ -193,9 +96,13 @@ class QATLinear(nn.Module):
         self.register_buffer("h", self._rotation(), persistent=False)
 
     def _rotation(self) -> Tensor:
+        """One tensor for all layers: torch.compile then sees which of them quantise the same x."""
         r = self.config.rotation
-        h = hadamard_matrix(r) if r else torch.eye(_NO_ROTATION, device="cpu")
-        return h.to(self.weight)
+        made = hadamard_matrix(r) if r else torch.eye(_NO_ROTATION, device="cpu")
+        h = made.to(self.weight)
+        if type(h) is not Tensor or h.is_inference():
+            return h
+        return _rotations.setdefault((r, h.dtype, h.device), h)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QATLinear:
         """Recomputes ``h``, which `to_empty` leaves uninitialised and casts round."""
@@ -217,7 +124,7 @@ class QATLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         c = self.config
         rows = x.reshape(-1, self.in_features)
-        y: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
+        y: Tensor = StraightThrough.apply(  # type: ignore[no-untyped-call]
             rows, self.weight, self.bias, self.h, c.scheme, c.method, c.backward
         )
         return y.view(*x.shape[:-1], self.out_features)
@@ -225,8 +132,8 @@ class QATLinear(nn.Module):
     @torch.no_grad()
     def convert(self) -> nn.Module:
         """The layer with its integer weight alone."""
-        w_bits, a_bits = _SCHEMES[self.config.scheme]
-        wq, sw, _ = _quantise(self.weight, self.h, w_bits, self.config.method)
+        w_bits, a_bits = SCHEMES[self.config.scheme]
+        wq, sw, _ = quantise(self.weight, self.h, w_bits, self.config.method)
         bias = None if self.bias is None else self.bias.detach()
         if self.config.rotation is None and self.config.method == "abs_max":
             name: Literal["int4", "int8"] = "int4" if a_bits == 4 else "int8"
@@ -271,8 +178,8 @@ class RotatedIntLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        xq, sx, _ = _quantise(rows, self.h, self.a_bits, self.method)
-        y = _product(xq, sx, self.weight, self.scales, self.bias, self.in_features, x.dtype)
+        xq, sx, _ = quantise(rows, self.h, self.a_bits, self.method)
+        y = product(xq, sx, self.weight, self.scales, self.bias, self.in_features, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RotatedIntLinear:
@@ -333,3 +240,4 @@ def convert_(model: nn.Module) -> None:
                 if child not in made:
                     made[child] = child.convert()
                 setattr(parent, name, made[child])
+    side_by_side.lay_siblings(model)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import calibrated, packing
+from . import calibrated, packing, side_by_side
 from .calibrate import QuantizedWeight
 from .calibrated import Method
 from .integrations import conv1d, experts
@@ -169,6 +169,7 @@ def quantize_(
         for name in experts.projections(module):
             layer = quantize_experts(experts.weights_of(module, name), config)
             experts.put(module, name, layer)
+    side_by_side.lay_siblings(model)
     left = experts.experts_left(model)
     if left is not None:
         warnings.warn(f"quantize_: {left}", stacklevel=2)

@@ -100,20 +100,23 @@ def seed_key(seed: int) -> int:
     return key ^ (key >> 31)
 
 
-def uniform(seed: int, count: int, device: torch.device) -> Tensor:
-    """``count`` float32 values in [0, 1) that depend on (seed, index) alone.
+def hashes(key: int, count: int, device: torch.device) -> Tensor:
+    """``count`` 32-bit numbers, as int64, that depend on (key, index) alone.
 
-    A 32-bit finaliser hash (Wellons' lowbias32) of index and seed: the same numbers on every
+    A 32-bit finaliser hash (Wellons' lowbias32) of index and key: the same numbers on every
     device, in any launch order and inside a captured graph.
     """
     mask = 0xFFFFFFFF
-    seed = seed_key(seed)
     x = torch.arange(count, device=device, dtype=torch.int64)
-    x = ((x & mask) ^ (((x >> 32) * 0x9E3779B9) & mask) ^ (seed & mask)) & mask
+    x = ((x & mask) ^ (((x >> 32) * 0x9E3779B9) & mask) ^ (key & mask)) & mask
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> shift)) * factor) & mask
-    x = x ^ (x >> 16) ^ ((seed >> 32) & mask)
-    return (x >> 8).to(torch.float32) * 2.0**-24
+    return x ^ (x >> 16) ^ ((key >> 32) & mask)
+
+
+def uniform(seed: int, count: int, device: torch.device) -> Tensor:
+    """``count`` float32 values in [0, 1) that depend on (seed, index) alone."""
+    return (hashes(seed_key(seed), count, device) >> 8).to(torch.float32) * 2.0**-24
 
 
 def quantization_parameters(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Exact searches for the scale of one block: the mathematics behind scales.py.
+"""Exact searches for the scale of one block: the mathematics behind scales/.
 
 For a block x[g] and codes q = Q(x/s), minimise over s one of
 
@@ -7,7 +7,7 @@ For a block x[g] and codes q = Q(x/s), minimise over s one of
     rᵀ H r, r = x - s·q    H [g, g], positive semidefinite
 
 either over a finite grid of scales (FP4: `grid_search`) or over all s > 0 (integers: `sweep`,
-`sweep_hessian`). Everything here is float64 on [B, g] blocks that are finite; scales.py shapes,
+`sweep_hessian`). Everything here is float64 on [B, g] blocks that are finite; scales/ shapes,
 chunks, and treats zero and non-finite blocks.
 
 What can be ruled out without trying it. Let some scale reach error E0, so that a better one has
@@ -33,9 +33,13 @@ _FLOAT32_STEP = 2.0**-23
 
 
 def block_error(r: Tensor, weights: Tensor | None = None, hessian: Tensor | None = None) -> Tensor:
-    """Error [B] of residuals r [B, g]: weights broadcast to r, hessian [g, g]."""
+    """Error [B] of residuals r [B, g]: weights broadcast to r, hessian [g, g] or [J, g, g], where
+    block i belongs to the (i % J)th."""
     if hessian is not None:
-        return ((r @ hessian) * r).sum(-1)
+        if hessian.ndim == 2:
+            return ((r @ hessian) * r).sum(-1)
+        columns: Tensor = r.unflatten(0, (-1, hessian.shape[0])).movedim(1, 0)
+        return ((columns @ hessian) * columns).sum(-1).T.flatten()
     return (r * r if weights is None else weights * r * r).sum(-1)
 
 

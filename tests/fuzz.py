@@ -1,10 +1,11 @@
 """Random calls of the GEMM ops against the float64 oracle, by the thousand, on a CPU or a GPU:
 
-    python3 tests/fuzz.py --device cuda --cases 20000 --json benchmarks/results/fuzz.json
+    python3 tests/fuzz.py --device cuda --workers 16 --json benchmarks/results/fuzz-h200.json
 
 Every second call has numbers of which float32 rounds none, and must be bit-equal; the others obey
 the rule of tolerance.py. A case is decided by --seed and its index: `--first I --cases 1` repeats
-one. Kernels cost NVRTC a second each, so types and sizes along K come from a pool of --problems.
+one. Kernels cost NVRTC a second each, so types and sizes along K come from a pool of --problems,
+and processes (--workers, each with a share of the cases) compile side by side.
 Exit code 1 if a case was wrong. Not here: quantisers, whose results are compared in full by
 test_quantize_ops.py.
 """
@@ -12,10 +13,12 @@ test_quantize_ops.py.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import random
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,6 +88,13 @@ class Outcome:
     wrong: int = 0
     failures: list[dict[str, Any]] = field(default_factory=list)  # the first ones
 
+    def add(self, other: Outcome) -> None:
+        self.cases += other.cases
+        self.kinds.update(other.kinds)
+        self.kernels.update(other.kernels)
+        self.wrong += other.wrong
+        self.failures = (self.failures + other.failures)[:FAILURES_KEPT]
+
 
 def fuzz(
     device: str, seed: int, indices: range, num_problems: int, seconds: float, progress: bool
@@ -116,6 +126,22 @@ def fuzz(
     return done
 
 
+def fuzz_side_by_side(
+    workers: int, device: str, seed: int, indices: range, num_problems: int, seconds: float
+) -> Outcome:
+    """`fuzz` in so many processes, each with every workers-th case and one thread."""
+    done = Outcome()
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    ) as pool:
+        shares = (indices[first::workers] for first in range(workers))
+        for outcome in [
+            pool.submit(fuzz, device, seed, share, num_problems, seconds, False) for share in shares
+        ]:
+            done.add(outcome.result())
+    return done
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -124,13 +150,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--problems", type=int, default=60, help="types and sizes along K")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--json", help="write a summary")
     options = parser.parse_args(arguments)
     start = time.monotonic()
     indices = range(options.first, options.first + options.cases)
-    done = fuzz(
-        options.device, options.seed, indices, options.problems, options.seconds, progress=True
-    )
+    how = options.device, options.seed, indices, options.problems, options.seconds
+    if options.workers > 1:
+        done = fuzz_side_by_side(options.workers, *how)
+    else:
+        done = fuzz(*how, progress=True)
     print(f"{done.cases} cases, {len(done.kernels)} kernels, {done.wrong} wrong")
     for failure in done.failures:
         print(f"--seed {options.seed} --first {failure['index']} --cases 1: {failure['error']}")

@@ -65,6 +65,26 @@ def main() -> None:
     ):
         quantize(torch.randn(m, k, dtype=dtype, device="cuda"), symmetric=symmetric)
         launches += 1
+    for (format_, k, group_size), dtype, r in itertools.product(
+        (("int8", 768, 8), ("int8", 768, 256), ("int4", 5120, 5120), ("int8", 69632, 69632)),
+        (torch.bfloat16, torch.float32),
+        (16, 256),
+    ):
+        x = torch.randn(5, k, dtype=dtype, device="cuda")
+        call = getattr(intlass_ops, f"fused_quantize_{format_}")
+        call(x, intlass_ops.hadamard_matrix(r), group_size=group_size, return_mask=True)
+        launches += 1
+    for call in (intlass_ops.fused_quantize_mx, intlass_ops.fused_quantize_nv):
+        x = torch.randn(7, 96, dtype=torch.bfloat16, device="cuda")
+        call(x, intlass_ops.hadamard_matrix(32), return_mask=True)
+        launches += 1
+    for m, (n, k, g) in itertools.product((5, 40), ((200, 192, 32), (2048, 256, 128))):
+        packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+        s = torch.rand(k // g, n, dtype=torch.bfloat16, device="cuda")
+        x = torch.randn(m, n, dtype=torch.bfloat16, device="cuda")
+        for zeros in (s, None):
+            intlass_ops.mixed_mm(x, packed.T, s, zeros, g, transposed=True)
+            launches += 1
     torch.cuda.synchronize()
     print(f"{launches} launches on {torch.cuda.get_device_name()}, {jit.arch_of(0)}")
 

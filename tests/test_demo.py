@@ -238,7 +238,7 @@ def test_whole_course_on_a_tiny_model(
     assert found["intlass"]["linears"] == [LINEARS, LINEARS]
     for graph in ("prefill", "decode"):
         counts = found["intlass"]["kernels"][graph]
-        assert sum(counts.values()) == LINEARS
+        assert 0 < sum(counts.values()) <= LINEARS
         assert {name.split(" ")[0] for name in counts} == {
             "matmul_int4_bf16_tn",
             "matmul_int8_bf16_tn",

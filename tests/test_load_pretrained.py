@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
 from tiny_checkpoints import FORMS, Weight, draw, linears, write, write_experts
+from transformers.quantizers.base import HfQuantizer
 
 from intlass_ops import IntLinear, dequantize, pack_int4
 from intlass_ops.formats import FormatError
@@ -71,6 +72,17 @@ def test_experts_of_a_checkpoint_are_joined(tmp_path: Path, name: str) -> None:
         assert torch.equal(generate(model), generate(expected))
     model.save_pretrained(tmp_path / "ours")
     assert torch.equal(load_pretrained(tmp_path / "ours")(PROMPT).logits, logits)
+
+
+def test_parameters_that_loading_leaves_as_in_the_file_are_cast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers 5.17 leaves those that it renames, a router for one; here, all of them."""
+    write_experts(tmp_path, FORMS["awq"])
+    monkeypatch.setattr(HfQuantizer, "get_new_dtype", lambda *_: None, raising=False)
+    model = load_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(PROMPT).logits.dtype == torch.bfloat16
 
 
 def test_signed_experts_among_unsigned_ones_keep_their_values() -> None:

@@ -9,9 +9,10 @@ import module_zoo
 import pytest
 import torch
 from lowering_helpers import SWAPPED, TOLERANCE, fresh, outcomes, relative_error
+from test_side_by_side import SCHEMES, X, _swap, three
 from torch import Tensor, nn
 
-from intlass_ops import lowering, quantize_int8
+from intlass_ops import explain, lowering, quantize_int8
 from intlass_ops.lowering import blocks
 from intlass_ops.prepare import prepare_
 
@@ -112,3 +113,17 @@ def test_norm_and_swiglu_are_computed_by_the_quantiser() -> None:
         assert lowering.counters()["quantisers"] == 2
         # A norm summed in another order may move a code by one.
         assert relative_error(y, step(x)) < 2 / 127
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a8", "w4a8"])
+def test_siblings_are_one_kernel_under_cuda_graphs(scheme: str) -> None:
+    model = three(SCHEMES[scheme], bias=True).cuda()
+    x = X.cuda()
+    with fresh(), torch.no_grad():
+        call = torch.compile(model, backend=lowering.backend, mode="reduce-overhead")
+        assert len(explain(call, x).dispatches) == 2
+        for change in (lambda m: m.v.scales.mul_(-2), _swap):
+            for _ in range(4):
+                assert all(close(y, z) for y, z in zip(call(x), model(x), strict=True))
+            change(model)
+            assert all(close(y, z) for y, z in zip(call(x), model(x), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from tolerance import assert_close
 from torch import Tensor
 
-from intlass_ops import mixed_mm, pack_int4
+from intlass_ops import config, mixed_mm, pack_int4, unpack_int4
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -52,6 +53,39 @@ def test_both_directions_are_exact_on_integers(
                 y = mixed_mm(a.to(device, dtype), b.to(device), *rest, transposed=transposed)
                 assert y.dtype == dtype
                 assert torch.equal(y.cpu(), expected.to(FP32).to(dtype)), (m, n, k, g, transposed)
+
+
+@pytest.mark.parametrize("m", [3, 60, 100])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_transposed_takes_any_layout(m: int, dtype: torch.dtype, device: str) -> None:
+    """Parameters in rows, columns or one for all; zeros of other types; rows of x unaligned."""
+    n, k, g = 264, 320, 32
+    packed, s, z, _ = weight(n, k, g, False, dtype, exact=True)
+    assert z is not None
+    scales: tuple[Tensor, ...] = (s.T, s.T.contiguous(), s[0], s[0, 0], s.T.float())
+    zeros = (z.T, z.T.contiguous().to(torch.uint8), z[0].to(torch.int32), z[0, 0], None)
+    wide = torch.randint(-1, 2, (m, n + 9), generator=torch.Generator().manual_seed(m))
+    wide = wide.to(device, dtype)
+    inputs = wide[:, 9:], wide[:, 8 : n + 8], wide.T.contiguous()[:n].T
+    q = unpack_int4(packed, k, signed=False).double()
+    pairs = [(scales[i], zeros[(i + j) % 5]) for i in range(5) for j in (0, 2)]
+    for (scale, zero), x in itertools.product(pairs, inputs):
+        codes = q - 16 * (q > 7) if zero is None else q - _spread(zero, n, k)
+        expected = 2 * x.cpu().double() @ (codes * _spread(scale, n, k))
+        op = torch.ops.intlass.matmul_int4_nn
+        rest = (packed, scale, zero, k, torch.tensor(2.0))
+        y = op(x, *(t.to(device) if isinstance(t, Tensor) else t for t in rest))
+        assert torch.equal(y.cpu(), expected.to(FP32).to(dtype)), (scale.shape, zero, x.stride())
+
+
+def _spread(t: Tensor, n: int, k: int) -> Tensor:
+    """Parameters of groups as one for each weight."""
+    t = t.double()
+    return (
+        (t if t.dim() == 2 else t.reshape(-1, 1))
+        .repeat_interleave(k // (t.shape[1] if t.dim() == 2 else 1), 1)
+        .expand(n, k)
+    )
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -96,6 +130,15 @@ def test_adapters_train_on_a_quantised_base(device: str) -> None:
     assert ours[-1] < 0.7 * ours[0]
 
 
+def test_vmap_is_one_more_dimension(device: str) -> None:
+    packed, s, _, _ = weight(24, 32, 16, True, FP32)
+    rest = packed.to(device), s.T.to(device), None, 32
+    x = torch.randn(3, 5, 24, device=device)
+    op = torch.ops.intlass.matmul_int4_nn
+    batched = torch.func.vmap(lambda x: op(x, *rest), in_dims=1, out_dims=1)(x)
+    torch.testing.assert_close(batched, op(x, *rest))
+
+
 def test_numerical_gradient() -> None:
     packed, s, z, _ = weight(16, 32, 16, False, FP32)
     a = torch.randn(3, 32, requires_grad=True)
@@ -124,3 +167,19 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
     }
     with pytest.raises((ValueError, TypeError), match=message):
         mixed_mm(**(args | change))
+
+
+def test_few_tokens_have_a_kernel_that_fits() -> None:
+    for arch, m in itertools.product(config.ARCHS, (1, 16, 33, config.TRANSPOSED_MAX_M)):
+        gpu = config.device_of(arch)
+        c = config.pick_transposed("bf16", True, True, m)
+        x, y, stripes = c.grid(m, 4104, 4096, gpu.sm_count)
+        assert c.smem_bytes <= gpu.smem_per_block
+        assert x * 64 >= 4096
+        assert y * c.tokens >= m
+        assert x * y * stripes <= max(gpu.sm_count, x * y)
+    many = config.TRANSPOSED_MAX_M + 1
+    assert config.why_not_transposed(1, 4096, 4096, True, True) is None
+    assert "dequantising once" in str(config.why_not_transposed(many, 4096, 4096, True, True))
+    for n, k, aligned in ((4100, 4096, True), (4096, 4100, True), (4096, 4096, False)):
+        assert "multiple of 8" in str(config.why_not_transposed(1, n, k, True, aligned))

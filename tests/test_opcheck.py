@@ -105,6 +105,17 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         {},
     ),
     "fused-nv": (OPS.fused_quantize.default, (_x(3, 64), _x(32, 32), "nv", "abs_max", 16, 2.0), {}),
+    "gradient": (
+        OPS.quantize_gradient.default,
+        (_x(3, 5, dtype=BF16), _x(3, 1), _x(5, 1), torch.tensor([7])),
+        {},
+    ),
+    "transpose-s4": (OPS.transpose_codes.default, (oracle.pack(_codes(3, 5)), 5), {}),
+    "rotate-back": (
+        OPS.rotate_back.default,
+        (_x(3, 32, dtype=BF16), _codes(3, 4).to(torch.uint8), _x(16, 16)),
+        {},
+    ),
     "int4-nn": (
         OPS.matmul_int4_nn.default,
         (_x(2, 3, 5).requires_grad_(), oracle.pack(_codes(5, 32)), _x(5, 2), _x(5, 2), 32, _x(1)),
@@ -190,6 +201,9 @@ def test_every_op_has_a_sample() -> None:
             "fused_quantize",
             "matmul_block_scaled",
             "matmul_int4_nn",
+            "quantize_gradient",
+            "transpose_codes",
+            "rotate_back",
             "matmul_experts",
             "matmul_experts_backward",
         )

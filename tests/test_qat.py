@@ -6,10 +6,11 @@ from typing import Literal
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 import intlass_ops as ia
-from intlass_ops import qat
 from intlass_ops.nn import IntLinear
 from intlass_ops.qat import QATConfig, QATLinear, RotatedIntLinear, convert_
 from intlass_ops.rotation import hadamard_matrix, rotate
@@ -79,17 +80,22 @@ def test_formulas(config: QATConfig, device: str) -> None:
     assert max(errors) < tolerance, errors
 
 
-def test_stochastic_rounding_is_unbiased_and_within_a_step() -> None:
+def test_gradient_codes_are_unbiased_and_within_a_step() -> None:
     torch.manual_seed(0)
-    t = torch.randn(4, 64)
-    t[3] = 0
-    mean = torch.zeros_like(t)
-    for _ in range(2000):
-        q, s = qat.stochastic_int8(t)
-        assert float(((q * s - t) / s).abs().max()) <= 1 + 1e-4
-        mean += q * s / 2000
+    dy, rows, columns = torch.randn(4, 64), torch.rand(4) + 0.5, torch.rand(64) + 0.5
+    dy[3] = 0
+    by_row, by_column = dy * columns, (dy * rows[:, None]).T
+    errors = [torch.zeros_like(by_row), torch.zeros_like(by_column)]
+    for seed in torch.randint(2**62, (2000, 1)):
+        codes = torch.ops.intlass.quantize_gradient(dy, rows, columns, seed)
+        for error, t, q, s in zip(
+            errors, (by_row, by_column), codes[::2], codes[1::2], strict=True
+        ):
+            steps = (q[:, : t.shape[1]] * s - t) / s
+            assert float(steps.abs().max()) <= 1 + 1e-4
+            error += steps / 2000
     # A rounding has at most half a step of deviation; 5 sigma of the mean of 2000.
-    assert float(((mean - t) / s).abs().max()) < 5 * 0.5 / 2000**0.5
+    assert max(float(error.abs().max()) for error in errors) < 5 * 0.5 / 2000**0.5
 
 
 def test_straight_through_where_nothing_is_rounded() -> None:
@@ -136,6 +142,33 @@ def test_compiles_without_graph_breaks() -> None:
     assert torch.allclose(grad, plain)
 
 
+def test_a_compiled_model_quantises_an_input_once() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 32), nn.Linear(64, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) * self.b(x)
+
+    model = Pair()
+    ia.quantize_(model, QATConfig("w8a8", 32, "quest", "int8"))
+    targets: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, _inputs: object) -> object:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    compiler = aot_autograd(
+        fw_compiler=note, bw_compiler=note, partition_fn=min_cut_rematerialization_partition
+    )
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    compiled(torch.randn(8, 64, requires_grad=True)).sum().backward()
+    assert targets.count("intlass.fused_quantize.default") == 3
+    assert targets.count("intlass.transpose_codes.default") == 3
+    assert targets.count("intlass.quantize_gradient.default") == 2
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="QATConfig: rotation=48; expected one of"):
         QATConfig(rotation=48)
@@ -174,7 +207,7 @@ def test_a_layer_made_on_the_meta_device_rotates(rotation: int | None, how: str)
     assert twin.h.is_meta
     if how == "to_empty":
         twin.to_empty(device="cpu")
-        twin.h.fill_(torch.nan)  # what "uninitialised" may be
+        twin.h = torch.full_like(twin.h, torch.nan)  # what "uninitialised" may be
         twin.to_empty(device="cpu")
     twin.load_state_dict(layer.state_dict(), assign=how == "assign")
     x = torch.randn(3, 64)

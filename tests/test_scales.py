@@ -1,4 +1,4 @@
-"""Scale searches against brute force, and the contract of every quantiser in scales.py."""
+"""Scale searches against brute force, and the contract of every quantiser in scales/."""
 
 from __future__ import annotations
 

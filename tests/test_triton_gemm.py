@@ -1,4 +1,4 @@
-"""Triton's decoding kernels (mixed_mm transposed, block-scaled FP4 and FP8) and GPTQ's columns.
+"""Triton's kernels that decode weights or stand between QAT's products, and GPTQ's columns.
 
 On a GPU the tests of the ops run them as the ops do; here they run under Triton's interpreter. It
 is chosen when Triton is imported, hence a process of its own.
@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from test_block_scaled import exact
-from test_mixed_mm import SHAPES, weight
 
 from intlass_ops import fp4, packing
 
@@ -52,19 +51,54 @@ def test_every_code_under_every_scale(dtype: torch.dtype, blocked: bool) -> None
 
 
 @interpreted
-@pytest.mark.parametrize("stripes", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("signed", [True, False])
-def test_sums_over_rows(signed: bool, stripes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from intlass_ops.triton import mixed_mm
+def test_dequantised_weights(signed: bool, dtype: torch.dtype) -> None:
+    from intlass_ops.triton import dequantize as kernels
 
-    monkeypatch.setattr(mixed_mm, "_stripes", lambda *_: stripes)
-    for m, n, k, g in SHAPES:
-        packed, s, z, w = weight(n, k, g, signed, torch.float16, exact=True)
-        a = torch.randint(-1, 2, (m, n)).half()
-        alpha = torch.tensor(2.0) if m % 2 else None
-        zeros = None if z is None else z.T
-        y = mixed_mm.matmul_nn(a, packed, s.T, zeros, k, alpha, torch.float16)
-        assert torch.equal(y.double(), a.double() @ w.T * (2 if m % 2 else 1)), (m, n, k, g)
+    rng = torch.Generator().manual_seed(0)
+    for n, k, groups in ((33, 301, 1), (17, 336, 7), (20, 512, 4), (3, 2048, 2)):
+        q = torch.randint(-8, 8, (n, k), generator=rng) + (0 if signed else 8)
+        s = torch.rand(n, groups, generator=rng)
+        z = None if signed else 15 * torch.rand(n, groups, generator=rng)
+        for codes, scales in ((packing.pack(q), s), (q.to(torch.int8), s[:, :1])):
+            found = kernels.dequantize(codes, scales, z, k, dtype)
+            expected = torch.ops.intlass.dequantize(codes, scales, z, k, dtype)
+            assert torch.equal(found, expected), (n, k, groups, codes.dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(70, 300), (5, 16), (130, 257)])
+def test_codes_of_gradients(shape: tuple[int, int]) -> None:
+    from intlass_ops.triton import training
+
+    rng = torch.Generator().manual_seed(0)
+    dy = torch.randn(shape, generator=rng)
+    dy[3], dy[4, 2], dy[2, 1] = 0, torch.nan, torch.inf
+    rows, columns = (torch.rand(size, 1, generator=rng) for size in shape)
+    seed = torch.randint(2**62, (1,), generator=rng)
+    wide = [-(-size // 16) * 16 for size in shape]
+    found = training.quantise_gradient(dy, rows, columns, seed, *wide)
+    expected = torch.ops.intlass.quantize_gradient(dy, rows, columns, seed)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@interpreted
+def test_transposed_codes_and_rotated_gradients() -> None:
+    from intlass_ops.triton import training
+
+    q = torch.randint(-8, 8, (70, 301))
+    for codes in (q.to(torch.int8), packing.pack(q)):
+        found = training.transpose_codes(codes, 301, 80)
+        assert torch.equal(found[:, :70], q.T.to(torch.int8))
+        assert not found[:, 70:].any()
+    for r in (16, 32, 256):
+        g = torch.randint(-8, 8, (7, 3 * r)).half()
+        mask = torch.randint(0, 256, (7, 3 * r // 8), dtype=torch.uint8)
+        h = torch.randint(-1, 2, (r, r)).half()
+        expected = torch.ops.intlass.rotate_back(g, mask, h)
+        assert torch.equal(training.rotate_back(g, mask, h), expected)
 
 
 @interpreted

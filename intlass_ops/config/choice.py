@@ -6,16 +6,19 @@ from dataclasses import replace
 from functools import lru_cache
 
 from . import tuned
-from .fp4 import Fp4
+from .fp4 import DecodeFp4
 from .gemm import Gemm, gemm_candidates, pick_gemm
 from .hopper import Hopper, TokenSums, hopper_candidates, pick_hopper, why_not_hopper
-from .problem import Device, Shape, without_wgmma
+from .problem import Device, Shape, widens, without_wgmma
 from .quantize import Quantize
+from .rotate_quantize import RotateQuantize
 from .skinny import Skinny, pick_skinny, skinny_candidates, why_not_skinny
 from .skinny_ring import SkinnyRing, pick_ring, ring_candidates, why_not_ring
+from .transposed import Transposed
+from .widen import Widen
 
 Matmul = Gemm | Skinny | SkinnyRing | Hopper
-Config = Matmul | TokenSums | Quantize | Fp4
+Config = Matmul | TokenSums | Quantize | RotateQuantize | DecodeFp4 | Widen | Transposed
 
 _BATCH_INVARIANT_M = 64  # the tokens that the one kernel of batch_invariant() is picked for
 
@@ -32,6 +35,7 @@ def reason(device: Device, shape: Shape) -> str:
 
 def predicted(device: Device, shape: Shape) -> Matmul:
     """The configuration without any table."""
+    shape = shape.on(device)
     if why_not_skinny(shape) is None:
         # Rows by the thousand stream through a ring; else every block loads its rows at once.
         if shape.n >= 128 * device.sm_count and why_not_ring(shape) is None:
@@ -46,6 +50,7 @@ def predicted(device: Device, shape: Shape) -> Matmul:
 
 def candidates(device: Device, shape: Shape) -> list[Matmul]:
     """All that the tuner measures and that a table may ask for, the predicted one first."""
+    shape = shape.on(device)
     found: list[Matmul] = [predicted(device, shape), pick_gemm(device, shape)]
     if why_not_skinny(shape) is None:
         found += skinny_candidates(device, shape)
@@ -59,6 +64,9 @@ def candidates(device: Device, shape: Shape) -> list[Matmul]:
 
 @lru_cache(maxsize=65536)
 def _choose(device: Device, shape: Shape) -> tuple[Matmul, str]:
+    if widens(device, shape.x_kind):
+        c, why = _choose(device, shape.on(device))
+        return c, f"activations widened to INT8 first; {why}"
     if shape.batch_invariant:  # one tile for every M, so one binary: no order that could differ
         c = replace(pick_gemm(device, replace(shape, m=_BATCH_INVARIANT_M)), split_k=1)
         return c, "batch_invariant(): one kernel for every M"

@@ -1,4 +1,4 @@
-"""fp4.cu, MXFP4 and NVFP4 operands, few tokens: its configurations and pick."""
+"""FP4 (MXFP4, NVFP4): which kernel takes a product, and decode_fp4.cu's configuration."""
 
 from __future__ import annotations
 
@@ -7,77 +7,61 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from .problem import Device, mma_sass
+from .hopper import Hopper, pick_hopper, why_not_hopper
+from .problem import Device, Shape
+from .skinny import Skinny, pick_skinny, why_not_skinny
+from .skinny_ring import SkinnyRing, ring_candidates
 
-FP4_X = ("e2m1", "bf16", "fp16")
-# Above so many tokens, decoding both operands to bf16 once and a dense product are faster (H200).
+FP4_X = ("e2m1", "bf16")
+# Where there is no wgmma, so many tokens go through the kernels for few tokens slice by slice; more
+# are faster as a dense product of operands that were decoded before.
 FP4_MAX_M = 64
 
 
+# What decoded numbers are divided by: bf16 has no room for 6 * 2^127.
+FP4_UNIT = {"e8m0": 4, "e4m3": 1}
+
+
 @dataclass(frozen=True)
-class Fp4:
-    """fp4.cu: one block computes 16 * tiles_n rows of W for 8 * tiles_m tokens."""
+class DecodeFp4:
+    """decode_fp4.cu: codes and scales to bf16, a block `rows` rows by 8 k a thread."""
 
-    source: ClassVar[str] = "fp4.cu"
-    entry: ClassVar[str] = "fp4"
-
-    x_kind: str  # e2m1, bf16, fp16
-    scale_kind: str  # e8m0, e4m3
-    out_type: str
-    tiles_m: int
-    tiles_n: int
-    warps: int
-    unroll: int
-    blocks_per_sm: int
+    source: ClassVar[str] = "decode_fp4.cu"
+    entry: ClassVar[str] = "decode_fp4"
+    starts_early: ClassVar[bool] = True
+    scale_type: str  # e8m0, e4m3
     blocked: bool  # scales in the order of fp4.to_blocked
-    scale_words_aligned: bool  # rows of scales start at multiples of four bytes
+    threads: int = 256
+    rows: int = 4
 
-    @property
-    def threads(self) -> int:
-        return 32 * self.warps
-
-    def grid(self, m: int, n: int) -> tuple[int, int, int]:
-        return math.ceil(n / (16 * self.tiles_n)), math.ceil(m / (8 * self.tiles_m)), 1
+    def grid(self, rows: int, k: int) -> tuple[int, int, int]:
+        return math.ceil(rows / self.rows), math.ceil(k / (8 * self.threads)), 1
 
     def __str__(self) -> str:
-        return (
-            f"fp4 {self.x_kind}x{self.scale_kind} {8 * self.tiles_m}x{16 * self.tiles_n} "
-            f"warps={self.warps} unroll={self.unroll}"
-        )
+        return f"decode_fp4 {self.scale_type}"
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
-        return mma_sass("s8" if self.x_kind == "e2m1" else self.x_kind, arch)
+        return ()
 
 
 @lru_cache(maxsize=4096)
-def pick_fp4(
-    device: Device,
-    x_kind: str,
-    scale_kind: str,
-    out_type: str,
-    blocked: bool,
-    scale_words_aligned: bool,
-    m: int,
-    n: int,
-    k: int,
-) -> Fp4:
-    """As `_pick_skinny`: warps that share out K, fewer rows a block where that leaves SMs idle."""
-    tiles_m = 1 if m <= 8 else 2
-    blocks = math.ceil(n / 32) * math.ceil(m / (8 * tiles_m))
-    chunks = math.ceil(k / 128)
-    warps = 8
-    while warps > 1 and warps > chunks:
-        warps //= 2
-    unroll = 2 if tiles_m == 1 and x_kind == "e2m1" and chunks >= 2 * warps else 1
-    return Fp4(
-        x_kind=x_kind,
-        scale_kind=scale_kind,
-        out_type=out_type,
-        tiles_m=tiles_m,
-        tiles_n=1 if 2 * blocks <= device.sm_count else 2,
-        warps=warps,
-        unroll=unroll,
-        blocks_per_sm=1,
-        blocked=blocked,
-        scale_words_aligned=scale_words_aligned or blocked,
+def pick_fp4(device: Device, shape: Shape) -> Skinny | SkinnyRing | Hopper | None:
+    """The configuration for a product with FP4 weights; None: no kernel takes it."""
+    if why_not_skinny(shape) is None:
+        return _pick_ring(device, shape) or pick_skinny(device, shape)
+    return pick_hopper(device, shape) if why_not_hopper(device, shape) is None else None
+
+
+def _pick_ring(device: Device, shape: Shape) -> SkinnyRing | None:
+    """A ring for many rows, or for long ones that are a tile for each of its groups of warps.
+
+    H200, MXFP4, M = 1: 49 us instead of 60 for 8192 rows of 28672 k, 12 instead of 6 for 4096 of 4096.
+    """
+    if shape.n >= 128 * device.sm_count:
+        return next(ring_candidates(device, shape), None)
+    if shape.k < 16384 or not device.sm_count < math.ceil(shape.n / 32) <= 2 * device.sm_count:
+        return None
+    of_two_groups = (
+        c for c in ring_candidates(device, shape) if (c.groups, c.num_stages) == (2, 4)
     )
+    return next((c for c in of_two_groups if c.segment_k >= shape.k), None)

@@ -29,19 +29,23 @@ class Hopper:
     block_m: int
     tiles_n: int
     consumers: int
+    in_turns: bool  # a consumer computes all of a tile, while others write out theirs
     num_stages: int
     stream_k: bool  # whether the blocks share out the last tiles by k
     split_k: int  # blocks of a cluster that share a tile
+    share_x: int  # blocks of a cluster that load the same tokens, each a part for all
     raster: int
     slab: int  # tokens of the output in shared memory at a time
     grouping: int
     groups_per_tile: int
     has_zeros: bool
     has_a_zero: bool = False
+    blocked: bool = False  # FP4: scales in the order of fp4.to_blocked
+    x_unit: int = 1  # what decoded activations were divided by
 
     @property
     def block_n(self) -> int:
-        return 64 * self.tiles_n * self.consumers
+        return 64 * self.tiles_n * (1 if self.in_turns else self.consumers)
 
     @property
     def threads(self) -> int:
@@ -79,18 +83,23 @@ class Hopper:
         return self.x_kind, self.block_m
 
     def tiles(self, m: int, n: int) -> int:
-        return math.ceil(m / self.block_m) * math.ceil(n / self.block_n)
+        """Tiles of the output, side by side `share_x` at a time."""
+        return math.prod(self._tiles(m, n)) * self.share_x
+
+    def _tiles(self, m: int, n: int) -> tuple[int, int]:
+        return math.ceil(m / self.block_m), math.ceil(n / (self.block_n * self.share_x))
 
     def grid(self, m: int, n: int, k: int, sm_count: int) -> tuple[int, int, int]:
         """A block for every place on the GPU, if there is work for it."""
         if self.split_k > 1:
             return self.tiles(m, n) * self.split_k, 1, 1
         work = self.tiles(m, n) * (math.ceil(k / HOPPER_BLOCK_K) if self.stream_k else 1)
-        return min(sm_count * self.blocks_per_sm, work), 1, 1
+        places = sm_count * self.blocks_per_sm // self.share_x * self.share_x
+        return min(places, work), 1, 1
 
     def shares(self, m: int, n: int, k: int, blocks: int) -> tuple[int, int, int, int, int, int]:
         """hopper.cu's Shares: tiles of m, n, k; tiles taken whole; k tiles of the rest a block."""
-        of_m, of_n = math.ceil(m / self.block_m), math.ceil(n / self.block_n)
+        of_m, of_n = self._tiles(m, n)
         k_tiles = math.ceil(k / HOPPER_BLOCK_K)
         shared = of_m * of_n % blocks if self.stream_k else 0
         each, extra = divmod(shared * k_tiles, blocks)
@@ -102,9 +111,12 @@ class Hopper:
         return self.block_m * self.block_n
 
     def __str__(self) -> str:
-        extra = " stream_k" if self.stream_k else ""
+        extra = " in_turns" if self.in_turns else ""
+        extra += " stream_k" if self.stream_k else ""
         if self.split_k > 1:
             extra = f" split_k={self.split_k}"
+        if self.share_x > 1:
+            extra += f" share_x={self.share_x}"
         return (
             f"hopper {self.x_kind}x{self.w_kind} "
             f"{self.block_m}x{self.block_n}x{HOPPER_BLOCK_K}/{self.num_stages}{extra}"
@@ -146,8 +158,11 @@ def why_not_hopper(device: Device, shape: Shape) -> str | None:
         return "rows do not start on 16-byte boundaries"
     if not shape.apart:
         return "rows overlap, which TMA does not take"
-    if shape.x_kind in ("s4", "u4"):
-        return "no INT4 activations"
+    if shape.w_kind == "e2m1":
+        if shape.x_kind != "bf16":
+            return "FP4 activations are decoded before"
+        whole_tiles = shape.k % HOPPER_BLOCK_K == 0
+        return None if whole_tiles else f"K={shape.k} is not a multiple of {HOPPER_BLOCK_K}"
     whole = shape.group_size >= shape.k
     if shape.x_kind == "s8" and shape.w_kind == "s8" and not whole:
         return "INT8 weights under INT8 activations have one scale a row"
@@ -169,6 +184,10 @@ _HOPPER_TILES = {
         (256, 1, 2, 782), (128, 2, 2, 653), (128, 1, 2, 633), (64, 2, 2, 471), (64, 1, 1, 417),
         (32, 2, 2, 284), (32, 1, 1, 238),
     ),
+    ("bf16", 4, "fp4"): (
+        (256, 1, 2, 735), (128, 2, 2, 540), (128, 1, 2, 555), (64, 2, 2, 400), (64, 1, 1, 350),
+        (32, 2, 2, 240), (32, 1, 1, 200),
+    ),
     ("bf16", 8, "channel"): (
         (256, 1, 2, 766), (128, 2, 2, 725), (128, 1, 2, 686), (64, 2, 2, 500), (64, 1, 1, 462),
         (32, 2, 2, 312), (32, 1, 1, 259),
@@ -187,6 +206,10 @@ _HOPPER_TILES = {
     ),
 }  # fmt: skip
 _HOPPER_TILES["bf16", 8, "groups"] = _HOPPER_TILES["bf16", 4, "groups"]
+# W8A8 by two consumers in turns: block_m, tiles_n and TOPS. From 64 tiles of K on, writing out is
+# so little of the work that larger tiles win; weights that become fragments want larger ones too.
+_TILES_IN_TURNS = ((192, 2, 1600), (128, 2, 1550), (256, 1, 1480))
+_IN_TURNS_MAX_K = 8192
 _H200_SMS, _H200_BYTES_PER_US = 132, 4.01e6
 _LAUNCH_US = 1.2  # until the first product and after the last
 _SHARED_US = 6.1  # until a block has the sums of another, by stream_k
@@ -194,6 +217,7 @@ _CLUSTER_US = 2.4  # and of one of its cluster
 _EXCHANGED_PER_US = 15200  # sums that a block reads from others
 _ALONE = 0.58  # of its rate a block reaches that has no other one on its SM to hide latencies
 _NOT_HIDDEN = 0.25  # of the shorter of computing and reading W
+_SHARE_X_US, _SHARE_X = 0.4, 0.95  # share_x: until all of a cluster are there; and of reading W
 _STREAMED = 0.12  # stream_k: slower over many rounds, in which tiles share less of what L2 holds
 
 
@@ -213,6 +237,9 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
     work = 2 * c.block_m * c.block_n * HOPPER_BLOCK_K * k_tiles * c.blocks_per_sm
     compute = rounds * work / (rate * 1e6 / _H200_SMS * speed)
     memory = shape.n * shape.k * BITS[c.w_kind] / 8 / _H200_BYTES_PER_US
+    if c.share_x > 1:
+        memory *= _SHARE_X
+        exchange += _SHARE_X_US
     busy, idle = max(compute, memory), min(compute, memory)
     return _LAUNCH_US + exchange + busy + idle * _NOT_HIDDEN
 
@@ -225,7 +252,7 @@ def weights_take_scales(shape: Shape) -> bool:
     """
     own = {"bf16": "__nv_bfloat16", "fp16": "__half"}.get(shape.x_kind)
     zeros = ("int", "signed char", "unsigned char", *(["__nv_bfloat16"] if own != "__half" else []))
-    return (
+    return shape.w_kind == "e2m1" or (
         shape.group_size < shape.k
         and shape.scale_type == own
         and shape.out_type != "float"
@@ -235,12 +262,19 @@ def weights_take_scales(shape: Shape) -> bool:
 
 def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, float]]:
     """The tiles that fit a problem, with as deep a ring as fits, and their predicted times."""
-    whole = shape.group_size >= shape.k and not shape.has_zeros
+    whole = shape.group_size >= shape.k and not shape.has_zeros and shape.w_kind != "e2m1"
     scaled = weights_take_scales(shape)
     kind = "s8" if shape.x_kind == "s8" else "bf16"
-    tiles = _HOPPER_TILES[kind, BITS[shape.w_kind], "channel" if whole or scaled else "groups"]
+    scales = "fp4" if shape.w_kind == "e2m1" else "channel" if whole or scaled else "groups"
+    key = kind, BITS[shape.w_kind], scales
+    tiles = [(m, n, consumers, False, rate) for m, n, consumers, rate in _HOPPER_TILES[key]]
+    ways = [(False, 1, 1), (True, 1, 1), (False, 2, 1)]  # stream_k, split_k, share_x
+    if shape.x_kind == "s8" and whole:  # others are not bound by reading
+        ways += [(False, 1, 4), (False, 1, 2)]
+    if key == ("s8", 8, "channel") and shape.k <= _IN_TURNS_MAX_K:
+        tiles += [(m, n, 2, True, rate) for m, n, rate in _TILES_IN_TURNS]
     groups_per_tile = max(1, HOPPER_BLOCK_K // min(shape.group_size, HOPPER_BLOCK_K))
-    if shape.group_size >= shape.k:
+    if shape.group_size >= shape.k or shape.w_kind == "e2m1":
         groups_per_tile = 1
     if whole:
         grouping = Grouping.CHANNEL
@@ -248,9 +282,11 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
         grouping = Grouping.SCALED_WEIGHTS
     else:
         grouping = Grouping.SPAN if groups_per_tile > 1 else Grouping.TILE
-    for (block_m, tiles_n, consumers, rate), (stream_k, split_k) in itertools.product(
-        tiles, ((False, 1), (True, 1), (False, 2))
-    ):
+    for tile, way in itertools.product(tiles, ways):
+        block_m, tiles_n, consumers, in_turns, rate = tile
+        stream_k, split_k, share_x = way
+        if in_turns and split_k > 1:
+            continue  # a cluster has one tile
         extra = stream_k + shape.has_zeros + (groups_per_tile > 1)
         if scaled:
             spills = block_m * tiles_n == 256 and shape.has_zeros and groups_per_tile > 2
@@ -268,19 +304,23 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
             block_m=block_m,
             tiles_n=tiles_n,
             consumers=consumers,
+            in_turns=in_turns,
             num_stages=1,
             stream_k=stream_k,
             split_k=split_k,
+            share_x=share_x,
             raster=8,
             slab=math.gcd(64, block_m),
             grouping=grouping,
             groups_per_tile=groups_per_tile,
             has_zeros=shape.has_zeros,
+            blocked=shape.blocked,
         )
-        if split_k > 1 and c.grid(shape.m, shape.n, shape.k, 0)[0] > (
-            device.sm_count * c.blocks_per_sm
-        ):
+        places = device.sm_count * c.blocks_per_sm
+        if split_k > 1 and c.grid(shape.m, shape.n, shape.k, 0)[0] > places:
             continue
+        if in_turns and c.tiles(shape.m, shape.n) <= places:
+            continue  # a tile a block: nobody to take turns with
         # two blocks on an SM, each with 1 KiB of the system's
         room = (device.smem_per_block - 1024 * (c.blocks_per_sm - 1)) // c.blocks_per_sm
         rings = (

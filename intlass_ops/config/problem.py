@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 SPAN_K = 32  # k of one span, operands.cuh
-BITS = {"bf16": 16, "fp16": 16, "s8": 8, "s4": 4, "u4": 4}
+BITS = {"bf16": 16, "fp16": 16, "s8": 8, "s4": 4, "u4": 4, "e2m1": 4}
 TYPE_BYTES = {
     "float": 4,
     "int": 4,
@@ -19,7 +19,8 @@ TYPE_BYTES = {
     "unsigned char": 1,
 }
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-# Activation and weight kinds that have a kernel.
+INT4_MMA = ("sm_80", "sm_86", "sm_89")  # have tensor cores for INT4
+# Activation and weight kinds that have a kernel; FP4 weights (e2m1) have two more, config/fp4.py.
 PAIRS = (
     *((x, w) for x in ("bf16", "fp16") for w in ("s4", "u4", "s8")),
     *(("s8", w) for w in ("s4", "u4", "s8")),
@@ -79,6 +80,11 @@ def without_wgmma(device: Device) -> Device:
     return replace(device, arch="sm_90") if device.arch == "sm_90a" else device
 
 
+def widens(device: Device, x_kind: str) -> bool:
+    """Whether INT4 activations become INT8 first: no tensor core of this GPU takes them."""
+    return x_kind in ("s4", "u4") and device.arch not in INT4_MMA
+
+
 @dataclass(frozen=True)
 class Shape:
     """What `pick` may know of a problem: kinds, types and sizes."""
@@ -97,6 +103,7 @@ class Shape:
     group_size: int
     apart: bool = True  # no two rows share memory
     batch_invariant: bool = False  # the kernel must not depend on m
+    blocked: bool = False  # FP4: scales in the order of fp4.to_blocked
 
     @property
     def zeros_in_sums(self) -> bool:
@@ -104,9 +111,13 @@ class Shape:
         in_codes = BITS[self.x_kind] == 16 and BITS[self.w_kind] == 4
         return self.has_zeros and not (in_codes and TYPE_BYTES[self.zero_type] == 1)
 
+    def on(self, device: Device) -> Shape:
+        """The problem as the kernels of this GPU meet it."""
+        return replace(self, x_kind="s8") if widens(device, self.x_kind) else self
+
 
 def mma_sass(x_kind: str, arch: str, int4_k: int = 32) -> tuple[str, ...]:
-    if x_kind in ("bf16", "fp16"):
-        return (r"HMMA\.16816\.F32" + (r"\.BF16" if x_kind == "bf16" else r"\b"),)
-    native = x_kind in ("s4", "u4") and arch in ("sm_80", "sm_86", "sm_89")
+    if x_kind in ("bf16", "fp16", "e2m1"):
+        return (r"HMMA\.16816\.F32" + (r"\b" if x_kind == "fp16" else r"\.BF16"),)
+    native = x_kind in ("s4", "u4") and arch in INT4_MMA
     return (rf"IMMA\.168{int4_k}\.S4\.S4" if native else r"IMMA\.16832\.S8\.S8",)

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .choice import Config, pick
-from .fp4 import FP4_X, pick_fp4
+from .fp4 import FP4_X, DecodeFp4, pick_fp4
 from .hopper import Hopper, TokenSums, pick_hopper, why_not_hopper
-from .problem import ARCHS, BITS, PAIRS, Shape, device_of, without_wgmma
+from .problem import ARCHS, BITS, INT4_MMA, PAIRS, Shape, device_of, without_wgmma
 from .quantize import Before, pick_quantize
+from .rotate_quantize import RotateQuantize, pick_rotate_quantize
 from .skinny import SKINNY_MAX_M
+from .transposed import TRANSPOSED_MAX_M, pick_transposed
+from .widen import pick_widen
 
 
 def _shipped_hopper(
@@ -49,6 +52,34 @@ def _shipped_hopper(
                 yield TokenSums(x, span), ("sm_90a",)
 
 
+def _shipped_rotations() -> Iterator[tuple[RotateQuantize, tuple[str, ...]]]:
+    """Each rotation, format and scope; the half of the architectures changes from one to the next.
+
+    Scopes differ between architectures, which have more or less shared memory.
+    """
+    bf16, half, single = "__nv_bfloat16", "__half", "float"
+    cases = (
+        (bf16, 32, "int8", 8192),
+        (bf16, 32, "mx", 32),
+        (bf16, 64, "int4", 25600),
+        (half, 64, "nv", 16),
+        (half, 128, "int8", 128),
+        (bf16, 128, "int4", 1 << 18),
+        (bf16, 256, "mx", 32),
+        (half, 16, "nv", 16),
+        (bf16, 16, "int8", 5120),
+        (single, 64, "int8", 4096),
+    )
+    for turn, (x_type, rotation, format_, group_size) in enumerate(cases):
+        quest, mask = turn % 4 in (1, 2), turn % 4 >= 2
+        for arch in ARCHS[turn % 2 :: 2]:
+            device = device_of(arch)
+            yield (
+                pick_rotate_quantize(device, x_type, rotation, format_, quest, mask, group_size),
+                (arch,),
+            )
+
+
 def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
     """A covering set of what the picks can return, each with the architectures it is built for.
 
@@ -84,6 +115,9 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
                     many_rows = replace(shape, n=32768, aligned=True)
                     yield pick(without_wgmma(device_of(arch)), many_rows), (arch,)
     yield from _shipped_hopper(types, zero_types)
+    yield from _shipped_rotations()
+    yield pick_transposed("bf16", True, True, 16), ARCHS
+    yield pick_transposed("bf16", False, False, TRANSPOSED_MAX_M), ("sm_80", "sm_90a", "sm_120")
     for turn, (bits, symmetric) in enumerate(((8, True), (4, False), (8, False), (4, True))):
         for x_type, (vector, length) in zip(types, ((8, 4096), (2, 5), (8, 100_000)), strict=True):
             yield pick_quantize(x_type, bits, symmetric, turn > 1, vector, length), ARCHS
@@ -91,13 +125,31 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
                 for before in (Before.RMS_NORM, Before.SILU_MUL):
                     c = pick_quantize(x_type, bits, symmetric, False, vector, length, before)
                     yield c, ARCHS
-    for turn, (x, scale_kind) in enumerate(itertools.product(FP4_X, ("e8m0", "e4m3"))):
-        for m, blocked, aligned in ((1, turn % 2 == 0, True), (16, turn % 2 == 1, turn != 2)):
-            for arch in ARCHS:
-                sizes = m, 4096, 4096
-                yield (
-                    pick_fp4(
-                        device_of(arch), x, scale_kind, types[turn % 3], blocked, aligned, *sizes
-                    ),
-                    (arch,),
-                )
+    formats = ("e8m0", 32), ("e4m3", 16)
+    for turn, (x, (scale_type, group_size), m) in enumerate(
+        itertools.product(FP4_X, formats, (1, 16, 4096))
+    ):
+        shape = Shape(
+            x_kind=x,
+            w_kind="e2m1",
+            scale_type=scale_type,
+            zero_type="float",
+            out_type=types[turn % 3],
+            has_zeros=False,
+            has_a_zero=False,
+            aligned=True,
+            m=m,
+            n=(4096, 32768)[turn // 2 % 2],
+            k=4096 + 32 * (turn % 2 and m <= SKINNY_MAX_M),
+            group_size=group_size,
+            blocked=turn % 4 == 0,
+        )
+        for arch in ARCHS:
+            picked = pick_fp4(device_of(arch), shape)
+            if picked is not None:
+                yield picked, (arch,)
+    for x in ("s4", "u4"):
+        for aligned in (True, False):
+            yield pick_widen(x, aligned), tuple(arch for arch in ARCHS if arch not in INT4_MMA)
+    for turn, (scale_type, _) in enumerate(formats):
+        yield DecodeFp4(scale_type, blocked=turn == 0), ARCHS

@@ -35,6 +35,7 @@ class Skinny:
     has_zeros: bool
     whole: bool
     has_a_zero: bool = False
+    blocked: bool = False  # FP4: scales in the order of fp4.to_blocked
 
     @property
     def threads(self) -> int:
@@ -72,6 +73,8 @@ def why_not_skinny(shape: Shape) -> str | None:
     if shape.k % (chunk_k // 4):
         # rows may be aligned all the same, with padding between them
         return f"K={shape.k} does not fill the last 16 bytes of a row of W"
+    if shape.w_kind == "e2m1":
+        return None
     whole_chunks = shape.group_size >= shape.k or shape.group_size % chunk_k == 0
     if not whole_chunks and shape.group_size not in (chunk_k // 2, chunk_k // 4):
         return f"group_size={shape.group_size} does not divide chunks of {chunk_k} k"
@@ -95,7 +98,7 @@ def skinny_candidates(device: Device, shape: Shape) -> Iterator[Skinny]:
     each other; the tuner refuses what spills all the same.
     """
     chunks = math.ceil(shape.k * BITS[shape.w_kind] / 512)
-    groups_per_chunk = _groups_per_chunk(shape)
+    groups_per_chunk = groups_of_chunk(shape)
     heavy = (shape.m > 8) + shape.zeros_in_sums
     limits = ((_most_threads(device), 1 >> heavy), (512, 4 >> heavy), (256, 8))
     for tiles_n, unroll in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)):
@@ -115,7 +118,16 @@ def _most_threads(device: Device) -> int:
     return 512 if device.arch in ("sm_100", "sm_120") else 1024
 
 
-def _groups_per_chunk(shape: Shape) -> int:
+def few_tokens_grouping(shape: Shape) -> Grouping:
+    if shape.w_kind == "e2m1":
+        return Grouping.SCALED_WEIGHTS
+    return Grouping.CHANNEL if shape.group_size >= shape.k else Grouping.SPAN
+
+
+def groups_of_chunk(shape: Shape) -> int:
+    """Groups whose sums a chunk of k ends, at least one."""
+    if shape.w_kind == "e2m1":  # takes its scales before it is multiplied
+        return 1
     chunk_k = 512 // BITS[shape.w_kind]
     return max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
 
@@ -134,11 +146,12 @@ def _config(shape: Shape, tile: tuple[int, int, int, int]) -> Skinny:
         warps=warps,
         unroll=unroll,
         blocks_per_sm=blocks_per_sm,
-        groups_per_chunk=_groups_per_chunk(shape),
+        groups_per_chunk=groups_of_chunk(shape),
         chunks_per_group=max(1, min(shape.group_size, shape.k) // chunk_k),
-        grouping=Grouping.CHANNEL if shape.group_size >= shape.k else Grouping.SPAN,
+        grouping=few_tokens_grouping(shape),
         has_zeros=shape.has_zeros,
         whole=shape.k % (chunk_k * warps * unroll) == 0,
+        blocked=shape.blocked,
     )
 
 
@@ -149,7 +162,7 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     are chosen for the bytes in flight, not measured.
     """
     chunks = math.ceil(shape.k / (512 // BITS[shape.w_kind]))
-    masked = _groups_per_chunk(shape) > 1
+    masked = groups_of_chunk(shape) > 1
     blocks, sms = math.ceil(shape.n / 32), device.sm_count
     few_tokens = shape.m <= 8
     if masked or (shape.zeros_in_sums and not few_tokens and blocks > sms):

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from .problem import BITS, Device, Grouping, Shape, mma_sass
+from .problem import BITS, Device, Shape, mma_sass
+from .skinny import few_tokens_grouping, groups_of_chunk
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class SkinnyRing:
     has_zeros: bool
     whole: bool
     has_a_zero: bool = False
+    blocked: bool = False  # FP4: scales in the order of fp4.to_blocked
 
     @property
     def threads(self) -> int:
@@ -75,7 +77,7 @@ def _ring_slab(tokens: int, tiles_n: int) -> int:
 
 def _ring_smem(c: SkinnyRing) -> int:
     ring = c.warps * c.num_stages * 1024 * c.tiles_n
-    x = c.segment_k * c.tokens * BITS[c.x_kind] // 8
+    x = c.segment_k * c.tokens * 2  # fragments of 16 bits
     return ring + x + (1 if c.tokens > 8 else 2) * c.warps * _ring_slab(c.tokens, c.tiles_n)
 
 
@@ -84,6 +86,8 @@ def why_not_ring(shape: Shape) -> str | None:
 
     Where decoding costs nothing, loading at once is as fast (W8A8, W4A8, W8A16 on an H200).
     """
+    if shape.w_kind == "e2m1":
+        return None
     if BITS[shape.w_kind] != 4 or BITS[shape.x_kind] != 16:
         return "decoding costs nothing that a ring could hide"
     masked = shape.group_size < 512 // BITS[shape.w_kind] and shape.group_size < shape.k
@@ -102,7 +106,7 @@ def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
     chunk_k = 512 // BITS[shape.w_kind]
     chunks = max(1, math.ceil(shape.k / chunk_k))
     tokens = 1 << (shape.m - 1).bit_length()
-    groups_per_chunk = max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
+    groups_per_chunk = groups_of_chunk(shape)
     zeros = shape.has_zeros and (shape.zeros_in_sums or shape.x_kind == "fp16")
     heavy = shape.m > 8 or zeros or groups_per_chunk > 1  # registers for 8 warps only
     # warps of a group share a row's chunks evenly
@@ -132,9 +136,10 @@ def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
             fixed_smem=0,
             groups_per_chunk=groups_per_chunk,
             chunks_per_group=max(1, min(shape.group_size, shape.k) // chunk_k),
-            grouping=Grouping.CHANNEL if shape.group_size >= shape.k else Grouping.SPAN,
+            grouping=few_tokens_grouping(shape),
             has_zeros=shape.has_zeros,
             whole=shape.k % chunk_k == 0,
+            blocked=shape.blocked,
         )
         room = min(device.smem_per_block, device.smem_per_sm // blocks_per_sm - 1024)
         # all of x at once, or for the last choices in segments

@@ -51,6 +51,7 @@ class Entry(NamedTuple):
 
 def class_of(device: Device, shape: Shape) -> Class | None:
     """Which entries a problem shares with others; None where nothing is measured."""
+    shape = shape.on(device)
     if shape.has_a_zero or shape.batch_invariant or not (shape.aligned and shape.apart):
         return None
     if shape.zeros_in_sums:

@@ -2,8 +2,12 @@
 
 CUDA calls it programmatic dependent launch. A kernel whose config says ``starts_early`` may be
 under way as soon as every block of the one before it runs and has said so (``launch_dependents``,
-memory.cuh). It may then read integer codes of weights, which no kernel that says so writes, and
-must call ``wait_for_predecessors`` before it touches anything else. CUDA graphs keep this.
+memory.cuh). It may then read integer codes of weights, and must call ``wait_for_predecessors``
+before it touches anything else. CUDA graphs keep this.
+
+Of the kernels that say so only quantisers write integers, and each when all before it have ended.
+So the codes of the last quantiser on a stream are the only ones that may still be under way: a GEMM
+whose weights they are is launched in order.
 
 CuPy has no binding of cuLaunchKernelEx.
 """
@@ -15,11 +19,29 @@ import functools
 import struct
 from collections.abc import Callable
 
+from torch import Tensor
+
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # of CUlaunchAttributeID
 # CUlaunchAttribute: its id, then a union of 64 bytes
 _ATTRIBUTE = ctypes.create_string_buffer(
     struct.pack("=I4xi60x", _PROGRAMMATIC_STREAM_SERIALIZATION, 1)
 )
+
+
+# By device and stream: the addresses of the last quantiser's codes
+_under_way: dict[tuple[int, int], tuple[int, int]] = {}
+
+
+def quantised(device_index: int, stream: int, codes: Tensor) -> None:
+    """A quantiser that lets others start has just been enqueued."""
+    start = codes.data_ptr()
+    _under_way[device_index, stream] = start, start + codes.numel()
+
+
+def may_be_under_way(device_index: int, stream: int, address: int) -> bool:
+    """Whether the last quantiser writes the codes at this address."""
+    start, end = _under_way.get((device_index, stream), (0, 0))
+    return start <= address < end
 
 
 @functools.cache

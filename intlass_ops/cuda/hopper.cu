@@ -4,7 +4,8 @@
 // and X into the ring. The others are consumers: each owns 64 * tiles_n rows of W and all
 // block_m tokens of the block's tile, with W as wgmma's A operand. INT8 weights under INT8
 // activations go from shared memory straight to the tensor cores; all others become fragments in
-// registers on the way, while the tensor cores work on the fragments before.
+// registers on the way, while the tensor cores work on the fragments before. Or (`in_turns`) each consumer
+// owns all of a tile and takes every second one, so that one computes while the other writes out.
 //
 //     producer:   empty? -> TMA -> full          full/empty: one pair of mbarriers a stage
 //     consumer:   full?  -> fragments, wgmma -> empty
@@ -24,12 +25,17 @@ struct Ring {
   __device__ __forceinline__ void advance() {
     if (++stage == num_stages) stage = 0, phase ^= 1;
   }
+  __device__ __forceinline__ void skip(int stages) {
+    stage += stages;
+    phase ^= stage / num_stages & 1, stage %= num_stages;
+  }
 };
 
 __device__ __forceinline__ void produce(const Shares& shares, const TensorMap& w_map,
                                         const TensorMap& x_map, const char* x_sums, i64 x_sums_row,
                                         Ring ring) {
   Schedule schedule;
+  [[maybe_unused]] const int rank = int(blockIdx.x) % share_x;
   bool waited = false;
   for (Segment s; schedule.next(shares, s);) {
     int m0, n0;
@@ -42,8 +48,15 @@ __device__ __forceinline__ void produce(const Shares& shares, const TensorMap& w
       tma_load(data + x_bytes, w_map, kt * w_row_bytes, n0, ring.full());
       if (!waited) wait_for_predecessors(), waited = true;
 #pragma unroll
-      for (int c = 0; c < x_columns; ++c)
-        tma_load(data + c * x_column_bytes, x_map, (kt * x_columns + c) * 128, m0, ring.full());
+      for (int c = 0; c < x_columns; ++c) {
+        const u32 to = data + c * x_column_bytes;
+        const int column = (kt * x_columns + c) * 128;
+        if constexpr (share_x == 1)
+          tma_load(to, x_map, column, m0, ring.full());
+        else
+          tma_load_all<share_x>(to + rank * (x_column_bytes / share_x), x_map, column,
+                                m0 + rank * (block_m / share_x), ring.full());
+      }
       if constexpr (needs_sums)
 #pragma unroll
         for (int f = 0; f < flushes; ++f)
@@ -131,32 +144,54 @@ __device__ __forceinline__ void flush(float (&total)[values], const Acc (&acc)[v
   }
 }
 
-// Done with a stage: tell the producer, one thread of every warp
+// Done with a stage: tell the producer, one thread of every warp. Where plain loads read sums of x to the
+// very end of a stage, each thread for itself: racecheck sees no warp that is in step anyway.
+constexpr int arrivals_of_warp = needs_sums ? 32 : 1;
+static_assert(share_x == 1 || !needs_sums, "not both");
 __device__ __forceinline__ void release(u32 empty) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(empty);
+  const int lane = threadIdx.x % 32;
+  if constexpr (share_x > 1) {  // every block of the cluster fills a part of the stage
+    if (lane < share_x) barrier_arrive_at(empty, lane);
+  } else {
+    if (lane < arrivals_of_warp) barrier_arrive(empty);
+  }
 }
 
 // Sum a segment's k tiles: into `sum` if there is one scale a row, else into `total`.
 __device__ __forceinline__ void mainloop(const Params& p, Ring& ring, const Segment& segment,
-                                         i64 row0, int wg_row0, int lane, int warp, Sums& sum,
-                                         Totals& total) {
+                                         i64 row0, int wg, int wg_row0, int lane, int warp,
+                                         Sums& sum, Totals& total) {
   const Lane own(lane, warp);
   u32 previous = 0;  // the stage before this one, which wgmma may still be reading
   u32 a[2][chunk_steps][4];
   ScaleReader reader(p, row0, lane, segment.begin);
   TileScales scales, next;
+  BlockReader block_reader(p, row0, lane);
+  BlockScales blocks, next_blocks;
+  bool no_number[tiles_n][2] = {};
   const int groups = int((p.k - 1) / p.group_size) + 1;
   auto groups_left = [&](int kt) { return flushes > 1 ? groups - kt * flushes : 1; };
-  constexpr bool in_groups = grouping != channel;
+  constexpr bool in_groups = grouping != channel && !fp4;
   if (in_groups && segment.begin < segment.end) reader.read(p, next, groups_left(segment.begin));
+  if (fp4 && segment.begin < segment.end) block_reader.read(next_blocks, segment.begin);
 #pragma unroll 1
   for (int kt = segment.begin; kt < segment.end; ++kt) {
     if constexpr (in_groups) {
       scales = next;
       if (kt + 1 < segment.end) reader.read(p, next, groups_left(kt + 1));
     }
+    if constexpr (fp4) {
+      blocks = next_blocks;
+      if (kt + 1 < segment.end) block_reader.read(next_blocks, kt + 1);
+#pragma unroll
+      for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) no_number[i][h] |= blocks.no_number(i, h);
+    }
     barrier_wait(ring.full(), ring.phase);
+    // the other's stages come next: now it is no more than a phase behind the barriers
+    if (in_turns && kt + 1 == segment.end) pass_turn(1 - wg);
     const u32 x = ring.data(), w = x + x_bytes + wg_row0 * w_row_bytes;
     const u64 x_tile = tile_descriptor(x);
     auto x_step = [&](int s) { return x_tile + (s / 4 * x_column_bytes + s % 4 * 32) / 16; };
@@ -183,11 +218,14 @@ __device__ __forceinline__ void mainloop(const Params& p, Ring& ring, const Segm
       for (int t = 0; t < turns; ++t) {
         const int c = chunk_of(t), i = tile_of(t);
         const int f = c / chunks_per_flush;
-        RowScale rows[2];
-        if constexpr (scaled)
+        RowScale rows[row_scales][2];
 #pragma unroll
-          for (int h = 0; h < 2; ++h)
-            rows[h] = RowScale(scales.s[i][f][h], scales.z[has_zeros ? i : 0][f][h]);
+        for (int h = 0; h < 2; ++h) {
+          if constexpr (fp4)
+            blocks.factors(rows, i, h, c);
+          else if constexpr (scaled)
+            rows[0][h] = RowScale(scales.s[i][f][h], scales.z[has_zeros ? i : 0][f][h]);
+        }
         own.fragments(a[t % 2], raw, rows);
         if (t + 1 < turns) raw = own.load(tile, tile_of(t + 1), chunk_of(t + 1));
         wgmma_fence();
@@ -219,9 +257,15 @@ __device__ __forceinline__ void mainloop(const Params& p, Ring& ring, const Segm
   }
 #pragma unroll
   for (int i = 0; i < acc_tiles; ++i) pin_all(sum.acc[i]);
+  if constexpr (fp4)
+#pragma unroll
+    for (int i = 0; i < acc_tiles; ++i)
+#pragma unroll
+      for (int e = 0; e < values; ++e)
+        if (no_number[i][e % 4 / 2]) sum.acc[i][e] = __uint_as_float(0x7fc00000);
 }
 
-extern "C" __global__ void __cluster_dims__(split_k, 1, 1) __launch_bounds__(threads, blocks_per_sm)
+extern "C" __global__ void __cluster_dims__(split_k * share_x, 1, 1) __launch_bounds__(threads, blocks_per_sm)
     hopper(const __grid_constant__ Params p, const __grid_constant__ Shares shares,
            const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
            const char* x_sums, i64 x_sums_row) {
@@ -235,29 +279,36 @@ extern "C" __global__ void __cluster_dims__(split_k, 1, 1) __launch_bounds__(thr
 #pragma unroll 1
     for (int s = 0; s < num_stages; ++s) {
       barrier_init(ring.barriers + s * 8, 1);
-      barrier_init(ring.barriers + (num_stages + s) * 8, consumers * 4);
+      barrier_init(ring.barriers + (num_stages + s) * 8, share_x * team * 4 * arrivals_of_warp);
     }
     publish_barriers();
   }
-  __syncthreads();
+  if constexpr (share_x > 1)
+    cluster_meet();
+  else
+    __syncthreads();
 
   if (threadIdx.x < 128) {
     give_registers<producer_registers>();
     if (threadIdx.x == 0) produce(shares, w_map, x_map, x_sums, x_sums_row, ring);
-    if constexpr (split_k > 1) {  // as the consumers do
-      __syncwarp();
-      cluster_sync();
-      cluster_sync();
-    }
+    __syncwarp();
+    if constexpr (split_k > 1) cluster_meet();  // as the consumers do
+    if constexpr (split_k * share_x > 1) cluster_meet();
     return;
   }
   take_registers<consumer_registers>();
   wait_for_predecessors();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, wg = threadIdx.x / 128 - 1;
-  const int wg_row0 = wg * tiles_n * 64;
+  const int wg_row0 = in_turns ? 0 : wg * tiles_n * 64;
   Schedule schedule;
+  int turn = 0;
+  if (in_turns && wg == 1) pass_turn(0);
 #pragma unroll 1
   for (Segment s; schedule.next(shares, s);) {
+    if (in_turns && turn++ % consumers != wg) {
+      ring.skip(s.end - s.begin);
+      continue;
+    }
     int m0, n0;
     shares.locate(s.tile, m0, n0);
     Sums sum;
@@ -271,7 +322,8 @@ extern "C" __global__ void __cluster_dims__(split_k, 1, 1) __launch_bounds__(thr
       for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
         for (int e = 0; e < values; ++e) total.acc[i][e] = 0;
-    mainloop(p, ring, s, n0 + wg_row0 + warp * 16, wg_row0, lane, warp, sum, total);
+    if constexpr (in_turns) await_turn(wg);
+    mainloop(p, ring, s, n0 + wg_row0 + warp * 16, wg, wg_row0, lane, warp, sum, total);
     auto& result = Select<direct, Sums, Totals>::of(sum, total).acc;
     if constexpr (split_k > 1) {
       const Share share_of_tile(p, cluster_rank(), m0, n0, threadIdx.x - 128);
@@ -281,17 +333,18 @@ extern "C" __global__ void __cluster_dims__(split_k, 1, 1) __launch_bounds__(thr
       leave_sums(exchange, wg_row0, lane, warp, result);
       cluster_sync();
       share_of_tile.finish(p, exchange, cluster_rank(), m0, n0);
-      cluster_sync();
+      cluster_meet();  // others may still read this block's sums
       return;
     }
     if constexpr (Config::stream_k) {
       if (s.begin > 0) {
-        leave(p, result);
+        leave(p, wg, result);
         continue;
       }
-      if (s.end < shares.k_tiles) add_others(p, shares, s.tile, result);
+      if (s.end < shares.k_tiles) add_others(p, shares, s.tile, wg, result);
     }
     char* staging = smem + barriers_bytes + num_stages * stage_bytes + wg * staging_bytes;
     write_out(p, staging, wg + 1, m0, n0 + wg_row0, lane, warp, sum, total);
   }
+  if constexpr (share_x > 1) cluster_meet();  // others may still fill this block's memory
 }

@@ -41,6 +41,16 @@ __device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, int col
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
+// The same into the same place of the first `blocks` blocks of the cluster, with a barrier each
+template <int blocks>
+__device__ __forceinline__ void tma_load_all(u32 smem, const TensorMap& map, int column, int row,
+                                             u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(smem),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(short((1 << blocks) - 1))
+      : "memory");
+}
 // `bytes`, a multiple of 16, of plain memory
 __device__ __forceinline__ void bulk_load(u32 smem, const char* from, int bytes, u32 barrier) {
   asm volatile(
@@ -62,6 +72,20 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
+}
+// The blocks wait for one another, but need not see what others wrote
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" :::
+                   "memory");
+}
+// Arrive at the barrier that another block of the cluster has in the same place
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
 }
 // Four words of shared memory of another block of the cluster
 __device__ __forceinline__ uint4 load_remote(u32 smem, int rank) {
@@ -102,9 +126,16 @@ template <int registers> __device__ __forceinline__ void give_registers() {
 __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
   asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
 }
+// Two consumers in turns: wait for one's own, and pass it on to `warpgroup`
+__device__ __forceinline__ void await_turn(int warpgroup) {
+  asm volatile("bar.sync %0, 256;" ::"r"(warpgroup + 8) : "memory");
+}
+__device__ __forceinline__ void pass_turn(int warpgroup) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(warpgroup + 8) : "memory");
+}
 // The threads of all consumers
 template <int threads> __device__ __forceinline__ void consumers_sync() {
-  asm volatile("bar.sync 8, %0;" ::"n"(threads) : "memory");
+  asm volatile("bar.sync 4, %0;" ::"n"(threads) : "memory");
 }
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

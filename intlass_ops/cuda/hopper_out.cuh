@@ -35,7 +35,16 @@ __device__ __forceinline__ void write_out(const Params& p, char* staging, int wa
                                           const Totals& total) {
   const int thread = warp * 32 + lane, quarter = lane % 4;
   float* factor = reinterpret_cast<float*>(staging + slab * pitch);
-  const float alpha = alpha_of(p);
+  const float alpha = alpha_of(p) * sum_unit;
+  float bias[tiles_n][2], scale[tiles_n][2];
+#pragma unroll
+  for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const i64 n = min(row0 + i * 64 + warp * 16 + h * 8 + lane / 4, p.n - 1);
+      bias[i][h] = bias_of(p, n);
+      scale[i][h] = grouping == channel ? scale_of(p, n, 0) * code_unit : 1.f;
+    }
   for (int t = thread; t < block_m; t += 128)
     factor[t] = alpha * a_scale_of(p, min(m0 + t, p.m - 1));
   const u32 staged = smem_address(staging);
@@ -43,21 +52,14 @@ __device__ __forceinline__ void write_out(const Params& p, char* staging, int wa
 
 #pragma unroll
   for (int i = 0; i < tiles_n; ++i) {
-    float bias[2], scale[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const i64 n = min(row0 + i * 64 + warp * 16 + h * 8 + lane / 4, p.n - 1);
-      bias[h] = bias_of(p, n);
-      scale[h] = grouping == channel ? scale_of(p, n, 0) * code_unit : 1.f;
-    }
     auto y = [&](int e, float f) {
       const int h = e % 4 / 2;
       float v;
       if constexpr (direct)
-        v = scale[h] * value(sum.acc[i][e]);
+        v = scale[i][h] * value(sum.acc[i][e]);
       else
         v = total.acc[i][e];
-      return v * f + bias[h];
+      return v * f + bias[i][h];
     };
 #pragma unroll
     for (int m1 = 0; m1 < block_m; m1 += slab) {
@@ -128,7 +130,7 @@ struct Share {
   __device__ __forceinline__ Share(const Params& p, int rank, i64 m0, i64 n0, int thread) {
     static_assert(consumers * 128 % quads == 0, "a thread keeps its rows and steps over tokens");
     row = thread % quads * 4, token0 = rank * share + thread / quads;
-    const float alpha = alpha_of(p);
+    const float alpha = alpha_of(p) * sum_unit;
 #pragma unroll
     for (int t = 0; t < turns_of_share; ++t)
       factor[t] = alpha * a_scale_of(p, min(m0 + token(t), p.m - 1));
@@ -178,37 +180,44 @@ struct Share {
 
 // stream_k: every block of a shared tile but the first leaves what it has summed, a thread's values
 // `others` apart.
+constexpr int others = team * 128;
+__device__ __forceinline__ int thread_of_team() { return (threadIdx.x - 128) % others; }
+__device__ __forceinline__ void team_sync(int wg) {
+  if constexpr (in_turns)
+    warpgroup_sync(wg + 1);
+  else
+    consumers_sync<others>();
+}
+
 template <class T, int tiles>
-__device__ __forceinline__ void leave(const Params& p, const T (&v)[tiles][values]) {
-  constexpr int others = consumers * 128;
+__device__ __forceinline__ void leave(const Params& p, int wg, const T (&v)[tiles][values]) {
   uint4* slot = reinterpret_cast<uint4*>(p.workspace) +
-                i64(place()) * (tiles * values / 4 * others) + threadIdx.x - 128;
+                i64(place()) * (tiles * values / 4 * others) + thread_of_team();
 #pragma unroll
   for (int i = 0; i < tiles; ++i)
 #pragma unroll
     for (int e = 0; e < values; e += 4)
       __stcg(slot + (i * values + e) / 4 * others, reinterpret_cast<const uint4&>(v[i][e]));
   __threadfence();
-  consumers_sync<consumers * 128>();
-  if (threadIdx.x == 128) store_release(p.arrivals + place(), 1);
+  team_sync(wg);
+  if (thread_of_team() == 0) store_release(p.arrivals + place(), 1);
 }
 
 // Its first block adds them, in the order of k.
 template <class T, int tiles>
-__device__ __forceinline__ void add_others(const Params& p, const Shares& shares, int tile,
+__device__ __forceinline__ void add_others(const Params& p, const Shares& shares, int tile, int wg,
                                            T (&v)[tiles][values]) {
-  constexpr int others = consumers * 128;
   const int end = (tile - shares.whole + 1) * shares.k_tiles;
 #pragma unroll 1
   for (int block = place() + 1; shares.first_unit(block) < end; ++block) {
     if (shares.first_unit(block + 1) == shares.first_unit(block)) continue;
-    if (threadIdx.x == 128) {
+    if (thread_of_team() == 0) {
       while (!load_acquire(p.arrivals + block)) {}
       p.arrivals[block] = 0;  // for the next launch
     }
-    consumers_sync<consumers * 128>();
+    team_sync(wg);
     const uint4* slot = reinterpret_cast<const uint4*>(p.workspace) +
-                        i64(block) * (tiles * values / 4 * others) + threadIdx.x - 128;
+                        i64(block) * (tiles * values / 4 * others) + thread_of_team();
 #pragma unroll
     for (int i = 0; i < tiles; ++i)
 #pragma unroll

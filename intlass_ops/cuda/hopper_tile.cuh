@@ -5,8 +5,15 @@
 #include "problem.cuh"
 
 constexpr int block_m = Config::block_m, tiles_n = Config::tiles_n, num_stages = Config::num_stages;
-constexpr int split_k = Config::split_k;  // blocks of a cluster that share a tile
-constexpr int consumers = Config::consumers, block_n = consumers * tiles_n * 64, block_k = 128;
+// A cluster of blocks shares a tile by k, or the tokens of neighbouring tiles: each block then loads a
+// part of them for all.
+constexpr int split_k = Config::split_k, share_x = Config::share_x;
+static_assert(split_k == 1 || share_x == 1, "one reason for a cluster");
+constexpr int consumers = Config::consumers, block_k = 128;
+// Consumers share a tile, or take turns: while one writes its tile out, the next computes another
+constexpr bool in_turns = Config::in_turns;
+constexpr int team = in_turns ? 1 : consumers;  // warpgroups that compute a tile
+constexpr int block_n = team * tiles_n * 64;
 constexpr bool from_registers = !(same<X, s8>::value && same<W, s8>::value);
 constexpr int values = block_m / 2;  // of a thread, for one row tile of 64
 // One accumulator a row tile, for all of K: one scale a row, or weights that have taken theirs
@@ -70,7 +77,7 @@ struct Shares {
     const int first = tile / (raster * of_n) * raster, height = min(raster, of_m - first);
     const int within = tile - first * of_n;
     m0 = (first + within % height) * block_m;
-    n0 = within / height * block_n;
+    n0 = (within / height * share_x + int(blockIdx.x) % share_x) * block_n;
   }
 };
 
@@ -80,7 +87,7 @@ __device__ __forceinline__ int place() { return gridDim.x - 1 - blockIdx.x; }
 
 // What a block does, one segment after another
 struct Schedule {
-  int tile = blockIdx.x;  // the next one to take whole
+  int tile = blockIdx.x / share_x;  // the next one to take whole
   int done = 0;           // k tiles of the shared ones
 
   __device__ __forceinline__ bool next(const Shares& shares, Segment& s) {
@@ -92,7 +99,7 @@ struct Schedule {
     }
     if (tile < shares.whole) {
       s = {tile, 0, shares.k_tiles};
-      tile += gridDim.x;
+      tile += gridDim.x / share_x;
       return true;
     }
     if constexpr (!Config::stream_k) return false;

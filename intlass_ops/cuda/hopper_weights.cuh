@@ -6,29 +6,10 @@
 #pragma once
 #include "hopper_tile.cuh"
 
-// INT4 codes as 16-bit floats. A nibble stays where it is, at the bottom of one half word and above that
-// of the other, and the factors of an FMA differ: fp16 has room for both below its implicit one; bf16
-// has not, but its subnormals and their next binade form one line, bits 0..7 times 2^-133, of which
-// the FMA takes 2^6 away.
-template <class X> struct Nibbles {  // of INT8 activations: none
-  static constexpr u32 magic = 0, factors = 0, minus_8 = 0;
-  static constexpr float unit = 1.f;
-  static __device__ __forceinline__ u32 minus(float) { return 0; }
-};
-template <> struct Nibbles<bf16> {
-  static constexpr u32 magic = 0, factors = 0x7d007f00, minus_8 = 0xbe00be00;
-  static constexpr float unit = 64.f;
-  static __device__ __forceinline__ u32 minus(float z) {
-    return halves<bf16>(z * (-1 / unit), z * (-1 / unit));
-  }
-};
-template <> struct Nibbles<fp16> {
-  static constexpr u32 magic = 0x64006400, factors = 0x2c003c00, minus_8 = 0xd480e408;
-  static constexpr float unit = 1.f;
-  static __device__ __forceinline__ u32 minus(float z) {
-    return halves<fp16>(-1024.f - z, -64.f - z);
-  }
-};
+constexpr bool fp4 = same<W, e2m1>::value;
+constexpr int row_scales = fp4 && block_size<Scale> == 16 ? 2 : 1;  // of a row in a chunk
+// What sums are too small by: FP4's scales, and what its activations were divided by
+constexpr float sum_unit = (fp4 ? block_unit<Scale> : 1.f) * Config::x_unit;
 // What a product of codes stands for, beside P::unit
 constexpr float code_unit = W::bits == 4 ? Nibbles<X>::unit : 1.f;
 
@@ -39,13 +20,17 @@ template <class X, class W> struct Pieces {
 
   __device__ __forceinline__ Pieces(u32 quarter) {
     const u32 b = whole_chunk ? quarter : quarter % 2 * 2;
-    selector = whole_chunk    ? b | b << 8
+    selector = fp4            ? b * 0x11 | (b + 4) * 0x1100
+               : whole_chunk  ? b | b << 8
                : W::bits == 4 ? (b + 4) | b << 4 | (b + 5) << 8 | (b + 1) << 12
                               : b | (b + 1) << 8;
   }
   // One register of wgmma's A. `offset`: minus what is to be a code of zero, of INT4 as 16-bit floats
   __device__ __forceinline__ u32 fragment(u32 w, u32 offset) const {
-    if constexpr (X::bits == 8) {
+    if constexpr (fp4) {  // each code twice, at the top of a byte: sign and the rest come together
+      const u32 twice = __byte_perm(w << 4, w, selector);
+      return and_or(twice, 0x80008000, twice << 2 & 0x01c001c0);
+    } else if constexpr (X::bits == 8) {
       return xor_and(__byte_perm(w, w << 4, selector), same<W, u4>::value ? 0x80808080u : 0u,
                      0xf0f0f0f0);
     } else if constexpr (W::bits == 8) {
@@ -59,14 +44,71 @@ template <class X, class W> struct Pieces {
 };
 
 // What becomes of a row's codes in the fragments, where they take their scale there: the difference
-// from the zero point, times the scale, each rounded to X's type
+// from the zero point, times the scale, each rounded to X's type. FP4 times its scale is exact.
 struct RowScale {
   u32 offset = Nibbles<X>::minus_8, scale = 0;
 
   __device__ __forceinline__ RowScale() {}
   __device__ __forceinline__ RowScale(Scale s, Zero z) {
     scale = halves<X>(as_float(s) * code_unit, as_float(s) * code_unit);
-    if constexpr (has_zeros) offset = Nibbles<X>::minus(as_float(z));
+    if constexpr (has_zeros)
+      offset = halves<X>(Nibbles<X>::bottom(as_float(z)), Nibbles<X>::above(as_float(z)));
+  }
+  __device__ __forceinline__ explicit RowScale(u32 block_factor) : scale(block_factor) {}
+  __device__ __forceinline__ u32 times(u32 codes) const {
+    if constexpr (fp4)
+      return scaled_codes<Scale>(codes, scale);
+    else
+      return scaled ? mul2<X>(codes, scale) : codes;
+  }
+};
+
+// FP4: where a thread's rows have their scales, and those of a tile of K, as stored: four to a word.
+constexpr int block_words = block_k / block_size<Scale> / 4;
+struct BlockScales {
+  u32 words[tiles_n][2][block_words];
+
+  // The factors of a row in a chunk
+  __device__ __forceinline__ void factors(RowScale (&rows)[row_scales][2], int i, int h,
+                                          int chunk) const {
+    if constexpr (row_scales == 1) {
+      rows[0][h] = RowScale(two_factors<Scale>(words[i][h][0], 0x4040 + chunk * 0x0101));
+    } else {
+      const u32 two = two_factors<Scale>(words[i][h][chunk / 2], 0x4140 + chunk % 2 * 0x0202);
+#pragma unroll
+      for (int g = 0; g < row_scales; ++g)
+        rows[g][h] = RowScale(__byte_perm(two, 0, g ? 0x3232 : 0x1010));
+    }
+  }
+  __device__ __forceinline__ bool no_number(int i, int h) const {
+    bool found = false;
+#pragma unroll
+    for (int b = 0; b < block_words; ++b) found |= holds_nan<Scale>(words[i][h][b]);
+    return found;
+  }
+};
+struct BlockReader {
+  const unsigned char* rows[tiles_n][2];
+
+  __device__ __forceinline__ BlockReader(const Params& p, i64 row0, int lane) {
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        rows[i][h] = static_cast<const unsigned char*>(p.scales) +
+                     scale_at<Config::blocked>(min(row0 + lane / 4 + i * 64 + h * 8, p.n - 1),
+                                               p.scale_row, 0);
+  }
+  __device__ __forceinline__ void read(BlockScales& to, int kt) const {
+    constexpr int step = scale_step<Config::blocked, Scale>(block_k);
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int b = 0; b < block_words; ++b)
+          to.words[i][h][b] =
+              *reinterpret_cast<const u32*>(rows[i][h] + kt * step + b * (step / block_words));
   }
 };
 
@@ -97,15 +139,14 @@ struct Lane {
     }
   }
   __device__ __forceinline__ void fragments(u32 (&a)[chunk_steps][4], const Chunk& c,
-                                            const RowScale (&rows)[2]) const {
+                                            const RowScale (&rows)[row_scales][2]) const {
 #pragma unroll
     for (int t = 0; t < chunk_steps; ++t)
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const RowScale& row = rows[r % 2];
-        const u32 codes =
-            pieces.fragment(r % 2 ? c.hi[2 * t + r / 2] : c.lo[2 * t + r / 2], row.offset);
-        a[t][r] = scaled ? mul2<X>(codes, row.scale) : codes;
+        const RowScale& row = rows[t * row_scales / chunk_steps][r % 2];
+        a[t][r] = row.times(
+            pieces.fragment(r % 2 ? c.hi[2 * t + r / 2] : c.lo[2 * t + r / 2], row.offset));
       }
   }
 };

@@ -150,6 +150,7 @@ class WarmedUp(NamedTuple):
 
 
 _Built = Future[tuple[bytes, bool]]
+_MOST_COMPILERS = 16
 
 
 def warmup(
@@ -182,8 +183,9 @@ def warmup(
         index = _index_of("cuda" if device is None else device)
         arch = arch_of(index)
     unique = list(dict.fromkeys(configs))
-    num_threads = max(1, min(len(unique), len(os.sched_getaffinity(0))))
-    with ThreadPoolExecutor(num_threads) as pool:  # NVRTC drops the GIL, and runs beside itself
+    # NVRTC drops the GIL, and runs beside itself; 64 threads in each of 12 processes crashed in it.
+    num_threads = max(1, min(len(unique), len(os.sched_getaffinity(0)), _MOST_COMPILERS))
+    with ThreadPoolExecutor(num_threads) as pool:
         futures = [pool.submit(compiler.compile_or_load, config, arch) for config in unique]
         try:
             done = _with_progress_bar(as_completed(futures), len(futures), progress)

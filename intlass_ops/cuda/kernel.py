@@ -144,20 +144,22 @@ class Launch:
         # What a call reads, next to it: an attribute of an attribute costs more than the copy.
         self._context = kernel.context
         self._current_context: Callable[[], int] = kernel.driver.ctxGetCurrent
-        self._launch_kernel: Callable[[int, int, int], None]
+        self._in_order: Callable[[int, int, int], None] = functools.partial(
+            kernel.driver.launchKernel, kernel.function, *grid, *block, smem_bytes
+        )
+        self._early: Callable[[int, int, int], None] = self._in_order
         if kernel.starts_early:
-            self._launch_kernel = early_launch.launcher(kernel.function, grid, block, smem_bytes)
-        else:
-            self._launch_kernel = functools.partial(
-                kernel.driver.launchKernel, kernel.function, *grid, *block, smem_bytes
-            )
+            self._early = early_launch.launcher(kernel.function, grid, block, smem_bytes)
         if smem_bytes:
             kernel.allow_smem(smem_bytes)
 
-    def __call__(self, words: Sequence[int], stream_ptr: int, tail: bytes = b"") -> None:
+    def __call__(
+        self, words: Sequence[int], stream_ptr: int, tail: bytes = b"", in_order: bool = False
+    ) -> None:
         """Enqueue on a stream of the kernel's device; another device may be current.
 
         ``words`` are the first words of the arguments, ``tail`` their last bytes (tensor maps).
+        ``in_order``: also a kernel that starts early waits for those before it.
         """
         if is_child_of_cuda_process:
             raise KernelLaunchError(FORKED)
@@ -171,11 +173,12 @@ class Launch:
             self._pack_into(arguments.image, 0, *words)
             if tail:
                 arguments.image[-len(tail) :] = tail
+            launch = self._in_order if in_order else self._early
             if self._current_context() == self._context:
-                self._launch_kernel(stream_ptr, arguments.table, 0)
+                launch(stream_ptr, arguments.table, 0)
             else:  # another device's context, or none: autograd's threads start without
                 with self.kernel.current():
-                    self._launch_kernel(stream_ptr, arguments.table, 0)
+                    launch(stream_ptr, arguments.table, 0)
         except Exception as error:
             raise self.kernel.launch_error(*self._how, error) from error
         finally:

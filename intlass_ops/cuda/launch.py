@@ -7,6 +7,7 @@ Not here: which configuration (config/), how it is compiled and loaded (jit.py),
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import struct
 from collections.abc import Callable, Iterator
@@ -19,8 +20,11 @@ from .. import batch_invariance, config
 from ..explain import listening, record
 from . import jit, launch_hopper
 from .arrivals import arrival_counters
+from .early_launch import may_be_under_way
 from .kernel import Launch
-from .plans import ALIGNMENT, TYPE, Key, contiguous_strides, device_of, empty, remember
+from .launch_widen import widen
+from .plans import TYPE, Key, contiguous_strides, device_of, empty, remember
+from .plans import aligned as aligned
 
 if TYPE_CHECKING:
     from ..ops.problem import Problem
@@ -84,10 +88,11 @@ class MatmulPlan(NamedTuple):
         if self.tail is not None:
             tail, sums = self.tail(a, w, stream)
             kept = kept, sums
+        codes = w.data_ptr()
         self.launch(
             (
                 a.data_ptr(),
-                w.data_ptr(),
+                codes,
                 scales.data_ptr(),
                 0 if zeros is None else zeros.data_ptr(),
                 0 if a_scale is None else a_scale.data_ptr(),
@@ -100,6 +105,7 @@ class MatmulPlan(NamedTuple):
             ),
             stream,
             tail,
+            may_be_under_way(self.device.index, stream, codes),
         )
         if listening():
             record(*self.report)
@@ -154,6 +160,8 @@ def make(
     if m * p.n == 0:
         nothing = MatmulPlan(None, None, out_shape, strides, p.out_dtype, device, ())
         return remember(_plans, key, nothing)
+    gpu = device_of(device.index)
+    widens = config.widens(gpu, p.x_kind)
     shape = config.Shape(
         x_kind=p.x_kind,
         w_kind=p.w_kind,
@@ -162,52 +170,71 @@ def make(
         out_type=TYPE[p.out_dtype],
         has_zeros=zeros is not None,
         has_a_zero=a_zero is not None,
-        aligned=_aligned(x) and _aligned(w),
-        apart=_apart(x) and _apart(w),
+        aligned=(widens or aligned(x)) and aligned(w),
+        apart=(widens or _apart(x)) and _apart(w),
         m=m,
         n=p.n,
         k=p.k,
         group_size=p.group_size,
         batch_invariant=batch_invariance.enabled(),
     )
-    gpu = device_of(device.index)
     c = _forced or config.pick(gpu, shape)
-    grid = c.grid(m, p.n, p.k, gpu.sm_count) if isinstance(c, config.Hopper) else c.grid(m, p.n)
-    parameters = _PARAMS.pack(
-        *[0] * _WORDS,
-        m,
-        p.n,
-        p.k,
-        x.stride(0) * x.element_size(),
-        w.stride(0) * w.element_size(),
+    prepare: Callable[..., Operands] | None = _operands if copies else None
+    if widens:
+        prepare = functools.partial(_widened, p.x_kind, p.k)
+        x = widen(x, p.x_kind, p.k)
+    rest = (
         p.group_size,
         *_row_and_group_strides(scales),
         *_row_and_group_strides(zeros),
         0 if a_scale is None or a_scale.numel() == 1 else a_scale.stride(0),
         0 if a_zero is None or a_zero.numel() == 1 else a_zero.stride(0),
-        *(_dtype_code(t) for t in (bias, alpha, a_scale, a_zero)),
+        *(dtype_code(t) for t in (bias, alpha, a_scale, a_zero)),
     )
-    if isinstance(c, config.Hopper):
-        parameters += launch_hopper.parameters(c, m, p.n, p.k, grid[0])
-    kernel = jit.get(c, device.index)
-    smem = c.smem_of(p.n, p.k) if isinstance(c, config.SkinnyRing) else c.smem_bytes
-    plan = MatmulPlan(
-        launch=kernel.bind(grid, (c.threads, 1, 1), smem, parameters, _WORDS),
-        copies=_operands if copies else None,
+    plan = bind(c, x, w, p.n, p.k, p.out_dtype, rest)._replace(
+        copies=prepare,
         out_shape=out_shape,
         out_strides=strides,
-        out_dtype=p.out_dtype,
-        device=device,
         report=(p.op, p.scheme, (m, p.n, p.k, p.group_size), str(c), config.reason(gpu, shape)),
     )
+    return remember(_plans, key, plan)
+
+
+def bind(
+    c: config.Matmul,
+    x: Tensor,
+    w: Tensor,
+    n: int,
+    k: int,
+    out_dtype: torch.dtype,
+    rest: tuple[int, ...],
+) -> MatmulPlan:
+    """A configuration's plan for x [M, ...], w [N, ...]; ``rest``: Params from group_size on."""
+    m, device = x.shape[0], x.device
+    sm_count = device_of(device.index).sm_count
+    grid = c.grid(m, n, k, sm_count) if isinstance(c, config.Hopper) else c.grid(m, n)
+    strides = x.stride(0) * x.element_size(), w.stride(0) * w.element_size()
+    parameters = _PARAMS.pack(*[0] * _WORDS, m, n, k, *strides, *rest)
     if isinstance(c, config.Hopper):
-        plan = plan._replace(tail=launch_hopper.tail(c, x, w, p.k))
+        parameters += launch_hopper.parameters(c, m, n, k, grid[0])
+    smem = c.smem_of(n, k) if isinstance(c, config.SkinnyRing) else c.smem_bytes
+    plan = MatmulPlan(
+        launch=jit.get(c, device.index).bind(grid, (c.threads, 1, 1), smem, parameters, _WORDS),
+        copies=None,
+        out_shape=(m, n),
+        out_strides=contiguous_strides((m, n)),
+        out_dtype=out_dtype,
+        device=device,
+        report=(),
+    )
+    if isinstance(c, config.Hopper):
+        plan = plan._replace(tail=launch_hopper.tail(c, x, w, k))
         if c.stream_k:
             plan = plan._replace(tiles=grid[0], workspace=grid[0] * c.values_per_block)
     elif isinstance(c, config.Gemm) and c.split_k > 1:
         tiles = grid[0]
         plan = plan._replace(tiles=tiles, workspace=tiles * c.split_k * c.values_per_block)
-    return remember(_plans, key, plan)
+    return plan
 
 
 def _operands(
@@ -233,6 +260,12 @@ def _operands(
     )
 
 
+def _widened(x_kind: str, k: int, *operands: Any) -> Operands:
+    """As the kernels of GPUs without INT4 tensor cores read them."""
+    a, w, zeros, a_scale, a_zero, bias = _operands(*operands)
+    return widen(a, x_kind, k), w, zeros, a_scale, a_zero, bias
+
+
 def _rows(a: Tensor) -> Tensor:
     """[..., K] as [M, K] with unit stride along K; a copy only where the strides demand it."""
     return _unit_stride(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]))
@@ -247,11 +280,6 @@ def _apart(t: Tensor) -> bool:
     return t.stride(0) >= t.shape[1] or t.shape[0] == 1
 
 
-def _aligned(t: Tensor) -> bool:
-    row = t.stride(0) * t.element_size()
-    return row % ALIGNMENT == 0 and t.data_ptr() % ALIGNMENT == 0
-
-
 def _row_and_group_strides(t: Tensor | None) -> tuple[int, int]:
     """Strides in elements of a scalar, [N], [N, 1] or [N, G]; 0 to broadcast."""
     if t is None or t.numel() == 1:
@@ -264,5 +292,6 @@ def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _dtype_code(t: Tensor | None) -> int:
+def dtype_code(t: Tensor | None) -> int:
+    """As kernels know what they read once per output: enum Dtype of memory.cuh."""
     return 0 if t is None else _DTYPE_CODE[t.dtype]

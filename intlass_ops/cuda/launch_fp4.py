@@ -1,26 +1,27 @@
-"""FP4 GEMMs on a GPU: one launch of fp4.cu, or operands decoded for a dense product.
+"""FP4 GEMMs on a GPU: the kernels for 16-bit activations, with e2m1 for weights; and decoding.
 
-Not here: which of the two (ops/block_scaled.py), the configuration (config/).
+Not here: how codes and scales become fragments (fp4.cuh), which kernel (config/fp4.py), what
+happens where none fits (ops/block_scaled.py).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import struct
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import config, fp4, packing
-from . import jit
+from . import jit, launch
 from .kernel import Launch
-from .plans import ALIGNMENT, TYPE, Key, device_of, remember, signature
+from .plans import ALIGNMENT, TYPE, Key, device_of, empty, remember, signature
 
-_PARAMS = struct.Struct("=13q")
-_WORDS = 6  # pointers, which come first
-_KIND = {torch.uint8: "e2m1", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_SCALES = {torch.float8_e8m0fnu: ("e8m0", 32), torch.float8_e4m3fn: ("e4m3", 16)}
 
-_plans: dict[Key, tuple[Launch, str]] = {}
+_plans: dict[Key, tuple[launch.MatmulPlan, str] | None] = {}
+_decoders: dict[Key, Launch] = {}
 
 
 def run(
@@ -30,65 +31,127 @@ def run(
     w_scales: Tensor,
     blocked: bool,
     alpha: Tensor | None,
-    m: int,
-    n: int,
     k: int,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, str]:
-    """(y [M, N], name of the kernel) of checked operands, x as [M, ...]."""
-    y = torch.empty(m, n, dtype=out_dtype, device=x.device)
-    if y.numel() == 0 or k == 0:
-        return y.zero_(), "nothing to compute"
-    x, w = _readable(x), _readable(w)
-    w_scales = w_scales.contiguous()
-    if x_scales is not None:
-        x_scales = x_scales.contiguous()
-    if alpha is not None:
-        alpha = alpha.float()
-    scale_words = all(s is None or s.data_ptr() % 4 == 0 for s in (x_scales, w_scales))
-    key = (signature(x), signature(w), w_scales.dtype, blocked, scale_words, out_dtype)
-    plan = _plans.get(key)
-    if plan is None:
-        group = 32 if w_scales.dtype == torch.float8_e8m0fnu else 16
-        c = config.pick_fp4(
-            device_of(x.device.index),
-            _KIND[x.dtype],
-            "e8m0" if group == 32 else "e4m3",
-            TYPE[out_dtype],
-            blocked,
-            scale_words and (k // group) % 4 == 0,
-            m,
-            n,
-            k,
-        )
-        row = -(-k // group // 4) if blocked else k // group
-        strides = x.stride(0) * x.element_size(), w.stride(0)
-        parameters = _PARAMS.pack(*[0] * _WORDS, m, n, k, *strides, row, row)
-        kernel = jit.get(c, x.device.index)
-        launch = kernel.bind(c.grid(m, n), (c.threads, 1, 1), 0, parameters, _WORDS)
-        plan = remember(_plans, key, (launch, str(c)))
-    launch, name = plan
-    launch(
-        (
-            x.data_ptr(),
-            w.data_ptr(),
-            0 if x_scales is None else x_scales.data_ptr(),
-            w_scales.data_ptr(),
-            0 if alpha is None else alpha.data_ptr(),
-            y.data_ptr(),
-        ),
-        torch._C._cuda_getCurrentRawStream(x.device.index),
+) -> tuple[Tensor, str] | None:
+    """(y [M, N], name of the kernel) of checked operands, x as [M, ...]; None if no kernel fits."""
+    w_scales = _readable(w_scales)
+    x_scales = None if x_scales is None else _readable(x_scales)
+    if not launch.aligned(x) or x.stride(1) != 1:
+        x = x.clone(memory_format=torch.contiguous_format)
+    operands = w, w_scales, blocked, alpha, k, out_dtype
+    few = config.SKINNY_MAX_M
+    if x.shape[0] <= few:
+        return _run(x, x_scales, 1, *operands)
+    shape = _shape(
+        "bf16", x.shape[0], w.shape, launch.aligned(w), w_scales.dtype, out_dtype, blocked
     )
-    return y, name
+    if config.why_not_hopper(device_of(x.device.index), shape) is None:
+        if x_scales is None:
+            return _run(x, None, 1, *operands)
+        decoded, unit = decode(x, x_scales, blocked, torch.bfloat16)
+        return _run(decoded, None, int(unit), *operands)
+    if x.shape[0] > config.FP4_MAX_M:
+        return None
+    parts, name = [], ""
+    for first in range(0, x.shape[0], few):
+        scales = x_scales
+        if scales is not None and first:
+            scales = _readable(scales.view(-1)[_offset(first, scales.dtype, blocked, k) :])
+        done = _run(x[first : first + few], scales, 1, *operands)
+        if done is None:
+            return None
+        parts.append(done[0])
+        name = done[1]
+    return torch.cat(parts), name
 
 
-def _readable(t: Tensor) -> Tensor:
-    """Unit stride along K, and rows that start where a lane's load of eight k may."""
-    step = 4 if t.dtype == torch.uint8 else ALIGNMENT
-    row = t.stride(0) * t.element_size()
-    if t.stride(1) == 1 and row % step == 0 and t.data_ptr() % step == 0:
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
+def _run(
+    x: Tensor,
+    x_scales: Tensor | None,
+    x_unit: int,
+    w: Tensor,
+    w_scales: Tensor,
+    blocked: bool,
+    alpha: Tensor | None,
+    k: int,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, str] | None:
+    """One launch. ``x_unit``: what decoded activations were divided by."""
+    key = (
+        signature(x),
+        signature(w),
+        w_scales.dtype,
+        blocked,
+        x_unit,
+        out_dtype,
+        None if alpha is None else alpha.dtype,
+        w.data_ptr() % ALIGNMENT,
+    )
+    if key in _plans:
+        planned = _plans[key]
+    else:
+        kind = "e2m1" if x.dtype == torch.uint8 else "bf16"
+        aligned = launch.aligned(w) and w.stride(1) == 1
+        shape = _shape(kind, x.shape[0], w.shape, aligned, w_scales.dtype, out_dtype, blocked)
+        c = config.pick_fp4(device_of(x.device.index), shape)
+        planned = None
+        if c is not None:
+            if isinstance(c, config.Hopper):
+                c = replace(c, x_unit=x_unit)
+            group = shape.group_size
+            row = -(-k // group // 4) if blocked else k // group
+            codes = map(launch.dtype_code, (None, alpha, None, None))
+            rest = group, row, 1, 0, 0, row, 0, *codes
+            planned = launch.bind(c, x, w, w.shape[0], k, out_dtype, rest), str(c)
+        remember(_plans, key, planned)
+    if planned is None:
+        return None
+    plan, name = planned
+    return plan.run(x, w, w_scales, None, x_scales, None, alpha, None), name
+
+
+@functools.lru_cache
+def _shape(
+    x_kind: str,
+    m: int,
+    w_shape: torch.Size,
+    aligned: bool,
+    scales: torch.dtype,
+    out_dtype: torch.dtype,
+    blocked: bool,
+) -> config.Shape:
+    scale_type, group_size = _SCALES[scales]
+    return config.Shape(
+        x_kind=x_kind,
+        w_kind="e2m1",
+        scale_type=scale_type,
+        zero_type="float",
+        out_type=TYPE[out_dtype],
+        has_zeros=False,
+        has_a_zero=False,
+        aligned=aligned,
+        m=m,
+        n=w_shape[0],
+        k=2 * w_shape[1],
+        group_size=group_size,
+        blocked=blocked,
+    )
+
+
+def _readable(scales: Tensor) -> Tensor:
+    """Contiguous, from where a lane may read four at once."""
+    scales = scales.contiguous()
+    return scales if scales.data_ptr() % 4 == 0 else scales.clone()
+
+
+def _offset(token: int, scales: torch.dtype, blocked: bool, k: int) -> int:
+    """Bytes of the scales before those of a token, a multiple of 16, and of 15 tokens after it."""
+    groups = k // _SCALES[scales][1]
+    if not blocked:
+        return token * groups
+    tile = token // 128 * -(-groups // 4)
+    return tile * 512 + token % 32 * 16 + token % 128 // 32 * 4
 
 
 def decode(
@@ -96,18 +159,43 @@ def decode(
 ) -> tuple[Tensor, float]:
     """(d [R, K], f) with d·f = codes · scales exactly, in bf16, or fp16 for e4m3 scales.
 
-    f is 4 for e8m0, whose largest scales leave no room for codes above 1.
+    f makes room for the largest scales beside the largest codes.
     """
+    codes, scales = codes.contiguous(), _readable(scales)
+    four_bits = codes.dtype == torch.uint8
+    if four_bits and dtype == torch.bfloat16:
+        return _decode_fp4(codes, scales, blocked)
     shift = 4.0 if scales.dtype == torch.float8_e8m0fnu else 1.0
-    codes, scales = codes.contiguous(), scales.contiguous()
     if importlib.util.find_spec("triton") is not None:
         from ..triton import decode_blocks
 
         return decode_blocks.decode(codes, scales, blocked, dtype, 1 / shift), shift
-    four_bits = codes.dtype == torch.uint8
     rows, k = codes.shape[0], codes.shape[1] * (2 if four_bits else 1)
     groups = k // (32 if shift == 4.0 else 16)
     plain = fp4.from_blocked(scales, rows, groups) if blocked else scales
     values = fp4.decode_e2m1(packing.unpack(codes, k, False)) if four_bits else codes.float()
     factors = fp4.scale_values(plain, torch.float64) / shift
     return (values.view(rows, groups, -1) * factors[:, :, None]).view(rows, k).to(dtype), shift
+
+
+def _decode_fp4(codes: Tensor, scales: Tensor, blocked: bool) -> tuple[Tensor, float]:
+    if codes.data_ptr() % 4:
+        codes = codes.clone()
+    rows, k = codes.shape[0], 2 * codes.shape[1]
+    scale_type, group = _SCALES[scales.dtype]
+    index = codes.device.index
+    key = "decode", rows, k, scale_type, blocked, index
+    launch_decode = _decoders.get(key)
+    if launch_decode is None:
+        c = config.DecodeFp4(scale_type, blocked)
+        row = -(-k // group // 4) if blocked else k // group
+        words = 0, 0, 0, rows, k // 8, codes.stride(0), row
+        launch_decode = jit.get(c, index).bind(c.grid(rows, k), (c.threads, 1, 1), 0, words, 3)
+        remember(_decoders, key, launch_decode)
+    out = empty((rows, k), (k, 1), torch.bfloat16, codes.device)
+    if out.numel():
+        launch_decode(
+            (codes.data_ptr(), scales.data_ptr(), out.data_ptr()),
+            torch._C._cuda_getCurrentRawStream(index),
+        )
+    return out, float(config.FP4_UNIT[scale_type])

@@ -63,7 +63,7 @@ def tail(c: config.Hopper, x: Tensor, w: Tensor, k: int) -> Tail:
         rows=_rows(w),
         w_box=(c.block_n, config.HOPPER_BLOCK_K * config.BITS[c.w_kind] // 8),
         tokens=_rows(x),
-        x_box=(c.block_m, 128),
+        x_box=(c.block_m // c.share_x, 128),
         sums=sums,
         sums_shape=shape,
         device=x.device,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import config, reference
 from . import jit
+from .early_launch import quantised
 from .kernel import Launch
 from .plans import ALIGNMENT, TYPE, Key, contiguous_strides, empty, remember
 
@@ -47,6 +48,7 @@ class QuantizePlan(NamedTuple):
         if self.launch is not None:
             if self.copies is not None:
                 x, other = self.copies(x), None if other is None else self.copies(other)
+            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
             self.launch(
                 (
                     x.data_ptr(),
@@ -56,8 +58,9 @@ class QuantizePlan(NamedTuple):
                     zero.data_ptr(),
                     0 if seed is None else _signed(reference.seed_key(seed)),
                 ),
-                torch._C._cuda_getCurrentRawStream(self.device.index),
+                stream,
             )
+            quantised(self.device.index, stream, q)
         return q, scale, zero
 
 

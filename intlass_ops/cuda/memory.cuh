@@ -149,6 +149,16 @@ template <class Kind, int rows_, int block_k, int read, int stride> struct SmemT
   }
 };
 
+// A word of which `inside` bytes, if less than four, may be read; the others are zero
+__device__ __forceinline__ u32 word_at(const char* from, int inside) {
+  if (inside >= 4) return *reinterpret_cast<const u32*>(from);
+  u32 v = 0;
+#pragma unroll
+  for (int b = 0; b < 3; ++b)
+    if (b < inside) v |= u32(static_cast<unsigned char>(from[b])) << 8 * b;
+  return v;
+}
+
 // Fills one tile after another along the rows of a row-major matrix. A thread copies the same
 // 16-byte column of every row_step-th row, so that all it keeps is a pointer and a byte count.
 // Past the end of a row it writes zeros; rows past the last are left as they are, since nothing
@@ -195,10 +205,10 @@ template <class Tile, int threads, bool aligned> struct TileFiller {
     } else {
       // aligned words, each of which holds a byte that is wanted, shifted into place
       const int valid = bytes_left, skew = int(reinterpret_cast<unsigned long long>(from) & 3);
-      const u32* words = reinterpret_cast<const u32*>(from - skew);
+      const int inside = valid > 0 ? valid + skew : 0;
       u32 v[5];
 #pragma unroll
-      for (int i = 0; i < 5; ++i) v[i] = 4 * i < valid + skew && valid > 0 ? words[i] : 0u;
+      for (int i = 0; i < 5; ++i) v[i] = word_at(from - skew + 4 * i, inside - 4 * i);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int left = valid - 4 * i;

@@ -207,45 +207,61 @@ template <class X> struct Int8Float16Pair : Float16Pair<X> {
 template <> struct Pair<bf16, s8> : Int8Float16Pair<bf16> {};
 template <> struct Pair<fp16, s8> : Int8Float16Pair<fp16> {};
 
-// The same fragments of INT4 weights with one shift a word instead of three. A nibble stays where it
-// is and the multiplier of the FMA differs: fp16 has room for a second nibble above the first. bf16
-// has not, but its subnormals and their next binade form one line, bits 0..7 times 2^-133, of which
-// the FMA takes 2^6 away: `unit` is 64. What the FMA adds makes a code of `zero` 0: 8, or a row's zero
-// point, exactly if it is an integer below 256.
+// INT4 codes become 16-bit floats where they are: one nibble at the bottom of a half word, another above
+// it, and the factors of an FMA differ. fp16 has room for both below its implicit one. bf16 has not,
+// but its subnormals and their next binade form one line, bits 0..7 times 2^-133, of which the FMA
+// takes 2^6 away: `unit` is 64. What the FMA adds makes a code of `zero` 0: 8, or a row's zero point,
+// exactly if it is an integer below 256. Factors: for above, for the bottom.
+template <class X> struct Nibbles {  // of INT8 activations: none
+  static constexpr u32 magic = 0, factors = 0, minus_8 = 0;
+  static constexpr float unit = 1.f;
+  static __device__ __forceinline__ float bottom(float) { return 0.f; }
+  static __device__ __forceinline__ float above(float) { return 0.f; }
+};
+template <> struct Nibbles<bf16> {
+  static constexpr u32 magic = 0, factors = 0x7d007f00, minus_8 = 0xbe00be00;  // 2^123, 2^127
+  static constexpr float unit = 64.f;
+  static __device__ __forceinline__ float bottom(float zero) { return zero * (-1 / unit); }
+  static __device__ __forceinline__ float above(float zero) { return zero * (-1 / unit); }
+};
+template <> struct Nibbles<fp16> {
+  static constexpr u32 magic = 0x64006400, factors = 0x2c003c00, minus_8 = 0xd480e408;  // 1 / 16, 1
+  static constexpr float unit = 1.f;
+  static __device__ __forceinline__ float bottom(float zero) { return -1024.f - zero; }
+  static __device__ __forceinline__ float above(float zero) { return -64.f - zero; }
+};
+
+// The same fragments with one shift a word instead of three
 template <class X, class W> struct FewShifts : Pair<X, W> {
-  struct Zero {};
-  static __device__ __forceinline__ Zero zero(float) { return {}; }
+  struct Row {};
+  static __device__ __forceinline__ Row zero(float) { return {}; }
   template <int words>
-  static __device__ __forceinline__ typename Pair<X, W>::A w(const u32 (&lo)[words], Zero,
-                                                             const u32 (&hi)[words], Zero) {
+  static __device__ __forceinline__ typename Pair<X, W>::A w(const u32 (&lo)[words], Row,
+                                                             const u32 (&hi)[words], Row) {
     return Pair<X, W>::w(lo, hi);
   }
 };
 template <class X, class W> struct FewShiftsInt4 : Pair<X, W> {
-  static constexpr bool narrow = same<X, bf16>::value;
-  static constexpr float unit = narrow ? 64.f : 1.f, unit_w = unit;
-  struct Zero { u32 low, high; };  // for the nibbles at the bottom of a half word, and above
-  static __device__ __forceinline__ Zero zero(float z) {
-    if constexpr (narrow) {
-      const u32 minus = halves<X>(z * (-1 / unit), z * (-1 / unit));
-      return {minus, minus};
-    } else {
-      return {halves<X>(-1024.f - z, -1024.f - z), halves<X>(-64.f - z, -64.f - z)};
-    }
+  using N = Nibbles<X>;
+  static constexpr float unit = N::unit, unit_w = unit;
+  struct Row { u32 bottom, above; };
+  static __device__ __forceinline__ Row zero(float z) {
+    const u32 bottom = halves<X>(N::bottom(z), N::bottom(z));
+    return {bottom, same<X, bf16>::value ? bottom : halves<X>(N::above(z), N::above(z))};
   }
-  static __device__ __forceinline__ void row(u32 w, Zero z, u32 (&f)[4]) {
-    constexpr u32 magic = narrow ? 0u : 0x64006400u;
+  static __device__ __forceinline__ void row(u32 w, Row z, u32 (&f)[4]) {
     constexpr u32 flip = same<W, s4>::value ? 0x00080008u : 0u;
-    constexpr u32 low_factor = narrow ? 0x7f007f00u : 0x3c003c00u;   // 2^127, 1
-    constexpr u32 high_factor = narrow ? 0x7d007d00u : 0x2c002c00u;  // a 16th of it
+    constexpr u32 low = N::magic ^ flip, high = N::magic ^ (flip << 4);
+    constexpr u32 low_factor = (N::factors & 0xffff) * 0x10001u;
+    constexpr u32 high_factor = (N::factors >> 16) * 0x10001u;
     const u32 upper = w >> 8;
-    f[0] = fma2<X>(and_xor(w, 0x000f000f, magic ^ flip), low_factor, z.low);
-    f[1] = fma2<X>(and_xor(w, 0x00f000f0, magic ^ (flip << 4)), high_factor, z.high);
-    f[2] = fma2<X>(and_xor(upper, 0x000f000f, magic ^ flip), low_factor, z.low);
-    f[3] = fma2<X>(and_xor(upper, 0x00f000f0, magic ^ (flip << 4)), high_factor, z.high);
+    f[0] = fma2<X>(and_xor(w, 0x000f000f, low), low_factor, z.bottom);
+    f[1] = fma2<X>(and_xor(w, 0x00f000f0, high), high_factor, z.above);
+    f[2] = fma2<X>(and_xor(upper, 0x000f000f, low), low_factor, z.bottom);
+    f[3] = fma2<X>(and_xor(upper, 0x00f000f0, high), high_factor, z.above);
   }
-  static __device__ __forceinline__ typename Pair<X, W>::A w(const u32 (&lo)[1], Zero lo_zero,
-                                                             const u32 (&hi)[1], Zero hi_zero) {
+  static __device__ __forceinline__ typename Pair<X, W>::A w(const u32 (&lo)[1], Row lo_zero,
+                                                             const u32 (&hi)[1], Row hi_zero) {
     u32 l[4], h[4];
     row(lo[0], lo_zero, l);
     row(hi[0], hi_zero, h);

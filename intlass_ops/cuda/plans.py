@@ -55,6 +55,12 @@ def empty(
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def aligned(t: Tensor) -> bool:
+    """Whether its rows start where 16 bytes are read at once."""
+    row = t.stride(0) * t.element_size()
+    return row % ALIGNMENT == 0 and t.data_ptr() % ALIGNMENT == 0
+
+
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape)))
 

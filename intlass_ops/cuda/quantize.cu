@@ -222,6 +222,7 @@ __device__ __forceinline__ float sum_of_squares(const Vector& x) {
 
 extern "C" __global__ void __launch_bounds__(threads) quantize(const __grid_constant__ Params p) {
   wait_for_predecessors();
+  launch_dependents();  // only now: early_launch.py
   const i64 segment = i64(blockIdx.x) * (threads / group) + threadIdx.x / group;
   const bool exists = segment < p.segments;
   const T* x = static_cast<const T*>(p.x) + (exists ? segment : 0) * p.x_stride;

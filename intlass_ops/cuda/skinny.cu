@@ -83,6 +83,7 @@ struct Chunk {
   u32 x[tiles_m][spans][span_words<X>];
   Scale s[passes][tiles_n][2];
   Zero z[passes][tiles_n][2];
+  LaneScales blocks[tiles_n][2], x_blocks[tiles_m];
 };
 
 extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
@@ -96,6 +97,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   const char* w_row[tiles_n][2];
   const Scale* s_row[tiles_n][2];
   const Zero* z_row[tiles_n][2];
+  const unsigned char *blocks_row[tiles_n][2], *x_blocks_row[tiles_m];
 #pragma unroll
   for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
@@ -105,12 +107,15 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       w_row[i][h] = p.w + row * p.w_stride + quarter * 16;
       s_row[i][h] = static_cast<const Scale*>(p.scales) + row * p.scale_row;
       z_row[i][h] = static_cast<const Zero*>(p.zeros) + row * p.zero_row;
+      blocks_row[i][h] = lane_scales(p.scales, row, p.scale_row, quarter);
     }
   const char* x_row[tiles_m];
 #pragma unroll
-  for (int j = 0; j < tiles_m; ++j)  // nor is a repeated token
-    x_row[j] =
-        p.x + min(i64(j * 8 + lane / 4), p.m - 1) * p.x_stride + quarter * lane_k * X::bits / 8;
+  for (int j = 0; j < tiles_m; ++j) {  // nor is a repeated token
+    const i64 token = min(i64(j * 8 + lane / 4), p.m - 1);
+    x_row[j] = p.x + token * p.x_stride + quarter * lane_k * X::bits / 8;
+    x_blocks_row[j] = lane_scales(p.a_scale, token, p.a_scale_row, quarter);
+  }
   const int scale_group = int(p.scale_group), zero_group = int(p.zero_group);
 
   auto load_scales = [&](Scale(&s)[tiles_n][2], Zero(&z)[tiles_n][2], int group) {
@@ -136,19 +141,38 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   auto load_rest = [&](Chunk& c, int chunk) {
     const bool inside = chunk * chunk_k + quarter * lane_k < k;
 #pragma unroll
-    for (int j = 0; j < tiles_m; ++j)
+    for (int j = 0; j < tiles_m; ++j) {
+      if constexpr (fp4_x) {
+        u32 v[spans];
+        load_tokens(v, x_row[j] + chunk * (chunk_k / 2), inside);
 #pragma unroll
-      for (int t = 0; t < spans; ++t)
-        load_tokens(c.x[j][t], x_row[j] + (chunk * chunk_k + t * 8) * X::bits / 8, inside);
+        for (int t = 0; t < spans; ++t) c.x[j][t][0] = v[t];
+        c.x_blocks[j] =
+            Config::whole || inside ? load_scales_of(x_blocks_row[j], chunk) : LaneScales{};
+      } else {
+#pragma unroll
+        for (int t = 0; t < spans; ++t)
+          load_tokens(c.x[j][t], x_row[j] + (chunk * chunk_k + t * 8) * X::bits / 8, inside);
+      }
+    }
+    if constexpr (scaled)
+#pragma unroll
+      for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          c.blocks[i][h] =
+              Config::whole || inside ? load_scales_of(blocks_row[i][h], chunk) : LaneScales{};
     if constexpr (grouped)
 #pragma unroll
       for (int pass = 0; pass < passes; ++pass)
         load_scales(c.s[pass], c.z[pass], group_of(chunk, pass));
   };
 
-  typename D::Zero row_zero[tiles_n][2] = {};  // with one zero point a row
-  auto code_zero = [&](const Chunk& c, int pass, int i, int h) {
-    if constexpr (!zeros_in_codes)
+  typename D::Row row_zero[tiles_n][2] = {};  // with one zero point a row
+  auto row_of = [&](const Chunk& c, int pass, int t, int i, int h) {
+    if constexpr (scaled)
+      return c.blocks[i][h].factor(t * LaneScales::count / spans);
+    else if constexpr (!zeros_in_codes)
       return D::zero(8.f);
     else if constexpr (grouped)
       return D::zero(as_float(c.z[pass][i][h]));
@@ -167,7 +191,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       for (int t = 0; t < spans; ++t) {
         typename P::B b[tiles_m];
 #pragma unroll
-        for (int j = 0; j < tiles_m; ++j) b[j] = P::x(c.x[j][t]);
+        for (int j = 0; j < tiles_m; ++j)
+          b[j] = token_fragment<P>(c.x[j][t], c.x_blocks[j].factor(t * LaneScales::count / spans));
         if constexpr (zeros_in_sums) {
           const typename P::A ones = passes == 1 ? P::ones_w() : masked(P::ones_w(), mine);
 #pragma unroll
@@ -181,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
             lo[v] = c.w[i][0][t * span_words<W> + v];
             hi[v] = c.w[i][1][t * span_words<W> + v];
           }
-          typename P::A a = D::w(lo, code_zero(c, pass, i, 0), hi, code_zero(c, pass, i, 1));
+          typename P::A a = D::w(lo, row_of(c, pass, t, i, 0), hi, row_of(c, pass, t, i, 1));
           if constexpr (passes > 1) a = masked(a, mine);
 #pragma unroll
           for (int j = 0; j < tiles_m; ++j) P::mma(sum.y[i][j], a, b[j]);
@@ -206,6 +231,12 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         prefetch_l2(s_row[i][h] + group_of(min(warp * unroll, chunks - 1), 0) * scale_group);
+  if constexpr (scaled)
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        prefetch_l2(blocks_row[i][h] + min(warp * unroll, chunks - 1) * chunk_scales);
   wait_for_predecessors();
   if constexpr (zeros_in_codes && !grouped)
 #pragma unroll
@@ -233,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       if constexpr (!grouped && zeros_in_sums) partial_x[warp][m] = sum.x[j][e];
     }
   __syncthreads();
-  const float alpha = alpha_of(p);
+  const float alpha = alpha_of(p) * sum_unit;
 #pragma unroll 1
   for (int i = threadIdx.x; i < int(p.m) * rows; i += threads) {
     const int m = i / rows, r = i % rows;

@@ -38,14 +38,43 @@ __device__ __forceinline__ void load_global(u32 (&v)[words], const char* from) {
   if constexpr (words == 4) {
     const uint4 t = *reinterpret_cast<const uint4*>(from);
     v[0] = t.x, v[1] = t.y, v[2] = t.z, v[3] = t.w;
-  } else {
+  } else if constexpr (words == 2) {
     const uint2 t = *reinterpret_cast<const uint2*>(from);
     v[0] = t.x, v[1] = t.y;
+  } else {
+    v[0] = *reinterpret_cast<const u32*>(from);
   }
 }
 
+// FP4's scales of the rows that a lane holds pieces of: of a chunk, and where they lie. Other kernels
+// keep nothing of it.
+struct Blocks { LaneScales of_row[pieces]; };
+struct BlockRows {
+  const unsigned char* block_row[pieces];
+
+  __device__ __forceinline__ void enter_blocks(const Params& p, i64 n0, int quarter) {
+#pragma unroll
+    for (int i = 0; i < pieces; ++i)
+      block_row[i] = lane_scales(p.scales, min(n0 + i * 8, p.n - 1), p.scale_row, quarter);
+  }
+  __device__ __forceinline__ void prefetch_blocks(int chunk) const {
+#pragma unroll
+    for (int i = 0; i < pieces; ++i) prefetch_l2(block_row[i] + i64(chunk) * chunk_scales);
+  }
+  __device__ __forceinline__ void load_blocks(Blocks& to, int chunk) const {
+#pragma unroll
+    for (int i = 0; i < pieces; ++i) to.of_row[i] = load_scales_of(block_row[i], chunk);
+  }
+};
+struct NoBlocks {};
+struct NoBlockRows {
+  __device__ __forceinline__ void enter_blocks(const Params&, i64, int) {}
+  __device__ __forceinline__ void prefetch_blocks(int) const {}
+  __device__ __forceinline__ void load_blocks(NoBlocks&, int) const {}
+};
+
 // How far a lane has come in asking for W: the row pointers of a tile, and a chunk of it.
-struct Cursor {
+struct Cursor : Select<scaled, BlockRows, NoBlockRows>::type {
   const char* w_row[pieces];
   const Scale* s_row[quad_rows];
   const Zero* z_row[quad_rows];
@@ -57,6 +86,7 @@ struct Cursor {
 #pragma unroll
     for (int i = 0; i < pieces; ++i)  // a repeated row is never stored
       w_row[i] = w + min(n0 + i * 8, p.n - 1) * p.w_stride;
+    enter_blocks(p, n0, lane % 4);
     if constexpr (grouped && passes == 1)  // the lanes of a quad share out its rows
 #pragma unroll
       for (int i = 0; i < quad_rows; ++i) {
@@ -67,13 +97,19 @@ struct Cursor {
   }
 };
 
-struct Scales {
+struct Scales : Select<scaled, Blocks, NoBlocks>::type {
   Scale s[quad_rows];
   Zero z[quad_rows];
 };
 
 __device__ __forceinline__ float zero_of_pass(Zero z) {
   return zeros_in_codes ? as_float(z) : zero_in_units(z);
+}
+
+// Row i's factor of word t of a chunk
+template <class Row, class Scales>
+__device__ __forceinline__ void take_factor(Row& row, const Scales& scales, int i, int t) {
+  if constexpr (scaled) row = scales.of_row[i].factor(t * LaneScales::count / spans);
 }
 
 template <int count> __device__ __forceinline__ void group_sync(int group) {
@@ -111,6 +147,7 @@ constexpr int x_ahead = (x_blocks + threads - 1) / threads < 16 / tokens
                             : (16 / tokens ? 16 / tokens : 1);
 struct XBlock {
   u32 v[tokens][span_words<X>];
+  unsigned char s[fp4_x ? tokens : 1];  // of FP4
 
   __device__ __forceinline__ void load(const Params& p, int k0) {
 #pragma unroll
@@ -122,12 +159,19 @@ struct XBlock {
 #pragma unroll
         for (int i = 0; i < span_words<X>; ++i) v[m][i] = 0;
       }
+      if constexpr (fp4_x) {
+        const i64 at = scale_at<Config::blocked>(min(i64(m), p.m - 1), p.a_scale_row,
+                                                 min(k0, int(p.k) - 1) / block_size<Scale>);
+        s[m] = static_cast<const unsigned char*>(p.a_scale)[at];
+      }
     }
   }
   __device__ __forceinline__ void store(typename P::B* x_frags, int b) const {
     const int t = b % spans, q = b / spans % 4, c = b / spans / 4;
 #pragma unroll
-    for (int m = 0; m < tokens; ++m) x_frags[((c * spans + t) * tokens + m) * 4 + q] = P::x(v[m]);
+    for (int m = 0; m < tokens; ++m)
+      x_frags[((c * spans + t) * tokens + m) * 4 + q] =
+          token_fragment<P>(v[m], block_factor<Scale>(s[fp4_x ? m : 0]));
   }
 };
 
@@ -180,6 +224,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
         for (int i = 0; i < quad_rows; ++i)
           prefetch_l2(ahead.s_row[i] + ahead.chunk / Config::chunks_per_group * scale_group);
+      if (part == codes) ahead.prefetch_blocks(ahead.chunk);
+      if (part != codes && inside) ahead.load_blocks(result, ahead.chunk);
       if (grouped && passes == 1 && part != codes) {
         const int group = ahead.chunk / Config::chunks_per_group;
 #pragma unroll
@@ -202,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   XBlock x_block[x_ahead];
 #pragma unroll
   for (int i = 0; i < x_ahead; ++i) x_block[i].load(p, (i * threads + int(threadIdx.x)) * 8);
-  if (grouped && passes == 1) {
+  if (scaled || (grouped && passes == 1)) {
     ahead = first;
 #pragma unroll
     for (int s = 0; s < num_stages - 1; ++s) scales[s] = request(s, scales_alone);
@@ -211,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   int token[tiles_m];
 #pragma unroll
   for (int j = 0; j < tiles_m; ++j) token[j] = min(j * 8 + lane / 4, tokens - 1);
-  const float alpha = alpha_of(p);
+  const float alpha = alpha_of(p) * sum_unit;
 
   int stage = 0, buffer = 0;
   for (int segment = 0; segment < segments; ++segment) {
@@ -232,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 
     int turn = 0;
     for (int tile = first_tile; tile < tiles; tile += step, ++turn) {
-      typename D::Zero code_zero[pieces];  // what a code of each of the lane's rows loses
+      typename D::Row code_zero[pieces];  // what a code of each of the lane's rows loses
 #pragma unroll
       for (int i = 0; i < pieces; ++i) {
         const i64 row = min(i64(tile) * rows + i * 8 + lane / 4, p.n - 1);
@@ -301,6 +347,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
                 lo[v] = w[2 * i][t * span_words<W> + v];
                 hi[v] = w[2 * i + 1][t * span_words<W> + v];
               }
+#pragma unroll
+              for (int h = 0; h < 2; ++h) take_factor(code_zero[2 * i + h], mine, 2 * i + h, t);
               typename P::A a = D::w(lo, code_zero[2 * i], hi, code_zero[2 * i + 1]);
               if constexpr (passes > 1) a = masked(a, keep);
 #pragma unroll

@@ -11,7 +11,7 @@ import pydoc_data.topics
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,20 +114,34 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def linears(model: nn.Module) -> tuple[int, int]:
-    """(quantised linears, all linears); a table counts where it multiplies, not where it embeds."""
+    """(quantised linears, all linears)."""
+    found = _multiplied(model)
+    return sum(isinstance(each, IntLinear) for each in found), len(found)
+
+
+def _multiplied(model: nn.Module) -> list[IntLinear | nn.Linear]:
+    """The linears; a table counts where it multiplies, not where it embeds."""
     found = {
-        id(module): isinstance(module, IntLinear)
+        id(module): module
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, (IntLinear, nn.Linear)) and "embed_tokens" not in path.split(".")
     }
-    return sum(found.values()), len(found)
+    return list(found.values())
 
 
-def kernels(dispatches: Iterable[Dispatch], linears: int) -> dict[str, int]:
-    """How many linears each kernel ran, from the dispatches of a call (CUDA graphs: of a few)."""
+def weights(model: nn.Module) -> int:
+    """Elements of all weights that a call of the model multiplies as integers."""
+    found = [each for each in _multiplied(model) if isinstance(each, IntLinear)]
+    return sum(each.out_features * each.in_features for each in found)
+
+
+def kernels(dispatches: Sequence[Dispatch], weights: int) -> tuple[dict[str, int], bool]:
+    """How many products each kernel ran, from the dispatches of a call (CUDA graphs: of a few), and
+    whether these multiplied every weight: one product may be that of several linears."""
     counts = Counter(f"{d.op} ({d.scheme}): {d.kernel}" for d in dispatches)
-    calls = max(1, counts.total() // linears)
-    return {name: count // calls for name, count in sorted(counts.items())}
+    calls, rest = divmod(sum(d.n * d.k for d in dispatches), weights)
+    each = {name: count // max(1, calls) for name, count in sorted(counts.items())}
+    return each, calls > 0 and rest == 0
 
 
 def _synchronize(device: torch.device) -> None:

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .. import side_by_side
 from ..formats import CanonicalWeight, FormatError
 from ..formats.gguf import GGUFFile
 from ..nn import IntLinear
@@ -152,7 +153,9 @@ def load(
         zeros = None if weight.zeros is None else weight.zeros.to(device)
         return IntLinear(weight.codes.to(device), weight.scales.to(device), zeros)
 
-    return _build(file, linear, device, dtype, progress)
+    model = _build(file, linear, device, dtype, progress)
+    side_by_side.lay_siblings(model)
+    return model
 
 
 def load_dense(

@@ -21,7 +21,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .. import calibrated
+from .. import calibrated, side_by_side
 from ..formats.layers import METHOD, VERSION, read_specs, write_specs
 from ..nn import IntLinear, PackedLinear
 from ..qat import QATLinear, RotatedIntLinear
@@ -96,6 +96,7 @@ class IntlassQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **options)
         self.planned: set[str] = set()
         self.transposed: set[str] = set()
+        self.dtypes: dict[str, torch.dtype] = {}
         self.done = 0
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -103,6 +104,7 @@ class IntlassQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             specs = read_specs(type(model).__name__, config.to_dict())
             put_layers(model, specs)
+            self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
             return
         scheme = config.to_scheme()
         kept = {*get_keys_to_not_convert(model), *(config.modules_to_not_convert or ())}
@@ -146,7 +148,14 @@ class IntlassQuantizer(HfQuantizer):  # type: ignore[misc]
         for path, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 check_order(path, module)
+        # transformers 5.17 leaves parameters that it renames in the dtype of the file.
+        wide = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        for name, parameter in model.named_parameters():
+            dtype = self.dtypes.get(name, parameter.dtype)
+            if parameter.dtype != dtype and not any(each in name for each in wide):
+                parameter.data = parameter.data.to(dtype)
         self.quantization_config.layers = write_specs(specs_of(model))["layers"]
+        side_by_side.lay_siblings(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:

@@ -54,7 +54,7 @@ class LoweringPass(CustomGraphPass):
 def rewrite(graph: torch.fx.Graph, edit: Editor) -> None:
     """Apply the rules to every product of a graph and record each decision."""
     records.passed()
-    passes = (linears.concerns, spellings.concerns, quantisers.concerns)
+    passes = (linears.concerns, spellings.concerns, quantisers.concerns, siblings.concerns)
     if not any(concerns(node) for node in graph.nodes for concerns in passes):
         return
     if not edit.training:
@@ -68,6 +68,7 @@ def rewrite(graph: torch.fx.Graph, edit: Editor) -> None:
         # Each linear wrote its own copy of the scale that it shares with its siblings.
         siblings.merge_equal(graph)
         records.count("quantisers", quantisers.fuse(edit))
+        records.count("joined", siblings.join(edit))
     records.count("fused", siblings.fuse(edit))
     # The old dequantisation must go before Inductor plans memory for it.
     graph.eliminate_dead_code()

@@ -32,6 +32,7 @@ class Decision:
     bound: the result differs from the graph's own by at most bound times the sum over k of
     |x| (|q| + |zero|) |scale|, plus |bias|; to first order, with fp32 sums on both sides.
     recipe: how its weight is read from the leaves, for linears that are packed.
+    within: N of the GEMM that it is a part of, where compiling told.
 
     >>> print(Decision('mm', 'mlp.up', 'mm', 'declined', 'quantised', 'a table', shape=(64, 32)))
     mlp.up [N=64, K=32]: declined quantised (a table)
@@ -47,6 +48,7 @@ class Decision:
     shape: tuple[int, int] | None = None
     group_size: int | None = None
     bound: float | None = None
+    within: int | None = None
     recipe: str = field(default="", repr=False, compare=False)
 
     def as_stored(self) -> Decision:

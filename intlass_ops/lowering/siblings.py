@@ -1,22 +1,31 @@
 """Work that linears share: one copy of equal computations, one GEMM for linears of one input.
 
 Lives here: `merge_equal` (common subexpressions: without it q, k and v each quantise the same
-activation) and `fuse` (packed linears with the same activations become one wider GEMM). Not here:
-which linears are swapped (linears.py), how fused weights are packed (runtime.py).
+activation), `fuse` (packed linears with the same activations become one wider GEMM) and `join` (so
+do our own `IntLinear`s). Not here: which linears are swapped (linears.py), how fused weights are
+packed (runtime.py), what joined ones run (joined.py).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from ..nn import IntLinear
+from . import joined, records
 from .editor import CAST, Editor, aten
+from .linears import path_of
 from .program import is_pure
 
 LINEAR: Any = torch.ops.intlass.linear_from_leaves.default
+_INT4: Any = torch.ops.intlass.matmul_int4_bf16_tn.default
+_INT8: Any = torch.ops.intlass.matmul_int8_bf16_tn.default
+_SILU: Any = torch.ops.intlass.silu_mul_quantize.default
 
 
 def _frozen(value: Any) -> Any:
@@ -122,13 +131,111 @@ def _join(
     with edit.at(family[0]):
         bias = _joined_bias(edit, family)
         wide = edit.call(LINEAR, x, leaves, "\n".join(recipes), a_scale, a_zero, bias, dtype)
-        start = 0
-        for node in family:
-            n = node.meta["val"].shape[-1]
-            part = edit.call(aten.slice.Tensor, wide, -1, start, start + n)
+        _split(edit, wide, family)
+
+
+def _split(edit: Editor, wide: Node, family: Sequence[Node]) -> None:
+    """The family's results, cut out of a joined one."""
+    start = 0
+    for node in family:
+        n = node.meta["val"].shape[-1]
+        part = edit.call(aten.slice.Tensor, wide, -1, start, start + n)
+        # It reads rows at any distance; nothing else could fuse a copy into it.
+        node.replace_all_uses_with(part, delete_user_cb=lambda user: user.target is _SILU)
+        if node.users:
             # Downstream views were traced for a contiguous result; Inductor fuses the copy.
             part = edit.call(aten.clone.default, part, memory_format=torch.contiguous_format)
             node.replace_all_uses_with(part)
-            start += n
+        start += n
     for node in family:
         edit.graph.erase_node(node)
+
+
+def concerns(node: Node) -> bool:
+    return node.target in (_INT4, _INT8)
+
+
+def join(edit: Editor) -> int:
+    """Join `IntLinear`s that read the same activations; returns how many GEMMs that saves.
+
+    Whether their weights lie side by side is seen when the graph runs (joined.py).
+    """
+    families: dict[Any, list[_Own]] = {}
+    for node in edit.graph.nodes:
+        own = _own(node) if concerns(node) and _in_int_linear(node) else None
+        if own is not None:
+            families.setdefault((node.target, own.shared), []).append(own)
+    saved = 0
+    for family in families.values():
+        if len(family) > 1:
+            _join_own(edit, family)
+            saved += len(family) - 1
+    return saved
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A call of one of our GEMMs: what it shares with those it can be joined to, and its own."""
+
+    node: Node
+    shared: tuple[Any, ...]  # forms of its tensors, x, k, a_scale, a_zero, out_dtype
+    tensors: tuple[Node | None, ...]  # weight, scales, zeros, bias
+
+    @property
+    def rows(self) -> int:
+        return int(self.tensors[0].meta["val"].shape[0])  # type: ignore[union-attr]
+
+
+def _in_int_linear(node: Node) -> bool:
+    """Others that call our ops themselves never lay their weights side by side."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    kinds = [getattr(kind, "__name__", str(kind)) for _, kind in stack.values()]
+    return bool(kinds) and kinds[-1].rsplit(".", 1)[-1] == IntLinear.__name__
+
+
+def _own(node: Node) -> _Own | None:
+    names = [each.name for each in node.target._schema.arguments]  # type: ignore[union-attr]
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    int4 = node.target is _INT4
+    own = ("packed_w", "scales", "zeros", "bias") if int4 else ("b", "b_scale", "", "bias")
+    tensors = tuple(given.get(name) for name in own)
+    known = [each for each in tensors if each is not None]
+    if given.get("alpha") is not None or any(
+        each.op != "placeholder" or each.meta["val"].dim() == 0 for each in known
+    ):
+        return None
+    values = [None if each is None else each.meta["val"] for each in tensors]
+    forms = tuple(None if value is None else (value.dtype, value.shape[1:]) for value in values)
+    shared = (given.get(name) for name in ("a", "k", "a_scale", "a_zero", "out_dtype"))
+    return _Own(node, (forms, *shared), tensors)
+
+
+def _join_own(edit: Editor, family: Sequence[_Own]) -> None:
+    _, x, k, a_scale, a_zero, dtype = family[0].shared
+    kinds = zip(*(own.tensors for own in family), strict=True)
+    lists = [[each for each in kind if each is not None] for kind in kinds]
+    width = sum(own.rows for own in family)
+    for own in family:
+        records.record(_decision(own, width))
+    with edit.at(family[0].node):
+        wide = edit.call(joined.OP, x, *lists, k, a_scale, a_zero, dtype)
+        _split(edit, wide, [own.node for own in family])
+
+
+def _decision(own: _Own, width: int) -> records.Decision:
+    weight, scales = (each.meta["val"] for each in own.tensors[:2] if each is not None)
+    bits = 8 if own.node.target is _INT8 else 4
+    k = own.shared[2] or weight.shape[1] * 8 // bits
+    a_bits = {torch.int8: 8, torch.uint8: 4}.get(own.shared[1].meta["val"].dtype, 16)
+    return records.Decision(
+        node=own.node.name,
+        path=path_of(own.node),
+        gemm=str(own.node.target),
+        outcome=records.SWAPPED,
+        scheme=f"w{bits}a{a_bits}",
+        reason="one GEMM with others of the same input, if their weights lie side by side",
+        rule="siblings",
+        shape=(own.rows, k),
+        group_size=k // (scales.shape[1] if scales.dim() > 1 else 1),
+        within=width,
+    )

@@ -109,16 +109,15 @@ def measure(
     scale = some(evaluation.with_codes(recipe.codes, torch.ones_like(true_codes))) - zero
     raw = some(evaluation.with_codes(recipe.codes, true_codes))
     raw = raw.contiguous() if 0 in raw.stride() else raw
+    del true_codes
     codes = torch.empty(raw.shape, dtype=torch.int16, device=raw.device)
     weight = as_nk(evaluation.weight(), recipe)[rows]
     kind = evaluation.coarsest(recipe.codes)
-    # In blocks that stay in cache; `zero` comes in as the offset and leaves as the zero point.
+    # In blocks that stay in cache.
     block = max(1, _BLOCK_ELEMENTS // max(recipe.k, 1)) if not raw.is_cuda else raw.shape[0]
     for start in range(0, raw.shape[0], max(block, 1)):
         part = slice(start, start + block)
-        codes[part], zero[part], scale[part] = _solve(
-            raw[part], zero[part], scale[part], weight[part], kind
-        )
+        codes[part] = _solve(raw[part], zero[part], scale[part], weight[part], kind)
     return _grouped(codes, scale, zero, order)
 
 
@@ -127,14 +126,14 @@ _BLOCK_ELEMENTS = 1 << 17
 
 def _solve(
     raw: Tensor, offset: Tensor, scale: Tensor, weight: Tensor, kind: torch.finfo | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, zero points and scales from the weight at the true codes, at 0, and its slope.
+) -> Tensor:
+    """Codes from the weight at the true codes, at 0, and its slope; what was the offset becomes the
+    zero points. All in place: this is most of the memory that packing a weight takes.
 
     A group whose slope is 0 is a constant c whatever its codes are: code 0, zero -c, scale 1.
     """
-    # In place where it can be: this is most of the memory that packing a weight takes.
     constant = (scale == 0) & (offset != 0)
-    slope = torch.where(scale != 0, scale, 1.0)
+    slope = scale.masked_fill(scale == 0, 1.0)
     exact = raw.sub_(offset).div_(slope)
     codes = exact.round()
     allowed = codes.abs().add_(1).mul_(1e-6)
@@ -147,14 +146,20 @@ def _solve(
     zero = offset.div_(slope).neg_()
     nearest = zero.round()
     close = (zero - nearest).abs_() <= nearest.abs().mul_(1e-12)
-    zero = torch.where(close, nearest, zero)
-    scale = torch.where(constant, slope, scale)
-    _verify(weight, codes, scale, zero, kind)
-    return codes.to(torch.int16), zero, scale
+    torch.where(close, nearest, zero, out=zero)
+    scale.masked_fill_(constant, 1.0)
+    del slope, allowed, nearest, close
+    _verify(weight, codes, scale, zero, kind, exact)
+    return codes.to(torch.int16)
 
 
 def _verify(
-    weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, kind: torch.finfo | None
+    weight: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    kind: torch.finfo | None,
+    error: Tensor,
 ) -> None:
     """(codes - zero) * scale must be the graph's own weight up to the roundings of its dtypes.
 
@@ -163,7 +168,7 @@ def _verify(
     """
     eps, tiny = (0.0, 0.0) if kind is None else (kind.eps, kind.smallest_normal * kind.eps)
     graph = weight.double()
-    error = (codes - zero).mul_(scale).sub_(graph).abs_()
+    torch.sub(codes, zero, out=error).mul_(scale).sub_(graph).abs_()
     bound = codes.abs().add_(zero.abs()).mul_(scale.abs()).mul_(2 * eps).add_(2 * tiny)
     if not bool((error <= bound.add_(graph.abs().mul_(1e-12))).all()):
         raise NotAffine("(codes - zeros) * scales does not reproduce the weight")

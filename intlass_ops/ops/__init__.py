@@ -1,6 +1,7 @@
 """The `torch.ops.intlass` ops, one file a family; importing this registers them."""
 
 from . import fused_quantize as _fused_quantize  # noqa: F401 (registers its op)
+from . import training as _training  # noqa: F401 (registers its ops)
 from .block_scaled import (
     matmul_ada_mxf4_bf16_tn,
     matmul_mxf4_bf16_tn,

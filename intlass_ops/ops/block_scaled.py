@@ -1,15 +1,15 @@
 """Op `intlass::matmul_block_scaled`: GEMMs of the OCP microscaling formats and NVFP4.
 
 Here: the op with its checks, its CPU kernel (exact, float64) and its choice of a GPU path. Not
-here: the formats (fp4.py), how scales are chosen (scales.py, fused_quantize.py), the kernel
-(cuda/fp4.cu). The op takes bytes and the name of their format, so that no compiler has to know
-FP8 dtypes; the Python functions take the dtypes.
+here: the formats (fp4.py), how scales are chosen (scales.py, fused_quantize.py), the kernels that
+take FP4 (cuda/launch_fp4.py). The op takes bytes and the name of their format, so that no compiler
+has to know FP8 dtypes; the Python functions take the dtypes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -173,17 +173,43 @@ def _cuda(
 ) -> Tensor:
     p = _check(a, b, a_scale, b_scale, format_, blocked, b_is_kn, alpha, out_dtype)
     x, w, x_scale, w_scale = _operands(p, a, b, a_scale, b_scale, blocked, b_is_kn)
-    # fp16 has no room for the exponents of e8m0 but in the kernel's fp32 sums
-    few = p.m <= config.FP4_MAX_M or (a.dtype == torch.float16 and p.format == "mxf4")
-    if p.format != "mxf8" and few:
-        y, kernel = launch_fp4.run(
-            x, w, x_scale, w_scale, blocked, alpha, p.m, p.n, p.k, p.out_dtype
-        )
-        _explain(p, a_scale, kernel, f"M={p.m} is bound by reading W")
+    rest = w, x_scale, w_scale, blocked, alpha
+    if p.m * p.n == 0 or p.k == 0:
+        return a.new_zeros((*a.shape[:-1], p.n), dtype=p.out_dtype)
+    if a.dtype == torch.float16 and (p.m <= config.FP4_MAX_M or p.format != "nvf4"):
+        y = _product(replace(p, m=2 * p.m, out_dtype=torch.float32), _two_terms(x), *rest)
+        y = y.view(2, p.m, p.n).sum(0).to(p.out_dtype)
     else:
-        y = _dense(p, x, w, x_scale, w_scale, blocked, alpha)
-        _explain(p, a_scale, "decode to 16 bits + mm", f"M={p.m} is bound by the tensor cores")
+        y = _product(p, x, *rest)
     return y.view(*a.shape[:-1], p.n)
+
+
+def _two_terms(x: Tensor) -> Tensor:
+    """bf16 [2M, K] whose two halves add up to x [M, K], fp16: exactly, 8 + 3 bits."""
+    high = x.bfloat16()
+    low = torch.where(x.isfinite(), x - high, 0)
+    return torch.cat((high, low.bfloat16()))
+
+
+def _product(
+    p: Blocks,
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor | None,
+    w_scale: Tensor,
+    blocked: bool,
+    alpha: Tensor | None,
+) -> Tensor:
+    """y [M, N] by a kernel that decodes in registers, or of operands decoded before."""
+    if p.format != "mxf8" and x.dtype != torch.float16:
+        done = launch_fp4.run(x, w, x_scale, w_scale, blocked, alpha, p.k, p.out_dtype)
+        if done is not None:
+            y, kernel = done
+            _explain(p, x_scale, kernel, "exact in bf16: FP4 takes its scales in registers")
+            return y
+    y = _dense(p, x, w, x_scale, w_scale, blocked, alpha)
+    _explain(p, x_scale, "decode to 16 bits + mm", f"M={p.m} is bound by the tensor cores")
+    return y
 
 
 def _dense(
@@ -197,8 +223,7 @@ def _dense(
 ) -> Tensor:
     """Both operands in bf16 (fp16 beside fp16), which holds every FP4 code times its scale exactly.
 
-    FP8 codes too, but for scales below 2^-122 or above 2^119. The sums are a tensor core's fp32:
-    unlike fp4.cu's, not exact.
+    FP8 codes too, but for scales below 2^-122 or above 2^119.
     """
     dtype = x.dtype if x_scale is None else torch.bfloat16
     factor = 1.0

@@ -1,6 +1,11 @@
-"""Op `intlass::dequantize`: the dense weight of packed INT4 or INT8 codes."""
+"""Op `intlass::dequantize`: the dense weight of packed INT4 or INT8 codes.
+
+On a GPU one Triton kernel (triton/dequantize.py).
+"""
 
 from __future__ import annotations
+
+import importlib.util
 
 import torch
 from torch import Tensor
@@ -43,11 +48,23 @@ def _dequantize(
     return (x * reference.expand_groups(rows_groups(scales.float()), *codes.shape)).to(dtype)
 
 
+def _dequantize_cuda(
+    w: Tensor, scales: Tensor, zeros: Tensor | None, k: int, dtype: torch.dtype
+) -> Tensor:
+    if importlib.util.find_spec("triton") is None:
+        return _dequantize(w, scales, zeros, k, dtype)
+    from ..triton import dequantize as kernels
+
+    _dequantize_check(w, scales, zeros, k, dtype)
+    z = None if zeros is None else rows_groups(zeros)
+    return kernels.dequantize(w, rows_groups(scales), z, k, dtype)
+
+
 define(
     "dequantize(Tensor w, Tensor scales, Tensor? zeros, SymInt k, ScalarType dtype) -> Tensor",
     fake=_dequantize_fake,
     cpu=_dequantize,
-    cuda=_dequantize,
+    cuda=_dequantize_cuda,
 )
 
 

@@ -1,18 +1,18 @@
 """Op `intlass::fused_quantize`: rotation and quantisation of activations in one step.
 
 The formulas, checks and Python functions are in ../fused_quantize.py, the kernel in
-../triton/fused_quantize.py.
+../cuda/rotate_quantize.cu.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import fused_quantize
+from ..cuda import launch_rotate_quantize
 from ._library import define
 
 _FORMATS = ("int8", "int4", "mx", "nv")
@@ -48,7 +48,7 @@ def _fake(
     )
 
 
-def _kernel(
+def _cpu(
     x: Tensor,
     h: Tensor,
     format_: str,
@@ -58,12 +58,21 @@ def _kernel(
     mask: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = _plan(x, h, format_, method, group_size, global_scale)
-    if x.is_cuda and importlib.util.find_spec("triton") is not None:
-        from ..triton import fused_quantize as kernels
-
-        return kernels.fused_quantize(x, h, plan, mask)
     codes, scales, bits = fused_quantize.reference(x, h, plan)
     return codes, scales, bits if mask else bits[..., :0].contiguous()
+
+
+def _cuda(
+    x: Tensor,
+    h: Tensor,
+    format_: str,
+    method: str,
+    group_size: int,
+    global_scale: float = 1.0,
+    mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = _plan(x, h, format_, method, group_size, global_scale)
+    return launch_rotate_quantize.run(x, h, plan, mask)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -80,8 +89,8 @@ define(
     "fused_quantize(Tensor x, Tensor h, str format, str method, SymInt group_size, "
     "float global_scale=1.0, bool mask=False) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
-    cpu=_kernel,
-    cuda=_kernel,
+    cpu=_cpu,
+    cuda=_cuda,
     setup_context=_setup,
     backward=_backward,
 )

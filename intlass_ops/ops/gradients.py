@@ -38,16 +38,22 @@ def setup(
 
 
 def of_activations_and_bias(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(dX, dbias) for the context that `setup` left; w is dequantised to the dtype of x."""
+    """(dX, dbias) for the context that `setup` left.
+
+    w is dequantised to the dtype of x, unless a GPU multiplies by its INT4 codes as they lie.
+    """
     if ctx.refusal is not None:
         raise RuntimeError(ctx.refusal)
     w, scales, zeros, alpha = ctx.saved_tensors
     grad_a = grad_bias = None
     if ctx.needs_input_grad[0]:
-        dense = torch.ops.intlass.dequantize(w, scales, zeros, ctx.k, ctx.a_dtype)
-        grad_a = grad.to(ctx.a_dtype) @ dense
-        if alpha is not None:
-            grad_a = grad_a * alpha.to(grad_a.dtype)
+        ops, grad_y = torch.ops.intlass, grad.to(ctx.a_dtype)
+        if w.dtype == torch.uint8 and w.is_cuda:
+            grad_a = ops.matmul_int4_nn(grad_y, w, scales, zeros, ctx.k, alpha)
+        else:
+            grad_a = grad_y @ ops.dequantize(w, scales, zeros, ctx.k, ctx.a_dtype)
+            if alpha is not None:
+                grad_a = grad_a * alpha.to(grad_a.dtype)
     if ctx.bias_dtype is not None:
         grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype)
     return grad_a, grad_bias
@@ -57,7 +63,7 @@ def batched_activations(name: str) -> Any:
     """vmap over `a` alone is one GEMM with one more leading dimension."""
     op = getattr(torch.ops.intlass, name)
     arguments = [argument.name for argument in op.default._schema.arguments]
-    per_token = [arguments.index("a_scale"), arguments.index("a_zero")]
+    per_token = [arguments.index(name) for name in ("a_scale", "a_zero") if name in arguments]
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
         alone = in_dims[0] is not None and all(d is None for d in in_dims[1:])

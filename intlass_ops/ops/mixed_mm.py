@@ -1,12 +1,12 @@
 """Op `intlass::matmul_int4_nn`, x @ w for a packed INT4 w, and `mixed_mm`, HQQ's interface.
 
 w is the buffer that `matmul_int4_bf16_tn` multiplies by the transpose of: one packed weight serves
-the forward and the backward product. On a GPU the sum over rows is Triton's (triton/mixed_mm.py).
+the forward and the backward product. On a GPU few tokens go through cuda/transposed.cu, which
+decodes weights in registers; for many w is dequantised once, and the product is cuBLAS's.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import packing, reference
+from ..cuda import launch_transposed
 from ..explain import record
-from ._library import FLOATS, define, require_device, require_dtype
+from . import gradients
+from ._library import FLOATS, LIBRARY, NAMESPACE, define, require_device, require_dtype
 from .matmul import matmul_int4_bf16_tn
 from .problem import check_parameters, rows_groups
 
@@ -89,19 +91,24 @@ def _cuda(
 ) -> Tensor:
     _check(x, packed_w, scales, zeros, k, alpha)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if x.dtype == torch.float32 or importlib.util.find_spec("triton") is None:
-        why = "float32 has no tensor-core kernel" if x.dtype == torch.float32 else "no Triton here"
-        _explain(x, packed_w, k, "dequantize + mm", why, fallback=True)
-        y = rows @ torch.ops.intlass.dequantize(packed_w, scales, zeros, k, x.dtype)
-        y = y if alpha is None else (y.float() * alpha.float().reshape(())).to(x.dtype)
+    s, z = rows_groups(scales), None if zeros is None else rows_groups(zeros)
+    plan = launch_transposed.plan_of(rows, packed_w, s, z, k)
+    if isinstance(plan, str):
+        fallback = x.dtype == torch.float32
+        _explain(x, packed_w, k, "dequantize + mm", plan, fallback=fallback)
+        dense = torch.ops.intlass.dequantize(packed_w, scales, zeros, k, x.dtype)
+        y = rows @ dense if alpha is None else _scaled(rows, dense, alpha)
     else:
-        from ..triton import mixed_mm as kernels
-
-        _explain(x, packed_w, k, "triton mixed_mm", "weights are decoded in registers")
-        z = None if zeros is None else rows_groups(zeros)
-        y = kernels.matmul_nn(rows, packed_w, rows_groups(scales), z, k, alpha, x.dtype)
+        _explain(x, packed_w, k, plan.name, "few tokens: weights are decoded in registers")
+        y = plan.run(rows, packed_w, s, z, k, alpha)
     shaped: Tensor = y.view(*x.shape[:-1], k)
     return shaped
+
+
+def _scaled(x: Tensor, w: Tensor, alpha: Tensor) -> Tensor:
+    """alpha·(x @ w), rounded once."""
+    wide = x @ w if x.dtype == torch.float32 else torch.mm(x, w, out_dtype=torch.float32)
+    return (wide * alpha.float().reshape(())).to(x.dtype)
 
 
 def _explain(
@@ -134,6 +141,7 @@ define(
     setup_context=_setup,
     backward=_backward,
 )
+torch.library.register_vmap(f"{NAMESPACE}::{_OP}", gradients.batched_activations(_OP), lib=LIBRARY)
 
 
 def mixed_mm(
@@ -154,7 +162,9 @@ def mixed_mm(
     with other strides every call copies it. ``scales``, ``zeros`` [K/group_size, N], of a's dtype
     or wider; zeros floating or integer with codes in [0, 15], None for signed codes.
 
-    Differentiable in ``a``, the gradient taking the other direction on the same buffer.
+    Differentiable in ``a``, the gradient taking the other direction on the same buffer. Transposed,
+    a GPU rounds each weight to a's dtype first, as in a dequantised model (and q - zeros before
+    that, where zeros are fractions).
     Raises ValueError or TypeError naming what does not fit.
 
     >>> from intlass_ops import pack_int4

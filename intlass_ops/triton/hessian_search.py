@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .scale_search import power_of_two_units
+from .integer_search import power_of_two_units
 
 _ROWS = 16
 # Breakpoints that one program of an integer search tries at a time.
@@ -34,18 +34,20 @@ def _fp4_error(a, sign, factor, s):
 
 @triton.jit
 def _grid_kernel(
-    x_ptr, factor_ptr, whole_ptr, unit_ptr, grid_ptr, start_ptr, out_ptr, count, last, g,
-    per_floor, slope,
+    x_ptr, factor_ptr, per_floor_ptr, whole_ptr, unit_ptr, grid_ptr, start_ptr, out_ptr,
+    count, last, columns, g, slope,
     G: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Best scale of ROWS blocks: walk the grid down and up from the start, each way only as far as
-    the error that is certain is within the best. ``per_floor`` is 1/λmin, so that Σ r² is within
-    best·per_floor; |xL| - s·``slope`` <= √best bounds s from below whatever λmin is.
+    """Best scale of ROWS blocks of a column: walk the grid down and up from the start, each way
+    only as far as the error that is certain is within the best. ``per_floor`` is 1/λmin, so that
+    Σ r² is within best·per_floor; |xL| - s·``slope`` <= √best bounds s from below whatever λmin is.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)) * columns + column
     inside = row < count
     i = tl.arange(0, G)
-    factor = tl.load(factor_ptr + i[:, None] * G + i[None, :])
+    factor = tl.load(factor_ptr + (column * G + i[:, None]) * G + i[None, :])
+    per_floor = tl.load(per_floor_ptr + column)
     unit = tl.load(unit_ptr + row, mask=inside, other=1.0)
     at = row[:, None] * g + i[None, :]
     x = tl.load(x_ptr + at, mask=inside[:, None] & (i < g)[None, :], other=0.0) * unit[:, None]
@@ -88,7 +90,7 @@ def _grid_kernel(
 
 @triton.jit
 def _sweep_kernel(
-    x_ptr, turned_ptr, factor_ptr, unit_ptr, budget_ptr, limit_ptr, out_ptr, columns, g,
+    x_ptr, turned_ptr, factor_ptr, unit_ptr, budget_ptr, limit_ptr, out_ptr, columns, ranges, g,
     LEVELS: tl.constexpr, G: tl.constexpr, EVENTS: tl.constexpr,
 ):  # fmt: skip
     """Best scale of one block for one range of codes: every breakpoint |x|/(k + ½) is tried.
@@ -97,11 +99,11 @@ def _sweep_kernel(
     scale is uv/uu, held between that breakpoint and the next, and the error |v - s·u|².
     """
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1)
-    qmin, qmax = tl.load(limit_ptr + 2 * column), tl.load(limit_ptr + 2 * column + 1)
+    codes = tl.program_id(1)
+    qmin, qmax = tl.load(limit_ptr + 2 * codes), tl.load(limit_ptr + 2 * codes + 1)
     unit = tl.load(unit_ptr + row)
     i = tl.arange(0, G)
-    factor = tl.load(factor_ptr + i[:, None] * G + i[None, :])
+    factor = tl.load(factor_ptr + (row % columns * G + i[:, None]) * G + i[None, :])
     x = tl.load(x_ptr + row * g + i, mask=i < g, other=0.0)
     v = tl.load(turned_ptr + row * G + i)
     limit = tl.where(x >= 0, qmax, -qmin)
@@ -136,49 +138,58 @@ def _sweep_kernel(
                 scale = tl.max(tl.where(error == least, s, 0.0), 0)
                 best_scale = tl.where(least < best_error, scale, best_scale)
                 best_error = tl.minimum(least, best_error)
-    tl.store(out_ptr + row * columns + column, best_scale / unit)
+    tl.store(out_ptr + row * ranges + codes, best_scale / unit)
 
 
-def _factor(hessian: Tensor) -> tuple[Tensor, float]:
-    """L [G, G] float64 with L Lᵀ = H / λmax, zero padded to a power of two from 16; λmin / λmax, or
-    a bound below it where the eigensolver's rounding hides it."""
-    g = hessian.shape[-1]
-    # On the host: a decomposition of this size costs less there than its launches on a GPU.
-    values, vectors = torch.linalg.eigh(hessian.double().cpu())
+def _factors(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each H [J, g, g]: L [J, G, G] float64 with L Lᵀ = H / λmax, zero padded to a power of two
+    from 16; λmin / λmax [J], or a bound below it where the eigensolver's rounding hides it; λmax.
+    """
+    g, width = hessian.shape[-1], _width(hessian.shape[-1])
+    values, vectors = torch.linalg.eigh(hessian.double())
     # Of inputs that are all zero nothing is left: any scale will do.
-    values = values.clamp(min=0) / max(float(values[-1]), 1e-300)
-    factor = values.new_zeros(_width(g), _width(g))
-    factor[:g, :g] = vectors * values.sqrt()
-    return factor.to(hessian.device), max(float(values[0]) - 1e-14 * g, 0.0)
+    largest = values[:, -1].clamp(min=1e-300)
+    values = values.clamp(min=0) / largest[:, None]
+    factors = values.new_zeros(hessian.shape[0], width, width)
+    factors[:, :g, :g] = vectors * values.sqrt()[:, None]
+    return factors, (values[:, 0] - 1e-14 * g).clamp(min=0), largest
 
 
 def _width(g: int) -> int:
     return max(int(triton.next_power_of_2(g)), 16)
 
 
+def _turned(x: Tensor, unit: Tensor, factors: Tensor) -> Tensor:
+    """(x·unit) L of each block, [B, G] float64."""
+    columns, g = factors.shape[0], x.shape[1]
+    scaled = (x.double() * unit[:, None]).view(-1, columns, g).movedim(1, 0)
+    return (scaled @ factors[:, :g]).movedim(0, 1).reshape(x.shape[0], -1)
+
+
 def grid_search(x: Tensor, start: Tensor, grid: Tensor, hessian: Tensor) -> Tensor:
-    """`scale_search.grid_search` for FP4 codes: x [B, g], start [B]; hessian [g, g]."""
+    """`scale_search.grid_search` for FP4 codes: x [B, g], start [B]; hessian [J, g, g], where block
+    i belongs to H[i % J]."""
     count, g = x.shape
+    columns = hessian.shape[0]
     out = start.to(torch.int32)
     if not count:
         return out.long()
-    factor, floor = _factor(hessian)
+    factors, floors, _ = _factors(hessian)
     unit = power_of_two_units(x)
-    scaled = x.double() * unit[:, None]
-    whole = (scaled @ factor[:g]).norm(dim=-1)
     kernel: Any = _grid_kernel
-    kernel[(triton.cdiv(count, _ROWS),)](
+    kernel[(triton.cdiv(count // columns, _ROWS), columns)](
         x.float().contiguous(),
-        factor.float(),
-        whole.float(),
+        factors.float(),
+        (1.0001 / floors.clamp(min=1e-30)).float(),
+        _turned(x, unit, factors).norm(dim=-1).float(),
         unit,
         grid.float(),
         start.to(torch.int32),
         out,
         count,
         grid.numel() - 1,
+        columns,
         g,
-        1.0001 / max(floor, 1e-30),
         6.0 * g**0.5 * 1.00001,
         G=_width(g),
         ROWS=_ROWS,
@@ -186,25 +197,29 @@ def grid_search(x: Tensor, start: Tensor, grid: Tensor, hessian: Tensor) -> Tens
     return out.long()
 
 
-def sweep(x: Tensor, limits: list[tuple[int, int]], hessian: Tensor, budget: Tensor) -> Tensor:
-    """`scale_search.sweep_hessian` for each of the limits: x [B, g], budget [B] of Σ r²;
-    float32 [B, len(limits)]."""
+def sweep(x: Tensor, limits: list[tuple[int, int]], hessian: Tensor, error: Tensor) -> Tensor:
+    """`scale_search.sweep_hessian` for each of the limits: x [B, g]; hessian [J, g, g], where block
+    i belongs to H[i % J]; error [B] that some scale reaches. float32 [B, len(limits)]."""
     count, g = x.shape
+    columns = hessian.shape[0]
     out = torch.empty(count, len(limits), device=x.device)
     if not count:
         return out
-    factor, _ = _factor(hessian)
+    factors, floors, largest = _factors(hessian)
     unit = power_of_two_units(x)
-    turned = (x.double() * unit[:, None]) @ factor[:g]
+    # Of Σ r², since rᵀHr >= λmin·Σ r²; where λmin is 0 nothing is ruled out.
+    least = floors * largest
+    budget = torch.where(least > 0, error.double().view(-1, columns) / least, torch.inf)
     kernel: Any = _sweep_kernel
     kernel[(count, len(limits))](
         x.float().contiguous(),
-        turned.float().contiguous(),
-        factor.float(),
+        _turned(x, unit, factors).float(),
+        factors.float(),
         unit,
-        (budget.double() * unit.double() ** 2).float(),
+        (budget.flatten() * unit.double() ** 2).float(),
         torch.tensor(limits, dtype=torch.float32, device=x.device),
         out,
+        columns,
         len(limits),
         g,
         LEVELS=max(max(-low, high) for low, high in limits),

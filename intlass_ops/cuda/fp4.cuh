@@ -1,0 +1,114 @@
+// FP4 codes (e2m1) and the scales of their blocks, MXFP4 (32 k, e8m0) and NVFP4 (16 k, e4m3), as bf16
+// fragments: a code times its scale has at most six significant bits, so bf16 holds it exactly, and
+// what remains of a product is done by the kernels of 16-bit operands.
+//
+// A code s e e m becomes a number by moving: s to the sign of a bf16, e e m to the low exponent bits
+// and the first bit of its mantissa, subnormals included. That is 2^-126 of its value, and factors
+// put it right: 2^126 times the scale, divided by a constant `unit` that leaves room for all scales.
+#pragma once
+#include "memory.cuh"
+
+struct e2m1 { static constexpr int bits = 4; };
+
+struct e8m0 { unsigned char code; };
+struct e4m3 { unsigned char code; };
+// No sum meets these: codes take them
+__device__ __forceinline__ float as_float(e8m0) { return 1.f; }
+__device__ __forceinline__ float as_float(e4m3) { return 1.f; }
+
+// Of each format of scales; any other one is no scale of blocks
+template <class Scale> constexpr int block_size = 32;
+template <> constexpr int block_size<e4m3> = 16;
+template <class Scale> constexpr float block_unit = 1.f;
+template <> constexpr float block_unit<e8m0> = 4.f;    // numbers reach 6 * 2^127: a quarter fits
+template <> constexpr float block_unit<e4m3> = 256.f;  // 448 * 2^126 / 256 fits
+
+constexpr u32 minus_zeros = 0x80008000;  // with which an FMA multiplies: sm_80 has no bf16 product
+constexpr u32 not_numbers = 0x7fc07fc0;
+
+// What the moved bits of codes are multiplied by: of the scales in two bytes of a word, which PRMT
+// selects (0x4140: the first two), a bf16 each, exactly. e8m0 has a second factor, 2^124, since 2^126
+// times its largest scales has no room. Codes that are no numbers do not show.
+template <class Scale> __device__ __forceinline__ u32 two_factors(u32 word, u32 selector) {
+  const u32 codes = __byte_perm(word, 0, selector);
+  if constexpr (same<Scale, e8m0>::value) {
+    return __vmaxu2(codes * 128, 0x00400040);  // 2^-127 is subnormal
+  } else {  // exponent and mantissa in place of bf16's, 2^120 too small, subnormals included
+    const u32 bits = (codes & 0x007f007f) * 16 + (codes & 0x00800080) * 256;
+    constexpr u32 half_way = 0x7b007b00;  // 2^119
+    return fma2<bf16>(fma2<bf16>(bits, half_way, minus_zeros), half_way, minus_zeros);
+  }
+}
+// Whether a word of scales has one that is no number: then no sum of the row is one
+template <class Scale> __device__ __forceinline__ bool holds_nan(u32 word) {
+  const u32 ones = (word & 0x7f7f7f7f) + 0x01010101;  // top bit of a byte: the others were all set
+  return (same<Scale, e8m0>::value ? ones & word & 0x80808080 : ones & 0x80808080) != 0;
+}
+
+template <class Scale> __device__ __forceinline__ u32 scaled_codes(u32 moved, u32 factor) {
+  if constexpr (same<Scale, e8m0>::value)
+    moved = fma2<bf16>(moved, 0x7d807d80, minus_zeros);  // 2^124
+  return fma2<bf16>(moved, factor, minus_zeros);
+}
+
+// A word of eight codes of one block: nibble j of each half word, as Int4Float16Pair orders them. Two
+// copies of a nibble by one product: the upper has the sign in place, the lower the rest.
+template <class Scale> __device__ __forceinline__ void eight_codes(u32 w, u32 factor, u32 (&f)[4]) {
+  constexpr u32 kept = 0x81c081c0;
+  const u32 upper = w >> 8;
+  f[0] = scaled_codes<Scale>((w & 0x000f000f) * 0x1040 & kept, factor);
+  f[1] = scaled_codes<Scale>((w & 0x00f000f0) * 0x0104 & kept, factor);
+  f[2] = scaled_codes<Scale>((upper & 0x000f000f) * 0x1040 & kept, factor);
+  f[3] = scaled_codes<Scale>((upper & 0x00f000f0) * 0x0104 & kept, factor);
+}
+
+// 16-bit activations, or such codes too
+template <> struct Pair<bf16, e2m1> : Int4Float16Pair<bf16, s4> {
+  template <class Scale>
+  static __device__ __forceinline__ A w(u32 lo, u32 lo_factor, u32 hi, u32 hi_factor) {
+    u32 l[4], h[4];
+    eight_codes<Scale>(lo, lo_factor, l);
+    eight_codes<Scale>(hi, hi_factor, h);
+    return {{{l[0], h[0], l[1], h[1]}, {l[2], h[2], l[3], h[3]}}};
+  }
+};
+template <> struct Pair<e2m1, e2m1> : Pair<bf16, e2m1> {
+  template <class Scale> static __device__ __forceinline__ B x(u32 v, u32 factor) {
+    u32 f[4];
+    eight_codes<Scale>(v, factor, f);
+    return {{{f[0], f[1]}, {f[2], f[3]}}};
+  }
+};
+
+// Where the scale of a row's group lies. Plain: rows of `stride` bytes. Blocked: tiles of 128 rows by
+// 4 groups, `stride` of them a row of tiles, and in a tile (row % 32) * 16 + row / 32 * 4 + group.
+template <bool blocked> __device__ __forceinline__ i64 scale_at(i64 row, i64 stride, int group) {
+  if constexpr (!blocked) return row * stride + group;
+  const i64 tile = (row >> 7) * stride + (group >> 2);
+  return tile * 512 + (row & 31) * 16 + (row >> 5 & 3) * 4 + (group & 3);
+}
+// From the scales of some k to those `k` further on, a multiple of four groups
+template <bool blocked, class Scale> constexpr int scale_step(int k) {
+  return k / block_size<Scale> * (blocked ? 128 : 1);
+}
+
+// The scales of 32 neighbouring k of a row, as stored: one load, and a factor each, twice in a word
+template <class Scale> struct SpanScales {
+  static constexpr int count = 1;
+  __device__ __forceinline__ u32 factor(int) const { return 0; }
+};
+template <> struct SpanScales<e8m0> {
+  static constexpr int count = 1;
+  unsigned char codes = 0;
+  __device__ __forceinline__ u32 factor(int) const {
+    return codes == 255 ? not_numbers : two_factors<e8m0>(codes, 0x4040);
+  }
+};
+template <> struct SpanScales<e4m3> {
+  static constexpr int count = 2;
+  unsigned short codes = 0;
+  __device__ __forceinline__ u32 factor(int i) const {
+    const u32 two = holds_nan<e4m3>(codes) ? not_numbers : two_factors<e4m3>(codes, 0x4140);
+    return __byte_perm(two, 0, i ? 0x3232 : 0x1010);
+  }
+};

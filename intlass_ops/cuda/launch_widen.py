@@ -1,0 +1,40 @@
+"""INT4 activations as INT8 (widen.cu), for GPUs whose tensor cores take no INT4."""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+
+import torch
+from torch import Tensor
+
+from .. import config
+from . import jit
+from .kernel import Launch
+from .plans import ALIGNMENT, aligned, empty
+
+_PARAMS = struct.Struct("=6q")
+_WORDS = 2  # pointers, which come first
+
+
+def widen(x: Tensor, x_kind: str, k: int) -> Tensor:
+    """Codes [M, K] of packed rows [M, ceil(K/2)] with unit stride along K; rows are aligned."""
+    m, row_bytes = x.shape
+    row = math.ceil(2 * row_bytes / ALIGNMENT) * ALIGNMENT
+    codes = empty((m, row), (row, 1), torch.int8, x.device)
+    by_vectors = aligned(x) and row_bytes % ALIGNMENT == 0
+    launch = _launch(x_kind, by_vectors, m, row_bytes, x.stride(0), row, x.device.index)
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+    launch((x.data_ptr(), codes.data_ptr()), stream)
+    return codes[:, :k]
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    x_kind: str, by_vectors: bool, m: int, row_bytes: int, stride: int, row: int, device_index: int
+) -> Launch:
+    c = config.pick_widen(x_kind, by_vectors)
+    grid = math.ceil(m * (row_bytes // c.vector) / c.threads), 1, 1
+    parameters = _PARAMS.pack(0, 0, m, row_bytes, stride, row)
+    return jit.get(c, device_index).bind(grid, (c.threads, 1, 1), 0, parameters, _WORDS)

@@ -1,0 +1,70 @@
+"""Every tile of hopper.cu that a problem may get, not only the one that is picked for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gemm_case import Case
+from gemm_checks import check_exact
+
+from intlass_ops import config
+from intlass_ops.cuda import jit, launch
+from intlass_ops.cuda.launch import _ZERO_TYPE
+from intlass_ops.cuda.plans import TYPE, device_of
+
+BF16 = torch.bfloat16
+# Some tiles a block, and ends of rows, tokens and K that no tile divides
+SIZES = Case(x="s8", w="s8", lead=(1300,), n=1000, k=1360)
+CASES = [
+    replace(SIZES, a_scale="token", bias=torch.float32),
+    replace(SIZES, lead=(2100,), n=1100),
+    replace(SIZES, w="s4", a_scale="token"),
+    replace(SIZES, w="u4", zero=torch.float32, k=1280, groups=10),
+    replace(SIZES, x="bf16", w="s4", scale=BF16, out=BF16, k=1280, groups=10),
+    replace(SIZES, x="bf16", w="u4", scale=BF16, out=BF16, k=1344, groups=21),
+    replace(SIZES, x="fp16", w="s4", out=torch.float32, k=1344, groups=42),
+    replace(SIZES, x="bf16", w="s8", bias=BF16),
+]
+
+
+def tiles_of(case: Case, device: config.Device) -> list[config.Hopper]:
+    shape = config.Shape(
+        x_kind=case.x,
+        w_kind=case.w,
+        scale_type=TYPE[case.scale],
+        zero_type=_ZERO_TYPE[case.zero] if case.w == "u4" else "float",
+        out_type=TYPE[case.out_dtype],
+        has_zeros=case.w == "u4",
+        has_a_zero=False,
+        aligned=True,
+        m=case.lead[0],
+        n=case.n,
+        k=case.k,
+        group_size=case.k // case.groups,
+    )
+    assert config.why_not_hopper(device, shape) is None
+    return [c for c, _ in config.hopper_candidates(device, shape)]
+
+
+def test_the_cases_meet_every_form_of_tile() -> None:
+    tiles = [c for case in CASES for c in tiles_of(case, config.device_of("sm_90a"))]
+    assert {c.grouping for c in tiles} == set(config.Grouping) - {config.Grouping.STRADDLING}
+    assert any(c.in_turns and c.stream_k for c in tiles)
+    assert any(c.split_k > 1 for c in tiles)
+    assert {c.share_x for c in tiles} == {1, 2, 4}
+    assert any(c.needs_token_sums for c in tiles)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_tile_is_exact(case: Case) -> None:
+    device = device_of(0)
+    if device.arch != "sm_90a":
+        pytest.skip(f"{device.arch} has no wgmma")
+    tiles = tiles_of(case, device)
+    jit.warmup(tiles, progress=False)
+    for tile in tiles:
+        with launch.forced(tile):
+            check_exact(case, "cuda")
