@@ -207,6 +207,20 @@ def accuracy_kinds_table() -> str:
     return table(["error of outputs", *(kind.removesuffix("_proj") for kind in kinds)], cells)
 
 
+def four_bit_activations_table() -> str:
+    """Perplexities of W4A4: each way to choose codes, by the frame they are chosen in."""
+    frames = ["not rotated", "rotated by 64", "rows rotated"]
+    found: dict[str, dict[str, str]] = {}
+    for row in read("accuracy-cpu.json")["rows"]:
+        weights, activations, *frame = row["name"].split(", ")
+        if activations in ("A4", "A4 quest"):
+            method = weights.removeprefix("W4 g64 ") + activations.removeprefix("A4")
+            cells = found.setdefault(method, dict.fromkeys(frames, ""))
+            cells[(frame or frames)[0]] = f"{row['perplexity']:.1f}"
+    rows = [[method, *cells.values()] for method, cells in sorted(found.items(), reverse=True)]
+    return table(["weights and activations, groups of 64", *frames], rows)
+
+
 def _accuracy() -> Any:
     """The figures of a GPU, which has time for all rows, or else those of a CPU."""
     on_gpu = (RESULTS / "accuracy-h200.json").exists()
@@ -233,6 +247,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy_table,
     "accuracy_kinds": accuracy_kinds_table,
     "demo": demo_table,
+    "four_bit_activations": four_bit_activations_table,
     "gemm": gemm_table,
     "lowering": lowering_table,
     "model": model_table,

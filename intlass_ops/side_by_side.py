@@ -48,7 +48,8 @@ class Beside:
         self.moved.append(layer)
         if len(self.moved) == self.layers:
             layers, self.moved = self.moved, []
-            if len({_form(each) for each in layers}) == 1:
+            forms = {_form(each) for each in layers}
+            if len(forms) == 1 and None not in forms:
                 lay(layers)
 
 

@@ -16,7 +16,9 @@ from tolerance import assert_close
 from torch import Tensor
 
 import intlass_ops as ia
-from intlass_ops import fp4, fused_quantize, packing
+from intlass_ops import config, fp4, fused_quantize, packing
+from intlass_ops.cuda import launch_fp4
+from intlass_ops.ops import block_scaled
 from intlass_ops.reference import round_once
 from intlass_ops.rotation import hadamard_matrix
 
@@ -171,8 +173,6 @@ def test_mxfp8(device: str) -> None:
 
 def test_dense_decoding_is_exact(device: str) -> None:
     """What large products multiply, for all codes under all scales."""
-    from intlass_ops.cuda import launch_fp4
-
     if device == "cpu":
         pytest.skip("decodes on a GPU, or in the test of the reference")
     for dtype, g in ((E8M0, 32), (E4M3, 16)):
@@ -184,6 +184,33 @@ def test_dense_decoding_is_exact(device: str) -> None:
                 codes.to(device), ordered(scales, blocked).to(device), blocked, BF16
             )
             assert torch.equal(d.cpu().double() * f, exact(codes, scales))
+
+
+def test_two_bf16_terms_hold_every_fp16_number() -> None:
+    x = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(FP16)
+    high, low = block_scaled._two_terms(x[None]).double()
+    assert torch.equal(torch.nan_to_num(high + low, nan=7.0), torch.nan_to_num(x.double(), nan=7.0))
+
+
+@pytest.mark.parametrize(
+    ("arch", "x_kind", "m", "n", "k", "kernel"),
+    [
+        ("sm_90a", "e2m1", 1, 4096, 4096, "skinny"),
+        ("sm_90a", "e2m1", 16, 28672, 4096, "skinny_ring"),
+        ("sm_90a", "bf16", 1, 8192, 28672, "skinny_ring"),
+        ("sm_90a", "bf16", 17, 4096, 4096, "hopper"),
+        ("sm_90a", "bf16", 17, 4096, 4128, None),
+        ("sm_80", "bf16", 16, 4096, 48, None),
+        ("sm_80", "bf16", 17, 4096, 4096, None),
+    ],
+)
+def test_kernel_of_a_product(
+    arch: str, x_kind: str, m: int, n: int, k: int, kernel: str | None
+) -> None:
+    w_shape = torch.Size((n, k // 2))
+    shape = launch_fp4._shape(x_kind, m, w_shape, True, E4M3, BF16, True)
+    picked = config.pick_fp4(config.device_of(arch), shape)
+    assert (picked and picked.entry) == kernel
 
 
 def test_gradient_and_compile(device: str) -> None:

@@ -47,6 +47,21 @@ def test_runs_on_the_current_stream(name: str) -> None:
     assert_identical(y, expected)
 
 
+@pytest.mark.parametrize("rows", [slice(None), slice(64, None)], ids=["all", "some rows"])
+def test_weights_quantised_just_before_are_complete(rows: slice) -> None:
+    """A GEMM reads weights before the kernels ahead of it have ended, but not these."""
+    x = torch.randint(-8, 9, (8, 4096), dtype=torch.int8, device="cuda")
+    one = torch.ones(8, 1, device="cuda")
+    for seed in range(30):
+        torch.manual_seed(seed)
+        w = torch.randn(4096, 4096, device="cuda")
+        codes, scale, _ = ia.quantize_int8(w)
+        y = ia.matmul_int8_bf16_tn(
+            x, codes[rows], one, torch.ones_like(scale)[rows], out_dtype=torch.float32
+        )
+        assert_identical(y, (x.double() @ codes[rows].double().T).float())
+
+
 def test_quantisers_run_on_the_current_stream() -> None:
     x = torch.randn(64, 512, device="cuda")
     expected, _, _ = ia.quantize_int8(x)

@@ -107,7 +107,8 @@ def test_quest_constants_are_best_for_a_gaussian(
 # (format, K, group, R) in every scope of the kernel: groups in a piece of 32, in a unit, as units
 # and over several; sizes that are no power of two, last units that are not full.
 CASES = [
-    *((format_, 256, g, r) for format_ in ("int8", "int4") for g in (8, 32, 64) for r in (16, 64)),
+    *(("int8", 256, g, r) for g in (8, 32, 64) for r in (16, 64)),
+    *(("int4", 256, g, r) for g, r in ((16, 32), (32, 64), (64, 128))),
     *((format_, 512, g, r) for format_, g in (("mx", 32), ("nv", 16)) for r in (16, 32, 256)),
     ("int4", 480, 96, 32),
     ("int8", 48, 48, 16),
@@ -122,19 +123,18 @@ CASES = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("quest", [False, True])
 @pytest.mark.parametrize(("format_", "k", "group", "r"), CASES)
-def test_kernel_is_the_reference(
-    format_: str, k: int, group: int, r: int, quest: bool, dtype: torch.dtype
-) -> None:
+def test_kernel_is_the_reference(format_: str, k: int, group: int, r: int, quest: bool) -> None:
     """Integer data and ±1 rotations: xh is exact, and with it codes, scales and masks."""
-    x = integers(77 if k < 2000 else 5, k).to("cuda", dtype)
+    dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    dtype = dtypes[(CASES.index((format_, k, group, r)) + quest) % 3]
+    x = integers(77 if k < 2000 else 5, k).to(dtype)
     x[3], x[2, :64] = 0, 0
     plan = fused_quantize.Plan(format_, quest, r, group, 0.5 if format_ == "nv" else 1.0)
-    h = signs(r).cuda()
-    codes, scales, mask = fused_quantize.reference(x, h, plan)
-    got_codes, got_scales, got_mask = launch_rotate_quantize.run(x, h, plan, True)
+    codes, scales, mask = fused_quantize.reference(x, signs(r), plan)
+    got = launch_rotate_quantize.run(x.cuda(), signs(r).cuda(), plan, True)
+    got_codes, got_scales, got_mask = (t.cpu() for t in got)
     if quest:
         # the spread is summed in another order: at most its last bits may differ
         if scales.dtype == torch.float32:
@@ -154,14 +154,14 @@ def test_kernel_is_the_reference(
 def test_kernel_leaves_ragged_rows_and_strides_alone(format_: str) -> None:
     group = {"int8": 96, "int4": 96, "mx": 32, "nv": 16}[format_]
     plan = fused_quantize.Plan(format_, False, 32, group, 1.0)
-    x = integers(2 * 3, 96).view(2, 3, 96).to("cuda", torch.float16)
-    h = signs(32).cuda()
+    x, h = integers(2 * 3, 96).view(2, 3, 96).half(), signs(32)
+    expected = fused_quantize.reference(x, h, plan)
+    x, h = x.cuda(), h.cuda()
     wide = torch.cat([x, x], -1)[..., :96]
     displaced = torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)  # not 16-byte aligned
-    expected = fused_quantize.reference(x, h, plan)
     for same in (wide, displaced):
         for a, b in zip(launch_rotate_quantize.run(same, h, plan, True), expected, strict=True):
-            assert torch.equal(a, b)
+            assert torch.equal(a.cpu(), b)
     empty = launch_rotate_quantize.run(x[:0], h, plan, True)
     assert [t.shape[0] for t in empty] == [0, 0, 0]
 
@@ -171,12 +171,12 @@ def test_kernel_leaves_ragged_rows_and_strides_alone(format_: str) -> None:
 @pytest.mark.parametrize("magnitude", [2.0**-140, 2.0**-110, 2.0**120])
 def test_kernel_takes_extreme_values(format_: str, magnitude: float) -> None:
     """Scales whose reciprocals are not ordinary numbers."""
-    x = (integers(8, 256) * magnitude).cuda()
+    x, h = integers(8, 256) * magnitude, torch.eye(16)
     plan = fused_quantize.Plan(format_, False, 16, 32, 1.0)
-    h = torch.eye(16).cuda()
     expected = fused_quantize.reference(x, h, plan)
-    for a, b in zip(launch_rotate_quantize.run(x, h, plan, True), expected, strict=True):
-        assert torch.equal(a, b)
+    got = launch_rotate_quantize.run(x.cuda(), h.cuda(), plan, True)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a.cpu(), b)
 
 
 def with_non_finite(format_: str) -> tuple[Tensor, Tensor, fused_quantize.Plan]:
@@ -253,7 +253,7 @@ def test_every_call_has_a_configuration_that_fits(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("format_", list(OPS))
-@pytest.mark.parametrize("r", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("r", [32, 128])
 def test_ops_on_the_gpu_agree_with_the_cpu(format_: str, r: int) -> None:
     x = torch.randn(300, 1024).to(torch.bfloat16)
     h = hadamard_matrix(r)

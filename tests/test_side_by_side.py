@@ -266,6 +266,8 @@ def test_a_layer_that_moves_alone_takes_no_more_than_itself() -> None:
     assert as_one(weights(model)) is None
     lay_siblings(model)
     assert as_one(weights(model)) is not None
+    empty = model.to("meta").to_empty(device="cpu")
+    assert as_one(weights(empty)) is not None
 
 
 def test_op_has_a_truthful_schema_and_fake() -> None:

@@ -227,7 +227,7 @@ def test_kernels_compile_without_a_gpu(arch: int) -> None:
             scale_search._grid_kernel,
             wide | {"codes_ptr": "*i8"},
             ("count", "last"),
-            {"G": 16, "ROWS": 16, "WEIGHTED": True, "STEPS": 7},
+            {"G": 16, "ROWS": 8, "WEIGHTED": True, "STEPS": 7},
         ),
         (
             integer_search._walk_kernel,

@@ -17,7 +17,7 @@ import torch
 from gemm_case import build
 
 from intlass_ops import quantize_, quantize_int4, quantize_int8
-from intlass_ops.cuda import jit, launch, launch_quantize
+from intlass_ops.cuda import jit, launch, launch_quantize, launch_widen
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def compile_common_kernels() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jit, "get", note)
-        for module in (launch, launch_quantize):
+        for module in (launch, launch_quantize, launch_widen):
             patch.setattr(module, "_plans", {})  # they hold launches that do nothing
         for call in calls:
             call()

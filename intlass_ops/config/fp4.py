@@ -55,7 +55,8 @@ def pick_fp4(device: Device, shape: Shape) -> Skinny | SkinnyRing | Hopper | Non
 def _pick_ring(device: Device, shape: Shape) -> SkinnyRing | None:
     """A ring for many rows, or for long ones that are a tile for each of its groups of warps.
 
-    H200, MXFP4, M = 1: 49 us instead of 60 for 8192 rows of 28672 k, 12 instead of 6 for 4096 of 4096.
+    H200, MXFP4, M = 1: 49 us instead of 60 for 8192 rows of 28672 k, but 12 instead of 6 for 4096
+    rows of 4096.
     """
     if shape.n >= 128 * device.sm_count:
         return next(ring_candidates(device, shape), None)

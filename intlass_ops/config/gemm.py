@@ -67,7 +67,7 @@ class Gemm:
     def expected_sass(self, arch: str) -> tuple[str, ...]:
         """Regular expressions of the tensor-core instructions the compiled kernel must hold."""
         wide = self.grouping <= Grouping.TILE and self.block_k >= 128  # gemm.cu, wide_steps
-        return mma_sass(self.x_kind, arch, 64 if wide else 32)
+        return mma_sass(self.x_kind, 64 if wide else 32)
 
 
 def why_illegal(c: Gemm, device: Device) -> str | None:

@@ -116,8 +116,9 @@ class Shape:
         return replace(self, x_kind="s8") if widens(device, self.x_kind) else self
 
 
-def mma_sass(x_kind: str, arch: str, int4_k: int = 32) -> tuple[str, ...]:
+def mma_sass(x_kind: str, int4_k: int = 32) -> tuple[str, ...]:
+    """Regular expressions of the tensor-core instruction for activations of this kind."""
     if x_kind in ("bf16", "fp16", "e2m1"):
         return (r"HMMA\.16816\.F32" + (r"\b" if x_kind == "fp16" else r"\.BF16"),)
-    native = x_kind in ("s4", "u4") and arch in INT4_MMA
-    return (rf"IMMA\.168{int4_k}\.S4\.S4" if native else r"IMMA\.16832\.S8\.S8",)
+    int4 = x_kind in ("s4", "u4")
+    return (rf"IMMA\.168{int4_k}\.S4\.S4" if int4 else r"IMMA\.16832\.S8\.S8",)

@@ -8,6 +8,8 @@ from enum import IntEnum
 from functools import lru_cache
 from typing import ClassVar
 
+from .problem import TYPE_BYTES
+
 
 class Before(IntEnum):
     """What quantize.cu computes from x before it quantises."""
@@ -45,7 +47,7 @@ class Quantize:
         return ()
 
 
-_MAX_CHUNKS = 8
+_MAX_CHUNKS = 4  # in the 64 registers that a thread of 1024 has
 
 
 @lru_cache(maxsize=4096)
@@ -57,10 +59,16 @@ def pick_quantize(
     vector: int,
     length: int,
     before: Before = Before.NONE,
+    few: bool = False,
 ) -> Quantize:
-    """Enough threads to keep a segment in registers with few loads each; 0 chunks reads twice."""
+    """Enough threads to keep a segment in registers; 0 chunks reads twice.
+
+    ``few`` segments, no more than run at once: a load a thread, since their latency is what counts.
+    Of many, so many loads that enough bytes are under way at a time.
+    """
     vectors = max(1, math.ceil(length / vector))
-    per_segment = min(max(32, 1 << (math.ceil(vectors / 2) - 1).bit_length()), 1024)
+    loads = 1 if few else 4 if TYPE_BYTES[x_type] == 2 and before != Before.SILU_MUL else 2
+    per_segment = min(max(32, 1 << (math.ceil(vectors / loads) - 1).bit_length()), 1024)
     chunks = math.ceil(vectors / per_segment)
     return Quantize(
         x_type=x_type,

@@ -68,7 +68,9 @@ class RotateQuantize:
         h = 0
         if self.x_type in _KIND:
             h = (64 if self.rotation > 128 else self.rotation) * (2 * self.rotation + 16)
-        return (self.stages - 1) * stage + max(stage, h)
+        collected = self.rotation > 32 and ROTATE_FORMATS[self.format] != "int8"
+        codes = 2 * 16 * self.capacity if collected else 0
+        return (self.stages - 1) * stage + max(stage, h) + codes
 
     def units(self, pieces: int, group_pieces: int) -> int:
         """What the blocks share out: parts of x, or groups where these are longer."""
@@ -84,7 +86,7 @@ class RotateQuantize:
         )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
-        return mma_sass(_KIND[self.x_type], arch) if self.x_type in _KIND else ()
+        return mma_sass(_KIND[self.x_type]) if self.x_type in _KIND else ()
 
 
 _MAX_WARPS = 16
@@ -137,7 +139,10 @@ def pick_rotate_quantize(
             found.append(c)
     # Two blocks take turns: one waits for its scale while the other multiplies.
     found.sort(key=lambda c: (c.blocks_per_sm == 1, -c.stages))
-    return found[0] if found else config(Scope.TWICE, max(1, 8 // column_warps), small[1], 3)
+    if found:
+        return found[0]
+    again = [config(Scope.TWICE, max(1, 8 // column_warps), small[1], stages) for stages in (3, 2)]
+    return next((c for c in again if _blocks_per_sm(device, c)), again[-1])
 
 
 def _blocks_per_sm(device: Device, c: RotateQuantize) -> int:

@@ -56,7 +56,7 @@ class Skinny:
         )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
-        return mma_sass(self.x_kind, arch)
+        return mma_sass(self.x_kind)
 
 
 def why_not_skinny(shape: Shape) -> str | None:

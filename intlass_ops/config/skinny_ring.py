@@ -67,7 +67,7 @@ class SkinnyRing:
         )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
-        return mma_sass(self.x_kind, arch)
+        return mma_sass(self.x_kind)
 
 
 def _ring_slab(tokens: int, tiles_n: int) -> int:

@@ -57,7 +57,7 @@ class Transposed:
         return f"transposed {self.x_kind} {self.tokens}x{_COLUMNS} warps_n={self.warps_n}"
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
-        return mma_sass(self.x_kind, arch)
+        return mma_sass(self.x_kind)
 
 
 def why_not_transposed(m: int, n: int, k: int, same_types: bool, aligned: bool) -> str | None:

@@ -146,19 +146,6 @@ template <class W> struct Int4Int8Fragments : IntFragments {
   static __device__ __forceinline__ B x(const u32* v) { return {{v[0], v[1]}}; }
 };
 
-// Both sides INT4, widened: their even and odd codes apart, which is an order both share
-template <class X, class W> struct WidenedInt4Fragments : IntFragments {
-  static constexpr int words_w = 1, words_x = 1;
-  static constexpr bool matrix_w = true, matrix_x = true;
-  static __device__ __forceinline__ A w(const u32* v) {
-    return {
-        {even_nibbles<W>(v[0]), even_nibbles<W>(v[1]), odd_nibbles<W>(v[0]), odd_nibbles<W>(v[1])}};
-  }
-  static __device__ __forceinline__ B x(const u32* v) {
-    return {{even_nibbles<X>(v[0]), odd_nibbles<X>(v[0])}};
-  }
-};
-
 // Native INT4: the stored words, 64 k a step where groups allow it (`wide`)
 template <class X, class W, bool wide> struct NativeInt4Fragments {
   static constexpr int step_k = wide ? 64 : 32, parts = 1, words_w = step_k / 32, words_x = words_w;
@@ -204,15 +191,10 @@ template <bool wide> struct Fragments<fp16, s8, wide> : Int8Float16Fragments<fp1
 template <bool wide> struct Fragments<s8, s4, wide> : Int4Int8Fragments<s4> {};
 template <bool wide> struct Fragments<s8, u4, wide> : Int4Int8Fragments<u4> {};
 
-#if __CUDA_ARCH__ < 900
-template <class X, class W, bool wide> using Int4Fragments = NativeInt4Fragments<X, W, wide>;
-#else
-template <class X, class W, bool wide> using Int4Fragments = WidenedInt4Fragments<X, W>;
-#endif
-template <bool wide> struct Fragments<s4, s4, wide> : Int4Fragments<s4, s4, wide> {};
-template <bool wide> struct Fragments<s4, u4, wide> : Int4Fragments<s4, u4, wide> {};
-template <bool wide> struct Fragments<u4, s4, wide> : Int4Fragments<u4, s4, wide> {};
-template <bool wide> struct Fragments<u4, u4, wide> : Int4Fragments<u4, u4, wide> {};
+template <bool wide> struct Fragments<s4, s4, wide> : NativeInt4Fragments<s4, s4, wide> {};
+template <bool wide> struct Fragments<s4, u4, wide> : NativeInt4Fragments<s4, u4, wide> {};
+template <bool wide> struct Fragments<u4, s4, wide> : NativeInt4Fragments<u4, s4, wide> {};
+template <bool wide> struct Fragments<u4, u4, wide> : NativeInt4Fragments<u4, u4, wide> {};
 
 // Keep of a fragment the k in [begin, end) of the step; whole eighths, or sixteens of INT8.
 template <class F>

@@ -127,7 +127,7 @@ __device__ __forceinline__ void flush(Totals& total, const Sums& sum, const Grou
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float v = group_value(sum.w[i][2 * h]) * (P::unit_w / P::unit);
-        if constexpr (has_zeros) v -= g.z[i][h] * (float(count) / P::unit_x);
+        if constexpr (has_zeros) v -= g.z[i][h] * float(count);
         v *= g.s[i][h];
         total.w[i][h] = grouping == channel ? v : total.w[i][h] + v;
       }

@@ -265,10 +265,11 @@ __device__ __forceinline__ void mainloop(const Params& p, Ring& ring, const Segm
         if (no_number[i][e % 4 / 2]) sum.acc[i][e] = __uint_as_float(0x7fc00000);
 }
 
-extern "C" __global__ void __cluster_dims__(split_k * share_x, 1, 1) __launch_bounds__(threads, blocks_per_sm)
-    hopper(const __grid_constant__ Params p, const __grid_constant__ Shares shares,
-           const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
-           const char* x_sums, i64 x_sums_row) {
+extern "C" __global__ void __cluster_dims__(split_k* share_x, 1, 1)
+    __launch_bounds__(threads, blocks_per_sm)
+        hopper(const __grid_constant__ Params p, const __grid_constant__ Shares shares,
+               const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
+               const char* x_sums, i64 x_sums_row) {
   extern __shared__ __align__(1024) char smem[];
   Ring ring{smem_address(smem) + barriers_bytes, smem_address(smem)};
   launch_dependents();

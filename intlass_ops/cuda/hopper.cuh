@@ -75,8 +75,8 @@ __device__ __forceinline__ void cluster_sync() {
 }
 // The blocks wait for one another, but need not see what others wrote
 __device__ __forceinline__ void cluster_meet() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" :::
-                   "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::
+                   : "memory");
 }
 // Arrive at the barrier that another block of the cluster has in the same place
 __device__ __forceinline__ void barrier_arrive_at(u32 barrier, int rank) {

@@ -88,7 +88,7 @@ __device__ __forceinline__ int place() { return gridDim.x - 1 - blockIdx.x; }
 // What a block does, one segment after another
 struct Schedule {
   int tile = blockIdx.x / share_x;  // the next one to take whole
-  int done = 0;           // k tiles of the shared ones
+  int done = 0;                     // k tiles of the shared ones
 
   __device__ __forceinline__ bool next(const Shares& shares, Segment& s) {
     if constexpr (split_k > 1) {  // a cluster has one tile, each of its blocks a stripe of K

@@ -17,10 +17,11 @@ from .. import config, reference
 from . import jit
 from .early_launch import quantised
 from .kernel import Launch
-from .plans import ALIGNMENT, TYPE, Key, contiguous_strides, empty, remember
+from .plans import ALIGNMENT, TYPE, Key, contiguous_strides, device_of, empty, remember
 
 _PARAMS = struct.Struct("=10qd")
 _WORDS = 6  # pointers and the seed
+_SEGMENTS_OF_AN_SM = 4  # that run at once, about
 
 
 class QuantizePlan(NamedTuple):
@@ -104,6 +105,7 @@ def make(
             8 if all(_aligned(t, length, copies) for t in (x, other)) else 2,
             max(length, 1),
             before,
+            few=segments <= _SEGMENTS_OF_AN_SM * device_of(x.device.index).sm_count,
         )
         parameters = _PARAMS.pack(*[0] * _WORDS, segments, length, x_stride, other_stride, eps)
         grid = math.ceil(segments / (c.threads // c.threads_per_segment)), 1, 1

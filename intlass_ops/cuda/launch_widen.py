@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import struct
 
@@ -12,10 +11,11 @@ from torch import Tensor
 from .. import config
 from . import jit
 from .kernel import Launch
-from .plans import ALIGNMENT, aligned, empty
+from .plans import ALIGNMENT, Key, aligned, empty, remember
 
 _PARAMS = struct.Struct("=6q")
 _WORDS = 2  # pointers, which come first
+_plans: dict[Key, Launch] = {}
 
 
 def widen(x: Tensor, x_kind: str, k: int) -> Tensor:
@@ -24,14 +24,14 @@ def widen(x: Tensor, x_kind: str, k: int) -> Tensor:
     row = math.ceil(2 * row_bytes / ALIGNMENT) * ALIGNMENT
     codes = empty((m, row), (row, 1), torch.int8, x.device)
     by_vectors = aligned(x) and row_bytes % ALIGNMENT == 0
-    launch = _launch(x_kind, by_vectors, m, row_bytes, x.stride(0), row, x.device.index)
+    key = x_kind, by_vectors, m, row_bytes, x.stride(0), row, x.device.index
+    launch = _plans.get(key) or remember(_plans, key, _make(*key))
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
     launch((x.data_ptr(), codes.data_ptr()), stream)
     return codes[:, :k]
 
 
-@functools.lru_cache(maxsize=4096)
-def _launch(
+def _make(
     x_kind: str, by_vectors: bool, m: int, row_bytes: int, stride: int, row: int, device_index: int
 ) -> Launch:
     c = config.pick_widen(x_kind, by_vectors)

@@ -132,7 +132,7 @@ template <class X> struct Float16Pair {
   using Acc = float;
   struct A { u32 r[2][4]; };
   struct B { u32 r[2][2]; };
-  static constexpr float unit = 1.f, unit_x = 1.f, unit_w = 1.f;
+  static constexpr float unit = 1.f, unit_w = 1.f;
   static __device__ __forceinline__ void mma(float (&d)[4], const A& a, const B& b) {
     mma_16816(d, a.r[0], b.r[0], X{});
     mma_16816(d, a.r[1], b.r[1], X{});
@@ -296,7 +296,7 @@ template <class Kind> __device__ __forceinline__ u32 odd_nibbles(u32 w) {
 }
 
 template <> struct Pair<s8, s8> : IntPair {
-  static constexpr float unit = 1.f, unit_x = 1.f, unit_w = 1.f;
+  static constexpr float unit = 1.f, unit_w = 1.f;
   static __device__ __forceinline__ A w(const u32 (&lo)[2], const u32 (&hi)[2]) {
     return {{lo[0], hi[0], lo[1], hi[1]}};
   }
@@ -304,7 +304,7 @@ template <> struct Pair<s8, s8> : IntPair {
 };
 
 template <class W> struct Int4IntPair : IntPair {
-  static constexpr float unit = 1.f / 16, unit_x = 1.f, unit_w = 1.f / 16;
+  static constexpr float unit = 1.f / 16, unit_w = 1.f / 16;
   static __device__ __forceinline__ A w(const u32 (&lo)[1], const u32 (&hi)[1]) {
     return {{even_nibbles<W>(lo[0]), even_nibbles<W>(hi[0]), odd_nibbles<W>(lo[0]),
              odd_nibbles<W>(hi[0])}};
@@ -316,23 +316,13 @@ template <class W> struct Int4IntPair : IntPair {
 template <> struct Pair<s8, s4> : Int4IntPair<s4> {};
 template <> struct Pair<s8, u4> : Int4IntPair<u4> {};
 
-// INT4 activations widened to INT8: sm_90 and newer emulate the s4 MMA in software
-template <class X, class W> struct WidenedInt4Pair : IntPair {
-  static constexpr float unit = 1.f / 256, unit_x = 1.f / 16, unit_w = 1.f / 16;
-  static __device__ __forceinline__ A w(const u32 (&lo)[1], const u32 (&hi)[1]) {
-    return Int4IntPair<W>::w(lo, hi);
-  }
-  static __device__ __forceinline__ B x(const u32 (&v)[1]) {
-    return {{even_nibbles<X>(v[0]), odd_nibbles<X>(v[0])}};
-  }
-};
-
-// Native INT4 (sm_80, sm_86, sm_89): fragments are the stored words, unsigned codes flipped to signed
+// Native INT4 (sm_80, sm_86, sm_89; newer GPUs widen activations before: widen.cu): fragments are the
+// stored words, unsigned codes flipped to signed
 template <class X, class W> struct NativeInt4Pair {
   using Acc = int;
   struct A { u32 r[2]; };
   struct B { u32 r; };
-  static constexpr float unit = 1.f, unit_x = 1.f, unit_w = 1.f;
+  static constexpr float unit = 1.f, unit_w = 1.f;
   template <class Kind> static __device__ __forceinline__ u32 sign(u32 v) {
     return same<Kind, u4>::value ? v ^ 0x88888888u : v;
   }
@@ -347,15 +337,10 @@ template <class X, class W> struct NativeInt4Pair {
   static __device__ __forceinline__ B ones_x() { return {0x11111111}; }
 };
 
-#if __CUDA_ARCH__ < 900
-template <class X, class W> using Int4Pair = NativeInt4Pair<X, W>;
-#else
-template <class X, class W> using Int4Pair = WidenedInt4Pair<X, W>;
-#endif
-template <> struct Pair<s4, s4> : Int4Pair<s4, s4> {};
-template <> struct Pair<s4, u4> : Int4Pair<s4, u4> {};
-template <> struct Pair<u4, s4> : Int4Pair<u4, s4> {};
-template <> struct Pair<u4, u4> : Int4Pair<u4, u4> {};
+template <> struct Pair<s4, s4> : NativeInt4Pair<s4, s4> {};
+template <> struct Pair<s4, u4> : NativeInt4Pair<s4, u4> {};
+template <> struct Pair<u4, s4> : NativeInt4Pair<u4, s4> {};
+template <> struct Pair<u4, u4> : NativeInt4Pair<u4, u4> {};
 
 // Keep a fragment only in the lanes of a group (k order above: lane%4 tells the eight k).
 template <class A> __device__ __forceinline__ A masked(A a, bool keep) {

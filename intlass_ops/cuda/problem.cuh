@@ -33,7 +33,7 @@ constexpr int grouping = Config::grouping;
 // powers of two, so nothing is rounded; u4 reaches the MMA as q - 8.
 __device__ __forceinline__ float in_units_of_scale(Scale s) { return as_float(s) * P::unit; }
 __device__ __forceinline__ float in_units_of_zero(Zero z) {
-  return (as_float(z) - code_offset<W>)*(P::unit_x / P::unit);
+  return (as_float(z) - code_offset<W>)*(1 / P::unit);
 }
 __device__ __forceinline__ float scale_of(const Params& p, i64 row, i64 group) {
   return in_units_of_scale(

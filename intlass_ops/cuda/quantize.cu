@@ -194,16 +194,20 @@ struct Stage {
   const T* other;
   float factor = 1.f;  // rms_norm: 1 / sqrt(mean(x^2) + eps)
 
-  __device__ __forceinline__ void apply(Vector& x, i64 i, i64 length) const {
+  // What the vector at i is combined with
+  __device__ __forceinline__ Vector second(i64 i, i64 length) const {
+    if constexpr (before == rms_norm) return other ? load<false>(other, i, length) : Vector{};
+    if constexpr (before == silu_mul) return load(other, i, length);
+    return Vector{};
+  }
+  __device__ __forceinline__ void apply(Vector& x, const Vector& w) const {
     if constexpr (before == rms_norm) {
-      const Vector w = other ? load<false>(other, i, length) : Vector{};
 #pragma unroll
       for (int e = 0; e < vector; ++e) {
         const float v = as_float(x.v[e]) * factor;
         x.v[e] = rounded(other ? v * as_float(w.v[e]) : v);
       }
     } else if constexpr (before == silu_mul) {
-      const Vector w = load(other, i, length);
 #pragma unroll
       for (int e = 0; e < vector; ++e) {
         const float v = as_float(x.v[e]);
@@ -231,9 +235,13 @@ extern "C" __global__ void __launch_bounds__(threads) quantize(const __grid_cons
   if constexpr (before == silu_mul) stage.other += (exists ? segment : 0) * p.other_stride;
 
   Range range;
-  Vector kept[chunks ? chunks : 1];
+  constexpr bool early = chunks <= 2;  // more have not the registers
+  Vector kept[chunks ? chunks : 1], second[chunks ? chunks : 1];
 #pragma unroll
-  for (int c = 0; c < chunks; ++c) kept[c] = load(x, first + c * step, p.length);
+  for (int c = 0; c < chunks; ++c) {
+    kept[c] = load(x, first + c * step, p.length);
+    if (early) second[c] = stage.second(first + c * step, p.length);
+  }
   if constexpr (before == rms_norm) {
     float squares = 0.f;
 #pragma unroll
@@ -247,13 +255,14 @@ extern "C" __global__ void __launch_bounds__(threads) quantize(const __grid_cons
   }
 #pragma unroll
   for (int c = 0; c < chunks; ++c) {
-    stage.apply(kept[c], first + c * step, p.length);
+    if (!early) second[c] = stage.second(first + c * step, p.length);
+    stage.apply(kept[c], second[c]);
     range.add(kept[c]);
   }
   if constexpr (chunks == 0)
     for (i64 i = first; i < p.length; i += step) {
       Vector v = load<false>(x, i, p.length);
-      stage.apply(v, i, p.length);
+      stage.apply(v, stage.second(i, p.length));
       range.add(v);
     }
   range.reduce();
@@ -277,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(threads) quantize(const __grid_cons
   if constexpr (chunks == 0)
     for (i64 i = first; i < p.length; i += step) {
       Vector v = load(x, i, p.length);
-      stage.apply(v, i, p.length);
+      stage.apply(v, stage.second(i, p.length));
       store(p, segment, i, v, coder);
     }
 }

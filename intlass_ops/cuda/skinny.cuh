@@ -35,7 +35,7 @@ template <class Number> __device__ __forceinline__ float lifted(Number sum) {
 }
 __device__ __forceinline__ float scale_in_units(Scale s) { return as_float(s) * unit; }
 __device__ __forceinline__ float zero_in_units(Zero z) {
-  return (as_float(z) - code_offset<W>)*(D::unit_x / unit);
+  return (as_float(z) - code_offset<W>)*(1 / unit);
 }
 
 // Of FP4: the scales of a lane's k of a chunk, and what the sums are too small by

@@ -16,10 +16,10 @@ from . import rowwise
 from .program import Evaluation, dependents, needed_for
 from .weights import Measured, NotGrouped, Recipe, evaluate_real, measure
 
-# A proof takes up to 80 bytes an element.
+# A proof takes up to 90 bytes an element.
 BLOCK_ELEMENTS = 1 << 21
 # Larger ones take fewer launches; a quarter of a gigabyte is what a model of 8 B may take for it.
-GPU_BLOCK_ELEMENTS = 3 << 20
+GPU_BLOCK_ELEMENTS = 7 << 19
 
 
 class ColumnsDiffer(Exception):

@@ -328,8 +328,8 @@ def matmul_mxf4_bf16_tn(
     ``a`` uint8 [..., K/2], ``b`` uint8 [N, K/2], the even element in the low nibble; ``a_scale``
     and ``b_scale`` float8_e8m0fnu in the order of `to_blocked`. With ``a`` bf16 or fp16 [..., K]
     and ``a_scale`` None only the weights are FP4 (W4A16). ``out_dtype``: bf16, or that of a
-    floating ``a``. K is a multiple of 32, M and N are any. No FP4 units are needed: two FP4
-    operands are multiplied exactly as integers or in bf16.
+    floating ``a``. K is a multiple of 32, M and N are any. No FP4 units are needed: bf16
+    holds a code times its scale exactly. Sums are float32's on a GPU, float64's on a CPU.
 
     Returns [..., N], differentiable in a floating ``a``. TypeError, ValueError: see the message.
 
