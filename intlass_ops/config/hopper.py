@@ -217,7 +217,7 @@ _CLUSTER_US = 2.4  # and of one of its cluster
 _EXCHANGED_PER_US = 15200  # sums that a block reads from others
 _ALONE = 0.58  # of its rate a block reaches that has no other one on its SM to hide latencies
 _NOT_HIDDEN = 0.25  # of the shorter of computing and reading W
-_SHARE_X_US, _SHARE_X = 0.4, 0.95  # share_x: until all of a cluster are there; and of reading W
+_SHARE_X_US, _SHARE_X = 0.4, 0.95  # share_x: until a cluster is there; of a time bound by reading
 _STREAMED = 0.12  # stream_k: slower over many rounds, in which tiles share less of what L2 holds
 
 
@@ -238,7 +238,7 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
     compute = rounds * work / (rate * 1e6 / _H200_SMS * speed)
     memory = shape.n * shape.k * BITS[c.w_kind] / 8 / _H200_BYTES_PER_US
     if c.share_x > 1:
-        memory *= _SHARE_X
+        memory *= _SHARE_X if memory > compute else 1.0
         exchange += _SHARE_X_US
     busy, idle = max(compute, memory), min(compute, memory)
     return _LAUNCH_US + exchange + busy + idle * _NOT_HIDDEN
