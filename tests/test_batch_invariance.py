@@ -109,4 +109,5 @@ def test_one_kernel_serves_every_number_of_tokens(arch: str, x: str, w: str) -> 
         (only,) = picked
         assert isinstance(only, config.Gemm)
         assert only.split_k == 1
-        assert config.reason(gpu, shape) == "batch_invariant(): one kernel for every M"
+        why = config.reason(gpu, shape)
+        assert why.endswith("batch_invariant(): one kernel for every M")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from .choice import Config, pick
 from .fp4 import FP4_X, DecodeFp4, pick_fp4
 from .hopper import Hopper, TokenSums, pick_hopper, why_not_hopper
-from .problem import ARCHS, BITS, INT4_MMA, PAIRS, Shape, device_of, without_wgmma
+from .problem import ARCHS, BITS, INT4_MMA, PAIRS, Shape, device_of, widens, without_wgmma
 from .quantize import Before, pick_quantize
 from .rotate_quantize import RotateQuantize, pick_rotate_quantize
 from .skinny import SKINNY_MAX_M
@@ -23,6 +23,8 @@ def _shipped_hopper(
     h200 = device_of("sm_90a")
     turn = 0
     for x, w in PAIRS:
+        if widens(h200, x):
+            continue
         for group_size in (4096, 128, 32 + 32 * (turn % 2)):
             for m in ((32, 128, 4096), (64, 512))[turn % 2]:
                 turn += 1

@@ -235,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(threads) quantize(const __grid_cons
   if constexpr (before == silu_mul) stage.other += (exists ? segment : 0) * p.other_stride;
 
   Range range;
-  constexpr bool early = chunks <= 2;  // more have not the registers
+  constexpr bool early = chunks <= (bits == 8 ? 2 : 1);  // more have not the registers
   Vector kept[chunks ? chunks : 1], second[chunks ? chunks : 1];
 #pragma unroll
   for (int c = 0; c < chunks; ++c) {
