@@ -224,7 +224,8 @@ __device__ __forceinline__ float sum_of_squares(const Vector& x) {
   return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(threads) quantize(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(threads, 1)
+    quantize(const __grid_constant__ Params p) {
   wait_for_predecessors();
   launch_dependents();  // only now: early_launch.py
   const i64 segment = i64(blockIdx.x) * (threads / group) + threadIdx.x / group;
@@ -235,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(threads) quantize(const __grid_cons
   if constexpr (before == silu_mul) stage.other += (exists ? segment : 0) * p.other_stride;
 
   Range range;
-  constexpr bool early = chunks <= (bits == 8 ? 2 : 1);  // more have not the registers
+  constexpr bool early = chunks <= 2;  // more have not the registers
   Vector kept[chunks ? chunks : 1], second[chunks ? chunks : 1];
 #pragma unroll
   for (int c = 0; c < chunks; ++c) {
@@ -255,8 +256,7 @@ extern "C" __global__ void __launch_bounds__(threads) quantize(const __grid_cons
   }
 #pragma unroll
   for (int c = 0; c < chunks; ++c) {
-    if (!early) second[c] = stage.second(first + c * step, p.length);
-    stage.apply(kept[c], second[c]);
+    stage.apply(kept[c], early ? second[c] : stage.second(first + c * step, p.length));
     range.add(kept[c]);
   }
   if constexpr (chunks == 0)
