@@ -16,7 +16,7 @@ from intlass_ops.cuda.plans import TYPE, device_of
 
 BF16 = torch.bfloat16
 # Some tiles a block, and ends of rows, tokens and K that no tile divides
-SIZES = Case(x="s8", w="s8", lead=(1300,), n=1000, k=1360)
+SIZES = Case(x="s8", w="s8", lead=(1300,), n=1000, k=1376)
 CASES = [
     replace(SIZES, a_scale="token", bias=torch.float32),
     replace(SIZES, lead=(2100,), n=1100),
@@ -30,6 +30,7 @@ CASES = [
 
 
 def tiles_of(case: Case, device: config.Device) -> list[config.Hopper]:
+    assert case.k % 32 == 0  # rows of INT4 start where TMA can begin
     shape = config.Shape(
         x_kind=case.x,
         w_kind=case.w,

@@ -23,6 +23,8 @@ def widen(x: Tensor, x_kind: str, k: int) -> Tensor:
     m, row_bytes = x.shape
     row = math.ceil(2 * row_bytes / ALIGNMENT) * ALIGNMENT
     codes = empty((m, row), (row, 1), torch.int8, x.device)
+    if not row_bytes:
+        return codes
     by_vectors = aligned(x) and row_bytes % ALIGNMENT == 0
     key = x_kind, by_vectors, m, row_bytes, x.stride(0), row, x.device.index
     launch = _plans.get(key) or remember(_plans, key, _make(*key))
