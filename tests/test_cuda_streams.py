@@ -52,6 +52,7 @@ def test_weights_quantised_just_before_are_complete(rows: slice) -> None:
     """A GEMM reads weights before the kernels ahead of it have ended, but not these."""
     x = torch.randint(-8, 9, (8, 4096), dtype=torch.int8, device="cuda")
     one = torch.ones(8, 1, device="cuda")
+    a = x.to(torch.bfloat16)
     for seed in range(30):
         torch.manual_seed(seed)
         w = torch.randn(4096, 4096, device="cuda")
@@ -60,6 +61,11 @@ def test_weights_quantised_just_before_are_complete(rows: slice) -> None:
             x, codes[rows], one, torch.ones_like(scale)[rows], out_dtype=torch.float32
         )
         assert_identical(y, (x.double() @ codes[rows].double().T).float())
+        packed, scale, _ = ia.quantize_int4(w)
+        table = torch.ones_like(scale, dtype=torch.bfloat16)[rows]
+        y = ia.mixed_mm(a[:, rows], packed[rows].T, table.T, None, 4096, transposed=True)
+        exact = a[:, rows].double() @ ia.unpack_int4(packed[rows]).double()
+        assert_identical(y, exact.to(torch.bfloat16))
 
 
 def test_quantisers_run_on_the_current_stream() -> None:

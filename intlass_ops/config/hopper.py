@@ -174,7 +174,7 @@ def why_not_hopper(device: Device, shape: Shape) -> str | None:
 # Tiles of hopper.cu: block_m, tiles_n, consumers, and the TOPS of an H200 full of them, by kinds
 # of activations and weights. These and the times below are a fit to 200 problems, M = 17..4096 on
 # five layers, with every tile that comes near the best measured on each: picking by them loses
-# 0.7 % to the best tile. FP4: 256 and 128 tokens from four problems, fewer in INT4's proportions.
+# 0.8 % to the best tile. FP4: 256 and 128 tokens from four problems, fewer in INT4's proportions.
 _HOPPER_TILES = {
     ("bf16", 4, "groups"): (
         (128, 2, 2, 614), (128, 1, 2, 543), (64, 2, 2, 429), (64, 1, 2, 368), (64, 1, 1, 381),

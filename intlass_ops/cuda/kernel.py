@@ -143,6 +143,7 @@ class Launch:
         self._free: list[_Arguments] = []
         # What a call reads, next to it: an attribute of an attribute costs more than the copy.
         self._context = kernel.context
+        self._device_index = kernel.device_index
         self._current_context: Callable[[], int] = kernel.driver.ctxGetCurrent
         self._in_order: Callable[[int, int, int], None] = functools.partial(
             kernel.driver.launchKernel, kernel.function, *grid, *block, smem_bytes
@@ -154,12 +155,13 @@ class Launch:
             kernel.allow_smem(smem_bytes)
 
     def __call__(
-        self, words: Sequence[int], stream_ptr: int, tail: bytes = b"", in_order: bool = False
+        self, words: Sequence[int], stream_ptr: int, tail: bytes = b"", codes: int = 0
     ) -> None:
         """Enqueue on a stream of the kernel's device; another device may be current.
 
         ``words`` are the first words of the arguments, ``tail`` their last bytes (tensor maps).
-        ``in_order``: also a kernel that starts early waits for those before it.
+        ``codes``: what a kernel that starts early reads before it waits for others, the address of
+        a weight; if these are still being written, it starts after all before it have ended.
         """
         if is_child_of_cuda_process:
             raise KernelLaunchError(FORKED)
@@ -173,7 +175,9 @@ class Launch:
             self._pack_into(arguments.image, 0, *words)
             if tail:
                 arguments.image[-len(tail) :] = tail
-            launch = self._in_order if in_order else self._early
+            launch = self._early
+            if codes and early_launch.may_be_under_way(self._device_index, stream_ptr, codes):
+                launch = self._in_order
             if self._current_context() == self._context:
                 launch(stream_ptr, arguments.table, 0)
             else:  # another device's context, or none: autograd's threads start without

@@ -20,11 +20,9 @@ from .. import batch_invariance, config
 from ..explain import listening, record
 from . import jit, launch_hopper
 from .arrivals import arrival_counters
-from .early_launch import may_be_under_way
 from .kernel import Launch
 from .launch_widen import widen
-from .plans import TYPE, Key, contiguous_strides, device_of, empty, remember
-from .plans import aligned as aligned
+from .plans import TYPE, Key, aligned, contiguous_strides, device_of, empty, remember
 
 if TYPE_CHECKING:
     from ..ops.problem import Problem
@@ -105,7 +103,7 @@ class MatmulPlan(NamedTuple):
             ),
             stream,
             tail,
-            may_be_under_way(self.device.index, stream, codes),
+            codes,
         )
         if listening():
             record(*self.report)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import config, fp4, packing
 from . import jit, launch
 from .kernel import Launch
-from .plans import ALIGNMENT, TYPE, Key, device_of, empty, remember, signature
+from .plans import ALIGNMENT, TYPE, Key, aligned, device_of, empty, remember, signature
 
 _SCALES = {torch.float8_e8m0fnu: ("e8m0", 32), torch.float8_e4m3fn: ("e4m3", 16)}
 
@@ -37,15 +37,13 @@ def run(
     """(y [M, N], name of the kernel) of checked operands, x as [M, ...]; None if no kernel fits."""
     w_scales = _readable(w_scales)
     x_scales = None if x_scales is None else _readable(x_scales)
-    if not launch.aligned(x) or x.stride(1) != 1:
+    if not aligned(x) or x.stride(1) != 1:
         x = x.clone(memory_format=torch.contiguous_format)
     operands = w, w_scales, blocked, alpha, k, out_dtype
     few = config.SKINNY_MAX_M
     if x.shape[0] <= few:
         return _run(x, x_scales, 1, *operands)
-    shape = _shape(
-        "bf16", x.shape[0], w.shape, launch.aligned(w), w_scales.dtype, out_dtype, blocked
-    )
+    shape = _shape("bf16", x.shape[0], w.shape, aligned(w), w_scales.dtype, out_dtype, blocked)
     if config.why_not_hopper(device_of(x.device.index), shape) is None:
         if x_scales is None:
             return _run(x, None, 1, *operands)
@@ -92,8 +90,8 @@ def _run(
         planned = _plans[key]
     else:
         kind = "e2m1" if x.dtype == torch.uint8 else "bf16"
-        aligned = launch.aligned(w) and w.stride(1) == 1
-        shape = _shape(kind, x.shape[0], w.shape, aligned, w_scales.dtype, out_dtype, blocked)
+        in_vectors = aligned(w) and w.stride(1) == 1
+        shape = _shape(kind, x.shape[0], w.shape, in_vectors, w_scales.dtype, out_dtype, blocked)
         c = config.pick_fp4(device_of(x.device.index), shape)
         planned = None
         if c is not None:

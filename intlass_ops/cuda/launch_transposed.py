@@ -53,6 +53,7 @@ class TransposedPlan(NamedTuple):
             partial = empty((self.workspace,), (1,), torch.float32, x.device)
             workspace = partial.data_ptr()
             arrivals, _counters = arrival_counters(x, stream, self.tiles)
+        codes = w.data_ptr()
         self.launch(
             (
                 x.data_ptr(),
@@ -65,6 +66,7 @@ class TransposedPlan(NamedTuple):
                 arrivals,
             ),
             stream,
+            codes=codes,
         )
         return y
 
