@@ -22,7 +22,7 @@ import toy_kernel
 from toy_kernel import AddConfig
 
 from intlass_ops import errors
-from intlass_ops.cuda import jit
+from intlass_ops.cuda import early_launch, jit
 
 
 @pytest.fixture(autouse=True)
@@ -294,3 +294,19 @@ def test_an_old_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
     with pytest.raises(errors.BackendUnavailableError, match=r"Tesla T4.* 7\.5; .* 8\.0"):
         jit.arch_of(6)
+
+
+def test_codes_of_the_last_quantiser_of_a_stream_may_be_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(early_launch, "_under_way", {})
+    codes = torch.zeros(4, 32, dtype=torch.int8)
+    start = codes.data_ptr()
+    early_launch.quantised(0, 7, codes)
+    assert early_launch.may_be_under_way(0, 7, start)
+    assert early_launch.may_be_under_way(0, 7, codes[1:].data_ptr())
+    assert not early_launch.may_be_under_way(0, 7, start + codes.numel())
+    assert not early_launch.may_be_under_way(0, 8, start)
+    assert not early_launch.may_be_under_way(1, 7, start)
+    early_launch.quantised(0, 7, torch.zeros(4, 32, dtype=torch.int8))
+    assert not early_launch.may_be_under_way(0, 7, start)  # it waited for those before it
