@@ -3,7 +3,8 @@
 
 The harness runs this file inside its own namespace (EXTRA=this file), which brings `variant`: a
 variant quantises the model in place and returns the keyword arguments of torch.compile. The
-torchao variants show what a model quantised by that library gains from our backend.
+torchao variants show what a model quantised by that library gains from our backend, as it is and
+after `prepare_`: PyTorch takes weights that are tensor subclasses apart at each call.
 """
 
 import intlass_ops
@@ -30,19 +31,44 @@ def _(model):
     return _ours(model, intlass_ops.Int8DynamicActivationInt4Weight(group_size=128))
 
 
+def _torchao(model, config, *, prepared):
+    from torchao.quantization import quantize_
+
+    quantize_(model, config)
+    if prepared:
+        intlass_ops.prepare_(model)
+    return {"backend": lowering.backend, "mode": "reduce-overhead"}
+
+
+def _int8dyn():
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+
+
+def _intx4():
+    import torch
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(128))
+
+
 @variant("torchao_int8dyn_intlass")
 def _(model):
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    return _torchao(model, _int8dyn(), prepared=False)
 
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
-    return {"backend": lowering.backend, "mode": "reduce-overhead"}
+
+@variant("torchao_int8dyn_prepared")
+def _(model):
+    return _torchao(model, _int8dyn(), prepared=True)
 
 
 @variant("torchao_intx4_intlass")
 def _(model):
-    import torch
-    from torchao.quantization import IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerGroup
+    return _torchao(model, _intx4(), prepared=False)
 
-    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(128)))
-    return {"backend": lowering.backend, "mode": "reduce-overhead"}
+
+@variant("torchao_intx4_prepared")
+def _(model):
+    return _torchao(model, _intx4(), prepared=True)

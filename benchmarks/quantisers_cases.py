@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from llama_block import Block, pseudo_quantised
-from quantisers_timing import BF16, Bench, Method, Row, Time
+from quantisers_timing import BF16, Bench, Call, Row, Time
 from torch import Tensor
 
 import intlass_ops as ia
@@ -30,13 +30,13 @@ Case = Callable[[], Iterator[Row]]
 def rotate_and_quantise(b: Bench) -> Iterator[Case]:
     m, k = b.size(8192), b.size(8192, 256)
     x = b.randn(m, k)
-    copied = torch.empty_like(x)
-    copy = b.ms(lambda: copied.copy_(x))
+    xs, pairs = b.copies(x), b.copies(x, torch.empty_like(x))
+    copy = b.ms(lambda x, to: to.copy_(x), pairs)
 
     def case(r: int, format_: str) -> Iterator[Row]:
         h = ia.hadamard_matrix(r, dtype=BF16, device=b.device)
         call, name = FUSED[format_], f"{format_} R={r}"
-        ours = b.ms(lambda: call(x, h))
+        ours = b.ms(lambda x: call(x, h), xs)
 
         def at_copy_speed() -> float:
             moved = x.nbytes + sum(t.nbytes for t in call(x, h))
@@ -56,7 +56,7 @@ def rotate_and_quantise(b: Bench) -> Iterator[Case]:
                 return fused_quantize.quantize_rotated(rotated.float(), plan)[:2]
 
             run = b.compiled(maths)
-            return b.ms(lambda: run(x))()
+            return b.ms(run, xs)()
 
         yield Row("rotate + quantise over torch.compile", name, 3.0, ours, unfused)
 
@@ -74,21 +74,24 @@ def pipelines(b: Bench) -> Iterator[Case]:
         w4 = packing.pack(w8.clamp(-7, 7))
         s, x = torch.rand(n, device=b.device), b.randn(m, k)
 
-        def int8(operands: tuple[Tensor, ...]) -> Tensor:
-            return ia.matmul_int8_bf16_tn(operands[0], w8, operands[1], s)
+        def int8(xq: Tensor, scale: Tensor, w: Tensor) -> Tensor:
+            return ia.matmul_int8_bf16_tn(xq, w, scale, s)
 
-        def int4(operands: tuple[Tensor, ...]) -> Tensor:
-            return ia.matmul_int4_bf16_tn(operands[0], w4, s, k=k, a_scale=operands[1])
+        def int4(xq: Tensor, scale: Tensor, w: Tensor) -> Tensor:
+            return ia.matmul_int4_bf16_tn(xq, w, s, k=k, a_scale=scale)
 
-        for scheme, product, quantise in (
-            ("w8a8", int8, ia.fused_quantize_int8),
-            ("w4a4", int4, ia.fused_quantize_int4),
-        ):
-            alone = functools.partial(product, quantise(x, h))
-            whole = functools.partial(lambda p, q: p(q(x, h)), product, quantise)
+        def rows(
+            scheme: str, product: Callable[..., Tensor], quantise: Callable[..., Any], w: Tensor
+        ) -> Iterator[Row]:
+            quantised, ws = quantise(x, h)[:2], b.copies(w)
+            alone = b.ms(lambda w: product(*quantised, w), ws)
+            whole = b.ms(lambda w: product(*quantise(x, h)[:2], w), ws)
             name = f"{scheme} M={m} N={n} K={k}"
-            what = "pipeline over product alone"
-            yield Row(what, name, 0.9, b.ms(whole), b.ms(alone), alone)
+            warm = functools.partial(product, *quantised, w)
+            yield Row("pipeline over product alone", name, 0.9, whole, alone, warm)
+
+        yield from rows("w8a8", int8, ia.fused_quantize_int8, w8)
+        yield from rows("w4a4", int4, ia.fused_quantize_int4, w4)
 
     for n, k in ((5120, 5120), (51200, 5120), (5120, 25600), (28672, 8192)):
         for m in (2048, 4096):
@@ -102,18 +105,28 @@ def fp4_products(b: Bench) -> Iterator[Case]:
         w, x = b.randn(n, k), b.randn(m, k)
         (mx_w, mx_s), (nv_w, nv_s) = ia.fused_quantize_mx(w, h), ia.fused_quantize_nv(w, h)
         (mx_x, mx_t), (nv_x, nv_t) = ia.fused_quantize_mx(x, h), ia.fused_quantize_nv(x, h)
-        mx = mx_x, mx_w, ia.to_blocked(mx_t), ia.to_blocked(mx_s)
-        nv = nv_x, nv_w, ia.to_blocked(nv_t), ia.to_blocked(nv_s)
-        calls: dict[str, Method] = {
-            "mxf4": lambda: ia.matmul_mxf4_bf16_tn(*mx),
-            "nvf4": lambda: ia.matmul_nvf4_bf16_tn(*nv),
+        mx_tiles, nv_tiles = ia.to_blocked(mx_t), ia.to_blocked(nv_t)
+
+        def mxf4(w: Tensor, s: Tensor) -> Tensor:
+            return ia.matmul_mxf4_bf16_tn(mx_x, w, mx_tiles, s)
+
+        def nvf4(w: Tensor, s: Tensor) -> Tensor:
+            return ia.matmul_nvf4_bf16_tn(nv_x, w, nv_tiles, s)
+
+        def ada(w: Tensor, s: Tensor) -> Tensor:
+            return ia.matmul_ada_mxf4_bf16_tn(mx_x, w, mx_t, s)
+
+        calls: dict[str, tuple[Callable[..., Tensor], list[tuple[Tensor, ...]]]] = {
+            "mxf4": (mxf4, b.copies(mx_w, ia.to_blocked(mx_s))),
+            "nvf4": (nvf4, b.copies(nv_w, ia.to_blocked(nv_s))),
         }
         if m <= 16:
-            calls["ada mxf4"] = lambda: ia.matmul_ada_mxf4_bf16_tn(mx_x, mx_w, mx_t, mx_s)
-        dense = b.ms(lambda: x @ w.T)
-        for name, call in calls.items():
+            calls["ada mxf4"] = ada, b.copies(mx_w, mx_s)
+        dense = b.ms(lambda w: x @ w.T, b.copies(w))
+        for name, (call, copies) in calls.items():
             at, bar = f"{name} M={m} N={n} K={k}", 2.5 if m <= 16 else 1.0
-            yield Row("FP4 product over bf16 cuBLAS", at, bar, b.ms(call), dense, call)
+            warm = functools.partial(call, *copies[0])
+            yield Row("FP4 product over bf16 cuBLAS", at, bar, b.ms(call, copies), dense, warm)
 
     for n, k in ((4096, 4096), (28672, 4096), (8192, 28672)):
         for m in (1, 16, b.size(2048), b.size(4096)):
@@ -134,39 +147,42 @@ def mixed(b: Bench) -> Iterator[Case]:
 
     dense = b.compiled(maths)  # one kernel, by Inductor
 
-    def dequantised() -> Tensor:
-        w: Tensor = dense(packed, s, z)
-        return w
+    copies = b.copies(packed, s, z)
+
+    @functools.cache
+    def tinygemm_weights() -> list[tuple[Tensor, ...]]:
+        pairs = (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8)
+        w = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+        # its zeros are those of codes that run from -8 to 7
+        return b.copies(w, torch.stack((s, (8 - z) * s), -1).contiguous())
 
     def case(m: int) -> Iterator[Row]:
         x, at = b.randn(m, k), f"M={m} N={n} K={k}"
-        calls: dict[str, Method] = {
-            "forward": lambda: ia.mixed_mm(x, packed.T, s, z, g),
-            "transposed": lambda: ia.mixed_mm(x, packed.T, s, z, g, transposed=True),
+
+        calls: dict[str, Call] = {
+            "forward": lambda w, s, z: ia.mixed_mm(x, w.T, s, z, g),
+            "transposed": lambda w, s, z: ia.mixed_mm(x, w.T, s, z, g, transposed=True),
         }
-        peers: dict[str, Method] = {
-            "forward": lambda: x @ dequantised().T,
-            "transposed": lambda: x @ dequantised(),
+        peers: dict[str, Call] = {
+            "forward": lambda *copy: x @ dense(*copy).T,
+            "transposed": lambda *copy: x @ dense(*copy),
         }
-        ours = {name: b.ms(call) for name, call in calls.items()}
+        ours = {name: b.ms(call, copies) for name, call in calls.items()}
         for name, call in calls.items():
-            what = "mixed_mm over dequantise + matmul"
-            yield Row(what, f"{name} {at}", 1.0, ours[name], b.ms(peers[name]), call)
+            what, warm = "mixed_mm over dequantise + matmul", functools.partial(call, *copies[0])
+            other = b.ms(peers[name], copies)
+            yield Row(what, f"{name} {at}", 1.0, ours[name], other, warm)
         what = "mixed_mm, transposed within 1.25x of forward"
         yield Row(what, at, 0.8, ours["transposed"], ours["forward"])
         if b.cuda:
 
             def tinygemm() -> float:
-                pairs = (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8)
-                w = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
-                # its zeros are those of codes that run from -8 to 7
-                scales_and_zeros = torch.stack((s, (8 - z) * s), -1).contiguous()
                 run = torch.ops.aten._weight_int4pack_mm
-                return b.ms(lambda: run(x, w, g, scales_and_zeros))()
+                return b.ms(lambda w, s: run(x, w, g, s), tinygemm_weights())()
 
             yield Row("mixed_mm over tinygemm", at, 1.0, ours["forward"], tinygemm)
 
-    for m in (16, 32, 128, 512, 1024):
+    for m in (16, 32, 64, 128, 256, 512, 1024):
         yield functools.partial(case, m)
 
 

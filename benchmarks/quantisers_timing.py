@@ -1,6 +1,7 @@
 """How benchmarks/quantisers.py times things: a row, and medians on one device.
 
-Not here: what is timed (quantisers_cases.py).
+Kernels are timed as `intlass bench` times them: calls go round over copies of what they read, more
+than any cache holds, in one CUDA graph. Not here: what is timed (quantisers_cases.py).
 """
 
 from __future__ import annotations
@@ -8,14 +9,17 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from intlass_ops.bench import timing
+
 BF16 = torch.bfloat16
 Method = Callable[[], object]
+Call = Callable[..., object]  # of the tensors of a copy
 Time = Callable[[], float]
 
 
@@ -40,7 +44,6 @@ class Bench:
     def __init__(self, device: torch.device, tiny: bool) -> None:
         self.device, self.tiny = device, tiny
         self.cuda = device.type == "cuda"
-        self._flush = torch.empty(1 << 28 if self.cuda else 0, dtype=torch.uint8, device=device)
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, dtype=BF16)
@@ -49,9 +52,23 @@ class Bench:
         """n, or a small multiple of ``step`` in a tiny run."""
         return n if not self.tiny else min(n, step * (1 + n // step % 3))
 
-    def ms(self, run: Method, repeats: int = 20) -> Time:
-        """Median device time of ``run``, measured when first asked for."""
-        return functools.cache(lambda: self._ms(run, repeats))
+    def copies(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """The tensors, and as many copies of them as no cache holds."""
+        count = 1 if self.tiny else timing.copies_of(sum(t.nbytes for t in tensors))
+        return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(count - 1))]
+
+    def ms(self, call: Call, copies: Sequence[tuple[Tensor, ...]]) -> Time:
+        """Median device time of ``call`` of one of the copies, measured when first asked for."""
+        calls = 1 if self.tiny else None
+
+        @functools.cache
+        def measured() -> float:
+            us = timing.microseconds(
+                lambda i: call(*copies[i]), len(copies), self.device.type, 0.05, calls=calls
+            )
+            return us / 1e3
+
+        return measured
 
     def wall_ms(self, run: Method, repeats: int = 3, warm: Method | None = None) -> Time:
         """Median time of ``run`` as its caller sees it, after ``warm`` or one call more."""
@@ -77,26 +94,3 @@ class Bench:
     def _wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
-
-    def _ms(self, run: Method, repeats: int) -> float:
-        if not self.cuda:
-            return self.wall_ms(run, 1)()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        times = []
-        for _ in range(repeats):
-            self._flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            times.append((start, end))
-        torch.cuda.synchronize()
-        return float(statistics.median(start.elapsed_time(end) for start, end in times))

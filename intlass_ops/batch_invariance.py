@@ -7,7 +7,7 @@ here: what the kernels do about it (config/choice.py on a GPU, cpu.py on a CPU).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -51,6 +51,12 @@ def batch_invariant() -> Iterator[None]:
         yield
     finally:
         _depth -= 1
+
+
+def each_row(f: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    """f of rows y [..., N] of their own: its loops are vectors and an end, with other roundings."""
+    rows = [f(row) for row in y.reshape(-1, y.shape[-1]).unbind()] if y.numel() else []
+    return torch.stack(rows).view(y.shape) if rows else y
 
 
 def row_by_row(x: Tensor, w: Tensor) -> Tensor:

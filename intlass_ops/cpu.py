@@ -2,7 +2,7 @@
 
 Lives here: building and calling those kernels. A plan holds what a call's signature (dtypes,
 shapes, strides) decides, so that the next such call only fills in pointers. Not here: argument
-checks, alpha, bias and the rounding (ops/matmul.py), the oracle and fallback (reference.py).
+checks, alpha, bias and what follows (ops/matmul_kernels.py), oracle and fallback (reference.py).
 Measurements, and why not ATen's int4 kernel: docs/notes/cpu.md.
 
 torch.compile on a CPU needs a C++ compiler anyway; a machine without one gets a single warning and
@@ -101,7 +101,7 @@ class Plan:
         self.int4 = problem.w_kind != "s8"
 
     def run(self, a: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-        """float32 [..., N] = a @ w.T; alpha, bias and the rounding are the caller's."""
+        """float32 [..., N] = a @ w.T; what follows is the caller's."""
         kernels = _loaded
         assert kernels is not None, "a plan is made after the kernels are loaded"
         # A copy must outlive the call that reads its pointer.
@@ -137,9 +137,11 @@ def key_of(
     scales: Tensor,
     zeros: Tensor | None,
     k: int | None,
+    out_dtype: torch.dtype | None,
     alpha: Tensor | None,
     bias: Tensor | None,
-    out_dtype: torch.dtype | None,
+    activation: str | None,
+    residual: Tensor | None,
 ) -> Any:
     """The signature of a call: all that its checks and its plan read."""
     return (
@@ -155,6 +157,8 @@ def key_of(
         zeros is None or (zeros.dtype, zeros.shape, zeros.stride()),
         alpha is None or (alpha.dtype, alpha.shape),
         bias is None or (bias.dtype, bias.shape),
+        activation,
+        residual is None or (residual.dtype, residual.shape),
         k,
         out_dtype,
         batch_invariance.enabled(),

@@ -9,7 +9,7 @@ of the group's spread that loses least on Gaussian data, which clips the tails. 
 the trust mask of straight-through training: element 8j + i is bit i of byte j, 1 where it was not
 clipped. A group of zeros has codes 0; an infinity or a NaN makes its group's scale not finite.
 The op `intlass::fused_quantize` (ops/fused_quantize.py) is one kernel on a GPU
-(cuda/rotate_quantize.cu); here is the mathematics.
+(cuda/rotate_quantize.cu, on Hopper rotate_hopper.cu); here is the mathematics.
 """
 
 from __future__ import annotations

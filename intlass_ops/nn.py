@@ -19,12 +19,12 @@ from .ops import (
     quantize_int4,
     quantize_int8,
 )
+from .side_by_side import Movable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .lowering.storage import Packed
-    from .side_by_side import Beside
 
 Activation = Literal["int8", "int4"] | None
 
@@ -102,7 +102,7 @@ class _Codes(nn.Module):
         return self
 
 
-class IntLinear(_Codes):
+class IntLinear(Movable, _Codes):
     """y = x @ w.T + bias with w[n, k] = (q[n, k] - zeros[n, g]) * scales[n, g].
 
     ``weight``: uint8 [N, ceil(K/2)] (INT4, see `pack_int4`) or int8 [N, K]; ``scales`` [N] or
@@ -121,7 +121,6 @@ class IntLinear(_Codes):
     """
 
     input_scale: Tensor | None
-    beside: Beside | None = None
 
     def __init__(
         self,
@@ -146,25 +145,6 @@ class IntLinear(_Codes):
                 f"({self.in_features},)"
             )
         self.register_buffer("input_scale", input_scale)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        before = self.weight
-        super()._apply(fn, recurse)
-        self._moved_from(before)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        before = self.weight
-        super()._load_from_state_dict(*args, **options)
-        self._moved_from(before)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._moved_from(None)  # into a copy
-
-    def _moved_from(self, before: Tensor | None) -> None:
-        if self.beside is not None and self.weight is not before:
-            self.beside.moves(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
@@ -244,7 +224,7 @@ class IntExpertLinear(_Codes):
         return f"experts={self.weight.shape[0]}, {super().extra_repr()}"
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Movable):
     """A weight in any form that lowering/storage.py knows: act-order, or 8 bits with zero points.
 
     Called with activations and, if they are codes, their scale and zero point. `prepare_` makes
@@ -277,9 +257,9 @@ class PackedLinear(nn.Module):
 
         parts = (self.weight, self.scales, self.zeros, self.high, self.high_scales, self.order)
         bias = self.bias if bias is None else bias
-        every, dtype = slice(None), out_dtype or x.dtype
         packed = Packed(self.kind, *parts)  # type: ignore[arg-type]
-        return multiply(x, packed, every, self.in_features, a_scale, a_zero, bias, dtype)
+        dtype = out_dtype or x.dtype
+        return multiply(x, packed, self.in_features, a_scale, a_zero, bias, dtype)
 
     def extra_repr(self) -> str:
         groups = self.scales.shape[1] if self.scales.dim() == 2 else 1

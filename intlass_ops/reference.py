@@ -6,11 +6,20 @@ rounded once at the end. No checks here: arguments arrive validated and normalis
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 QMIN = {8: -128, 4: -8}
 QMAX = {8: 127, 4: 7}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+}
 # The reference never holds more than this many float64 weights at once.
 _CHUNK_ELEMENTS = 1 << 24
 

@@ -1,6 +1,6 @@
 """Layers whose weights lie in one piece of memory, so that one GEMM can read them all.
 
-Lives here: `lay_siblings` (codes, scales, zero points and biases of a module's like `IntLinear`s
+Lives here: `lay_siblings` (codes, scales, zero points and biases of a module's like linears
 become rows of one tensor each), what lays them so again after a model was moved or copied, and
 `as_one` (tensors that lie so, as one). Not here: which layers share an input, which a graph tells
 (lowering/siblings.py), and their product (lowering/joined.py).
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
-    from .nn import IntLinear
+    from typing_extensions import Self
 
 _BUFFERS = ("weight", "scales", "zeros", "bias")
+# What a layer that a GEMM is all of has not.
+_OTHERS = ("high", "order")
 _ALIGNMENT = 16  # bytes; kernels load rows in vectors of that size
 # A list of more is no attention or MLP, and laying them takes their memory once more.
 _MOST = 8
@@ -31,17 +33,43 @@ _MOST = 8
 _WHOLE: Any = WeakTensorKeyDictionary()
 
 
+class Movable(nn.Module):
+    """A layer that may lie beside others, told when its buffers are moved and when it is a copy."""
+
+    weight: Tensor
+    beside: Beside | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        before = self.weight
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._moved_from(before)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        before = self.weight
+        super()._load_from_state_dict(*args, **options)
+        self._moved_from(before)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._moved_from(None)  # into a copy
+
+    def _moved_from(self, before: Tensor | None) -> None:
+        if self.beside is not None and self.weight is not before:
+            self.beside.moves(self)
+
+
 class Beside:
     """The layers of one piece of memory, counted as each gets another place."""
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self.moved: list[IntLinear] = []
+        self.moved: list[Movable] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers, "moved": []}
 
-    def moves(self, layer: IntLinear) -> None:
+    def moves(self, layer: Movable) -> None:
         """The last one that moves has all laid side by side again."""
         if layer in self.moved:
             self.moved = []
@@ -75,21 +103,23 @@ def as_one(tensors: Sequence[Tensor]) -> Tensor | None:
 
 def lay_siblings(model: nn.Module) -> None:
     """Lay the weights of like layers of each module side by side, in the order of the layers."""
-    from .nn import IntLinear
+    from .nn import IntLinear, PackedLinear
 
     done: set[nn.Module] = set()
     for parent in model.modules():
-        alike: dict[Any, list[IntLinear]] = {}
+        alike: dict[Any, list[Movable]] = {}
         for child in parent.children():
-            if type(child) is IntLinear and child not in done:
-                alike.setdefault(_form(child), []).append(child)
-                done.add(child)
+            # One behind a library's own activation arithmetic (lowering/capture.py) lies like it.
+            layer: Any = getattr(child, "packed_linear", child)
+            if type(layer) in (IntLinear, PackedLinear) and layer not in done:
+                alike.setdefault(_form(layer), []).append(layer)
+                done.add(layer)
         for form, layers in alike.items():
             if form is not None and 1 < len(layers) <= _MOST:
                 lay(layers)
 
 
-def lay(layers: Sequence[IntLinear]) -> None:
+def lay(layers: Sequence[Movable]) -> None:
     """Move the buffers of like layers into one piece of memory for each kind of buffer."""
     if as_one([layer.weight for layer in layers]) is not None:
         return
@@ -109,9 +139,11 @@ def lay(layers: Sequence[IntLinear]) -> None:
             _WHOLE[own] = whole
 
 
-def _form(layer: IntLinear) -> tuple[Any, ...] | None:
+def _form(layer: Movable) -> tuple[Any, ...] | None:
     """What layers must have in common; None for one that cannot be laid beside others."""
     found: list[Any] = []
+    if any(layer._buffers.get(name) is not None for name in _OTHERS):
+        return None
     for name in _BUFFERS:
         t = layer._buffers[name]
         if t is None:

@@ -56,6 +56,8 @@ class Case:
     a_layout: str = "contiguous"
     w_layout: str = "contiguous"
     scale_layout: str = "contiguous"
+    activation: str | None = None
+    residual: bool = False
     special: bool = False
     seed: int = 0
 
@@ -151,11 +153,17 @@ def build(case: Case, device: str, *, numbers: str = "exact") -> Call:
         options["alpha"] = alpha if case.alpha == "float" else torch.tensor([alpha])
     if case.bias is not None:
         options["bias"] = draw.bias()
+    if case.activation is not None:
+        options["activation"] = case.activation
+    if case.residual:
+        options["residual"] = draw.residual()
     k = None if case.w == "s8" else case.k
     call = Call(case, a, w, scales, options, k, case.out).map(lambda t: t.to(device))
     call.a = relayout(call.a, case.a_layout)
     call.w = relayout(call.w, case.w_layout)
     call.scales = relayout(call.scales, case.scale_layout)
+    if case.residual:
+        call.options["residual"] = relayout(call.options["residual"], case.a_layout)
     for name in ("zeros", "bias"):
         if name in options:
             call.options[name] = relayout(call.options[name], case.scale_layout)
@@ -254,6 +262,13 @@ class _Draw:
             b = torch.where(self._row_factors() == 1, b, 0.0)
         return b.to(self.case.bias)
 
+    def residual(self) -> Tensor:
+        shape = *self.case.lead, self.case.n
+        r = self.integers(-64, 64, *shape) / 2 if self.exact else self.normal(*shape)
+        if self.case.special:
+            r = torch.where(self._row_factors() == 1, r, 0.0)
+        return r.to(self.case.out_dtype)
+
 
 def float32_is_exact(call: Call) -> bool:
     """Whether no sum that a kernel may form for ``call``, in any order, needs more than 24 bits.
@@ -262,6 +277,8 @@ def float32_is_exact(call: Call) -> bool:
     so there must be room for (|x - 8| + |z_x - 8|) * (|q - 8| + |z - 8|) * s.
     """
     case = call.case
+    if case.activation not in (None, "relu"):
+        return False
     n, k = call.w.shape[0], case.k
     if 0 in (n, k, call.a.numel()):
         return True
@@ -280,4 +297,5 @@ def float32_is_exact(call: Call) -> bool:
     s = oracle.per_weight(call.scales, n, k)
     s = (s / s.amax(dim=1, keepdim=True)).nan_to_num(1.0)
     # 2^13: a bias of 32 beside results that are multiples of alpha * a_scale * s * unit >= 2^-8
-    return float((x @ (q * s).T).max()) / unit + 2**13 < 2**24
+    added = 2**13 * (1 + case.residual)
+    return float((x @ (q * s).T).max()) / unit + added < 2**24

@@ -47,6 +47,11 @@ def _full(like: Tensor, *shape: int) -> Tensor:
     return torch.ones(shape, dtype=torch.float32, device=like.device)
 
 
+def _residual(call: Call) -> Tensor:
+    shape = *call.a.shape[:-1], call.case.n
+    return torch.ones(shape, dtype=call.case.out_dtype, device=call.a.device)
+
+
 def _wide(call: Call, k: int) -> Call:
     """A legal call but for its K, without the memory it would take."""
     a = call.a.new_zeros(1, 1).expand(2, k if call.case.x == "s8" else k // 2)
@@ -98,6 +103,27 @@ MUTATIONS = (
         _always,
         lambda c: replace(c, out_dtype=torch.int8),
         lambda c: ("out_dtype has dtype int8",),
+    ),
+    Mutation(
+        "activation-unknown",
+        ValueError,
+        _always,
+        lambda c: _option(c, activation="swish"),
+        lambda c: ("activation='swish'", "'silu'"),
+    ),
+    Mutation(
+        "residual-dtype",
+        TypeError,
+        _always,
+        lambda c: _option(c, residual=_residual(c).to(torch.int32)),
+        lambda c: ("residual has dtype int32", "the output"),
+    ),
+    Mutation(
+        "residual-shape",
+        ValueError,
+        _always,
+        lambda c: _option(c, residual=_residual(c)[..., None]),
+        lambda c: (f"residual has shape {_shape(c.options['residual'])}", f"{c.case.n})"),
     ),
     Mutation(
         "a-scalar",

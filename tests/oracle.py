@@ -6,6 +6,7 @@ Not here: how a result is compared (tolerance.py), where the arguments come from
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +64,19 @@ class Expected(NamedTuple):
     magnitude: Tensor
 
 
+def _gelu_tanh(v: Tensor) -> Tensor:
+    return 0.5 * v * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (v + 0.044715 * v**3)))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda v: torch.where(v < 0, 0.0, v),
+    "silu": lambda v: v / (1 + torch.exp(-v)),
+    "gelu": lambda v: 0.5 * v * torch.erfc(-v / 2**0.5),
+    "gelu_tanh": _gelu_tanh,
+}
+STEEPEST = 1.13  # the largest slope of them all: an error before may be so much larger after
+
+
 def per_weight(table: Tensor, n: int, k: int) -> Tensor:
     """A scalar, [N], [N, 1] or [N, G] table as float64 [N, K]: column k has group k // (K/G)."""
     if table.numel() == 1:
@@ -103,8 +117,11 @@ def matmul(
     a_zero: Tensor | None = None,
     alpha: Tensor | float | None = None,
     bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Expected:
-    """y = alpha * a_scale * ((a - a_zero) @ w.T) + bias for either op, before any rounding."""
+    """activation(alpha * a_scale * ((a - a_zero) @ w.T) + bias) + residual for either op, before
+    any rounding."""
     if k is None:
         k = a.shape[-1] * (2 if a.dtype == torch.uint8 else 1)
     x, dense = activations(a, a_zero, k), weight(w, scales, zeros, k)
@@ -115,8 +132,13 @@ def matmul(
             y, magnitude = y * f, magnitude * f.abs()
     if bias is not None:
         y, magnitude = y + bias.double(), magnitude + bias.double().abs()
+    if activation is not None:
+        y, magnitude = ACTIVATIONS[activation](y), STEEPEST * magnitude
     shape = (*a.shape[:-1], w.shape[0])
-    return Expected(y.reshape(shape), magnitude.reshape(shape))
+    y, magnitude = y.reshape(shape), magnitude.reshape(shape)
+    if residual is not None:
+        y, magnitude = y + residual.double(), magnitude + residual.double().abs()
+    return Expected(y, magnitude)
 
 
 # ---------------------------------------------------------------------------------------- quantise

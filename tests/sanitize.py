@@ -61,10 +61,15 @@ def main() -> None:
         (torch.bfloat16, torch.float32),
         (intlass_ops.quantize_int8, intlass_ops.quantize_int4),
         (True, False),
-        ((5, 33), (3, 4096), (1, 70_000)),
+        ((5, 33), (3, 4096), (1, 70_000), (700, 1000), (2, 14336)),
     ):
         quantize(torch.randn(m, k, dtype=dtype, device="cuda"), symmetric=symmetric)
         launches += 1
+    for m, k in ((3, 4096), (700, 1000), (2, 14336)):
+        x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+        torch.ops.intlass.rms_norm_quantize(x, x[0].clone(), 1e-6)
+        torch.ops.intlass.silu_mul_quantize(x, x.clone())
+        launches += 2
     for (format_, k, group_size), dtype, r in itertools.product(
         (("int8", 768, 8), ("int8", 768, 256), ("int4", 5120, 5120), ("int8", 69632, 69632)),
         (torch.bfloat16, torch.float32),
@@ -74,9 +79,15 @@ def main() -> None:
         call = getattr(intlass_ops, f"fused_quantize_{format_}")
         call(x, intlass_ops.hadamard_matrix(r), group_size=group_size, return_mask=True)
         launches += 1
-    for call in (intlass_ops.fused_quantize_mx, intlass_ops.fused_quantize_nv):
-        x = torch.randn(7, 96, dtype=torch.bfloat16, device="cuda")
-        call(x, intlass_ops.hadamard_matrix(32), return_mask=True)
+    for call, r in itertools.product(
+        (intlass_ops.fused_quantize_mx, intlass_ops.fused_quantize_nv), (32, 64, 128)
+    ):
+        x = torch.randn(7, 384, dtype=torch.bfloat16, device="cuda")
+        call(x, intlass_ops.hadamard_matrix(r), return_mask=True)
+        launches += 1
+    for r in (64, 128):  # a group a unit
+        x = torch.randn(7, 5120, dtype=torch.bfloat16, device="cuda")
+        intlass_ops.fused_quantize_int4(x, intlass_ops.hadamard_matrix(r), return_mask=True)
         launches += 1
     for m, (n, k, g) in itertools.product((5, 40), ((200, 192, 32), (2048, 256, 128))):
         packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")

@@ -11,15 +11,19 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from intlass_ops.cuda import cubin
+
 _USAGE = re.compile(
     r"Function (?P<entry>\w+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+) "
     r"SHARED:(?P<shared>\d+) LOCAL:(?P<local>\d+)"
 )
+_LINE = re.compile(r"^\s*/\*([0-9a-f]+)\*/")
 # From sm_90 on the system keeps 1 KiB of shared memory of every block, and cuobjdump counts it in.
 _RESERVED_SHARED = 1024
 
@@ -35,7 +39,8 @@ class Usage:
 
 def usage(image: bytes, entry: str, arch: str) -> Usage:
     found = {
-        match["entry"]: match for match in _USAGE.finditer(_run("cuobjdump", "-res-usage", image))
+        match["entry"]: match
+        for match in _USAGE.finditer(_run("cuobjdump", "-res-usage", _whole(image)))
     }
     match = found[entry]
     shared = int(match["shared"])
@@ -46,7 +51,24 @@ def usage(image: bytes, entry: str, arch: str) -> Usage:
 
 def disassemble(image: bytes) -> str:
     """One instruction a line. Takes most of a second, whatever the size."""
-    return _run("nvdisasm", "-c", image)
+    return _run("nvdisasm", "-c", _whole(image))
+
+
+def disassemble_all(images: Sequence[bytes], arch: str) -> list[str]:
+    """The same for many images in that second: bare instructions, told apart by their addresses."""
+    codes = [cubin.code(image) for image in images]
+    model = "SM" + re.sub(r"\D", "", arch)
+    listing = _run("nvdisasm", f"--binary={model}", b"".join(codes))
+    lines = [
+        (int(match[1], 16), match.string)
+        for match in map(_LINE.match, listing.split("\n"))
+        if match
+    ]
+    found, end = [], 0
+    for code in codes:
+        start, end = end, end + len(code)
+        found.append("\n".join(line for at, line in lines if start <= at < end))
+    return found
 
 
 def has_instruction(code: str, pattern: str) -> bool:
@@ -55,12 +77,17 @@ def has_instruction(code: str, pattern: str) -> bool:
     return re.search(rf"^\s*/\*[0-9a-f]+\*/\s+(@!?U?P\d+ +)?{pattern}", code, re.M) is not None
 
 
-def _run(tool: str, option: str, image: bytes) -> str:
+def _whole(image: bytes) -> bytes:
+    """CuPy cuts off the last byte of an image, a zero."""
+    return image + b"\0"
+
+
+def _run(tool: str, option: str, content: bytes) -> str:
     path = _find(tool)
     if path is None:
         pytest.skip(f"no {tool}: it comes with Triton (pip install triton) or a CUDA toolkit")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(image + b"\0")  # CuPy cuts off the last byte of the image, a zero
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
         file.flush()
         result = subprocess.run([path, option, file.name], capture_output=True, check=False)
     if result.returncode != 0:

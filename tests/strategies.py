@@ -19,6 +19,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FLOATS = (FP32, BF16, FP16)
 INTS = (torch.uint8, torch.int8, torch.int32)
 ZERO_DTYPES = (*INTS, *FLOATS)
+ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 # Every pair of an activation and a weight that has an op.
 PAIRS = (
     *((x, w) for x in ("bf16", "fp16", "fp32", "s8") for w in ("s4", "u4", "s8")),
@@ -250,6 +251,34 @@ def split_cases(kind: str) -> list[Case]:
     ]
 
 
+def epilogue_cases() -> list[Case]:
+    """Every pair with an activation, a residual or both, on a GPU in each family of kernels."""
+    names = (None, *ACTIVATIONS)
+    leads = ((1,), (40,), (12,), (2, 75))
+    return [
+        Case(
+            x,
+            w,
+            leads[(i + j) % 4],
+            n=(64, 129, 65, 328)[(i + j + j // 2) % 4],
+            k=(384, 320, 1024)[i % 3],
+            groups=(1, 3)[j % 2] if i % 3 == 0 else (1, 2)[j % 2],
+            scale=BF16,
+            zero=(torch.uint8, FP32)[j % 2],
+            out=FLOATS[(i + j // 2) % 3],
+            bias=(None, FP32)[(i + j) % 2],
+            a_scale="token" if x in CODES else "none",
+            a_zero=torch.int32 if x == "s8" and j == 3 else a_zero_of(x),
+            a_layout=("contiguous", "contiguous", "columns")[(i + j) % 3],
+            activation=names[(i + j) % 5],
+            residual=(i + j) % 5 == 0 or j % 2 == 0,
+            seed=4 * i + j,
+        )
+        for i, (x, w) in enumerate(PAIRS)
+        for j in range(4)
+    ]
+
+
 def large_cases() -> list[Case]:
     return [
         Case(x, w, (1000,), 2048, 4096, groups=32 if w == "u4" else 1, out=BF16)
@@ -271,7 +300,7 @@ def gpu_cases() -> list[Case]:
 
 
 @st.composite
-def legal_cases(draw: st.DrawFn, device: str = "cpu") -> Case:
+def legal_cases(draw: st.DrawFn, device: str = "cpu", exact: bool = False) -> Case:
     """Any legal call; on a GPU of GPU_TYPES and, for few block shapes, at most eight tokens."""
     gpu = device != "cpu"
     if gpu:
@@ -290,6 +319,10 @@ def legal_cases(draw: st.DrawFn, device: str = "cpu") -> Case:
         count = draw(st.sampled_from((2, 3, 4, 9)))
         k = count * draw(st.sampled_from((16, 32, 48, 64, 112)))
         groups, zero_groups = draw(st.sampled_from(((count, 0), (count, 1), (1, count))))
+    activation, residual = None, False
+    if not gpu:  # kernels of their own
+        activation = draw(st.sampled_from((None, None, "relu") if exact else (None, *ACTIVATIONS)))
+        residual = draw(st.booleans())
     integer = x in CODES
     a_zero = a_zero_of(x)
     if x == "s8":
@@ -313,6 +346,9 @@ def legal_cases(draw: st.DrawFn, device: str = "cpu") -> Case:
         a_layout=draw(st.sampled_from(LAYOUTS)),
         w_layout=draw(st.sampled_from(LAYOUTS)),
         scale_layout=draw(st.sampled_from(LAYOUTS)),
-        special=draw(st.booleans()),
+        activation=activation,
+        residual=residual,
+        # an infinity may come out as NaN, but relu of the one is a number
+        special=activation is None and draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
     )

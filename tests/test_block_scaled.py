@@ -144,6 +144,20 @@ def test_every_code_under_every_scale(format_: str, tokens: int, device: str) ->
         assert torch.equal(y.cpu()[0], round_once(expected[0], out))
 
 
+@pytest.mark.parametrize("m", [2, 16, 40])
+def test_large_scales_among_others(m: int, device: str) -> None:
+    """Those above 64 take another way through the kernels for few tokens, for all they are with."""
+    rng = torch.Generator().manual_seed(m)
+    k, n = 512, 72
+    a, b = (torch.randint(0, 256, (rows, k // 2), generator=rng).to(torch.uint8) for rows in (m, n))
+    a_scale, b_scale = (torch.full((rows, k // 32), 127, dtype=torch.uint8) for rows in (m, n))
+    a_scale[1, 5], b_scale[3, 2], b_scale[70, 15] = 136, 134, 133
+    scales = a_scale.view(E8M0), b_scale.view(E8M0)
+    expected = round_once(exact(a, scales[0]) @ exact(b, scales[1]).T, FP32)
+    operands = (t.to(device) for t in (a, b, *scales))
+    assert torch.equal(op_of("mx", False)(*operands, out_dtype=FP32).cpu(), expected)
+
+
 @pytest.mark.parametrize(("format_", "code"), [("mx", 255), ("nv", 127), ("nv", 255)])
 @pytest.mark.parametrize("m", [2, 20])
 def test_a_nan_scale_shows(format_: str, code: int, m: int, device: str) -> None:
@@ -196,7 +210,9 @@ def test_two_bf16_terms_hold_every_fp16_number() -> None:
     ("arch", "x_kind", "m", "n", "k", "kernel"),
     [
         ("sm_90a", "e2m1", 1, 4096, 4096, "skinny"),
-        ("sm_90a", "e2m1", 16, 28672, 4096, "skinny_ring"),
+        ("sm_90a", "e2m1", 8, 28672, 4096, "skinny_ring"),
+        ("sm_90a", "e2m1", 16, 28672, 4096, "skinny"),
+        ("sm_90a", "bf16", 16, 28672, 4096, "skinny_ring"),
         ("sm_90a", "bf16", 1, 8192, 28672, "skinny_ring"),
         ("sm_90a", "bf16", 17, 4096, 4096, "hopper"),
         ("sm_90a", "bf16", 17, 4096, 4128, None),

@@ -4,9 +4,8 @@ It compiles, keeps everything in registers, fits the shared memory, and uses the
 instructions it was written for. The cubins go through the kernel cache, so that a second run, and
 the second test of an architecture, only read them.
 
-Disassembling a cubin takes most of a second, and tile sizes do not decide which instruction
-multiplies: of the configs with the same operand kinds and instructions, one is disassembled for
-each architecture.
+Tile sizes do not decide which instruction multiplies: of the configs with the same operand kinds
+and instructions, one is disassembled for each architecture.
 """
 
 from __future__ import annotations
@@ -28,12 +27,20 @@ REGISTERS_OF_A_BLOCK = 65536
 Chosen = dict[tuple[str, str], list[Any]]  # the configs of each (kernel source, architecture)
 
 
+# NVRTC makes the same code for both: only one kernel in common of each source is compiled for both.
+TWIN = {"sm_89": "sm_86"}
+
+
 def by_kernel_and_arch() -> Chosen:
     """What is shipped, without repetition."""
     found: dict[tuple[str, str], dict[Any, None]] = defaultdict(dict)
     for c, archs in config.shipped_configs():
         for arch in archs:
             found[c.source, arch][c] = None
+    for (name, arch), configs in found.items():
+        shared = [c for c in configs if c in found.get((name, TWIN.get(arch, "")), ())]
+        for c in shared[1:]:
+            del configs[c]
     return {key: list(configs) for key, configs in found.items()}
 
 
@@ -81,6 +88,20 @@ def test_compiles(arch: str, configs: list[Any]) -> None:
         assert cubin.parameter_sizes(jit.compile_cubin(c, arch), c.entry)
 
 
+def test_twins_have_the_same_code() -> None:
+    compiled = by_kernel_and_arch()
+    shared = [
+        (c, arch)
+        for (name, arch), configs in compiled.items()
+        for c in configs
+        if c in compiled.get((name, TWIN.get(arch, "")), ())
+    ]
+    assert shared
+    for c, arch in shared:
+        codes = [cubin.code(jit.compile_cubin(c, each)) for each in (arch, TWIN[arch])]
+        assert codes[0] == codes[1], c
+
+
 def problems_of(c: KernelConfig, arch: str, image: bytes) -> list[str]:
     """Why a kernel would be slow, or could not be launched."""
     used = sass.usage(image, c.entry, arch)
@@ -103,18 +124,21 @@ def test_stays_in_registers_and_shared_memory(arch: str, configs: list[Any]) -> 
     assert not problems, "\n".join(problems)
 
 
-def missing_instructions(c: Any, arch: str) -> list[str]:
-    """The expected instructions that the kernel lacks, and local memory where it has any."""
-    code = sass.disassemble(jit.compile_cubin(c, arch))
-    missing = [p for p in c.expected_sass(arch) if not sass.has_instruction(code, p)]
-    spilled = [p for p in (r"LDL\b", r"STL\b") if sass.has_instruction(code, p)]
-    problems = [f"no {p}" for p in missing] + [f"has {p}" for p in spilled]
-    return [f"{c!r} for {arch}: {problem}" for problem in problems]
+def missing_instructions(configs: list[Any], arch: str) -> list[str]:
+    """The expected instructions that kernels lack, and local memory where they have any."""
+    problems = []
+    codes = sass.disassemble_all([jit.compile_cubin(c, arch) for c in configs], arch)
+    for c, code in zip(configs, codes, strict=True):
+        missing = [p for p in c.expected_sass(arch) if not sass.has_instruction(code, p)]
+        spilled = [p for p in (r"LDL\b", r"STL\b") if sass.has_instruction(code, p)]
+        found = [f"no {p}" for p in missing] + [f"has {p}" for p in spilled]
+        problems += [f"{c!r} for {arch}: {problem}" for problem in found]
+    return problems
 
 
 def test_uses_the_native_instructions(arch: str, disassembled: list[Any]) -> None:
     jit.warmup(disassembled, arch=arch, progress=False)
-    problems = [p for c in disassembled for p in missing_instructions(c, arch)]
+    problems = missing_instructions(disassembled, arch)
     assert not problems, "\n".join(problems)
 
 
@@ -156,7 +180,7 @@ def test_a_bad_kernel_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert "256 bytes of local memory" in text
         assert f"{230 * 1024} bytes of shared memory exceed" in text
         assert "registers of a block exceed" in text
-        missing = missing_instructions(BadConfig(), arch)
+        missing = missing_instructions([BadConfig()], arch)
         assert [text.rsplit(": ", 1)[1] for text in missing] == [
             r"no IMMA\.16832",
             r"has LDL\b",

@@ -45,9 +45,9 @@ def k_tiles_done(c: config.Hopper, m: int, n: int, k: int, sm_count: int) -> Cou
             begin = min(block % c.split_k * stripe, k_tiles)
             done[block // c.split_k] += min(begin + stripe, k_tiles) - begin
             continue
-        column, rank = divmod(block, c.share_x)
-        for tile in range(column, whole, blocks // c.share_x):
-            done[tile * c.share_x + rank] += k_tiles
+        first, rank = divmod(block, c.sharing)
+        for tile in range(first, whole, blocks // c.sharing):
+            done[tile * c.sharing + rank] += k_tiles
         unit = block * each + min(block, extra)
         end = (block + 1) * each + min(block + 1, extra)
         while unit < end:
@@ -75,7 +75,8 @@ def test_the_pick_is_close_to_the_best_tile_measured() -> None:
         shape = a_shape(p["activations"], p["weights"], p["m"], p["n"], p["k"], group_size)
         c = config.pick(H200, shape)
         assert isinstance(c, config.Hopper)
-        how = ["block_m", "tiles_n", "consumers", "stream_k", "split_k", "in_turns", "share_x"]
+        how = ["block_m", "tiles_n", "consumers", "stream_k", "split_k", "num_stages", "in_turns"]
+        how += ["share_x", "share_w"]
         places = [columns.index(name) for name in how]
         times = {tuple(t[i] for i in places): t[0] for t in p["tiles"]}
         tile = tuple(int(getattr(c, name)) for name in how)

@@ -20,6 +20,7 @@ SIZES = Case(x="s8", w="s8", lead=(1300,), n=1000, k=1376)
 CASES = [
     replace(SIZES, a_scale="token", bias=torch.float32),
     replace(SIZES, lead=(2100,), n=1100),
+    replace(SIZES, lead=(100,), bias=BF16),
     replace(SIZES, w="s4", a_scale="token"),
     replace(SIZES, w="u4", zero=torch.float32, k=1280, groups=10),
     replace(SIZES, x="bf16", w="s4", scale=BF16, out=BF16, k=1280, groups=10),
@@ -55,6 +56,8 @@ def test_the_cases_meet_every_form_of_tile() -> None:
     assert any(c.in_turns and c.stream_k for c in tiles)
     assert any(c.split_k > 1 for c in tiles)
     assert {c.share_x for c in tiles} == {1, 2, 4}
+    assert {c.share_w for c in tiles} == {1, 2}
+    assert {c.blocks_per_sm for c in tiles if c.consumers == 1} == {1, 2}
     assert any(c.needs_token_sums for c in tiles)
 
 

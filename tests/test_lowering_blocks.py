@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import graph_zoo
 import pytest
+import store_rows_in_torch
 import torch
 from lowering_helpers import SWAPPED, Counting, fresh, outcomes
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from intlass_ops.cuda import launch_store_rows
 from intlass_ops.lowering import blocks, editor, probing, runtime
 from intlass_ops.lowering.storage import INT4, INT4_PAIR, INT8, Packed, pack_all, recipes_of
 from intlass_ops.lowering.weights import Recipe
@@ -107,14 +111,39 @@ def test_blocks_give_what_the_whole_gives(
         (packed,) = pack_all((recipe,), leaves)
         if elements == 1 << 30:
             expected = packed
+    same(packed, expected, make)
+    with as_on_a_gpu(monkeypatch) as taken:
+        (packed,) = pack_all((recipe,), leaves)
+    assert bool(taken) is (make is not SomeRowsTwice)
+    same(packed, expected, make)
+    rows = recipe.n // 16 * recipe.batch
+    assert blocks_seen == ([1, 1] if make is SomeRowsTwice else [recipe.batch, rows])
+
+
+def same(packed: Packed, expected: Packed, make: type[graph_zoo.Idiom]) -> None:
     assert packed.form() == expected.form()
     if make is graph_zoo.ActOrder:
         # Columns may be sorted in more than one way.
         packed, expected = in_order(packed), in_order(expected)
     for part, one in zip(packed.tensors(), expected.tensors(), strict=True):
         assert torch.equal(part, one)
-    rows = recipe.n // 16 * recipe.batch
-    assert blocks_seen == ([1, 1] if make is SomeRowsTwice else [recipe.batch, rows])
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, rows: int = 16) -> Iterator[list[int]]:
+    """A kernel's stand-in takes all rows but the first ones; yields what its flags came to."""
+    taken: list[int] = []
+
+    def store_rows(*args: Any) -> None:
+        store_rows_in_torch.store_rows(*args)
+        taken.append(int(args[-1]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch_store_rows, "can_store", lambda device: True)
+        patch.setattr(launch_store_rows, "store_rows", store_rows)
+        for name in ("FIRST_ELEMENTS", "TAKEN_ELEMENTS"):
+            patch.setattr(blocks, name, rows * graph_zoo.K)
+        yield taken
 
 
 def in_order(packed: Packed) -> Packed:
@@ -158,13 +187,18 @@ def test_rows_are_stored_as_the_widest_of_them(
     module = LastRow(scale, zero, code)
     recipe, leaves = weight_of(module)
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 16 * graph_zoo.K)
-    (packed,) = pack_all((recipe,), leaves)
+    with as_on_a_gpu(monkeypatch) as taken:
+        (packed,) = pack_all((recipe,), leaves)
+    # A scale that the first rows have too is all that their form has room for.
+    assert launch_store_rows.was_affine(taken[-1]) is (code == 7 and width == 1 and zero == 0)
+    (again,) = pack_all((recipe,), leaves)
+    assert all(map(torch.equal, packed.tensors(), again.tensors()))
     assert packed.kind == kind
     assert packed.scales is not None
     assert packed.scales.shape == (graph_zoo.N, width)
     assert (packed.zeros is None) is (zero == 0)
     eye = torch.eye(graph_zoo.K)
-    w = runtime.multiply(eye, packed, slice(None), recipe.k, None, None, None, torch.float32)
+    w = runtime.multiply(eye, packed, recipe.k, None, None, None, torch.float32)
     assert torch.equal(w, module(eye))
 
 

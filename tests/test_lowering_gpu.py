@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+from collections.abc import Callable
 
 import graph_zoo
 import module_zoo
 import pytest
+import store_rows_in_torch
+import test_lowering_blocks
 import torch
 from lowering_helpers import SWAPPED, TOLERANCE, fresh, outcomes, relative_error
 from test_side_by_side import SCHEMES, X, _swap, three
 from torch import Tensor, nn
 
 from intlass_ops import explain, lowering, quantize_int8
+from intlass_ops.cuda import launch_store_rows
+from intlass_ops.cuda.launch_store_rows import Planes, Stored
 from intlass_ops.lowering import blocks
+from intlass_ops.lowering.storage import pack_all
 from intlass_ops.prepare import prepare_
 
 pytestmark = [
@@ -36,6 +43,19 @@ def test_idiom_runs_on_our_kernels(name: str) -> None:
         y = torch.compile(module, backend=lowering.backend, fullgraph=True)(x)
         assert close(y, module(x))
         assert outcomes() == [SWAPPED], lowering.report()
+
+
+def test_siblings_that_are_packed_as_one() -> None:
+    a, b = (graph_zoo.Int32Words(seed=seed).cuda() for seed in (1, 2))
+
+    def both(x: Tensor) -> Tensor:
+        return nn.functional.silu(a(x)) * b(x)
+
+    x = torch.randn(5, graph_zoo.K, device="cuda").bfloat16()
+    with fresh(), torch.no_grad():
+        y = torch.compile(both, backend=lowering.backend, fullgraph=True)(x)
+        assert close(y, both(x))
+        assert lowering.counters()["fused"] == 1
 
 
 @pytest.mark.parametrize("kind", ["SubMul", "Int8PerChannel"])
@@ -97,6 +117,65 @@ def test_packing_takes_a_few_bytes_an_element() -> None:
         assert close(torch.compile(linear, backend=lowering.backend, fullgraph=True)(x), expected)
     used = torch.cuda.max_memory_allocated() - before
     assert used <= 10 * n * k + 64 * blocks.BLOCK_ELEMENTS
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_stored_as_pytorch_stores_them(dtype: torch.dtype, bits: int, zeros: bool) -> None:
+    n, k, group = 70, 195, 39
+    low, levels = 3 if zeros else -(2 ** (bits - 1)), 2**bits
+    generator = torch.Generator("cuda").manual_seed(bits)
+
+    def random(high: int, *size: int) -> Tensor:
+        return torch.randint(high, size, device="cuda", generator=generator).double()
+
+    groups = (n, k // group)
+    scale, zero = (1 + random(100, *groups)) / 64, random(levels, *groups) + 0.25 * zeros
+    codes = low + random(levels, n, k) + (0 if zeros else zero.repeat_interleave(group, 1))
+    order = torch.randperm(k, device="cuda", generator=generator)
+    at = [
+        (q - zero.repeat_interleave(group, 1)) * scale.repeat_interleave(group, 1)
+        for q in (0 * codes, 0 * codes + 1, codes)
+    ]
+    at = [torch.empty_like(each).index_copy_(1, order, each) for each in at]
+
+    def stored(store: Callable[..., None], at: list[Tensor]) -> tuple[list[Tensor], int]:
+        empty = functools.partial(torch.zeros, device="cuda")
+        packed = bits == 4 or zeros
+        type_ = torch.uint8 if packed else torch.int8
+        weight = [empty(n, (k + 1) // 2 if packed else k, dtype=type_) for _ in range(2)]
+        scales = [empty(*groups) for _ in range(3)]
+        pair = (weight[1], scales[2]) if bits == 8 and zeros else (None, None)
+        into = Stored(weight[0], scales[0], scales[1] if zeros else None, *pair)
+        flags = empty(1, dtype=torch.int32)
+        kind = torch.finfo(dtype)
+        store(Planes(*at, at[2].to(dtype), kind), order, low, levels, into, flags)
+        return [*weight, *scales], int(flags)
+
+    ours, flags = stored(launch_store_rows.store_rows, at)
+    expected = stored(store_rows_in_torch.store_rows, at)
+    assert launch_store_rows.was_affine(flags)
+    assert flags == expected[1]
+    assert all(map(torch.equal, ours, expected[0]))
+    for i, change in ((2, 0.3), (1, 0.01), (0, float("nan"))):
+        wrong = [each.clone() for each in at]
+        wrong[i][n - 1, k - 1] += change
+        assert not launch_store_rows.was_affine(stored(launch_store_rows.store_rows, wrong)[1])
+
+
+@pytest.mark.parametrize("make", test_lowering_blocks.MAKERS)
+def test_rows_are_stored_as_they_are_measured(
+    make: type[graph_zoo.Idiom], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, leaves = test_lowering_blocks.weight_of(make())
+    leaves = [leaf.cuda() for leaf in leaves]
+    for name in ("FIRST_ELEMENTS", "TAKEN_ELEMENTS"):
+        monkeypatch.setattr(blocks, name, 16 * graph_zoo.K)
+    (packed,) = pack_all((recipe,), leaves)
+    monkeypatch.setattr(launch_store_rows, "can_store", lambda device: False)
+    (expected,) = pack_all((recipe,), leaves)
+    test_lowering_blocks.same(packed, expected, make)
 
 
 def test_norm_and_swiglu_are_computed_by_the_quantiser() -> None:

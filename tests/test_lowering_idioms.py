@@ -143,6 +143,26 @@ def test_dynamic_int8_activations_use_the_graphs_codes(spelling: str) -> None:
     assert relative_error(y, expected) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_last_rounding_is_the_fused_ops(with_bias: bool) -> None:
+    """Scales in float32 after the product; what is rounded twice stays so."""
+
+    class Twice(DynamicActivation):
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.round().clamp(-127, 127).to(torch.int8)
+            y = torch._int_mm(q, self.w.t()).float() * self.s.float()
+            y = y + self.s.float() if with_bias else y
+            return y.unflatten(0, (2, -1)).half().float().flatten(0, 1).bfloat16()
+
+    module = Twice("")
+    y, expected, backend = run(module, 8 * torch.randn(40, 128).bfloat16())
+    assert outcomes() == [SWAPPED], lowering.report()
+    assert torch.equal(y, expected)
+    (graph,) = backend.graphs
+    (product,) = (n for n in graph.graph.nodes if "intlass.matmul" in str(n.target))
+    assert product.meta["val"].dtype == torch.float16
+
+
 def test_asymmetric_per_tensor_uint8_activations() -> None:
     """PT2E-like: uint8 codes with a zero point, W4 grouped weight."""
 

@@ -59,9 +59,11 @@ def test_any_illegal_call_is_refused(device: str, data: st.DataObject) -> None:
     check_refusal(mutation, build(case, device))
 
 
-@pytest.mark.parametrize("name", ["w", "scales", "zeros", "bias", "alpha", "a_scale", "a_zero"])
+@pytest.mark.parametrize(
+    "name", ["w", "scales", "zeros", "bias", "alpha", "a_scale", "a_zero", "residual"]
+)
 def test_tensors_on_two_devices_are_refused(name: str) -> None:
-    case = Case("s8", "u4", bias=FP32, alpha="tensor", a_scale="token", a_zero=FP32)
+    case = Case("s8", "u4", bias=FP32, alpha="tensor", a_scale="token", a_zero=FP32, residual=True)
     call = build(case, "cpu")
     if name in call.options:
         call.options[name] = call.options[name].to("meta")

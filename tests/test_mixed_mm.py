@@ -34,7 +34,14 @@ def weight(
     return pack_int4(q), s, z, wide * s.double().repeat_interleave(g, 0)
 
 
-SHAPES = [(1, 24, 64, 16), (16, 200, 256, 64), (33, 96, 128, 128), (130, 72, 192, 32)]
+SHAPES = [
+    (1, 24, 64, 16),
+    (16, 200, 256, 64),
+    (33, 96, 128, 128),
+    (130, 72, 192, 32),
+    (60, 1160, 512, 256),
+    (300, 392, 288, 32),
+]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
@@ -66,9 +73,11 @@ def test_transposed_takes_any_layout(m: int, dtype: torch.dtype, device: str) ->
     zeros = (z.T, z.T.contiguous().to(torch.uint8), z[0].to(torch.int32), z[0, 0], None)
     wide = torch.randint(-1, 2, (m, n + 9), generator=torch.Generator().manual_seed(m))
     wide = wide.to(device, dtype)
-    inputs = wide[:, 9:], wide[:, 8 : n + 8], wide.T.contiguous()[:n].T
+    repeated = wide[:1, 8 : n + 8].expand(m, n)
+    inputs = wide[:, 9:], wide[:, 8 : n + 8], wide.T.contiguous()[:n].T, repeated
     q = unpack_int4(packed, k, signed=False).double()
     pairs = [(scales[i], zeros[(i + j) % 5]) for i in range(5) for j in (0, 2)]
+    pairs += [(s.T, z[0]), (s[0], z.T)]  # of groups, and of rows
     for (scale, zero), x in itertools.product(pairs, inputs):
         codes = q - 16 * (q > 7) if zero is None else q - _spread(zero, n, k)
         expected = 2 * x.cpu().double() @ (codes * _spread(scale, n, k))
@@ -183,3 +192,23 @@ def test_few_tokens_have_a_kernel_that_fits() -> None:
     assert "dequantising once" in str(config.why_not_transposed(many, 4096, 4096, True, True))
     for n, k, aligned in ((4100, 4096, True), (4096, 4100, True), (4096, 4096, False)):
         assert "multiple of 8" in str(config.why_not_transposed(1, n, k, True, aligned))
+
+
+def test_many_tokens_have_a_kernel_that_fits() -> None:
+    gpu = config.device_of("sm_90a")
+    groups = (96, 96), (96, 32), (4096, 32), (4096, 64), (14336, 128), (4096, 1024)
+    for m, (k, g) in itertools.product((17, 64, 65, 1024), groups):
+        assert config.why_not_transposed_wgmma(gpu, m, 4104, k, g, True) is None
+        c = config.pick_transposed_wgmma(gpu, "bf16", True, m, 4104, k, g)
+        x, y, _ = c.grid(m, k)
+        assert c.smem_bytes * c.blocks_per_sm <= gpu.smem_per_sm - 1024 * c.blocks_per_sm
+        assert x // c.split_n * 128 >= k
+        assert y * c.block_m >= m
+        assert c.groups * g >= 128 or c.groups == 1
+    why_not = config.why_not_transposed_wgmma
+    assert "no wgmma" in str(why_not(config.device_of("sm_80"), 64, 4096, 4096, 128, True))
+    assert "M=16" in str(why_not(gpu, 16, 4096, 4096, 128, True))
+    assert "nothing" in str(why_not(gpu, 64, 4096, 0, 0, True))
+    assert "group_size=96" in str(why_not(gpu, 64, 4096, 9600, 96, True))
+    for n, k, aligned in ((4100, 4096, True), (4096, 4112, True), (4096, 4096, False)):
+        assert "multiple of 32" in str(why_not(gpu, 64, n, k, 128, aligned))

@@ -37,7 +37,10 @@ def _matmul(case: Case, **requires_grad: bool) -> tuple[Any, tuple[Any, ...]]:
         call.a = call.a.detach().requires_grad_()
     if requires_grad.get("bias"):
         o["bias"] = o["bias"].detach().requires_grad_()
+    if requires_grad.get("residual"):
+        o["residual"] = o["residual"].detach().requires_grad_()
     last = (o.get("a_zero"), o.get("alpha"), o.get("bias"), case.out)
+    last += (o.get("activation"), o.get("residual"))
     if case.w == "s8":
         args = (call.a, call.w, o.get("a_scale"), call.scales, *last)
         return OPS.matmul_int8_bf16_tn.default, args
@@ -95,6 +98,15 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         *_matmul(Case("fp16", "s8", (4,), 7, 48, groups=3, bias=FP32, out=FP32), a=True, bias=True),
         {},
     ),
+    "w4a16-silu-residual": (
+        *_matmul(
+            Case("bf16", "s4", (2, 3), 7, 48, groups=3, activation="silu", residual=True),
+            a=True,
+            residual=True,
+        ),
+        {},
+    ),
+    "w8a8-gelu": (*_matmul(Case("s8", "s8", (3,), 8, 32, activation="gelu_tanh")), {}),
     "w8a8": (
         *_matmul(Case("s8", "s8", (2, 3), 7, 33, a_scale="token", a_zero=FP32, alpha="tensor")),
         {},

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
 import intlass_ops as ia
-from intlass_ops import ops
+from intlass_ops import config, ops
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS = [{"bits": bits, "symmetric": symmetric} for bits in (8, 4) for symmetric in (True, False)]
@@ -75,6 +78,68 @@ def test_silu_is_the_two_steps_in_turn(k: int, dtype: torch.dtype, device: str) 
         # PyTorch's exp may round another way: now and then the largest product, or a code, moves.
         torch.testing.assert_close(got[1], expected[1], rtol=2**-7, atol=0)
         assert (got[0] != expected[0]).sum() <= 2 + got[0].numel() // 100
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("m", "k"), [(1200, 1000), (700, 14336), (3, 14336)])
+def test_codes_do_not_depend_on_how_many_rows_there_are(m: int, k: int, bits: int) -> None:
+    """Blocks load ahead if there are many rows, and share a long one if there are few."""
+    dtype, options = (
+        (torch.bfloat16, torch.float16)[bits // 8],
+        {"bits": bits, "symmetric": bits == 8},
+    )
+    x = integers(m, k, dtype=dtype, device="cuda") / 2
+    other = integers(m, k, dtype=dtype, device="cuda", seed=1)
+    weight = other[0].clone()
+    calls: dict[str, Callable[[Tensor, Tensor], Any]] = {
+        "none": lambda x, _: quantize(x, **options),
+        "norm": lambda x, _: ops.rms_norm_quantize(x, weight, 1.0, **options),
+        "silu": lambda x, y: ops.silu_mul_quantize(x, y, **options),
+    }
+    for name, call in calls.items():
+        whole = call(x, other)
+        for first in (0, m - 2):
+            rows = torch.arange(100, device="cuda").clamp(max=1) + first  # neither few nor many
+            for a, b in zip(call(x[rows], other[rows]), whole, strict=True):
+                assert a is None or torch.equal(a, b[rows]), (name, first)
+
+
+@settings(max_examples=200)
+@given(
+    arch=st.sampled_from(config.ARCHS),
+    x_type=st.sampled_from(["__nv_bfloat16", "float"]),
+    vector=st.sampled_from([8, 2]),
+    segments=st.sampled_from([1, 50, 600, 100_000]),
+    length=st.integers(1, 100_000),
+    before=st.sampled_from(list(config.Before)),
+)
+def test_every_row_has_a_configuration_that_fits(
+    arch: str, x_type: str, vector: int, segments: int, length: int, before: config.Before
+) -> None:
+    device = config.device_of(arch)
+    c = config.pick_quantize(
+        device, x_type, 8, True, False, vector, segments, length, before=before
+    )
+    vectors, at_a_time = -(-length // vector), c.threads_per_segment * c.cluster
+    if c.chunks:  # all but the last are full: the kernel asks for that one only
+        assert (c.chunks - 1) * at_a_time < vectors <= c.chunks * at_a_time
+    assert c.threads % c.threads_per_segment == 0
+    assert c.threads <= 1024
+    assert c.smem_bytes + 1024 <= device.smem_per_block
+    assert c.blocks_per_sm * (c.smem_bytes + 1024) <= device.smem_per_sm
+    assert c.blocks_per_sm * c.threads <= 1536
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [1, 8])
+def test_silu_of_every_bf16_is_that_of_pytorch(k: int) -> None:
+    """The kernel has a shorter formula for them, which rounds to the same values."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).short().view(torch.bfloat16)
+    x = x[:, None].repeat(1, k).cuda()
+    _, scale, _ = ops.silu_mul_quantize(x, torch.ones_like(x))
+    expected = quantize(torch.nn.functional.silu(x), 8, True)[1]
+    torch.testing.assert_close(scale, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_rows_at_uneven_distances(device: str) -> None:

@@ -13,6 +13,7 @@ from lowering_helpers import TOLERANCE, Counting, fresh, relative_error
 from torch import Tensor, nn
 
 import intlass_ops
+from intlass_ops.prepare import prepare_
 from intlass_ops.side_by_side import as_one, lay_siblings
 
 K, SIZES = 64, (64, 32, 48)
@@ -77,6 +78,40 @@ def test_linears_of_one_input_are_one_gemm(scheme: str, bias: bool) -> None:
     assert joined(backend) == [3]
     assert all(y.is_contiguous() for y in found)
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in model.buffers())
+
+
+class Int8Dynamic(nn.Module):
+    """Of another library: its own arithmetic makes codes of the activations."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.register_buffer("scale", linear.weight.float().abs().amax(1) / 127)
+        codes = (linear.weight.float() / self.scale.unsqueeze(1)).round().to(torch.int8)
+        self.register_buffer("codes", codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127.5
+        codes = (rows / scale).round().clamp(-128, 127).to(torch.int8)
+        y = torch._int_mm(codes, self.codes.t()).float() * scale * self.scale
+        return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def test_prepared_linears_with_activations_of_their_own_are_one_gemm() -> None:
+    model = Three().bfloat16().requires_grad_(False)
+    for name in "qkvo":
+        setattr(model, name, Int8Dynamic(getattr(model, name)))
+    x = X.repeat(1, 7, 1)  # rows enough for torch._int_mm
+    with fresh(), torch.no_grad():
+        expected = model(x)
+        prepare_(model)
+        for each in (model, copy.deepcopy(model)):
+            backend = Counting()
+            assert same(compiled(each, backend)(x), expected)
+            assert joined(backend) == [3]
+            parts = [getattr(each, name).packed_linear.weight for name in "qkv"]
+            assert as_one(parts) is not None
 
 
 def test_a_quantised_swiglu_reads_the_halves_where_they_are() -> None:

@@ -31,6 +31,7 @@ def compile_common_kernels() -> None:
         strategies.special_cases,
         strategies.random_gpu_cases,
         strategies.gpu_cases,
+        strategies.epilogue_cases,
     )
     calls = [build(case, "cuda").run for make in cases for case in make()]
     for shape, granularity, group_size in strategies.QUANTIZED_SHAPES:

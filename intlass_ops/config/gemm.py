@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from .epilogue import Activation, named
 from .problem import BITS, SPAN_K, Device, Grouping, Shape, mma_sass
 
 
@@ -33,6 +34,8 @@ class Gemm:
     has_zeros: bool
     has_a_zero: bool
     aligned: bool
+    activation: Activation = Activation.NONE
+    residual: bool = False  # the output's type, added after the activation
 
     @property
     def threads(self) -> int:
@@ -61,7 +64,7 @@ class Gemm:
         split = f" split_k={self.split_k}" if self.split_k > 1 else ""
         return (
             f"gemm {self.x_kind}x{self.w_kind} "
-            f"{self.block_m}x{self.block_n}x{self.block_k}/{self.num_stages}{split}"
+            f"{self.block_m}x{self.block_n}x{self.block_k}/{self.num_stages}{split}{named(self)}"
         )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:

@@ -1,16 +1,19 @@
-"""hopper.cu and token_sums.cu, TMA and wgmma: their configurations and pick."""
+"""hopper.cu and token_sums.cu, TMA and wgmma: their configurations, and what they take.
+
+Not here: which tile a problem gets (hopper_tiles.py).
+"""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
+from .epilogue import Activation, named
 from .problem import BITS, TYPE_BYTES, Device, Grouping, Shape
 
 HOPPER_BLOCK_K = 128
+HALF_SM = (227 - 1) * 1024 // 2  # shared memory of each of two blocks; the system takes 1 KiB each
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Hopper:
     stream_k: bool  # whether the blocks share out the last tiles by k
     split_k: int  # blocks of a cluster that share a tile
     share_x: int  # blocks of a cluster that load the same tokens, each a part for all
+    share_w: int  # or the same rows of W
     raster: int
     slab: int  # tokens of the output in shared memory at a time
     grouping: int
@@ -42,6 +46,8 @@ class Hopper:
     has_a_zero: bool = False
     blocked: bool = False  # FP4: scales in the order of fp4.to_blocked
     x_unit: int = 1  # what decoded activations were divided by
+    activation: Activation = Activation.NONE
+    residual: bool = False  # the output's type, added after the activation
 
     @property
     def block_n(self) -> int:
@@ -53,7 +59,12 @@ class Hopper:
 
     @property
     def blocks_per_sm(self) -> int:
-        return 2 if self.consumers == 1 else 1
+        return 2 if self.consumers == 1 and self.smem_bytes <= HALF_SM else 1
+
+    @property
+    def sharing(self) -> int:
+        """Blocks of a cluster that load for one another."""
+        return self.share_x * self.share_w
 
     @property
     def stage_bytes(self) -> int:
@@ -68,14 +79,11 @@ class Hopper:
 
     @property
     def smem_bytes(self) -> int:
-        """Barriers and the ring; behind it staging for the output, or over it a cluster's sums."""
-        if self.split_k > 1:
-            exchange = 4 * self.block_m * (self.block_n + 4)
-            return 1024 + max(self.num_stages * self.stage_bytes, exchange)
-        staging = self.consumers * (
-            self.slab * (64 * TYPE_BYTES[self.out_type] + 16) + 4 * self.block_m
-        )
-        return 1024 + self.num_stages * self.stage_bytes + staging
+        """Barriers, the ring, staging for the output, and what a cluster exchanges of its sums."""
+        tokens = self.block_m // self.split_k  # that a block writes
+        staging = self.consumers * (self.slab * (64 * TYPE_BYTES[self.out_type] + 16) + 4 * tokens)
+        exchange = 4 * tokens * self.block_n * (self.split_k - 1)
+        return 1024 + self.num_stages * self.stage_bytes + staging + exchange
 
     @property
     def wgmma(self) -> tuple[str, int]:
@@ -83,18 +91,19 @@ class Hopper:
         return self.x_kind, self.block_m
 
     def tiles(self, m: int, n: int) -> int:
-        """Tiles of the output, side by side `share_x` at a time."""
-        return math.prod(self._tiles(m, n)) * self.share_x
+        """Tiles of the output, as many at a time as a cluster shares operands of."""
+        return math.prod(self._tiles(m, n)) * self.sharing
 
     def _tiles(self, m: int, n: int) -> tuple[int, int]:
-        return math.ceil(m / self.block_m), math.ceil(n / (self.block_n * self.share_x))
+        rows, columns = self.block_m * self.share_w, self.block_n * self.share_x
+        return math.ceil(m / rows), math.ceil(n / columns)
 
     def grid(self, m: int, n: int, k: int, sm_count: int) -> tuple[int, int, int]:
         """A block for every place on the GPU, if there is work for it."""
         if self.split_k > 1:
             return self.tiles(m, n) * self.split_k, 1, 1
         work = self.tiles(m, n) * (math.ceil(k / HOPPER_BLOCK_K) if self.stream_k else 1)
-        places = sm_count * self.blocks_per_sm // self.share_x * self.share_x
+        places = sm_count * self.blocks_per_sm // self.sharing * self.sharing
         return min(places, work), 1, 1
 
     def shares(self, m: int, n: int, k: int, blocks: int) -> tuple[int, int, int, int, int, int]:
@@ -117,9 +126,11 @@ class Hopper:
             extra = f" split_k={self.split_k}"
         if self.share_x > 1:
             extra += f" share_x={self.share_x}"
+        if self.share_w > 1:
+            extra += f" share_w={self.share_w}"
         return (
             f"hopper {self.x_kind}x{self.w_kind} "
-            f"{self.block_m}x{self.block_n}x{HOPPER_BLOCK_K}/{self.num_stages}{extra}"
+            f"{self.block_m}x{self.block_n}x{HOPPER_BLOCK_K}/{self.num_stages}{extra}{named(self)}"
         )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
@@ -171,79 +182,6 @@ def why_not_hopper(device: Device, shape: Shape) -> str | None:
     return None
 
 
-# Tiles of hopper.cu: block_m, tiles_n, consumers, and the TOPS of an H200 full of them, by kinds
-# of activations and weights. These and the times below are a fit to 200 problems, M = 17..4096 on
-# five layers, with every tile that comes near the best measured on each: picking by them loses
-# 0.8 % to the best tile. FP4: 256 and 128 tokens from four problems, fewer in INT4's proportions.
-_HOPPER_TILES = {
-    ("bf16", 4, "groups"): (
-        (128, 2, 2, 614), (128, 1, 2, 543), (64, 2, 2, 429), (64, 1, 2, 368), (64, 1, 1, 381),
-        (32, 2, 2, 237), (32, 1, 1, 208),
-    ),
-    ("bf16", 4, "channel"): (
-        (256, 1, 2, 782), (128, 2, 2, 653), (128, 1, 2, 633), (64, 2, 2, 471), (64, 1, 1, 417),
-        (32, 2, 2, 284), (32, 1, 1, 238),
-    ),
-    ("bf16", 4, "fp4"): (
-        (256, 1, 2, 735), (128, 2, 2, 540), (128, 1, 2, 555), (64, 2, 2, 400), (64, 1, 1, 350),
-        (32, 2, 2, 240), (32, 1, 1, 200),
-    ),
-    ("bf16", 8, "channel"): (
-        (256, 1, 2, 766), (128, 2, 2, 725), (128, 1, 2, 686), (64, 2, 2, 500), (64, 1, 1, 462),
-        (32, 2, 2, 312), (32, 1, 1, 259),
-    ),
-    ("s8", 4, "groups"): (
-        (128, 2, 2, 845), (128, 1, 2, 773), (64, 2, 2, 650), (64, 1, 2, 537), (64, 1, 1, 516),
-        (32, 2, 2, 412), (32, 1, 1, 321),
-    ),
-    ("s8", 4, "channel"): (
-        (256, 1, 2, 1428), (128, 2, 2, 1346), (128, 1, 2, 1203), (64, 2, 2, 969), (64, 1, 1, 819),
-        (32, 2, 2, 569), (32, 1, 1, 511),
-    ),
-    ("s8", 8, "channel"): (
-        (256, 1, 2, 1509), (128, 2, 2, 1513), (128, 1, 2, 1465), (128, 1, 1, 1108),
-        (64, 2, 2, 1264), (64, 1, 2, 1139), (64, 1, 1, 959), (32, 2, 2, 819), (32, 1, 1, 672),
-    ),
-}  # fmt: skip
-_HOPPER_TILES["bf16", 8, "groups"] = _HOPPER_TILES["bf16", 4, "groups"]
-# W8A8 by two consumers in turns: block_m, tiles_n and TOPS. From 64 tiles of K on, writing out is
-# so little of the work that larger tiles win; weights that become fragments want larger ones too.
-_TILES_IN_TURNS = ((192, 2, 1600), (128, 2, 1550), (256, 1, 1480))
-_IN_TURNS_MAX_K = 8192
-_H200_SMS, _H200_BYTES_PER_US = 132, 4.01e6
-_LAUNCH_US = 1.2  # until the first product and after the last
-_SHARED_US = 6.1  # until a block has the sums of another, by stream_k
-_CLUSTER_US = 2.4  # and of one of its cluster
-_EXCHANGED_PER_US = 15200  # sums that a block reads from others
-_ALONE = 0.58  # of its rate a block reaches that has no other one on its SM to hide latencies
-_NOT_HIDDEN = 0.25  # of the shorter of computing and reading W
-_SHARE_X_US, _SHARE_X = 0.4, 0.95  # share_x: until a cluster is there; of a time bound by reading
-_STREAMED = 0.12  # stream_k: slower over many rounds, in which tiles share less of what L2 holds
-
-
-def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
-    """Microseconds by the measured rates: what candidates are compared by, no promise."""
-    tiles = c.tiles(shape.m, shape.n)
-    places = device.sm_count * c.blocks_per_sm
-    k_tiles = math.ceil(shape.k / HOPPER_BLOCK_K)
-    rounds = math.ceil(tiles * c.split_k / places) / c.split_k
-    exchange = _CLUSTER_US * (c.split_k > 1)
-    if c.stream_k:
-        rounds = tiles / places
-        rounds *= 1 + _STREAMED * max(0.0, 1 - 1 / rounds)
-        exchange = _SHARED_US + max(1.0, places / tiles) * c.block_m * c.block_n / _EXCHANGED_PER_US
-    blocks = c.grid(shape.m, shape.n, shape.k, device.sm_count)[0]
-    speed = 2 * _ALONE if c.blocks_per_sm == 2 and blocks <= device.sm_count else 1.0
-    work = 2 * c.block_m * c.block_n * HOPPER_BLOCK_K * k_tiles * c.blocks_per_sm
-    compute = rounds * work / (rate * 1e6 / _H200_SMS * speed)
-    memory = shape.n * shape.k * BITS[c.w_kind] / 8 / _H200_BYTES_PER_US
-    if c.share_x > 1:
-        memory *= _SHARE_X if memory > compute else 1.0
-        exchange += _SHARE_X_US
-    busy, idle = max(compute, memory), min(compute, memory)
-    return _LAUNCH_US + exchange + busy + idle * _NOT_HIDDEN
-
-
 def weights_take_scales(shape: Shape) -> bool:
     """Whether scales of groups multiply the weights, which are rounded to the activations' type.
 
@@ -258,81 +196,3 @@ def weights_take_scales(shape: Shape) -> bool:
         and shape.out_type != "float"
         and (not shape.has_zeros or shape.zero_type in zeros)
     )
-
-
-def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, float]]:
-    """The tiles that fit a problem, with as deep a ring as fits, and their predicted times."""
-    whole = shape.group_size >= shape.k and not shape.has_zeros and shape.w_kind != "e2m1"
-    scaled = weights_take_scales(shape)
-    kind = "s8" if shape.x_kind == "s8" else "bf16"
-    scales = "fp4" if shape.w_kind == "e2m1" else "channel" if whole or scaled else "groups"
-    key = kind, BITS[shape.w_kind], scales
-    tiles = [(m, n, consumers, False, rate) for m, n, consumers, rate in _HOPPER_TILES[key]]
-    ways = [(False, 1, 1), (True, 1, 1), (False, 2, 1)]  # stream_k, split_k, share_x
-    if shape.x_kind == "s8" and whole:  # others are not bound by reading
-        ways += [(False, 1, 4), (False, 1, 2)]
-    if key == ("s8", 8, "channel") and shape.k <= _IN_TURNS_MAX_K:
-        tiles += [(m, n, 2, True, rate) for m, n, rate in _TILES_IN_TURNS]
-    groups_per_tile = max(1, HOPPER_BLOCK_K // min(shape.group_size, HOPPER_BLOCK_K))
-    if shape.group_size >= shape.k or shape.w_kind == "e2m1":
-        groups_per_tile = 1
-    if whole:
-        grouping = Grouping.CHANNEL
-    elif scaled:
-        grouping = Grouping.SCALED_WEIGHTS
-    else:
-        grouping = Grouping.SPAN if groups_per_tile > 1 else Grouping.TILE
-    for tile, way in itertools.product(tiles, ways):
-        block_m, tiles_n, consumers, in_turns, rate = tile
-        stream_k, split_k, share_x = way
-        if in_turns and split_k > 1:
-            continue  # a cluster has one tile
-        extra = stream_k + shape.has_zeros + (groups_per_tile > 1)
-        if scaled:
-            spills = block_m * tiles_n == 256 and shape.has_zeros and groups_per_tile > 2
-        else:
-            limit = 160 if stream_k or shape.has_zeros else 256
-            spills = not whole and block_m * tiles_n + 32 * extra > limit
-        if spills:
-            continue
-        c = Hopper(
-            x_kind=shape.x_kind,
-            w_kind=shape.w_kind,
-            scale_type=shape.scale_type,
-            zero_type=shape.zero_type,
-            out_type=shape.out_type,
-            block_m=block_m,
-            tiles_n=tiles_n,
-            consumers=consumers,
-            in_turns=in_turns,
-            num_stages=1,
-            stream_k=stream_k,
-            split_k=split_k,
-            share_x=share_x,
-            raster=8,
-            slab=math.gcd(64, block_m),
-            grouping=grouping,
-            groups_per_tile=groups_per_tile,
-            has_zeros=shape.has_zeros,
-            blocked=shape.blocked,
-        )
-        places = device.sm_count * c.blocks_per_sm
-        if split_k > 1 and c.grid(shape.m, shape.n, shape.k, 0)[0] > places:
-            continue
-        if in_turns and c.tiles(shape.m, shape.n) <= places:
-            continue  # a tile a block: nobody to take turns with
-        # two blocks on an SM, each with 1 KiB of the system's
-        room = (device.smem_per_block - 1024 * (c.blocks_per_sm - 1)) // c.blocks_per_sm
-        rings = (
-            replace(c, num_stages=stages, slab=slab)
-            for stages in range(8, 1, -1)
-            for slab in ((c.slab, 16) if stages == 3 else (c.slab,))  # a third stage is worth it
-        )
-        fits = next((r for r in rings if r.smem_bytes <= room), None)
-        if fits is not None:
-            yield fits, _hopper_time(fits, rate, device, shape)
-
-
-def pick_hopper(device: Device, shape: Shape) -> Hopper:
-    """The tile with the least predicted time."""
-    return min(hopper_candidates(device, shape), key=lambda candidate: candidate[1])[0]

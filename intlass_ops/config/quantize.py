@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
 from typing import ClassVar
 
-from .problem import TYPE_BYTES
+from .problem import TYPE_BYTES, Device
 
 
 class Before(IntEnum):
@@ -21,7 +21,10 @@ class Before(IntEnum):
 
 @dataclass(frozen=True)
 class Quantize:
-    """quantize.cu: threads_per_segment threads hold a segment in `chunks` vectors each."""
+    """quantize.cu: threads_per_segment threads hold a segment in `chunks` vectors each.
+
+    Blocks that stay for many segments load one ``ahead``; ``cluster`` of them share a long one.
+    """
 
     source: ClassVar[str] = "quantize.cu"
     entry: ClassVar[str] = "quantize"
@@ -36,48 +39,105 @@ class Quantize:
     threads: int
     chunks: int
     before: int  # Before
+    ahead: bool = False
+    cluster: int = 1
+    blocks_per_sm: int = 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """The segment ahead, and a norm's weight in fp32."""
+        if not self.ahead:
+            return 0
+        operands = 2 if self.before == Before.SILU_MUL else 1
+        weight = 4 if self.before == Before.RMS_NORM else 0
+        return self.chunks * self.threads * 8 * (2 * operands + weight)
 
     def __str__(self) -> str:
         name = "" if self.before == Before.NONE else f"{Before(self.before).name.lower()} "
         return (
-            f"{name}quantize int{self.bits} {self.threads_per_segment}x{self.vector}x{self.chunks}"
+            f"{name}quantize int{self.bits} {self.threads_per_segment}x{self.vector}x{self.chunks} "
+            f"{'ahead' if self.ahead else f'cluster={self.cluster}'}"
         )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
         return ()
 
 
-_MAX_CHUNKS = 4  # in the 64 registers that a thread of 1024 has
+_MAX_CHUNKS = 4  # of 16-bit values, in the 64 registers that a thread of 1024 has
+_CLUSTER = 8
+_RESERVED = 2048  # bytes: what a block keeps beside a segment
+_SEGMENTS_OF_AN_SM = 4  # that run at once, about
 
 
 @lru_cache(maxsize=4096)
 def pick_quantize(
+    device: Device,
     x_type: str,
     bits: int,
     symmetric: bool,
     stochastic: bool,
     vector: int,
+    segments: int,
     length: int,
     before: Before = Before.NONE,
-    few: bool = False,
 ) -> Quantize:
-    """Enough threads to keep a segment in registers; 0 chunks reads twice.
+    """Blocks that load ahead for many segments of whole vectors, a cluster for few long ones.
 
-    ``few`` segments, no more than run at once: a load a thread, since their latency is what counts.
-    Of many, so many loads that enough bytes are under way at a time.
+    Enough threads to keep a segment in registers; 0 chunks reads twice. What counts for few
+    segments, no more than run at once, is their latency: a load a thread. Threads of many have so
+    many loads that what is to be done once a segment costs little.
     """
     vectors = max(1, math.ceil(length / vector))
-    loads = 1 if few else 4 if TYPE_BYTES[x_type] == 2 and before != Before.SILU_MUL else 2
-    per_segment = min(max(32, 1 << (math.ceil(vectors / loads) - 1).bit_length()), 1024)
-    chunks = math.ceil(vectors / per_segment)
-    return Quantize(
+    few = segments <= _SEGMENTS_OF_AN_SM * device.sm_count
+    pairs = TYPE_BYTES[x_type] == 2
+    ahead = pairs and not few and vector == 8 and not stochastic
+    has_clusters = device.arch.startswith(("sm_9", "sm_10", "sm_12"))
+    cluster = 1
+    # a norm would wait for the others twice
+    if few and vectors > 1024 and 2 * segments <= device.sm_count and before != Before.RMS_NORM:
+        cluster = _CLUSTER if has_clusters else 1
+    if few:
+        loads = 1
+    elif before == Before.SILU_MUL or not pairs:
+        loads = 2
+    else:
+        loads = 2 if before == Before.NONE and 512 <= vectors <= 1024 else 4
+    per_segment = _threads(vectors, loads) if cluster == 1 else _in_cluster(vectors)
+    chunks = math.ceil(vectors / (per_segment * cluster))
+    c = Quantize(
         x_type=x_type,
         bits=bits,
         symmetric=symmetric,
         stochastic=stochastic,
         vector=vector,
         threads_per_segment=per_segment,
-        threads=max(per_segment, 256),
-        chunks=chunks if chunks <= _MAX_CHUNKS else 0,
+        threads=per_segment * max(1, 128 // per_segment if cluster == 1 else 1),
+        chunks=chunks if chunks <= (_MAX_CHUNKS if pairs else _MAX_CHUNKS // 2) else 0,
         before=before,
+        cluster=cluster,
     )
+    if not ahead or not c.chunks:
+        return c
+    staying = replace(c, ahead=True)
+    if staying.smem_bytes + _RESERVED > device.smem_per_block:
+        return c
+    room = device.smem_per_sm // (staying.smem_bytes + _RESERVED)
+    return replace(staying, blocks_per_sm=max(1, min(_blocks_that_stay(staying), room)))
+
+
+def _threads(vectors: int, loads: int) -> int:
+    """Of a segment: as many warps for each of an SM's four schedulers, unless it is short."""
+    warps = math.ceil(vectors / (32 * loads))
+    return 32 * (warps if warps < 3 else min(4 * math.ceil(warps / 4), 32))
+
+
+def _in_cluster(vectors: int) -> int:
+    """Threads of each of its blocks: a vector for each, up to 65536 values."""
+    return 32 * min(math.ceil(vectors / (32 * _CLUSTER)), 32)
+
+
+def _blocks_that_stay(c: Quantize) -> int:
+    """Of an SM, from a sweep on an H200: what registers and the latency of a segment allow."""
+    if c.before == Before.RMS_NORM:
+        return math.ceil(768 / c.threads)
+    return 8 if c.threads <= 128 else 1280 // c.threads

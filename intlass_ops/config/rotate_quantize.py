@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 from .problem import TYPE_BYTES, Device, mma_sass
+from .rotate_hopper import RotateHopper, rotate_hopper
 
 ROTATE_FORMATS = ("int8", "int4", "mx", "nv")
 _KIND = {"__nv_bfloat16": "bf16", "__half": "fp16"}
@@ -37,6 +38,7 @@ class RotateQuantize:
     format: int  # index into ROTATE_FORMATS
     quest: bool
     mask: bool
+    scaled: bool  # nv: its global scale is not 1
     scope: int  # Scope
     group_size: int  # of quads, otherwise 0
     row_warps: int
@@ -103,7 +105,8 @@ def pick_rotate_quantize(
     quest: bool,
     mask: bool,
     group_size: int,
-) -> RotateQuantize:
+    scaled: bool = False,
+) -> RotateQuantize | RotateHopper:
     """Groups in a unit, or else a group as a unit, or, if it has no room, in several, twice."""
     width, piece = max(rotation, 32), min(rotation, 32)
     column_warps = width // 32
@@ -115,6 +118,7 @@ def pick_rotate_quantize(
             format=ROTATE_FORMATS.index(format_),
             quest=quest,
             mask=mask,
+            scaled=scaled,
             scope=scope,
             group_size=group_size if scope == Scope.QUADS else 0,
             row_warps=row_warps,
@@ -124,12 +128,21 @@ def pick_rotate_quantize(
         )
         return replace(c, blocks_per_sm=max(1, _blocks_per_sm(device, c)))
 
+    kernel = ROTATE_FORMATS.index(format_), quest, mask, scaled
+    if group_size <= 32:
+        hopper = rotate_hopper(device, x_type, rotation, *kernel, Scope.QUADS, group_size)
+        if hopper is not None:
+            return hopper
+
     small = max(1, 4 // column_warps), 1 if rotation > 128 else 2
     if group_size <= 32:
         return config(Scope.QUADS, *small, 3)
     table = config(Scope.TABLE, *small, 3)
     if 2 * (group_size // piece) <= table.capacity:
         return table
+    hopper = rotate_hopper(device, x_type, rotation, *kernel, Scope.BLOCK, group_size)
+    if hopper is not None:
+        return hopper
     tiles_of_group = math.ceil(group_size / (16 * width))
     found = []
     for tiles, stages in itertools.product(range(1 if rotation > 128 else 2, 8), (3, 2)):

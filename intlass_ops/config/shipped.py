@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .choice import Config, pick
+from .epilogue import with_epilogue
 from .fp4 import FP4_X, DecodeFp4, pick_fp4
-from .hopper import Hopper, TokenSums, pick_hopper, why_not_hopper
+from .hopper import Hopper, TokenSums, why_not_hopper
+from .hopper_tiles import pick_hopper
 from .problem import ARCHS, BITS, INT4_MMA, PAIRS, Shape, device_of, widens, without_wgmma
 from .quantize import Before, pick_quantize
-from .rotate_quantize import RotateQuantize, pick_rotate_quantize
+from .rotate_quantize import pick_rotate_quantize
 from .skinny import SKINNY_MAX_M
+from .store_rows import pick_store_rows
 from .transposed import TRANSPOSED_MAX_M, pick_transposed
+from .transposed_wgmma import pick_transposed_wgmma
 from .widen import pick_widen
 
 
@@ -54,7 +58,35 @@ def _shipped_hopper(
                 yield TokenSums(x, span), ("sm_90a",)
 
 
-def _shipped_rotations() -> Iterator[tuple[RotateQuantize, tuple[str, ...]]]:
+def _shipped_epilogues() -> Iterator[tuple[Config, tuple[str, ...]]]:
+    """One of each kernel that does something to its sums; the largest tiles, short of registers."""
+    cases = (
+        ("bf16", 1, 4096, 128, "silu", True),
+        ("bf16", 4, 32768, 128, "relu", True),
+        ("bf16", 300, 4096, 128, "gelu", True),
+        ("s8", 4096, 4096, 4096, "gelu_tanh", True),
+    )
+    for x, m, n, group_size, activation, residual in cases:
+        shape = Shape(
+            x_kind=x,
+            w_kind="s4",
+            scale_type="__nv_bfloat16",
+            zero_type="float",
+            out_type="__nv_bfloat16",
+            has_zeros=False,
+            has_a_zero=False,
+            aligned=True,
+            m=m,
+            n=n,
+            k=4096,
+            group_size=group_size,
+        )
+        for arch in ("sm_80", "sm_90a"):
+            picked = pick(device_of(arch), shape)
+            yield with_epilogue(picked, activation, residual), (arch,)
+
+
+def _shipped_rotations() -> Iterator[tuple[Config, tuple[str, ...]]]:
     """Each rotation, format and scope; the half of the architectures changes from one to the next.
 
     Scopes differ between architectures, which have more or less shared memory.
@@ -80,6 +112,28 @@ def _shipped_rotations() -> Iterator[tuple[RotateQuantize, tuple[str, ...]]]:
                 pick_rotate_quantize(device, x_type, rotation, format_, quest, mask, group_size),
                 (arch,),
             )
+
+
+def _shipped_quantisers(types: tuple[str, ...]) -> Iterator[tuple[Config, tuple[str, ...]]]:
+    """Rows that are short, long and too long, few and many; few long ones meet silu_mul."""
+    kinds = (8, True), (4, False), (8, False), (4, True)
+    for turn, (bits, symmetric) in enumerate(kinds):
+        for x_type, (vector, segments, length) in zip(
+            types, ((8, 1 << turn * 6, 4096), (2, 4, 5), (8, 4, 100_000)), strict=True
+        ):
+            kind = x_type, bits, symmetric, turn > 1, vector, segments, length
+            befores = tuple(Before) if turn < 2 and vector == 8 else (Before.NONE,)
+            for arch, before in itertools.product(ARCHS, befores):
+                yield pick_quantize(device_of(arch), *kind, before), (arch,)
+    many = (
+        ("sm_80", 4096, 4096),
+        ("sm_90a", 4096, 14336),
+        ("sm_90a", 1, 14336),
+        ("sm_120", 4096, 4096),
+    )
+    for before, (arch, segments, length) in itertools.product(Before, many):
+        kind = "__nv_bfloat16", 8, True, False, 8, segments, length
+        yield pick_quantize(device_of(arch), *kind, before), (arch,)
 
 
 def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
@@ -117,16 +171,14 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
                     many_rows = replace(shape, n=32768, aligned=True)
                     yield pick(without_wgmma(device_of(arch)), many_rows), (arch,)
     yield from _shipped_hopper(types, zero_types)
+    yield from _shipped_epilogues()
     yield from _shipped_rotations()
     yield pick_transposed("bf16", True, True, 16), ARCHS
     yield pick_transposed("bf16", False, False, TRANSPOSED_MAX_M), ("sm_80", "sm_90a", "sm_120")
-    for turn, (bits, symmetric) in enumerate(((8, True), (4, False), (8, False), (4, True))):
-        for x_type, (vector, length) in zip(types, ((8, 4096), (2, 5), (8, 100_000)), strict=True):
-            yield pick_quantize(x_type, bits, symmetric, turn > 1, vector, length), ARCHS
-            if turn < 2 and vector == 8:
-                for before in (Before.RMS_NORM, Before.SILU_MUL):
-                    c = pick_quantize(x_type, bits, symmetric, False, vector, length, before)
-                    yield c, ARCHS
+    for x, m, group_size in (("bf16", 64, 128), ("fp16", 128, 32), ("bf16", 1024, 1024)):
+        problem = group_size == 128, m, 4096, 4096, group_size
+        yield pick_transposed_wgmma(device_of("sm_90a"), x, *problem), ("sm_90a",)
+    yield from _shipped_quantisers(types)
     formats = ("e8m0", 32), ("e4m3", 16)
     for turn, (x, (scale_type, group_size), m) in enumerate(
         itertools.product(FP4_X, formats, (1, 16, 4096))
@@ -153,5 +205,6 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
     for x in ("s4", "u4"):
         for aligned in (True, False):
             yield pick_widen(x, aligned), tuple(arch for arch in ARCHS if arch not in INT4_MMA)
+    yield pick_store_rows("__nv_bfloat16"), ARCHS
     for turn, (scale_type, _) in enumerate(formats):
         yield DecodeFp4(scale_type, blocked=turn == 0), ARCHS

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from .epilogue import Activation, named
 from .problem import BITS, Device, Grouping, Shape, mma_sass
 
 SKINNY_MAX_M = 16
@@ -36,6 +37,8 @@ class Skinny:
     whole: bool
     has_a_zero: bool = False
     blocked: bool = False  # FP4: scales in the order of fp4.to_blocked
+    activation: Activation = Activation.NONE
+    residual: bool = False  # the output's type, added after the activation
 
     @property
     def threads(self) -> int:
@@ -52,7 +55,7 @@ class Skinny:
     def __str__(self) -> str:
         return (
             f"skinny {self.x_kind}x{self.w_kind} {8 * self.tiles_m}x{16 * self.tiles_n} "
-            f"warps={self.warps} unroll={self.unroll}"
+            f"warps={self.warps} unroll={self.unroll}{named(self)}"
         )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
@@ -165,6 +168,7 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     masked = groups_of_chunk(shape) > 1
     blocks, sms = math.ceil(shape.n / 32), device.sm_count
     few_tokens = shape.m <= 8
+    light_x = shape.x_kind == "e2m1" and device.arch.startswith("sm_90")  # others spill
     if masked or (shape.zeros_in_sums and not few_tokens and blocks > sms):
         warps = max(1, min(8, chunks))
         fewer = 2 * blocks <= sms or (shape.m > 8)
@@ -188,12 +192,13 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
         if few_tokens and chunks <= 64:
             tile = 1, 8, 1, 4
         else:
-            tile = 2, 8, 2 if few_tokens and not shape.has_zeros else 1, 2
+            deep = (few_tokens or light_x) and not shape.has_zeros
+            tile = 2, 8, 2 if deep else 1, 2
     elif shape.has_zeros:
         tile = 1, 8, 2, 2 if few_tokens else 1
     else:
         warps = 8 if chunks > 32 else 4
-        tile = 2, warps, 2, (16 if few_tokens else 8) // warps
+        tile = 2, warps, 2, (16 if few_tokens or light_x else 8) // warps
     tiles_n, warps, unroll, blocks_per_sm = tile
     while warps > 1 and warps * unroll > chunks:
         warps, unroll = (warps, unroll // 2) if unroll > 1 else (warps // 2, 1)

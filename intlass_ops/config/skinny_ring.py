@@ -7,8 +7,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from .epilogue import Activation, named
 from .problem import BITS, Device, Shape, mma_sass
 from .skinny import few_tokens_grouping, groups_of_chunk
+
+# (tiles_n, warps, most of them in a group, num_stages, blocks_per_sm)
+_FEWEST_TOKENS = (
+    (2, 8, 8, 3, 2),
+    (2, 16, 8, 3, 1),
+    (2, 16, 16, 3, 1),
+    (2, 8, 8, 3, 1),
+    (1, 8, 8, 3, 2),
+    (2, 8, 2, 4, 2),
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,8 @@ class SkinnyRing:
     whole: bool
     has_a_zero: bool = False
     blocked: bool = False  # FP4: scales in the order of fp4.to_blocked
+    activation: Activation = Activation.NONE
+    residual: bool = False  # the output's type, added after the activation
 
     @property
     def threads(self) -> int:
@@ -63,7 +76,7 @@ class SkinnyRing:
     def __str__(self) -> str:
         return (
             f"skinny_ring {self.x_kind}x{self.w_kind} {self.tokens}x{16 * self.tiles_n} "
-            f"warps={self.groups}x{self.warps // self.groups} stages={self.num_stages}"
+            f"warps={self.groups}x{self.warps // self.groups} stages={self.num_stages}{named(self)}"
         )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
@@ -79,6 +92,13 @@ def _ring_smem(c: SkinnyRing) -> int:
     ring = c.warps * c.num_stages * 1024 * c.tiles_n
     x = c.segment_k * c.tokens * 2  # fragments of 16 bits
     return ring + x + (1 if c.tokens > 8 else 2) * c.warps * _ring_slab(c.tokens, c.tiles_n)
+
+
+def _even_share(chunks: int, most: int) -> int:
+    """Warps, at most so many and at least half of them, that share a row's chunks evenly."""
+    if chunks == 1:
+        return 1
+    return min(range(most, most // 2 - 1, -1), key=lambda g: math.ceil(chunks / g) * g)
 
 
 def why_not_ring(shape: Shape) -> str | None:
@@ -97,27 +117,29 @@ def why_not_ring(shape: Shape) -> str | None:
 
 
 def pick_ring(device: Device, shape: Shape) -> SkinnyRing | None:
-    """The first choice that fits shared memory, in the order in which they were measured."""
+    """The first choice that fits shared memory."""
     return next(ring_candidates(device, shape), None)
 
 
 def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
-    """What fits shared memory, in the order in which they were measured."""
+    """What fits shared memory, the best of what was measured first."""
     chunk_k = 512 // BITS[shape.w_kind]
     chunks = max(1, math.ceil(shape.k / chunk_k))
     tokens = 1 << (shape.m - 1).bit_length()
     groups_per_chunk = groups_of_chunk(shape)
     zeros = shape.has_zeros and (shape.zeros_in_sums or shape.x_kind == "fp16")
     heavy = shape.m > 8 or zeros or groups_per_chunk > 1  # registers for 8 warps only
-    # warps of a group share a row's chunks evenly
-    group_warps = min((4, 3, 2), key=lambda g: math.ceil(chunks / g) * g) if chunks > 1 else 1
-    for warps, num_stages, blocks_per_sm in (
-        *([] if heavy or tokens > 4 else [(8, 3, 2)]),
-        *([] if heavy else [(16, 3, 1), (12, 3, 1)]),
-        (8, 4, 1),
-        (8, 3, 1),
-        (4, 3, 1),
+    for tiles_n, warps, most, num_stages, blocks_per_sm in (
+        # One token or two: so many warps on a row that x is of use to few rows, and soon read
+        *([] if heavy or tokens > 2 or shape.w_kind == "e2m1" else _FEWEST_TOKENS),
+        *([] if heavy or tokens > 4 else [(2, 8, 4, 3, 2)]),
+        *([] if heavy else [(2, 16, 4, 3, 1), (2, 12, 4, 3, 1)]),
+        (2, 8, 4, 4, 1),
+        (2, 8, 4, 3, 1),
+        (2, 4, 4, 3, 1),
+        (2, 8, 2, 4, 1),
     ):
+        group_warps = _even_share(chunks, most)
         groups = min(8, max(1, warps // group_warps))
         config = SkinnyRing(
             x_kind=shape.x_kind,
@@ -126,7 +148,7 @@ def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
             zero_type=shape.zero_type,
             out_type=shape.out_type,
             tokens=tokens,
-            tiles_n=2,
+            tiles_n=tiles_n,
             warps=groups * group_warps,
             groups=groups,
             num_stages=num_stages,

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from .problem import mma_sass
 
-# Above so many tokens, dequantising once and a dense product are faster (H200).
+# Above so many tokens, dequantising once and a dense product are faster (H200, before it had
+# transposed_wgmma.cu).
 TRANSPOSED_MAX_M = 64
 _COLUMNS, _STEP_N = 64, 32  # of a block, and rows of W that a warp takes at a time
 

@@ -31,6 +31,7 @@ _OF_THE_PROBLEM = {
     *(field.name for field in dataclasses.fields(Shape)),
     *("tiles_m", "tokens", "whole", "groups_per_chunk", "chunks_per_group", "groups_per_tile"),
     *("resident_blocks", "segment_k", "fixed_smem", "x_unit"),
+    *("activation", "residual"),
 }
 Tile = tuple[tuple[str, int], ...]
 # arch, kinds, has_zeros, n, k, group_size

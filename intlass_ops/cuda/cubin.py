@@ -37,6 +37,11 @@ def stack_bytes(image: bytes) -> int:
     return max((struct.unpack("<II", v)[1] for v in _values(info, _FRAME_SIZE)), default=0)
 
 
+def code(image: bytes) -> bytes:
+    """The instructions of a cubin, one function after the other."""
+    return b"".join(text for name, text in _sections(image) if name.startswith(".text."))
+
+
 def _sizes_in_cubin(image: bytes, entry: str) -> tuple[int, ...]:
     wanted = f".nv.info.{entry}"
     sections = dict(_sections(image))

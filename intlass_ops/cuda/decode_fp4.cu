@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(threads) decode_fp4(const __grid_co
   for (int r = 0; r < rows; ++r) {
     if (row0 + r >= p.num_rows) return;
     u32 f[4];  // eight_codes pairs k with k + 4
-    eight_codes<Scale>(codes[r], SpanScales<Scale>{scales[r]}.factor(0), f);
+    eight_codes<Scale>(codes[r], SpanScales<Scale>{scales[r]}.factor(0, true), f);
     if constexpr (same<Scale, e4m3>::value)
 #pragma unroll
       for (int i = 0; i < 4; ++i)

@@ -20,40 +20,51 @@ __device__ __forceinline__ float as_float(e4m3) { return 1.f; }
 template <class Scale> constexpr int block_size = 32;
 template <> constexpr int block_size<e4m3> = 16;
 template <class Scale> constexpr float block_unit = 1.f;
-template <> constexpr float block_unit<e8m0> = 4.f;    // numbers reach 6 * 2^127: a quarter fits
+template <> constexpr float block_unit<e8m0> = 32.f;   // numbers from 2^-128 to 6 * 2^127 have room
 template <> constexpr float block_unit<e4m3> = 256.f;  // 448 * 2^126 / 256 fits
 
 constexpr u32 minus_zeros = 0x80008000;  // with which an FMA multiplies: sm_80 has no bf16 product
 constexpr u32 not_numbers = 0x7fc07fc0;
 
-// What the moved bits of codes are multiplied by: of the scales in two bytes of a word, which PRMT
-// selects (0x4140: the first two), a bf16 each, exactly. e8m0 has a second factor, 2^124, since 2^126
-// times its largest scales has no room. Codes that are no numbers do not show.
-template <class Scale> __device__ __forceinline__ u32 two_factors(u32 word, u32 selector) {
-  const u32 codes = __byte_perm(word, 0, selector);
-  if constexpr (same<Scale, e8m0>::value) {
-    return __vmaxu2(codes * 128, 0x00400040);  // 2^-127 is subnormal
-  } else {  // exponent and mantissa in place of bf16's, 2^120 too small, subnormals included
-    const u32 bits = (codes & 0x007f007f) * 16 + (codes & 0x00800080) * 256;
-    constexpr u32 half_way = 0x7b007b00;  // 2^119
-    return fma2<bf16>(fma2<bf16>(bits, half_way, minus_zeros), half_way, minus_zeros);
-  }
-}
-// Whether a word of scales has one that is no number: then no sum of the row is one
-template <class Scale> __device__ __forceinline__ bool holds_nan(u32 word) {
-  const u32 ones = (word & 0x7f7f7f7f) + 0x01010101;  // top bit of a byte: the others were all set
-  return (same<Scale, e8m0>::value ? ones & word & 0x80808080 : ones & 0x80808080) != 0;
+// What the moved bits of codes are multiplied by: 2^126 times the scale, over the unit. That has no
+// room for e8m0's scales above 64, which are `wide`: a second factor takes 2^121 of it.
+struct Factor {
+  u32 value;  // the same bf16 twice
+  bool wide;
+};
+template <class Scale> __device__ __forceinline__ u32 scaled_codes(u32 moved, Factor factor) {
+  if (same<Scale, e8m0>::value && factor.wide)
+    moved = fma2<bf16>(moved, 0x7c007c00, minus_zeros);  // 2^121
+  return fma2<bf16>(moved, factor.value, minus_zeros);
 }
 
-template <class Scale> __device__ __forceinline__ u32 scaled_codes(u32 moved, u32 factor) {
-  if constexpr (same<Scale, e8m0>::value)
-    moved = fma2<bf16>(moved, 0x7d807d80, minus_zeros);  // 2^124
-  return fma2<bf16>(moved, factor, minus_zeros);
+// A wide factor: of the scale in one byte of a word. A scale that is no number does not show.
+__device__ __forceinline__ u32 e8m0_factor(u32 word, int byte) {
+  constexpr u32 smallest = 0x00400040;  // 2^-127 is subnormal
+  return __vmaxu2(__byte_perm(word, 0, 0x4040 + byte * 0x0101) * 128, smallest);
+}
+// The factors of two scales
+__device__ __forceinline__ u32 e4m3_factors(unsigned short codes) {
+#if __CUDA_ARCH__ >= 890
+  u32 v;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(v) : "h"(codes));
+  const float2 f = __half22float2(reinterpret_cast<const __half2&>(v));
+  constexpr float lift = 332306998946228968225951765070086144.f;  // 2^118
+  return halves<bf16>(f.x * lift, f.y * lift);
+#else  // exponent and mantissa in place of bf16's, 2^120 too small, subnormals included
+  const u32 two = __byte_perm(codes, 0, 0x4140);
+  const u32 bits = (two & 0x007f007f) * 16 + (two & 0x00800080) * 256;
+  constexpr u32 half_way = 0x7b007b00;  // 2^119
+  const u32 f = fma2<bf16>(fma2<bf16>(bits, half_way, minus_zeros), half_way, minus_zeros);
+  const u32 ones = (two & 0x007f007f) + 0x00010001;  // 0x80: no number
+  return ones & 0x00800080 ? not_numbers : f;
+#endif
 }
 
 // A word of eight codes of one block: nibble j of each half word, as Int4Float16Pair orders them. Two
 // copies of a nibble by one product: the upper has the sign in place, the lower the rest.
-template <class Scale> __device__ __forceinline__ void eight_codes(u32 w, u32 factor, u32 (&f)[4]) {
+template <class Scale>
+__device__ __forceinline__ void eight_codes(u32 w, Factor factor, u32 (&f)[4]) {
   constexpr u32 kept = 0x81c081c0;
   const u32 upper = w >> 8;
   f[0] = scaled_codes<Scale>((w & 0x000f000f) * 0x1040 & kept, factor);
@@ -65,7 +76,7 @@ template <class Scale> __device__ __forceinline__ void eight_codes(u32 w, u32 fa
 // 16-bit activations, or such codes too
 template <> struct Pair<bf16, e2m1> : Int4Float16Pair<bf16, s4> {
   template <class Scale>
-  static __device__ __forceinline__ A w(u32 lo, u32 lo_factor, u32 hi, u32 hi_factor) {
+  static __device__ __forceinline__ A w(u32 lo, Factor lo_factor, u32 hi, Factor hi_factor) {
     u32 l[4], h[4];
     eight_codes<Scale>(lo, lo_factor, l);
     eight_codes<Scale>(hi, hi_factor, h);
@@ -73,7 +84,7 @@ template <> struct Pair<bf16, e2m1> : Int4Float16Pair<bf16, s4> {
   }
 };
 template <> struct Pair<e2m1, e2m1> : Pair<bf16, e2m1> {
-  template <class Scale> static __device__ __forceinline__ B x(u32 v, u32 factor) {
+  template <class Scale> static __device__ __forceinline__ B x(u32 v, Factor factor) {
     u32 f[4];
     eight_codes<Scale>(v, factor, f);
     return {{{f[0], f[1]}, {f[2], f[3]}}};
@@ -92,23 +103,27 @@ template <bool blocked, class Scale> constexpr int scale_step(int k) {
   return k / block_size<Scale> * (blocked ? 128 : 1);
 }
 
-// The scales of 32 neighbouring k of a row, as stored: one load, and a factor each, twice in a word
+// The scales of 32 neighbouring k of a row, as stored: one load, and a factor for each. A factor is a
+// wide one if the caller says so, as it must where a scale is.
 template <class Scale> struct SpanScales {
   static constexpr int count = 1;
-  __device__ __forceinline__ u32 factor(int) const { return 0; }
+  __device__ __forceinline__ bool wide() const { return false; }
+  __device__ __forceinline__ Factor factor(int, bool) const { return {}; }
 };
 template <> struct SpanScales<e8m0> {
   static constexpr int count = 1;
   unsigned char codes = 0;
-  __device__ __forceinline__ u32 factor(int) const {
-    return codes == 255 ? not_numbers : two_factors<e8m0>(codes, 0x4040);
+  __device__ __forceinline__ bool wide() const { return codes > 133; }  // or no number
+  __device__ __forceinline__ Factor factor(int, bool wide) const {
+    if (!wide) return {codes * 0x00800080u + 0x3c803c80u, false};  // 2^121 times it
+    return {codes == 255 ? not_numbers : e8m0_factor(codes, 0), true};
   }
 };
 template <> struct SpanScales<e4m3> {
   static constexpr int count = 2;
   unsigned short codes = 0;
-  __device__ __forceinline__ u32 factor(int i) const {
-    const u32 two = holds_nan<e4m3>(codes) ? not_numbers : two_factors<e4m3>(codes, 0x4140);
-    return __byte_perm(two, 0, i ? 0x3232 : 0x1010);
+  __device__ __forceinline__ bool wide() const { return false; }
+  __device__ __forceinline__ Factor factor(int i, bool) const {
+    return {__byte_perm(e4m3_factors(codes), 0, i ? 0x3232 : 0x1010), false};
   }
 };

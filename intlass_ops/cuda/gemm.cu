@@ -9,130 +9,7 @@
 // of the ring is filled a share at a time, between those reads. Sums inside a group are kept in the
 // MMA's accumulator (int32, or fp32) and enter the fp32 total with the group's scale:
 //     total += s * (acc - z * xsum),   a_zero through   s * (wsum - z * count).
-#include "fragments.cuh"
-#include "problem.cuh"
-
-constexpr int block_m = Config::block_m, block_n = Config::block_n, block_k = Config::block_k;
-constexpr int warps_m = Config::warps_m, warps_n = Config::warps_n;
-constexpr int threads = 32 * warps_m * warps_n;
-constexpr int tiles_m = block_m / warps_m / 8;   // 8-token MMA tiles of a warp
-constexpr int tiles_n = block_n / warps_n / 16;  // 16-row MMA tiles of a warp
-constexpr int num_stages = Config::num_stages;
-static_assert(block_m % (8 * warps_m) == 0, "a warp owns whole 8-token tiles");
-static_assert(block_n % (16 * warps_n) == 0, "a warp owns whole 16-row tiles");
-static_assert(num_stages >= 2, "the ring needs a stage to fill while another is read");
-
-constexpr bool wide_steps = grouping <= tile_groups && block_k >= 128;
-using F = Fragments<X, W, wide_steps>;
-constexpr int steps = block_k / F::step_k;  // of a tile of K
-static_assert(steps % 2 == 0, "two register buffers take turns");
-
-// Which row of W is which row of an MMA is free: a lane's rows, lane / 4 and lane / 4 + 8 of each
-// MMA tile, are lane_rows neighbours in W, so that it writes neighbours in the output.
-constexpr int lane_rows = 2 * tiles_n;
-using TileX = SmemTile<X, block_m, block_k, F::matrix_x ? 1 : F::words_x, 1>;
-using TileW = SmemTile<W, block_n, block_k, F::matrix_w ? 1 : F::words_w, lane_rows>;
-constexpr int stage_bytes = TileX::bytes + TileW::bytes, ring_bytes = num_stages * stage_bytes;
-
-// A group of one tile sums less than 2^22, so an integer sum that starts at the bits of 1.5 * 2^23
-// is a float that needs a subtraction, not a conversion.
-constexpr bool biased = grouping == tile_groups && same<Acc, int>::value;
-static_assert(!biased || block_k <= 128, "|sum| <= 2^14 * 128 must stay below 2^22");
-
-// What the accumulators of a group start from
-struct Start {
-  Acc v[4];
-  __device__ __forceinline__ Start() {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      int bits = 0;
-      if (biased)
-        asm volatile("mov.b32 %0, 0x4b400000;" : "=r"(bits));  // opaque: kept in registers
-      v[e] = bits;
-    }
-  }
-};
-__device__ __forceinline__ float group_value(Acc v) {
-  if constexpr (biased)
-    return __int_as_float(v) - 12582912.f;
-  else
-    return value(v);
-}
-
-// fp32 values a thread owns of the block's tile: total[n tile][m tile][4], and row sums for a_zero
-struct Totals {
-  float y[tiles_n][tiles_m][4];
-  float w[has_a_zero ? tiles_n : 1][2];
-};
-
-// The accumulators of the group being summed
-struct Sums {
-  Acc y[tiles_n][tiles_m][4];
-  Acc x[has_zeros ? tiles_m : 1][4];   // ones @ X: per token
-  Acc w[has_a_zero ? tiles_n : 1][4];  // W @ ones: per row
-};
-
-template <class T> __device__ __forceinline__ void clear(T& values) {
-  u32* words = reinterpret_cast<u32*>(&values);
-#pragma unroll
-  for (int i = 0; i < int(sizeof(T) / 4); ++i) words[i] = 0;
-}
-
-// Scales and zero points of a thread's rows, group after group
-struct GroupScales {
-  float s[tiles_n][2], z[tiles_n][2];
-  const Scale* scale;  // of the thread's first row, inside the matrix
-  const Zero* zero;
-  u32 last;  // how many rows lie beyond it
-
-  __device__ __forceinline__ GroupScales(const Params& p, i64 row0, int lane, i64 group) {
-    const i64 row = min(row0 + lane / 4 * lane_rows, p.n - 1);
-    last = u32(min(p.n - 1 - row, i64(block_n)));
-    scale = static_cast<const Scale*>(p.scales) + row * p.scale_row + group * p.scale_group;
-    zero = static_cast<const Zero*>(p.zeros) + row * p.zero_row + group * p.zero_group;
-  }
-  __device__ __forceinline__ void load(const Params& p) {
-#pragma unroll
-    for (int i = 0; i < tiles_n; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const u32 beyond = min(u32(2 * i + h), last);
-        s[i][h] = in_units_of_scale(scale[beyond * p.scale_row]);
-        if constexpr (has_zeros) z[i][h] = in_units_of_zero(zero[beyond * p.zero_row]);
-      }
-  }
-  __device__ __forceinline__ void load_next(const Params& p) {
-    scale += p.scale_group;
-    zero += p.zero_group;
-    load(p);
-  }
-};
-
-// total += s * (sums - z * xsum), and the same for the rows' own sums; `count` k entered the sums.
-// One scale a row needs no running total: then it is total = ...
-__device__ __forceinline__ void flush(Totals& total, const Sums& sum, const GroupScales& g,
-                                      int count) {
-#pragma unroll
-  for (int i = 0; i < tiles_n; ++i) {
-#pragma unroll
-    for (int j = 0; j < tiles_m; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float v = group_value(sum.y[i][j][e]);
-        if constexpr (has_zeros) v -= g.z[i][e / 2] * group_value(sum.x[j][e % 2]);
-        v *= g.s[i][e / 2];
-        total.y[i][j][e] = grouping == channel ? v : total.y[i][j][e] + v;
-      }
-    if constexpr (has_a_zero)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float v = group_value(sum.w[i][2 * h]) * (P::unit_w / P::unit);
-        if constexpr (has_zeros) v -= g.z[i][h] * float(count);
-        v *= g.s[i][h];
-        total.w[i][h] = grouping == channel ? v : total.w[i][h] + v;
-      }
-  }
-}
+#include "gemm_out.cuh"
 
 // Reads blocks of eight rows `Tile::stride` apart into registers: register `r` is word r % words of
 // block r / words; but of two blocks, rows lane / 4 and lane / 4 + 8 of an MMA tile of W, the first
@@ -249,46 +126,6 @@ __device__ __forceinline__ void accumulate(Sums& sum, const Decoded& w, const St
     done(j0);
   }
 }
-
-// Values made anew where they are needed: the main loop has no registers to keep them for what
-// comes after it, and the compiler would.
-__device__ __forceinline__ int anew(int v) {
-  asm volatile("" : "+r"(v));
-  return v;
-}
-
-// Where this block's tile begins. Concurrent blocks share what they read: strips of `strip` token
-// tiles, all rows of W in each.
-struct Place {
-  i64 m0, n0;
-  __device__ __forceinline__ Place(const Params& p) {
-    constexpr int strip = 2048 / block_m;
-    const int tiles_of_m = anew(int((p.m + block_m - 1) / block_m)),
-              tiles_of_n = anew(int((p.n + block_n - 1) / block_n)), tile = anew(blockIdx.x),
-              first_m = tile / (strip * tiles_of_n) * strip,
-              width = min(strip, tiles_of_m - first_m), within = tile - first_m * tiles_of_n;
-    m0 = i64(first_m + within % width) * block_m;
-    n0 = i64(within / width) * block_n;
-  }
-};
-
-// What the epilogue needs of each token and each row, in shared memory behind the ring
-struct Vectors {
-  float factor[block_m], a_zero[block_m], bias[block_n];  // factor: alpha * a_scale
-
-  __device__ __forceinline__ void fill(const Params& p, i64 n0, i64 m0) {
-    const float alpha = alpha_of(p);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < block_m; i += threads) {
-      const i64 m = min(m0 + i, p.m - 1);
-      factor[i] = alpha * a_scale_of(p, m);
-      a_zero[i] = a_zero_of(p, m);
-    }
-#pragma unroll 1
-    for (int i = threadIdx.x; i < block_n; i += threads)
-      bias[i] = n0 + i < p.n ? bias_of(p, n0 + i) : 0.f;
-  }
-};
 
 template <int value_> struct Int { static constexpr int value = value_; };
 
@@ -417,79 +254,6 @@ __device__ __forceinline__ void mainloop(const Params& p, char* smem, Vectors& v
     flush(total, sum, scales, int(k_end - group_begin));
 }
 
-// Add the stripes of a tile in order; integers stay exact. True for the block that arrived last and
-// now holds the sum. A thread's values of a stripe lie `threads` apart, in room for Sums or Totals.
-template <class T, class Values>
-__device__ __forceinline__ bool add_stripes(const Params& p, i64 tile, Values& mine) {
-  constexpr int split_k = Config::split_k, count = sizeof(Values) / 4;
-  constexpr int room = 4 * (tiles_n * tiles_m + tiles_n + tiles_m);
-  static_assert(count <= room, "config.Gemm.values_per_block must hold every value of a thread");
-  __shared__ bool last;
-  T* values = reinterpret_cast<T*>(&mine);
-  T* stripes = reinterpret_cast<T*>(p.workspace) + tile * split_k * room * threads + threadIdx.x;
-#pragma unroll
-  for (int v = 0; v < count; ++v)
-    __stcg(stripes + (i64(blockIdx.y) * room + v) * threads, values[v]);
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(p.arrivals + tile, 1) == split_k - 1;
-    if (last) p.arrivals[tile] = 0;
-  }
-  __syncthreads();
-  if (!last) return false;
-  __threadfence();
-  clear(mine);
-#pragma unroll 1
-  for (int s = 0; s < split_k; ++s)
-#pragma unroll
-    for (int v = 0; v < count; ++v) values[v] += __ldcg(stripes + (i64(s) * room + v) * threads);
-  return true;
-}
-
-// Scale, shift, round once, and write a lane's neighbouring rows of W for each of its tokens.
-__device__ __forceinline__ void epilogue(const Params& p, const Vectors& vectors,
-                                         const Totals& total) {
-  const Place place(p);
-  const i64 m0 = place.m0, n0 = place.n0;
-  const int thread = anew(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int row = (warp % warps_n * 8 + lane / 4) * lane_rows;
-  const int token0 = warp / warps_n * tiles_m * 8 + lane % 4 * 2;
-  const i64 left = p.n - n0 - row;
-  if (left <= 0) return;
-  const bool whole = p.n % lane_rows == 0;  // the output is new, so a row starts aligned if N does
-  Out* out = static_cast<Out*>(p.out) + (m0 + token0) * p.n + n0 + row;
-#pragma unroll
-  for (int j = 0; j < tiles_m; ++j)
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int token = token0 + j * 8 + c;
-      union {
-        Out v[lane_rows];
-        u32 words[lane_rows * sizeof(Out) / 4];
-      } rounded;
-#pragma unroll
-      for (int i = 0; i < tiles_n; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float v = total.y[i][j][2 * h + c];
-          if constexpr (has_a_zero) v -= vectors.a_zero[token] * total.w[i][h];
-          v *= vectors.factor[token];
-          if (p.bias) v += vectors.bias[row + 2 * i + h];
-          store_rounded(&rounded.v[2 * i + h], v);
-        }
-      if (m0 + token < p.m) {
-        Out* to = out + (j * 8 + c) * p.n;
-        if (whole)
-          store_global(to, rounded.words);
-        else
-#pragma unroll
-          for (int i = 0; i < lane_rows; ++i)
-            if (i < left) to[i] = rounded.v[i];
-      }
-    }
-}
-
 // One block an SM is enough for the compiler: it would rather spill than lose a second.
 extern "C" __global__ void __launch_bounds__(threads, 1) gemm(const __grid_constant__ Params p) {
   extern __shared__ __align__(256) char smem[];
@@ -504,6 +268,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) gemm(const __grid_const
   Totals total;
   clear(sum);
   if (grouping != channel) clear(total);
+  if (blockIdx.y == 0)
+    prefetch_residual<block_m, block_n, threads>(p, place.m0, place.n0, threadIdx.x);
   mainloop(p, smem, vectors, place.n0, place.m0, k_begin, k_end, sum, total);
   if constexpr (Config::split_k > 1) {
     if constexpr (grouping == channel) {

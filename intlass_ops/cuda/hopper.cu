@@ -31,11 +31,22 @@ struct Ring {
   }
 };
 
+// A tile into a stage: all of it, or a part of it into the stages of every block of the cluster
+template <int blocks, int rows, int bytes>
+__device__ __forceinline__ void load_tile(u32 to, const TensorMap& map, int column, int row,
+                                          u32 full) {
+  const int rank = int(blockIdx.x) % blocks;
+  if constexpr (blocks == 1)
+    tma_load(to, map, column, row, full);
+  else
+    tma_load_all<blocks>(to + rank * (bytes / blocks), map, column, row + rank * (rows / blocks),
+                         full);
+}
+
 __device__ __forceinline__ void produce(const Shares& shares, const TensorMap& w_map,
                                         const TensorMap& x_map, const char* x_sums, i64 x_sums_row,
                                         Ring ring) {
   Schedule schedule;
-  [[maybe_unused]] const int rank = int(blockIdx.x) % share_x;
   bool waited = false;
   for (Segment s; schedule.next(shares, s);) {
     int m0, n0;
@@ -45,18 +56,13 @@ __device__ __forceinline__ void produce(const Shares& shares, const TensorMap& w
       barrier_wait(ring.empty(), ring.phase ^ 1);
       barrier_expect(ring.full(), x_bytes + w_bytes + sum_bytes);
       const u32 data = ring.data();
-      tma_load(data + x_bytes, w_map, kt * w_row_bytes, n0, ring.full());
+      load_tile<share_w, block_n, w_bytes>(data + x_bytes, w_map, kt * w_row_bytes, n0,
+                                           ring.full());
       if (!waited) wait_for_predecessors(), waited = true;
 #pragma unroll
-      for (int c = 0; c < x_columns; ++c) {
-        const u32 to = data + c * x_column_bytes;
-        const int column = (kt * x_columns + c) * 128;
-        if constexpr (share_x == 1)
-          tma_load(to, x_map, column, m0, ring.full());
-        else
-          tma_load_all<share_x>(to + rank * (x_column_bytes / share_x), x_map, column,
-                                m0 + rank * (block_m / share_x), ring.full());
-      }
+      for (int c = 0; c < x_columns; ++c)
+        load_tile<share_x, block_m, x_column_bytes>(data + c * x_column_bytes, x_map,
+                                                    (kt * x_columns + c) * 128, m0, ring.full());
       if constexpr (needs_sums)
 #pragma unroll
         for (int f = 0; f < flushes; ++f)
@@ -147,12 +153,12 @@ __device__ __forceinline__ void flush(float (&total)[values], const Acc (&acc)[v
 // Done with a stage: tell the producer, one thread of every warp. Where plain loads read sums of x to the
 // very end of a stage, each thread for itself: racecheck sees no warp that is in step anyway.
 constexpr int arrivals_of_warp = needs_sums ? 32 : 1;
-static_assert(share_x == 1 || !needs_sums, "not both");
+static_assert(sharing == 1 || !needs_sums, "not both");
 __device__ __forceinline__ void release(u32 empty) {
   __syncwarp();
   const int lane = threadIdx.x % 32;
-  if constexpr (share_x > 1) {  // every block of the cluster fills a part of the stage
-    if (lane < share_x) barrier_arrive_at(empty, lane);
+  if constexpr (sharing > 1) {  // every block of the cluster fills a part of the stage
+    if (lane < sharing) barrier_arrive_at(empty, lane);
   } else {
     if (lane < arrivals_of_warp) barrier_arrive(empty);
   }
@@ -265,11 +271,10 @@ __device__ __forceinline__ void mainloop(const Params& p, Ring& ring, const Segm
         if (no_number[i][e % 4 / 2]) sum.acc[i][e] = __uint_as_float(0x7fc00000);
 }
 
-extern "C" __global__ void __cluster_dims__(split_k* share_x, 1, 1)
-    __launch_bounds__(threads, blocks_per_sm)
-        hopper(const __grid_constant__ Params p, const __grid_constant__ Shares shares,
-               const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
-               const char* x_sums, i64 x_sums_row) {
+extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, blocks_per_sm)
+    hopper(const __grid_constant__ Params p, const __grid_constant__ Shares shares,
+           const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
+           const char* x_sums, i64 x_sums_row) {
   extern __shared__ __align__(1024) char smem[];
   Ring ring{smem_address(smem) + barriers_bytes, smem_address(smem)};
   launch_dependents();
@@ -280,21 +285,23 @@ extern "C" __global__ void __cluster_dims__(split_k* share_x, 1, 1)
 #pragma unroll 1
     for (int s = 0; s < num_stages; ++s) {
       barrier_init(ring.barriers + s * 8, 1);
-      barrier_init(ring.barriers + (num_stages + s) * 8, share_x * team * 4 * arrivals_of_warp);
+      barrier_init(ring.barriers + (num_stages + s) * 8, sharing * team * 4 * arrivals_of_warp);
     }
     publish_barriers();
   }
-  if constexpr (share_x > 1)
+  if constexpr (sharing > 1)
     cluster_meet();
   else
     __syncthreads();
+  if constexpr (split_k > 1)
+    cluster_arrive();  // this block runs: the other may write to its memory
 
   if (threadIdx.x < 128) {
     give_registers<producer_registers>();
     if (threadIdx.x == 0) produce(shares, w_map, x_map, x_sums, x_sums_row, ring);
     __syncwarp();
-    if constexpr (split_k > 1) cluster_meet();  // as the consumers do
-    if constexpr (split_k * share_x > 1) cluster_meet();
+    if constexpr (split_k > 1) cluster_wait();  // as the consumers do
+    if constexpr (cluster > 1) cluster_meet();
     return;
   }
   take_registers<consumer_registers>();
@@ -317,26 +324,22 @@ extern "C" __global__ void __cluster_dims__(split_k* share_x, 1, 1)
 #pragma unroll
     for (int i = 0; i < acc_tiles; ++i)
 #pragma unroll
-      for (int e = 0; e < values; ++e) sum.acc[i][e] = 0;
+      for (int e = 0; e < values; ++e) sum.acc[i][e] = s.begin == 0 ? first_sum : 0;
     if constexpr (!direct)
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
         for (int e = 0; e < values; ++e) total.acc[i][e] = 0;
+    RowVectors vectors;
+    const int first_token = m0 + (split_k > 1 ? cluster_rank() * tokens : 0);
+    if constexpr (early_vectors) vectors.read(p, first_token, n0 + wg_row0, lane, warp);
+    if constexpr (Config::residual)
+      if (s.begin == 0 || split_k > 1)
+        prefetch_residual<tokens, tiles_n * 64, 128>(p, first_token, n0 + wg_row0,
+                                                     threadIdx.x % 128);
     if constexpr (in_turns) await_turn(wg);
     mainloop(p, ring, s, n0 + wg_row0 + warp * 16, wg, wg_row0, lane, warp, sum, total);
     auto& result = Select<direct, Sums, Totals>::of(sum, total).acc;
-    if constexpr (split_k > 1) {
-      const Share share_of_tile(p, cluster_rank(), m0, n0, threadIdx.x - 128);
-      consumers_sync<consumers * 128>();  // the ring is read to its end, and never filled again
-      using T = typename Select<direct, Acc, float>::type;
-      T* exchange = reinterpret_cast<T*>(smem + barriers_bytes);
-      leave_sums(exchange, wg_row0, lane, warp, result);
-      cluster_sync();
-      share_of_tile.finish(p, exchange, cluster_rank(), m0, n0);
-      cluster_meet();  // others may still read this block's sums
-      return;
-    }
     if constexpr (Config::stream_k) {
       if (s.begin > 0) {
         leave(p, wg, result);
@@ -344,8 +347,8 @@ extern "C" __global__ void __cluster_dims__(split_k* share_x, 1, 1)
       }
       if (s.end < shares.k_tiles) add_others(p, shares, s.tile, wg, result);
     }
-    char* staging = smem + barriers_bytes + num_stages * stage_bytes + wg * staging_bytes;
-    write_out(p, staging, wg + 1, m0, n0 + wg_row0, lane, warp, sum, total);
+    if constexpr (!early_vectors) vectors.read(p, first_token, n0 + wg_row0, lane, warp);
+    finish_tile(p, smem, wg, first_token, n0 + wg_row0, lane, warp, vectors, result);
   }
-  if constexpr (share_x > 1) cluster_meet();  // others may still fill this block's memory
+  if constexpr (sharing > 1) cluster_meet();  // others may still fill this block's memory
 }

@@ -73,6 +73,12 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
 }
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
 // The blocks wait for one another, but need not see what others wrote
 __device__ __forceinline__ void cluster_meet() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::
@@ -87,17 +93,14 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, int rank) {
       "r"(rank)
       : "memory");
 }
-// Four words of shared memory of another block of the cluster
-__device__ __forceinline__ uint4 load_remote(u32 smem, int rank) {
-  uint4 v;
+// Four words to where another block of the cluster has this place of its shared memory
+__device__ __forceinline__ void store_remote(u32 smem, int rank, const uint4& v) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [remote];\n}"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "r"(smem), "r"(rank)
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.u32 [remote], {%2, %3, %4, %5};\n}" ::"r"(smem),
+      "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
       : "memory");
-  return v;
 }
 
 // ---- memory -------------------------------------------------------------------------------------
@@ -161,5 +164,12 @@ __device__ __forceinline__ u64 tile_descriptor(u32 smem) {
 __device__ __forceinline__ void store_transposed(u32 smem, const u32 (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
                "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+// And back
+__device__ __forceinline__ void load_transposed(u32 (&v)[4], u32 smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(smem)
                : "memory");
 }

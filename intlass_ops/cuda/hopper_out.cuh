@@ -3,11 +3,13 @@
 #pragma once
 #include "hopper_weights.cuh"
 
+// What a block writes: all tokens of its tile, or its part of a tile that a cluster shares
+constexpr int tokens = block_m / split_k, outputs = tokens / 2;
 constexpr int slab = Config::slab;  // tokens staged at a time
-static_assert(slab % 16 == 0 && block_m % slab == 0, "slabs of whole pairs of token tiles");
+static_assert(slab % 16 == 0 && tokens % slab == 0, "slabs of whole pairs of token tiles");
 constexpr int pitch = 64 * sizeof(Out) + 16;
 constexpr int vector = 16 / sizeof(Out);
-constexpr int staging_bytes = slab * pitch + block_m * 4;  // of a warpgroup, with a factor a token
+constexpr int staging_bytes = slab * pitch + tokens * 4;  // of a warpgroup, with a factor a token
 
 __device__ __forceinline__ u32 packed(float a, float b, __nv_bfloat16) {
   const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
@@ -19,164 +21,224 @@ __device__ __forceinline__ u32 packed(float a, float b, __half) {
   return reinterpret_cast<const u32&>(v);
 }
 
-// 16 bytes of the output, or what of them lies inside
-__device__ __forceinline__ void store_vector(const Params& p, i64 m, i64 n, const Out* from) {
-  Out* to = static_cast<Out*>(p.out) + m * p.n + n;
-  if (p.n % vector == 0) {  // the output is freshly allocated, so its rows are aligned
-    if (n < p.n) *reinterpret_cast<int4*>(to) = *reinterpret_cast<const int4*>(from);
-  } else {
-    for (int v = 0; v < vector && n + v < p.n; ++v) to[v] = from[v];
-  }
-}
+// What the epilogue reads for a thread's rows, and for the tokens whose factors it leaves for all
+constexpr int factors_of_thread = (tokens + 127) / 128;
+struct RowVectors {
+  float bias[tiles_n][2], scale[tiles_n][2], factor[factors_of_thread];
 
-// Scale, shift, round once, and write one warpgroup's rows through its own shared memory.
-__device__ __forceinline__ void write_out(const Params& p, char* staging, int warpgroup, i64 m0,
-                                          i64 row0, int lane, int warp, const Sums& sum,
-                                          const Totals& total) {
-  const int thread = warp * 32 + lane, quarter = lane % 4;
-  float* factor = reinterpret_cast<float*>(staging + slab * pitch);
-  const float alpha = alpha_of(p) * sum_unit;
-  float bias[tiles_n][2], scale[tiles_n][2];
-#pragma unroll
-  for (int i = 0; i < tiles_n; ++i)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const i64 n = min(row0 + i * 64 + warp * 16 + h * 8 + lane / 4, p.n - 1);
-      bias[i][h] = bias_of(p, n);
-      scale[i][h] = grouping == channel ? scale_of(p, n, 0) * code_unit : 1.f;
-    }
-  for (int t = thread; t < block_m; t += 128)
-    factor[t] = alpha * a_scale_of(p, min(m0 + t, p.m - 1));
-  const u32 staged = smem_address(staging);
-  warpgroup_sync(warpgroup);
-
-#pragma unroll
-  for (int i = 0; i < tiles_n; ++i) {
-    auto y = [&](int e, float f) {
-      const int h = e % 4 / 2;
-      float v;
-      if constexpr (direct)
-        v = scale[i][h] * value(sum.acc[i][e]);
-      else
-        v = total.acc[i][e];
-      return v * f + bias[i][h];
-    };
-#pragma unroll
-    for (int m1 = 0; m1 < block_m; m1 += slab) {
-      if (m0 + m1 >= p.m) break;
-#pragma unroll
-      for (int j = 0; j < slab / 8; j += 2) {
-        u32 v[4];
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const int token = m1 + (j + b) * 8 + quarter * 2, e = (m1 / 8 + j + b) * 4;
-          const float f0 = factor[token], f1 = factor[token + 1];
-          if constexpr (sizeof(Out) == 2) {
-            v[2 * b] = packed(y(e, f0), y(e + 1, f1), Out{});
-            v[2 * b + 1] = packed(y(e + 2, f0), y(e + 3, f1), Out{});
-          } else {
-            float* at = reinterpret_cast<float*>(staging + ((j + b) * 8 + quarter * 2) * pitch) +
-                        warp * 16 + lane / 4;
-            constexpr int next = pitch / 4;
-            at[0] = y(e, f0), at[next] = y(e + 1, f1);
-            at[8] = y(e + 2, f0), at[next + 8] = y(e + 3, f1);
-          }
-        }
-        if constexpr (sizeof(Out) == 2) {
-          // blocks: (tokens j, rows 0-7) (j, 8-15) (j+1, 0-7) (j+1, 8-15); a lane addresses one token
-          const int token = (j + lane / 16) * 8 + lane % 8;
-          store_transposed(staged + token * pitch + warp * 32 + lane / 8 % 2 * 16, v);
-        }
-      }
-      warpgroup_sync(warpgroup);
-      constexpr int columns = 64 / vector;
-#pragma unroll 2
-      for (int r = thread / columns; r < slab; r += 128 / columns) {
-        const int column = thread % columns * vector;
-        if (m0 + m1 + r < p.m)
-          store_vector(p, m0 + m1 + r, row0 + i * 64 + column,
-                       reinterpret_cast<const Out*>(staging + r * pitch) + column);
-      }
-      warpgroup_sync(warpgroup);
-    }
-  }
-}
-
-// split_k: every block leaves its sums in its shared memory, then finishes a share of the tokens.
-[[maybe_unused]] constexpr int exchange_pitch = block_n + 4;  // words of a token
-
-template <class T, int tiles>
-__device__ __forceinline__ void leave_sums(T* exchange, int wg_row0, int lane, int warp,
-                                           const T (&v)[tiles][values]) {
-#pragma unroll
-  for (int i = 0; i < tiles; ++i)
-#pragma unroll
-    for (int e = 0; e < values; ++e) {
-      const int token = e / 4 * 8 + lane % 4 * 2 + e % 2;
-      const int row = wg_row0 + i * 64 + warp * 16 + e / 2 % 2 * 8 + lane / 4;
-      exchange[token * exchange_pitch + row] = v[i][e];
-    }
-}
-
-// What this block finishes of the cluster's tile: four neighbouring rows of a token at a time. The
-// vectors of the epilogue are read while the sums are still under way.
-constexpr int share = (block_m + split_k - 1) / split_k, quads = block_n / 4;
-constexpr int turns_of_share = (share * quads + consumers * 128 - 1) / (consumers * 128);
-
-struct Share {
-  float factor[turns_of_share], scale[4], bias[4];
-  int row, token0;
-
-  __device__ __forceinline__ Share(const Params& p, int rank, i64 m0, i64 n0, int thread) {
-    static_assert(consumers * 128 % quads == 0, "a thread keeps its rows and steps over tokens");
-    row = thread % quads * 4, token0 = rank * share + thread / quads;
+  __device__ __forceinline__ void read(const Params& p, i64 m0, i64 row0, int lane, int warp) {
     const float alpha = alpha_of(p) * sum_unit;
 #pragma unroll
-    for (int t = 0; t < turns_of_share; ++t)
-      factor[t] = alpha * a_scale_of(p, min(m0 + token(t), p.m - 1));
+    for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const i64 n = min(n0 + row + e, p.n - 1);
-      scale[e] = grouping == channel ? scale_of(p, n, 0) * code_unit : 1.f;
-      bias[e] = bias_of(p, n);
-    }
-  }
-  __device__ __forceinline__ int token(int t) const {
-    return token0 + t * (consumers * 128 / quads);
-  }
-
-  template <class T>
-  __device__ __forceinline__ void finish(const Params& p, const T* exchange, int rank, i64 m0,
-                                         i64 n0) const {
-#pragma unroll
-    for (int t = 0; t < turns_of_share; ++t) {
-      const i64 m = m0 + token(t), n = n0 + row;
-      if (token(t) >= min(block_m, (rank + 1) * share) || m >= p.m || n >= p.n) continue;
-      const u32 from = smem_address(exchange + token(t) * exchange_pitch + row);
-      uint4 part[split_k];
-#pragma unroll
-      for (int r = 0; r < split_k; ++r) part[r] = load_remote(from, r);
-      T v[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int r = 0; r < split_k; ++r)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) v[e] += reinterpret_cast<const T*>(&part[r])[e];
-      Out out[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        store_rounded(&out[e], scale[e] * value(v[e]) * factor[t] + bias[e]);
-      Out* to = static_cast<Out*>(p.out) + m * p.n + n;
-      if (p.n % 4 == 0) {
-        if constexpr (sizeof(Out) == 2)
-          *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(out);
-        else
-          *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(out);
-      } else {
-        for (int e = 0; e < 4 && n + e < p.n; ++e) to[e] = out[e];
+      for (int h = 0; h < 2; ++h) {
+        const i64 n = min(row0 + i * 64 + warp * 16 + h * 8 + lane / 4, p.n - 1);
+        bias[i][h] = bias_of(p, n);
+        scale[i][h] = grouping == channel ? scale_of(p, n, 0) * code_unit : 1.f;
       }
+#pragma unroll
+    for (int t = 0; t < factors_of_thread; ++t) {
+      const int token = min(t * 128 + warp * 32 + lane, tokens - 1);
+      factor[t] = alpha * a_scale_of(p, min(m0 + token, p.m - 1));
     }
   }
 };
+// Read before the main loop, whose registers they take, or after it
+constexpr bool early_vectors = direct && !in_turns && !Config::stream_k;
+
+// Tokens that are staged at a time, and how the threads of a warpgroup share out their outputs. With a
+// residual, which a thread asks for one such part ahead, they are so few that it stays in registers.
+constexpr int part = Config::residual && slab > 32 ? 32 : slab;
+constexpr int columns = 64 / vector, step = 128 / columns;
+
+// Whether sums of integers, which started at first_sum, are near enough to be floats as they stand: one
+// check saves a slow conversion of each.
+__device__ __forceinline__ bool are_near(const float (&)[tiles_n][outputs]) { return true; }
+__device__ __forceinline__ bool are_near(const int (&sums)[tiles_n][outputs]) {
+  u32 far = 0;
+#pragma unroll
+  for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+    for (int e = 0; e < outputs; ++e) far |= u32(sums[i][e] ^ first_sum);
+  return first_sum != 0 && far < 1u << 23;
+}
+// A thread's sums of a part as floats
+constexpr int of_part = part / 2;
+__device__ __forceinline__ void numbers(float (&v)[of_part], const float* sums, bool) {
+#pragma unroll
+  for (int e = 0; e < of_part; ++e) v[e] = sums[e];
+}
+__device__ __forceinline__ void numbers(float (&v)[of_part], const int* sums, bool near) {
+  if (near) {
+#pragma unroll
+    for (int e = 0; e < of_part; ++e) v[e] = __int_as_float(sums[e]) - __int_as_float(first_sum);
+  } else {
+#pragma unroll
+    for (int e = 0; e < of_part; ++e) v[e] = value(int(u32(sums[e]) - u32(first_sum)));
+  }
+}
+
+// A thread's outputs of a part, tokens from m on and rows from n on, from where they are staged
+__device__ __forceinline__ void store_part(const Params& p, const char* from, i64 m, i64 n) {
+  Out* to = static_cast<Out*>(p.out) + m * p.n + n;
+  const int tokens_left = n < p.n ? int(min(i64(part), p.m - m)) : 0;
+  if (p.n % vector == 0) {  // the output is freshly allocated, so its rows are aligned
+#pragma unroll
+    for (int r = 0; r < part; r += step, to += step * p.n)
+      if (r < tokens_left)
+        *reinterpret_cast<int4*>(to) = *reinterpret_cast<const int4*>(from + r * pitch);
+  } else {
+#pragma unroll 1
+    for (int r = 0; r < part && r < tokens_left; r += step, to += step * p.n)
+      for (int v = 0; v < vector && n + v < p.n; ++v)
+        to[v] = reinterpret_cast<const Out*>(from + r * pitch)[v];
+  }
+}
+
+// A thread's values of the residual in a part
+struct ResidualPart {
+  uint4 v[part / step];
+
+  // of tokens from m on and rows from n on
+  __device__ __forceinline__ void ask(const Params& p, i64 m, i64 n) {
+    const Out* from = residual_at(p, m, n);
+#pragma unroll
+    for (int r = 0; r < part / step; ++r)
+      if (m + r * step < p.m && n < p.n)
+        v[r] = *reinterpret_cast<const uint4*>(from + r * step * p.residual_row);
+  }
+  // to where the outputs will be staged
+  __device__ __forceinline__ void put(char* to) const {
+#pragma unroll
+    for (int r = 0; r < part / step; ++r) *reinterpret_cast<uint4*>(to + r * step * pitch) = v[r];
+  }
+};
+
+// Finish one warpgroup's rows, and write them through its own shared memory.
+template <class T>
+__device__ __forceinline__ void write_out(const Params& p, char* staging, int warpgroup, i64 m0,
+                                          i64 row0, int lane, int warp, const RowVectors& vectors,
+                                          const T (&sums)[tiles_n][outputs]) {
+  const int thread = warp * 32 + lane, quarter = lane % 4;
+  float* factor = reinterpret_cast<float*>(staging + slab * pitch);
+#pragma unroll
+  for (int t = 0; t < factors_of_thread; ++t)
+    if (t * 128 + thread < tokens) factor[t * 128 + thread] = vectors.factor[t];
+  const u32 staged = smem_address(staging);
+  const bool near = are_near(sums);
+  const int row = thread / columns, column = thread % columns * vector;
+  char* own = staging + row * pitch + column * sizeof(Out);
+  [[maybe_unused]] ResidualPart residual;
+  if constexpr (Config::residual)
+    residual.ask(p, m0 + row, row0 + column);
+  else
+    warpgroup_sync(warpgroup);
+
+#pragma unroll
+  for (int i = 0; i < tiles_n; ++i) {
+#pragma unroll
+    for (int m1 = 0; m1 < tokens; m1 += part) {
+      if (m0 + m1 >= p.m) break;
+      float v[of_part];
+      numbers(v, sums[i] + m1 / 2, near);
+      auto y = [&](int e, float f, Out residual) {
+        const int h = e % 4 / 2;
+        return output(direct ? vectors.scale[i][h] * v[e] : v[e], f, vectors.bias[i][h], residual);
+      };
+      if constexpr (Config::residual) {
+        residual.put(own);
+        const bool end = m1 + part >= tokens || m0 + m1 + part >= p.m;  // of these rows
+        if (!end || i + 1 < tiles_n)
+          residual.ask(p, m0 + row + (end ? 0 : m1 + part), row0 + (i + end) * 64 + column);
+        warpgroup_sync(warpgroup);
+      }
+#pragma unroll
+      for (int j = 0; j < part / 8; j += 2) {
+        // blocks: (tokens j, rows 0-7) (j, 8-15) (j+1, 0-7) (j+1, 8-15); a lane addresses one token
+        const int token = (j + lane / 16) * 8 + lane % 8;
+        [[maybe_unused]] const u32 blocks = staged + token * pitch + warp * 32 + lane / 8 % 2 * 16;
+        union {
+          u32 words[4];
+          Out v[16 / sizeof(Out)];
+        } r;
+        if constexpr (Config::residual && sizeof(Out) == 2) load_transposed(r.words, blocks);
+        [[maybe_unused]] u32 words[4];
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const int token = m1 + (j + b) * 8 + quarter * 2, e = (j + b) * 4;
+          const float f0 = factor[token], f1 = factor[token + 1];
+          if constexpr (sizeof(Out) == 2) {
+            const Out* of = r.v + 4 * b;
+            words[2 * b] = packed(y(e, f0, of[0]), y(e + 1, f1, of[1]), Out{});
+            words[2 * b + 1] = packed(y(e + 2, f0, of[2]), y(e + 3, f1, of[3]), Out{});
+          } else {
+            Out* at = reinterpret_cast<Out*>(staging + ((j + b) * 8 + quarter * 2) * pitch) +
+                      warp * 16 + lane / 4;
+            constexpr int next = pitch / 4;
+            at[0] = y(e, f0, at[0]), at[next] = y(e + 1, f1, at[next]);
+            at[8] = y(e + 2, f0, at[8]), at[next + 8] = y(e + 3, f1, at[next + 8]);
+          }
+        }
+        if constexpr (sizeof(Out) == 2) store_transposed(blocks, words);
+      }
+      warpgroup_sync(warpgroup);
+      store_part(p, own, m0 + m1 + row, row0 + i * 64 + column);
+      warpgroup_sync(warpgroup);
+    }
+  }
+}
+
+// split_k: two blocks have summed half of K each, and write half of the tokens each. A thread sends the
+// other half of its sums to the thread of the other block that has the same rows, and adds what comes.
+static_assert(split_k <= 2, "a block sends its sums to one other");
+constexpr int exchange_at = barriers_bytes + num_stages * stage_bytes + consumers * staging_bytes;
+
+template <class T>
+__device__ __forceinline__ void exchange(char* smem, int rank, int thread,
+                                         const T (&all)[tiles_n][values],
+                                         T (&own)[tiles_n][outputs]) {
+  uint4* slot = reinterpret_cast<uint4*>(smem + exchange_at) + thread;
+  constexpr int writers = consumers * 128;
+  cluster_wait();  // until the other one runs
+#pragma unroll
+  for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+    for (int e = 0; e < outputs; e += 4) {
+      T sent[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const T first = all[i][e + k], second = all[i][outputs + e + k];
+        sent[k] = rank ? first : second;
+        own[i][e + k] = rank ? second : first;
+      }
+      store_remote(smem_address(slot + (i * outputs + e) / 4 * writers), 1 - rank,
+                   reinterpret_cast<const uint4&>(sent));
+    }
+  cluster_sync();
+#pragma unroll
+  for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+    for (int e = 0; e < outputs; e += 4) {
+      const uint4 part = slot[(i * outputs + e) / 4 * writers];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) own[i][e + k] += reinterpret_cast<const T*>(&part)[k];
+    }
+}
+
+// All that is left to do for a tile, or for this block's part of it
+template <class T>
+__device__ __forceinline__ void finish_tile(const Params& p, char* smem, int wg, i64 first_token,
+                                            i64 row0, int lane, int warp, const RowVectors& vectors,
+                                            const T (&sums)[tiles_n][values]) {
+  char* staging = smem + barriers_bytes + num_stages * stage_bytes + wg * staging_bytes;
+  if constexpr (split_k > 1) {
+    T own[tiles_n][outputs];
+    exchange(smem, cluster_rank(), threadIdx.x - 128, sums, own);
+    write_out(p, staging, wg + 1, first_token, row0, lane, warp, vectors, own);
+  } else {
+    write_out(p, staging, wg + 1, first_token, row0, lane, warp, vectors, sums);
+  }
+}
 
 // stream_k: every block of a shared tile but the first leaves what it has summed, a thread's values
 // `others` apart.

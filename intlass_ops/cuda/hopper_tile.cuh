@@ -1,14 +1,16 @@
 // What a block of hopper.cu computes: its tile, what a stage of its ring holds, what its threads keep,
 // and how the tiles are shared out among the blocks.
 #pragma once
+#include "epilogue.cuh"
 #include "hopper.cuh"
-#include "problem.cuh"
 
 constexpr int block_m = Config::block_m, tiles_n = Config::tiles_n, num_stages = Config::num_stages;
-// A cluster of blocks shares a tile by k, or the tokens of neighbouring tiles: each block then loads a
-// part of them for all.
-constexpr int split_k = Config::split_k, share_x = Config::share_x;
-static_assert(split_k == 1 || share_x == 1, "one reason for a cluster");
+// A cluster of blocks shares a tile by k, or the tokens or the weights of neighbouring tiles: each block
+// then loads a part of them for all.
+constexpr int split_k = Config::split_k, share_x = Config::share_x, share_w = Config::share_w;
+constexpr int sharing = share_x * share_w, cluster = split_k * sharing;
+static_assert(cluster == split_k || cluster == share_x || cluster == share_w,
+              "one reason for a cluster");
 constexpr int consumers = Config::consumers, block_k = 128;
 // Consumers share a tile, or take turns: while one writes its tile out, the next computes another
 constexpr bool in_turns = Config::in_turns;
@@ -20,7 +22,7 @@ constexpr int values = block_m / 2;  // of a thread, for one row tile of 64
 constexpr bool scaled = grouping == scaled_weights, direct = grouping == channel || scaled;
 constexpr bool needs_sums = has_zeros && !scaled;
 // The launch gives all threads the same registers; the consumers then take what the producer leaves.
-// A single consumer has two blocks on an SM, which hide each other's latencies.
+// A single consumer may have two blocks on an SM, which hide each other's latencies.
 constexpr int threads = 128 * (consumers + 1), blocks_per_sm = consumers == 1 ? 2 : 1;
 constexpr int consumer_registers = consumers == 1 ? 208 : needs_sums ? 232 : 240;
 constexpr int producer_registers = consumer_registers == 240 ? 24 : 40;
@@ -47,6 +49,9 @@ static_assert(steps % chunks == 0, "a chunk of W is one or two steps of wgmma");
 // totals group by group
 constexpr int acc_tiles = direct ? tiles_n : 1;
 struct Sums { Acc acc[acc_tiles][values]; };
+// Sums of integers with one scale a row start here, at 1.5 * 2^23 as a float: as long as they stay below
+// 2^22 they are floats as they stand, less that number.
+constexpr int first_sum = same<Acc, int>::value && direct ? 0x4b400000 : 0;
 struct Totals { float acc[direct ? 1 : tiles_n][values]; };
 
 // The first or the second of two things of different type
@@ -76,7 +81,7 @@ struct Shares {
     constexpr int raster = Config::raster;
     const int first = tile / (raster * of_n) * raster, height = min(raster, of_m - first);
     const int within = tile - first * of_n;
-    m0 = (first + within % height) * block_m;
+    m0 = ((first + within % height) * share_w + int(blockIdx.x) % share_w) * block_m;
     n0 = (within / height * share_x + int(blockIdx.x) % share_x) * block_n;
   }
 };
@@ -87,7 +92,7 @@ __device__ __forceinline__ int place() { return gridDim.x - 1 - blockIdx.x; }
 
 // What a block does, one segment after another
 struct Schedule {
-  int tile = blockIdx.x / share_x;  // the next one to take whole
+  int tile = blockIdx.x / sharing;  // the next one to take whole
   int done = 0;                     // k tiles of the shared ones
 
   __device__ __forceinline__ bool next(const Shares& shares, Segment& s) {
@@ -99,7 +104,7 @@ struct Schedule {
     }
     if (tile < shares.whole) {
       s = {tile, 0, shares.k_tiles};
-      tile += gridDim.x / share_x;
+      tile += gridDim.x / sharing;
       return true;
     }
     if constexpr (!Config::stream_k) return false;

@@ -57,7 +57,7 @@ struct RowScale {
   __device__ __forceinline__ explicit RowScale(u32 block_factor) : scale(block_factor) {}
   __device__ __forceinline__ u32 times(u32 codes) const {
     if constexpr (fp4)
-      return scaled_codes<Scale>(codes, scale);
+      return scaled_codes<Scale>(codes, Factor{scale, true});
     else
       return scaled ? mul2<X>(codes, scale) : codes;
   }
@@ -72,19 +72,19 @@ struct BlockScales {
   __device__ __forceinline__ void factors(RowScale (&rows)[row_scales][2], int i, int h,
                                           int chunk) const {
     if constexpr (row_scales == 1) {
-      rows[0][h] = RowScale(two_factors<Scale>(words[i][h][0], 0x4040 + chunk * 0x0101));
+      rows[0][h] = RowScale(e8m0_factor(words[i][h][0], chunk));
     } else {
-      const u32 two = two_factors<Scale>(words[i][h][chunk / 2], 0x4140 + chunk % 2 * 0x0202);
+      const u32 two = e4m3_factors(words[i][h][chunk / 2] >> chunk % 2 * 16);
 #pragma unroll
       for (int g = 0; g < row_scales; ++g)
         rows[g][h] = RowScale(__byte_perm(two, 0, g ? 0x3232 : 0x1010));
     }
   }
+  // Whether a row has a scale of 255. Those of e4m3 that are no numbers show as factors.
   __device__ __forceinline__ bool no_number(int i, int h) const {
-    bool found = false;
-#pragma unroll
-    for (int b = 0; b < block_words; ++b) found |= holds_nan<Scale>(words[i][h][b]);
-    return found;
+    if constexpr (same<Scale, e4m3>::value) return false;
+    const u32 word = words[i][h][0];
+    return (((word & 0x7f7f7f7f) + 0x01010101) & word & 0x80808080) != 0;
   }
 };
 struct BlockReader {

@@ -167,7 +167,7 @@ def warmup(
     many it had compiled before.
 
     >>> from intlass_ops import config
-    >>> picked = config.pick_quantize('float', 8, True, False, 4, 128)
+    >>> picked = config.pick_widen('s4', aligned=True)
     >>> warmup([picked], arch='sm_80').compiled in (0, 1)  # 0: it was in the cache
     True
     """

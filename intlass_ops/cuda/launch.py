@@ -22,7 +22,7 @@ from . import jit, launch_hopper
 from .arrivals import arrival_counters
 from .kernel import Launch
 from .launch_widen import widen
-from .plans import TYPE, Key, aligned, contiguous_strides, device_of, empty, remember
+from .plans import ALIGNMENT, TYPE, Key, aligned, contiguous_strides, device_of, empty, remember
 
 if TYPE_CHECKING:
     from ..ops.problem import Problem
@@ -37,9 +37,12 @@ _DTYPE_CODE = {
     torch.int8: 5,
     torch.uint8: 6,
 }
-_PARAMS = struct.Struct("=27q")
-_WORDS = 11  # pointers, which come first
-Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# Params of problem.cuh, pointers first; for kernels that add a residual, it and its row before them
+_WORDS = 11
+_NUMBERS = struct.Struct("=16q")
+Operands = tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
 
 
 class MatmulPlan(NamedTuple):
@@ -55,6 +58,7 @@ class MatmulPlan(NamedTuple):
     tiles: int = 0  # K split among blocks: that many arrival counters
     workspace: int = 0  # and that many floats
     tail: launch_hopper.Tail | None = None
+    residual_row: int = 0  # elements from row to row
 
     def run(
         self,
@@ -66,14 +70,15 @@ class MatmulPlan(NamedTuple):
         a_zero: Tensor | None,
         alpha: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         out = empty(self.out_shape, self.out_strides, self.out_dtype, self.device)
         if self.launch is None:
             return out
         kept: Any = None  # what must live until the launch is enqueued
         if self.copies is not None:
-            a, w, zeros, a_scale, a_zero, bias = kept = self.copies(
-                a, w, zeros, a_scale, a_zero, bias
+            a, w, zeros, a_scale, a_zero, bias, residual = kept = self.copies(
+                a, w, zeros, a_scale, a_zero, bias, residual
             )
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         workspace = arrivals = 0
@@ -87,24 +92,22 @@ class MatmulPlan(NamedTuple):
             tail, sums = self.tail(a, w, stream)
             kept = kept, sums
         codes = w.data_ptr()
-        self.launch(
-            (
-                a.data_ptr(),
-                codes,
-                scales.data_ptr(),
-                0 if zeros is None else zeros.data_ptr(),
-                0 if a_scale is None else a_scale.data_ptr(),
-                0 if a_zero is None else a_zero.data_ptr(),
-                0 if alpha is None else alpha.data_ptr(),
-                0 if bias is None else bias.data_ptr(),
-                out.data_ptr(),
-                workspace,
-                arrivals,
-            ),
-            stream,
-            tail,
+        words: tuple[int, ...] = (
+            a.data_ptr(),
             codes,
+            scales.data_ptr(),
+            0 if zeros is None else zeros.data_ptr(),
+            0 if a_scale is None else a_scale.data_ptr(),
+            0 if a_zero is None else a_zero.data_ptr(),
+            0 if alpha is None else alpha.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            workspace,
+            arrivals,
         )
+        if residual is not None:
+            words = residual.data_ptr(), self.residual_row, *words
+        self.launch(words, stream, tail, codes)
         if listening():
             record(*self.report)
         return out
@@ -144,16 +147,17 @@ def make(
     a_zero: Tensor | None,
     alpha: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
 ) -> MatmulPlan:
     """The plan of a checked problem, remembered by ``key``; scales and zeros are as given."""
     device = a.device
     out_shape = (*a.shape[:-1], p.n)
     strides = contiguous_strides(out_shape)
-    copied = _operands(a, w, zeros, a_scale, a_zero, bias)
-    operands = (a, w, zeros, a_scale, a_zero, bias)
+    operands = (a, w, zeros, a_scale, a_zero, bias, residual)
+    copied = _operands(*operands)
     # A view of the same dtype keeps its pointer, and the plan has the strides.
     copies = any(_pointer(t) != _pointer(c) for t, c in zip(operands, copied, strict=True))
-    x, w, zeros, a_scale, a_zero, bias = copied
+    x, w, zeros, a_scale, a_zero, bias, residual = copied
     m = x.shape[0]
     if m * p.n == 0:
         nothing = MatmulPlan(None, None, out_shape, strides, p.out_dtype, device, ())
@@ -177,6 +181,7 @@ def make(
         batch_invariant=batch_invariance.enabled(),
     )
     c = _forced or config.pick(gpu, shape)
+    c = config.with_epilogue(c, p.activation, residual is not None)
     prepare: Callable[..., Operands] | None = _operands if copies else None
     if widens:
         prepare = functools.partial(_widened, p.x_kind, p.k)
@@ -194,6 +199,7 @@ def make(
         out_shape=out_shape,
         out_strides=strides,
         report=(p.op, p.scheme, (m, p.n, p.k, p.group_size), str(c), config.reason(gpu, shape)),
+        residual_row=0 if residual is None else residual.stride(0),
     )
     return remember(_plans, key, plan)
 
@@ -212,12 +218,13 @@ def bind(
     sm_count = device_of(device.index).sm_count
     grid = c.grid(m, n, k, sm_count) if isinstance(c, config.Hopper) else c.grid(m, n)
     strides = x.stride(0) * x.element_size(), w.stride(0) * w.element_size()
-    parameters = _PARAMS.pack(*[0] * _WORDS, m, n, k, *strides, *rest)
+    words = _WORDS + 2 * c.residual
+    parameters = bytes(8 * words) + _NUMBERS.pack(m, n, k, *strides, *rest)
     if isinstance(c, config.Hopper):
         parameters += launch_hopper.parameters(c, m, n, k, grid[0])
     smem = c.smem_of(n, k) if isinstance(c, config.SkinnyRing) else c.smem_bytes
     plan = MatmulPlan(
-        launch=jit.get(c, device.index).bind(grid, (c.threads, 1, 1), smem, parameters, _WORDS),
+        launch=jit.get(c, device.index).bind(grid, (c.threads, 1, 1), smem, parameters, words),
         copies=None,
         out_shape=(m, n),
         out_strides=contiguous_strides((m, n)),
@@ -242,6 +249,7 @@ def _operands(
     a_scale: Tensor | None,
     a_zero: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
 ) -> Operands:
     """As the kernels read them: [M, K], unit strides along K, dtypes they know."""
     if zeros is not None and zeros.dtype not in _ZERO_TYPE:
@@ -255,13 +263,14 @@ def _operands(
         None if a_scale is None else a_scale.reshape(-1),
         a_zero,
         None if bias is None else bias.contiguous(),
+        None if residual is None else _in_vectors(residual),
     )
 
 
 def _widened(x_kind: str, k: int, *operands: Any) -> Operands:
     """As the kernels of GPUs without INT4 tensor cores read them."""
-    a, w, zeros, a_scale, a_zero, bias = _operands(*operands)
-    return widen(a, x_kind, k), w, zeros, a_scale, a_zero, bias
+    a, w, zeros, a_scale, a_zero, bias, residual = _operands(*operands)
+    return widen(a, x_kind, k), w, zeros, a_scale, a_zero, bias, residual
 
 
 def _rows(a: Tensor) -> Tensor:
@@ -271,6 +280,17 @@ def _rows(a: Tensor) -> Tensor:
 
 def _unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _in_vectors(t: Tensor) -> Tensor:
+    """A residual [..., N] as [M, N] whose rows can be read in whole vectors."""
+    t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    m, n = t.shape
+    vector = 2 * ALIGNMENT // t.element_size()
+    if n % vector == 0 and t.stride(1) == 1 and aligned(t):
+        return t
+    padded = t.new_empty((m, math.ceil(n / vector) * vector))[:, :n]
+    return padded.copy_(t)
 
 
 def _apart(t: Tensor) -> bool:

@@ -21,7 +21,6 @@ from .plans import ALIGNMENT, TYPE, Key, contiguous_strides, device_of, empty, r
 
 _PARAMS = struct.Struct("=10qd")
 _WORDS = 6  # pointers and the seed
-_SEGMENTS_OF_AN_SM = 4  # that run at once, about
 
 
 class QuantizePlan(NamedTuple):
@@ -97,20 +96,25 @@ def make(
     x_stride, other_stride = (length, length) if copies else (*strides, 0)[:2]
     launch = None
     if segments:
+        device = device_of(x.device.index)
         c = config.pick_quantize(
+            device,
             TYPE[x.dtype],
             bits,
             symmetric,
             stochastic,
             8 if all(_aligned(t, length, copies) for t in (x, other)) else 2,
+            segments,
             max(length, 1),
             before,
-            few=segments <= _SEGMENTS_OF_AN_SM * device_of(x.device.index).sm_count,
         )
         parameters = _PARAMS.pack(*[0] * _WORDS, segments, length, x_stride, other_stride, eps)
-        grid = math.ceil(segments / (c.threads // c.threads_per_segment)), 1, 1
+        blocks = math.ceil(segments / (c.threads // c.threads_per_segment))
+        if c.ahead:  # they stay
+            blocks = min(blocks, c.blocks_per_sm * device.sm_count)
+        grid = blocks * c.cluster, 1, 1
         kernel = jit.get(c, x.device.index)
-        launch = kernel.bind(grid, (c.threads, 1, 1), 0, parameters, _WORDS)
+        launch = kernel.bind(grid, (c.threads, 1, 1), c.smem_bytes, parameters, _WORDS)
     plan = QuantizePlan(
         launch=launch,
         copies=Tensor.contiguous if copies else None,

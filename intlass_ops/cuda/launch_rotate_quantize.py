@@ -1,4 +1,4 @@
-"""Rotation and quantisation on a GPU: from a tensor to one launch of rotate_quantize.cu.
+"""Rotation and quantisation on a GPU: from a tensor to one launch.
 
 Not here: which configuration (config/), the formulas and argument checks (fused_quantize.py).
 """
@@ -72,6 +72,7 @@ def _make(x: Tensor, plan: fused_quantize.Plan, return_mask: bool) -> _Made:
             plan.quest,
             return_mask,
             plan.group_size,
+            plan.format == "nv" and plan.global_scale != 1,
         )
         pieces, group_pieces = x.numel() // c.piece, max(1, plan.group_size // c.piece)
         spread = fused_quantize.QUEST_E2M1

@@ -28,9 +28,8 @@ __device__ __forceinline__ void store_rounded(__half* p, float v) { *p = __float
 
 // int32 to float, rounded to odd: a later rounding to a narrower type is then the only one
 __device__ __forceinline__ float to_float_odd(int v) {
-  float f = __int2float_rz(v);
-  return (__float2int_rz(f) != v && v != (int)0x80000000) ? __int_as_float(__float_as_int(f) | 1)
-                                                          : f;
+  const float f = __int2float_rz(v);
+  return __float2int_rz(f) == v ? f : __int_as_float(__float_as_int(f) | 1);
 }
 
 __device__ __forceinline__ u32 smem_address(const void* p) {
@@ -112,6 +111,25 @@ template <int count> __device__ __forceinline__ void load_words(u32* r, u32 smem
                  : "memory");
   else
     asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(smem) : "memory");
+}
+
+// Neighbouring words of global memory, in loads of up to 16 bytes; not __ldg: another kernel may have
+// been writing them when this one started
+template <int words>
+__device__ __forceinline__ void load_global(u32 (&v)[words], const void* from) {
+  if constexpr (words % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < words; i += 4) {
+      const uint4 t = static_cast<const uint4*>(from)[i / 4];
+      v[i] = t.x, v[i + 1] = t.y, v[i + 2] = t.z, v[i + 3] = t.w;
+    }
+  } else if constexpr (words == 2) {
+    const uint2 t = *static_cast<const uint2*>(from);
+    v[0] = t.x, v[1] = t.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < words; ++i) v[i] = static_cast<const u32*>(from)[i];
+  }
 }
 
 // Neighbouring words to global memory, in stores of up to 16 bytes

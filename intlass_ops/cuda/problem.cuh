@@ -2,7 +2,18 @@
 #pragma once
 #include "fp4.cuh"
 
-struct Params {
+// [M, N] of the output's type; rows start aligned to 16 bytes, and end where 32 more could be read.
+// Kernels that add none know nothing of it.
+template <bool> struct Residual {
+  const void* residual;
+  i64 residual_row;  // elements
+};
+template <> struct Residual<false> {
+  static constexpr const void* residual = nullptr;
+  static constexpr i64 residual_row = 0;
+};
+
+struct Params : Residual<Config::residual> {
   const char *x, *w;
   const void *scales, *zeros, *a_scale, *a_zero, *alpha, *bias;
   void* out;

@@ -7,99 +7,16 @@
 //     silu_mul   round(silu(x)) * other, rounded
 //
 // `threads_per_segment` threads read a segment once, keep it in registers, reduce its range, and write
-// its codes: one read, one write. Segments too long for the registers (chunks == 0) are read again.
-#include "memory.cuh"
+// its codes: one read, one write. Three ways to go about it:
+//
+//     ahead        of many segments a block takes one after the other, the next one already on its
+//                  way to shared memory
+//     not ahead    a block for each; with chunks == 0 a segment is too long for the registers and is
+//                  read again
+//     cluster > 1  few long segments: a cluster of blocks shares each (sm_90 and up)
+#include "quantize_segment.cuh"
 
-struct Params {
-  const void* x;
-  const void* other;  // rms_norm: weight [length] or null. silu_mul: factor [segments, length]
-  void* q;
-  float* scale;
-  int* zero;
-  unsigned long long seed;
-  i64 segments, length, x_stride, other_stride;  // of rows, in elements
-  double eps;
-};
-
-using T = Config::x_type;
-constexpr int vector = Config::vector;  // elements of one load: 8, or 2 where rows are not aligned
-constexpr int group = Config::threads_per_segment, threads = Config::threads;
-constexpr int chunks = Config::chunks;  // vectors of a thread, 0: any number
-constexpr int bits = Config::bits;
-constexpr bool symmetric = Config::symmetric, stochastic = Config::stochastic;
-enum Before { none, rms_norm, silu_mul };
-constexpr int before = Config::before;
-constexpr float qmax = bits == 8 ? 127.f : 7.f;
-constexpr float levels = symmetric ? qmax : float((1 << bits) - 1);
-constexpr float low_code = symmetric ? -qmax : (bits == 8 ? -128.f : 0.f);
-constexpr float high_code = symmetric ? qmax : (bits == 8 ? 127.f : 15.f);
-static_assert(threads % group == 0 && group % 32 == 0, "whole warps share a segment");
-
-struct Vector { T v[vector]; };
-
-template <bool streamed = true>
-__device__ __forceinline__ Vector load(const T* p, i64 i, i64 length) {
-  Vector r;
-  if constexpr (vector * sizeof(T) >= 16) {
-    if (i < length) {
-      const int4* from = reinterpret_cast<const int4*>(p + i);
-#pragma unroll
-      for (int c = 0; c < int(vector * sizeof(T) / 16); ++c)
-        reinterpret_cast<int4*>(r.v)[c] = streamed ? __ldcs(from + c) : __ldg(from + c);
-      return r;
-    }
-  }
-#pragma unroll
-  for (int e = 0; e < vector; ++e) r.v[e] = i + e < length ? p[i + e] : T(0.f);
-  return r;
-}
-
-// max and min that let NaN through
-__device__ __forceinline__ float nan_max(float a, float b) {
-  float d;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
-  return d;
-}
-__device__ __forceinline__ float nan_min(float a, float b) {
-  float d;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
-  return d;
-}
-
-// Combine a value over the threads of the segment, in the same order in all of them.
-template <class Combine> __device__ __forceinline__ float over_segment(float v, Combine combine) {
-#pragma unroll
-  for (int d = 16; d; d /= 2) v = combine(v, __shfl_xor_sync(~0u, v, d));
-  if constexpr (group > 32) {
-    __shared__ float warps[threads / 32];
-    const int warp = threadIdx.x / 32, first = warp / (group / 32) * (group / 32);
-    warps[warp] = v;
-    __syncthreads();
-    v = warps[first];
-#pragma unroll
-    for (int w = 1; w < group / 32; ++w) v = combine(v, warps[first + w]);
-  }
-  return v;
-}
-
-struct Range {
-  float low = 0.f, high = 0.f;  // symmetric: high alone, of |x|
-
-  __device__ __forceinline__ void add(const Vector& r) {
-#pragma unroll
-    for (int e = 0; e < vector; ++e) {
-      const float v = as_float(r.v[e]);
-      high = nan_max(symmetric ? fabsf(v) : v, high);
-      if constexpr (!symmetric) low = nan_min(v, low);
-    }
-  }
-  __device__ __forceinline__ void reduce() {
-    high = over_segment(high, [](float a, float b) { return nan_max(a, b); });
-    if constexpr (!symmetric)
-      low = over_segment(low, [](float a, float b) { return nan_min(a, b); });
-  }
-};
-
+// ---- codes -------------------------------------------------------------------------------------
 // reference.uniform: lowbias32 of index and reference.seed_key
 __device__ __forceinline__ float uniform(unsigned long long seed, unsigned long long index) {
   u32 h = u32(index) ^ (u32(index >> 32) * 0x9E3779B9u) ^ u32(seed);
@@ -109,16 +26,48 @@ __device__ __forceinline__ float uniform(unsigned long long seed, unsigned long 
   return float(h >> 8) * 0x1p-24f;
 }
 
-// round(x / scale) + zero. Division costs more than everything else here, so quotients come from the
-// reciprocal, and are divided after all where that might round to the other side.
+// Quotients by a divisor, from its reciprocal in two parts: as good as rounded ones to the nearest
+// integer below 256, whatever is divided, unless the divisor's mantissa is all ones (tests/test_quotients.py).
+struct Divider {
+  float high, low;
+
+  __device__ __forceinline__ float of(float v) const { return __fmaf_rn(v, high, v * low); }
+};
+__device__ __forceinline__ Divider divider(float d) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+  r = __fmaf_rn(__fmaf_rn(-r, d, 1.f), r, r);  // rounded to nearest
+  return {r, __fmaf_rn(-r, d, 1.f) * r};
+}
+constexpr Divider by_levels = {float(1. / levels), float(1. / levels - double(float(1. / levels)))};
+
+// round(x / scale) + zero
 struct Coder {
   static constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer, ties to even
-  float scale, zero, reciprocal;
+  float scale, zero = 0.f;
+  Divider by_scale;
   bool plain;  // no NaN, infinity or subnormal anywhere near
 
-  __device__ __forceinline__ Coder(float scale, float zero) : scale(scale), zero(zero) {
-    reciprocal = __frcp_rn(scale);
-    plain = !stochastic && scale > 0x1p-100f && scale < 0x1p100f;
+  __device__ __forceinline__ Coder(const Range& range) {
+    const float span = symmetric ? range.high : range.high - range.low;
+    plain = span > 0x1p-90f && span < 0x1p100f;
+    if (plain) {
+      scale = by_levels.of(span);
+      by_scale = divider(scale);
+      if constexpr (!symmetric) {
+        const float low = paired ? by_scale.of(range.low) : __fdiv_rn(range.low, scale);
+        zero = low_code - rintf(low);
+      }
+      if constexpr (stochastic) plain = false;
+      if constexpr (!paired) plain &= (~__float_as_uint(scale) & 0x7fffff) != 0;
+    } else {
+      scale = span == 0.f ? 1.f : nan_max(__fdiv_rn(span, levels), 0x1p-149f);
+      if constexpr (!symmetric) zero = low_code - rintf(__fdiv_rn(range.low, scale));
+    }
+    if constexpr (!symmetric) {
+      zero = zero != zero ? low_code * 0.f : zero;
+      zero = fminf(fmaxf(zero, low_code), high_code);
+    }
   }
   __device__ __forceinline__ int exact(float v, unsigned long long seed, i64 index) const {
     float r = __fdiv_rn(v, scale);
@@ -132,22 +81,21 @@ struct Coder {
     if (r != r) return 0;
     return int(fminf(fmaxf(r, low_code), high_code));
   }
-  // Codes, of which only the low `bits` bits count.
-  __device__ __forceinline__ void codes(int (&c)[vector], const Vector& x, unsigned long long seed,
+  // In the lowest bytes; signed INT4 plus 8
+  __device__ __forceinline__ void codes(u32 (&c)[vector], const Vector& x, unsigned long long seed,
                                         i64 index) const {
-    bool sure = plain;
+    constexpr int offset = symmetric && bits == 4 ? 8 : 0;
+    if (plain) {
 #pragma unroll
-    for (int e = 0; e < vector; ++e) {
-      const float v = as_float(x.v[e]), rounded = __fmaf_rn(v, reciprocal, magic);
-      // |quotient| < 256 is off by less than 1e-4
-      sure &= fabsf(__fmaf_rn(v, reciprocal, magic - rounded)) < 0.4999f;
-      c[e] = __float_as_int(rounded);
-      if constexpr (!symmetric)
-        c[e] = min(max(c[e] - __float_as_int(magic) + int(zero), int(low_code)), int(high_code));
+      for (int e = 0; e < vector; ++e) {
+        float y = by_scale.of(x[e]) + (magic + offset);
+        if constexpr (!symmetric) y = fminf(fmaxf(y + zero, magic + low_code), magic + high_code);
+        c[e] = __float_as_uint(y);
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < vector; ++e) c[e] = exact(x[e], seed, index + e) + offset;
     }
-    if (sure) return;
-#pragma unroll
-    for (int e = 0; e < vector; ++e) c[e] = exact(as_float(x.v[e]), seed, index + e);
   }
 };
 
@@ -155,11 +103,10 @@ __device__ __forceinline__ u32 four_bytes(int a, int b, int c, int d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
-__device__ __forceinline__ void store(const Params& p, i64 segment, i64 i, const Vector& r,
+__device__ __forceinline__ void store(const Params& p, i64 segment, i64 i, const Vector& x,
                                       const Coder& coder) {
-  if (i >= p.length) return;
-  int c[vector];
-  coder.codes(c, r, p.seed, segment * p.length + i);
+  u32 c[vector];
+  coder.codes(c, x, p.seed, segment * p.length + i);
   if constexpr (bits == 8) {
     signed char* q = static_cast<signed char*>(p.q) + segment * p.length + i;
     if constexpr (vector == 8) {
@@ -172,121 +119,184 @@ __device__ __forceinline__ void store(const Params& p, i64 segment, i64 i, const
     }
   } else {
     unsigned char* q = static_cast<unsigned char*>(p.q) + segment * ((p.length + 1) / 2) + i / 2;
-    u32 word = 0;
-#pragma unroll
-    for (int e = 0; e < vector; ++e)
-      if (vector == 8 || i + e < p.length) word |= u32(c[e] & 15) << (4 * e);
-    if constexpr (vector == 8)
-      *reinterpret_cast<u32*>(q) = word;
-    else
-      *q = (unsigned char)word;
-  }
-}
-
-__device__ __forceinline__ T rounded(float v) {
-  T r;
-  store_rounded(&r, v);
-  return r;
-}
-
-// What comes before, for a vector of the segment.
-struct Stage {
-  const T* other;
-  float factor = 1.f;  // rms_norm: 1 / sqrt(mean(x^2) + eps)
-
-  // What the vector at i is combined with
-  __device__ __forceinline__ Vector second(i64 i, i64 length) const {
-    if constexpr (before == rms_norm) return other ? load<false>(other, i, length) : Vector{};
-    if constexpr (before == silu_mul) return load(other, i, length);
-    return Vector{};
-  }
-  __device__ __forceinline__ void apply(Vector& x, const Vector& w) const {
-    if constexpr (before == rms_norm) {
-#pragma unroll
-      for (int e = 0; e < vector; ++e) {
-        const float v = as_float(x.v[e]) * factor;
-        x.v[e] = rounded(other ? v * as_float(w.v[e]) : v);
-      }
-    } else if constexpr (before == silu_mul) {
-#pragma unroll
-      for (int e = 0; e < vector; ++e) {
-        const float v = as_float(x.v[e]);
-        x.v[e] = rounded(as_float(rounded(__fdiv_rn(v, 1.f + expf(-v)))) * as_float(w.v[e]));
-      }
+    constexpr u32 flip = symmetric ? 0x88888888 : 0;
+    if constexpr (vector == 8) {
+      const u32 even = four_bytes(c[0], c[2], c[4], c[6]), odd = four_bytes(c[1], c[3], c[5], c[7]);
+      *reinterpret_cast<u32*>(q) = (even + odd * 16) ^ flip;
+    } else {
+      const u32 second = i + 1 < p.length ? c[1] & 15 : flip & 15;
+      *q = (unsigned char)(((c[0] & 15) | second << 4) ^ flip);
     }
   }
-};
+}
+
+// ---- what comes before -------------------------------------------------------------------------
+__device__ __forceinline__ float silu(float v) { return __fdiv_rn(v, 1.f + expf(-v)); }
+// The same of every bf16 value from -87 on, once it is rounded to bf16 (tests/test_quantize_after.py)
+__device__ __forceinline__ float fast_silu(float v) {
+  float e, r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(v * -0x1.715476p0f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.f + e));
+  return v * r;
+}
+
+__device__ __forceinline__ void silu_times(Vector& x, const Vector& other) {
+  bool fast = same<T, __nv_bfloat16>::value;
+  if constexpr (same<T, __nv_bfloat16>::value) {
+    Vector least = x;
+#pragma unroll
+    for (int w = 1; w < Vector::words; ++w) least.w[0] = of_pairs<false>(least.w[0], x.w[w]);
+    fast = !(least[0] < -87.f || least[1] < -87.f);
+  }
+  if (fast) {
+#pragma unroll
+    for (int e = 0; e < vector; e += 2) x.set(e, fast_silu(x[e]), fast_silu(x[e + 1]));
+  } else {
+#pragma unroll
+    for (int e = 0; e < vector; e += 2) x.set(e, silu(x[e]), silu(x[e + 1]));
+  }
+#pragma unroll
+  for (int e = 0; e < vector; e += 2) x.set(e, x[e] * other[e], x[e + 1] * other[e + 1]);
+}
 
 __device__ __forceinline__ float sum_of_squares(const Vector& x) {
   float sum = 0.f;
 #pragma unroll
-  for (int e = 0; e < vector; ++e) sum = __fmaf_rn(as_float(x.v[e]), as_float(x.v[e]), sum);
+  for (int e = 0; e < vector; ++e) sum = __fmaf_rn(x[e], x[e], sum);
   return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(threads, 1)
+// A norm's weight: ones if there is none. The ring's threads keep theirs as floats behind it.
+__device__ __forceinline__ Vector weight_of(const Params& p, i64 i) {
+  if (p.other) return load<false>(static_cast<const T*>(p.other), i, p.length);
+  Vector ones;
+#pragma unroll
+  for (int e = 0; e < vector; e += 2) ones.set(e, 1.f, 1.f);
+  return ones;
+}
+template <class Weight>
+__device__ __forceinline__ void norm(Vector& x, float factor, const Weight& w) {
+#pragma unroll
+  for (int e = 0; e < vector; e += 2) x.set(e, x[e] * factor * w[e], x[e + 1] * factor * w[e + 1]);
+}
+
+__device__ __forceinline__ void swap(u32& a, u32& b) {
+  const u32 t = a;
+  a = b, b = t;
+}
+
+#if __CUDA_ARCH__ >= 900
+#define CLUSTERS __cluster_dims__(cluster, 1, 1)
+#else
+#define CLUSTERS
+#endif
+
+extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_per_sm)
     quantize(const __grid_constant__ Params p) {
+  if constexpr (cluster > 1) cluster_arrive();
   wait_for_predecessors();
   launch_dependents();  // only now: early_launch.py
-  const i64 segment = i64(blockIdx.x) * (threads / group) + threadIdx.x / group;
-  const bool exists = segment < p.segments;
-  const T* x = static_cast<const T*>(p.x) + (exists ? segment : 0) * p.x_stride;
-  const i64 first = threadIdx.x % group * vector, step = group * vector;
-  Stage stage{static_cast<const T*>(p.other)};
-  if constexpr (before == silu_mul) stage.other += (exists ? segment : 0) * p.other_stride;
-
-  Range range;
-  constexpr bool early = chunks <= 2;  // more have not the registers
-  Vector kept[chunks ? chunks : 1], second[chunks ? chunks : 1];
+  constexpr int per_block = threads / group;
+  constexpr int step = cluster * group * vector;
+  const i64 stride = i64(gridDim.x) / cluster * per_block;
+  i64 segment = i64(blockIdx.x) / cluster * per_block + threadIdx.x / group;
+  const int first = (blockIdx.x % cluster * group + threadIdx.x % group) * vector;
+  const u32 own = smem_address(smem) + threadIdx.x * 16, weights = own + operands * operand_bytes;
+  if constexpr (ahead && before == rms_norm) {
 #pragma unroll
-  for (int c = 0; c < chunks; ++c) {
-    kept[c] = load(x, first + c * step, p.length);
-    if (early) second[c] = stage.second(first + c * step, p.length);
+    for (int c = 0; c < chunks; ++c) {
+      const Vector w = weight_of(p, first + c * step);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        store_shared(weights + (2 * c + half) * vector_bytes, w[4 * half], w[4 * half + 1],
+                     w[4 * half + 2], w[4 * half + 3]);
+    }
   }
-  if constexpr (before == rms_norm) {
-    float squares = 0.f;
+  Ahead next(p, segment, stride, first, own);
+  if constexpr (ahead) next.fill();
+
+  // Two sets, which segments take in turns: some threads may still read the one before
+  __shared__ __align__(16) char all_slots[2][3 * slots_bytes];
+  u32 slots = smem_address(all_slots), other_slots = slots + 3 * slots_bytes;
+  asm volatile("" : "+r"(slots), "+r"(other_slots));  // worked out once
+  const bool whole = first + (chunks - 1) * step < p.length;
+  for (; segment - threadIdx.x / group < p.segments; segment += stride) {
+    const bool exists = per_block == 1 || segment < p.segments;
+    const T* x = static_cast<const T*>(p.x) + (exists ? segment : 0) * p.x_stride;
+    const T* other = static_cast<const T*>(p.other) + (exists ? segment : 0) * p.other_stride;
+    const auto second = [&](i64 i) {
+      if constexpr (before == rms_norm) return weight_of(p, i);
+      if constexpr (before == silu_mul) return load(other, i, p.length);
+      return Vector{};
+    };
+    constexpr bool early = chunks <= 2;  // more have not the registers
+    Vector kept[chunks ? chunks : 1], with[chunks ? chunks : 1];
+    if constexpr (ahead) cp_async_wait<0>();
 #pragma unroll
-    for (int c = 0; c < chunks; ++c) squares += sum_of_squares(kept[c]);
+    for (int c = 0; c < chunks; ++c) {
+      if constexpr (ahead) {
+        kept[c] = next.taken(0, c);
+        if constexpr (before == silu_mul) with[c] = next.taken(1, c);
+      } else {
+        kept[c] = load(x, first + c * step, p.length);
+        if constexpr (early) with[c] = second(first + c * step);
+      }
+    }
+    if constexpr (cluster > 1) cluster_wait();  // the others are there
+    if constexpr (ahead) next.fill();
+
+    float factor = 1.f;
+    if constexpr (before == rms_norm) {
+      float squares = 0.f;
+#pragma unroll
+      for (int c = 0; c < chunks; ++c) squares += sum_of_squares(kept[c]);
+      if constexpr (chunks == 0)
+        for (i64 i = first; i < p.length; i += step)
+          squares += sum_of_squares(load<false>(x, i, p.length));
+      const float mean =
+          __fdiv_rn(over_segment<Sum>(squares, slots + 2 * slots_bytes), float(p.length));
+      factor = __fdiv_rn(1.f, __fsqrt_rn(mean + float(p.eps)));
+    }
+    const auto prepare = [&]([[maybe_unused]] Vector& v, const Vector& w) {
+      if constexpr (before == rms_norm) norm(v, factor, w);
+      if constexpr (before == silu_mul) silu_times(v, w);
+    };
+    Range range;
+#pragma unroll
+    for (int c = 0; c < chunks; ++c) {
+      if constexpr (ahead && before == rms_norm) {
+        float w[8];
+        load_shared(w, weights + 2 * c * vector_bytes, vector_bytes);
+        norm(kept[c], factor, w);
+      } else {
+        if constexpr (!ahead && !early) with[c] = second(first + c * step);
+        prepare(kept[c], with[c]);
+      }
+      range.add(kept[c]);
+    }
     if constexpr (chunks == 0)
-      for (i64 i = first; i < p.length; i += step)
-        squares += sum_of_squares(load<false>(x, i, p.length));
-    squares = over_segment(squares, [](float a, float b) { return a + b; });
-    const float mean = __fdiv_rn(squares, float(p.length));
-    stage.factor = __fdiv_rn(1.f, __fsqrt_rn(mean + float(p.eps)));
-  }
-#pragma unroll
-  for (int c = 0; c < chunks; ++c) {
-    stage.apply(kept[c], early ? second[c] : stage.second(first + c * step, p.length));
-    range.add(kept[c]);
-  }
-  if constexpr (chunks == 0)
-    for (i64 i = first; i < p.length; i += step) {
-      Vector v = load<false>(x, i, p.length);
-      stage.apply(v, stage.second(i, p.length));
-      range.add(v);
-    }
-  range.reduce();
-  if (!exists) return;
+      for (i64 i = first; i < p.length; i += step) {
+        Vector v = load<false>(x, i, p.length);
+        prepare(v, second(i));
+        range.add(v);
+      }
+    range.reduce(slots);
+    swap(slots, other_slots);
+    if (!exists) continue;
 
-  const float span = symmetric ? range.high : range.high - range.low;
-  const float scale = span == 0.f ? 1.f : nan_max(__fdiv_rn(span, levels), 0x1p-149f);
-  float zero = 0.f;
-  if constexpr (!symmetric) {
-    zero = low_code - rintf(__fdiv_rn(range.low, scale));
-    zero = zero != zero ? low_code * 0.f : zero;
-    zero = fminf(fmaxf(zero, low_code), high_code);
-  }
-  if (threadIdx.x % group == 0) {
-    p.scale[segment] = scale;
-    if constexpr (!symmetric) p.zero[segment] = int(zero);
-  }
-  const Coder coder(scale, zero);
-#pragma unroll
-  for (int c = 0; c < chunks; ++c) store(p, segment, first + c * step, kept[c], coder);
-  if constexpr (chunks == 0)
-    for (i64 i = first; i < p.length; i += step) {
-      Vector v = load(x, i, p.length);
-      stage.apply(v, stage.second(i, p.length));
-      store(p, segment, i, v, coder);
+    const Coder coder(range);
+    if (first == 0) {
+      p.scale[segment] = coder.scale;
+      if constexpr (!symmetric) p.zero[segment] = int(coder.zero);
     }
+#pragma unroll
+    for (int c = 0; c < chunks; ++c)
+      if (c < chunks - 1 || whole) store(p, segment, first + c * step, kept[c], coder);
+    if constexpr (chunks == 0)
+      for (i64 i = first; i < p.length; i += step) {
+        Vector v = load(x, i, p.length);
+        prepare(v, second(i));
+        store(p, segment, i, v, coder);
+      }
+  }
 }

@@ -1,9 +1,9 @@
-// From the products of rotate_tile.cuh to scales and codes: the formulas of fused_quantize.py.
+// From products to scales and codes: the formulas of fused_quantize.py.
 //
 // A group's scale comes from its largest magnitude or from its spread; quotients are rounded as if
 // they were divisions.
 #pragma once
-#include "rotate_tile.cuh"
+#include "rotate_units.cuh"
 
 // ---- scales ------------------------------------------------------------------------------------
 struct Sum {
@@ -23,6 +23,22 @@ template <int lanes, class C> __device__ __forceinline__ float over_lanes(float 
 #pragma unroll
   for (int d = 1; d < lanes; d *= 2) v = combine(v, __shfl_xor_sync(~0u, v, d));
   return v;
+}
+
+// One value for the group from the lanes that share it, of row lane / 4 in even lanes and of row
+// lane / 4 + 8 in odd ones.
+template <int lanes, class C>
+__device__ __forceinline__ float share(const float (&v)[2], bool odd, C combine) {
+  float own = combine(odd ? v[1] : v[0], __shfl_xor_sync(~0u, odd ? v[0] : v[1], 1));
+  if constexpr (lanes == 4) own = combine(own, __shfl_xor_sync(~0u, own, 2));
+  return own;
+}
+
+// 1 / d to nearest, of what is neither subnormal nor near it
+__device__ __forceinline__ float reciprocal_of(float d) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+  return __fmaf_rn(__fmaf_rn(-r, d, 1.f), r, r);
 }
 
 // 1 / d in two parts, and with it x / d rounded to nearest
@@ -61,6 +77,22 @@ __device__ __forceinline__ float integer_scale(const Params& p, float stat, floa
   return scale == 0.f ? 1.f : scale;
 }
 
+// The scales of two rows that neighbours share, each of whom has worked out one
+__device__ __forceinline__ void swap_rows(Scale& even, Scale& odd, const Scale& own, bool is_odd) {
+  const float divisor = __shfl_xor_sync(~0u, own.divisor, 1);
+  const float reciprocal = format == mx ? 0.f : __shfl_xor_sync(~0u, own.reciprocal, 1);
+  even = {is_odd ? divisor : own.divisor, is_odd ? reciprocal : own.reciprocal};
+  odd = {is_odd ? own.divisor : divisor, is_odd ? own.reciprocal : reciprocal};
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ float e4m3_value(unsigned short code) {
+  u32 halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(code));
+  return __half2float(__ushort_as_half((unsigned short)halves));
+}
+#endif
+
 // `stat`: the largest magnitude or the standard deviation. `code`: the scale's byte
 __device__ __forceinline__ Scale fp4_scale(const Params& p, float stat, u32& code) {
   if constexpr (format == mx) {
@@ -72,6 +104,12 @@ __device__ __forceinline__ Scale fp4_scale(const Params& p, float stat, u32& cod
     float base = p.global_scale * (quest ? p.spread * stat : divided_by<6>(stat));
     const float infinity = __int_as_float(0x7f800000);
     const bool finite = base < infinity;
+#if __CUDA_ARCH__ >= 900
+    unsigned short pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %1;" : "=h"(pair) : "f"(base));
+    code = pair & 255;
+    const float value = e4m3_value(pair);
+#else
     base = fminf(base, 448.f);
     // e4m3 has steps of 2^-9 below 2^-6, above of an eighth of the binade; adding 1.5 * 2^23 of
     // them rounds.
@@ -79,10 +117,11 @@ __device__ __forceinline__ Scale fp4_scale(const Params& p, float stat, u32& cod
     const float magic = __uint_as_float((field + 20) << 23 | 0x400000);
     const float value = __fadd_rn(__fadd_rn(base, magic), -magic);
     code = value >= 0x1p-6f ? (__float_as_uint(value) >> 20) - 960 : u32(value * 512.f);
+#endif
     code = finite ? code : 127;
     // a scale too small for e4m3 stands for a group of zeros
-    if (value == 0.f) return {1.f, 0.f};
-    return {finite ? value : infinity, __frcp_rn(value)};
+    const bool zero = value == 0.f;
+    return {finite ? (zero ? 1.f : value) : infinity, zero ? 0.f : reciprocal_of(value)};
   }
 }
 
@@ -103,12 +142,17 @@ __device__ __forceinline__ u32 signs(float a, float b, float c, float d) {
   return __byte_perm(ab, cd, 0x5410);
 }
 
-// A code of e2m1, in the low bits of a float, from its magnitude times 2, 1 and 1/2. Rounding with
-// the step of a lower binade gives a code that is no smaller, and so does a higher one's: the least
-// of three is right.
-__device__ __forceinline__ float e2m1(float a, float twice_scale, float scale, float half_scale) {
-  return fminf(fminf(__fmaf_rn(a, twice_scale, magic), __fmaf_rn(a, scale, magic + 2.f)),
-               __fmaf_rn(a, half_scale, magic + 4.f));
+// A code of e2m1, in the low bits of a float, from an eighth of its magnitude, of 8 at most. Rounding
+// with the step of a lower binade gives a code that is no smaller, and so does a higher one's: the
+// least of three is right. In the third line's binade only 4 and 6 are left: a slope of .3 has the
+// same tie between them at 5 and does not reach 7.5 before 8. Floats of one sign compare as integers
+// do, of which Hopper takes three at a time.
+__device__ __forceinline__ float e2m1(float eighth) {
+  constexpr float slope = 8 * 0x1.333332p-2f;  // below .3, but the float after 5 gives 1.5 and more
+  const int lines[] = {__float_as_int(__fmaf_rn(eighth, 16.f, magic)),
+                       __float_as_int(__fmaf_rn(eighth, 8.f, magic + 2.f)),
+                       __float_as_int(__fmaf_rn(eighth, slope, magic + 5.f))};
+  return __int_as_float(min(min(lines[0], lines[1]), lines[2]));
 }
 
 // The codes of a lane's eight values of a row: two words of INT8, one of four bits.
@@ -117,6 +161,8 @@ struct Codes {
   u32 kept;
 };
 
+// `parts` of the eight have scales of their own.
+template <int parts>
 __device__ __forceinline__ Codes codes_of(const Params& p, float (&x)[8],
                                           const Scale (&scale)[parts]) {
   const float infinity = __int_as_float(0x7f800000);
@@ -149,25 +195,25 @@ __device__ __forceinline__ Codes codes_of(const Params& p, float (&x)[8],
       // the divisor is a power of two, and so is its reciprocal
       const float reciprocal =
           __uint_as_float(max(0x7f000000u - __float_as_uint(s.divisor), 1u << 22));
-      const float bound = fminf(6.f * s.divisor, 0x1.fffffep127f);  // 3x may be infinite
 #pragma unroll
       for (int i = from; i < to; ++i) {
         const float t = quest ? x[i] : 3.f * x[i];
         if constexpr (Config::mask)
           r.kept |= u32(fabsf(t) * reciprocal < (quest ? 6.f : 18.f)) << i;
-        y[i] = e2m1(fminf(fabsf(t), bound), 2.f * reciprocal, reciprocal, .5f * reciprocal);
+        y[i] = e2m1(__saturatef(fabsf(t) * (.125f * reciprocal)));
       }
     } else {
-      if (p.global_scale != 1.f) {
+      if constexpr (Config::scaled) {
 #pragma unroll
         for (int i = from; i < to; ++i) x[i] *= p.global_scale;
       }
-      const Reciprocal reciprocal(s.divisor, s.reciprocal);
+      Reciprocal reciprocal(s.divisor, s.reciprocal);
+      reciprocal.high *= .125f, reciprocal.low *= .125f;
 #pragma unroll
       for (int i = from; i < to; ++i) {
-        const float a = fabsf(reciprocal.times(x[i]));
-        if constexpr (Config::mask) r.kept |= u32(a < 6.f) << i;
-        y[i] = e2m1(fminf(a, 6.f), 2.f, 1.f, .5f);
+        const float eighth = __saturatef(reciprocal.times(fabsf(x[i])));
+        if constexpr (Config::mask) r.kept |= u32(eighth < .75f) << i;
+        y[i] = e2m1(eighth);
       }
     }
   }

@@ -1,4 +1,4 @@
-// Rotation and quantisation in one pass (formulas in fused_quantize.py): x, seen as rows of R
+// Rotation and quantisation in one pass (formulas in fused_quantize.py), on any GPU: x, seen as rows of R
 // values, is multiplied by h [R, R], and each group of the products gets a scale and codes.
 //
 // x is one flat stream, cut into units that a block takes in turn; cp.async brings the next ones
@@ -20,12 +20,12 @@
 //     twice   a group is several units, which are read and rotated once for the scale, then for the
 //             codes
 #include "rotate_codes.cuh"
+#include "rotate_tile.cuh"
 
 // A lane's codes of one row of a unit, whose first piece is `first` of x
 __device__ __forceinline__ void store(const Params& p, char* collection, i64 first, int pieces,
                                       int row, int column_warp, int lane, const Codes& c) {
   const int t = lane % 4;
-  constexpr int bits = format == int8 ? 8 : 4;
   unsigned char* codes = static_cast<unsigned char*>(p.codes) + first * (piece * bits / 8);
   unsigned char* mask = p.mask + first * (piece / 8);
   if constexpr (blocks == 1) {
@@ -89,15 +89,6 @@ __device__ __forceinline__ float stat_of(const float (&x)[8], int part) {
   return stat;
 }
 
-// One value for the group from the lanes that share it, of row lane / 4 in even lanes and of row
-// lane / 4 + 8 in odd ones.
-template <class C>
-__device__ __forceinline__ float share(const float (&v)[2], bool odd, C combine) {
-  float own = combine(odd ? v[1] : v[0], __shfl_xor_sync(~0u, odd ? v[0] : v[1], 1));
-  if constexpr (group_lanes == 4) own = combine(own, __shfl_xor_sync(~0u, own, 2));
-  return own;
-}
-
 // Mean squared distance from the mean, shared likewise. A difference of sums, unless it cancels.
 __device__ __forceinline__ float variance(const float (&x)[2][8], int part, bool odd) {
   float total[2] = {}, squares[2] = {};
@@ -108,8 +99,8 @@ __device__ __forceinline__ float variance(const float (&x)[2][8], int part, bool
       total[half] += x[half][i];
       squares[half] = __fmaf_rn(x[half][i], x[half][i], squares[half]);
     }
-  const float mean = share(total, odd, Sum()) * (1.f / near);
-  const float square = share(squares, odd, Sum()) * (1.f / near);
+  const float mean = share<group_lanes>(total, odd, Sum()) * (1.f / near);
+  const float square = share<group_lanes>(squares, odd, Sum()) * (1.f / near);
   const float difference = __fmaf_rn(-mean, mean, square);
   if (!__any_sync(~0u, difference < .25f * square)) return difference;
   const float other = __shfl_xor_sync(~0u, mean, 1);
@@ -122,7 +113,7 @@ __device__ __forceinline__ float variance(const float (&x)[2][8], int part, bool
       squares[half] = __fmaf_rn(d, d, squares[half]);
     }
   }
-  return share(squares, odd, Sum()) * (1.f / near);
+  return share<group_lanes>(squares, odd, Sum()) * (1.f / near);
 }
 
 // Groups that lie in a piece: two rows of a lane
@@ -158,13 +149,10 @@ __device__ __forceinline__ void quantise_rows(const Params& p, char* collection,
       if constexpr (quest)
         stat = __fsqrt_rn(variance(x, part, odd));
       else
-        stat = share(stats, odd, Combine());
+        stat = share<group_lanes>(stats, odd, Combine());
       const Scale own = fp4_scale(p, stat, code);
       if (t % group_lanes < 2) store_scale(odd, (unsigned char)code);
-      const float divisor = __shfl_xor_sync(~0u, own.divisor, 1);
-      const float reciprocal = format == mx ? 0.f : __shfl_xor_sync(~0u, own.reciprocal, 1);
-      scale[0][part] = {odd ? divisor : own.divisor, odd ? reciprocal : own.reciprocal};
-      scale[1][part] = {odd ? own.divisor : divisor, odd ? own.reciprocal : reciprocal};
+      swap_rows(scale[0][part], scale[1][part], own, odd);
     }
   }
 #pragma unroll
@@ -191,10 +179,12 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   const int lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
   const int column_warp = warp % column_warps, first_row = warp / column_warps * tiles * 16;
+  const u32 ring = smem_address(smem);
   wait_for_predecessors();
-  Units ahead(p), units(p);
+  UnitsOfBlock ahead(p, blockIdx.x, gridDim.x), units(p, blockIdx.x, gridDim.x);
 #pragma unroll
-  for (int i = 0; i < stages - 1; ++i) fill(p, ahead, i, thread), ahead.advance();
+  for (int i = 0; i < stages - 1; ++i)
+    fill<Layout>(p, ahead, ring + i * stage_bytes, thread), ahead.advance();
   Rotation h;
   if constexpr (tensor_cores)
     h.load(p, smem + (stages - 1) * stage_bytes, column_warp, lane, thread);
@@ -207,12 +197,12 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     cp_async_wait<stages - 2>();
     __syncthreads();
     if (!ahead.count()) launch_dependents();  // the last stages
-    fill(p, ahead, next, thread), ahead.advance();
+    fill<Layout>(p, ahead, ring + next * stage_bytes, thread), ahead.advance();
     if constexpr (collected) collection.flush(p, thread);
     next = next == stages - 1 ? 0 : next + 1;
     Values v;
     if constexpr (tensor_cores)
-      rotate(v, h, smem_address(smem) + stage * stage_bytes, first_row, lane);
+      rotate(v, h, ring + stage * stage_bytes, first_row, lane);
     else
       rotate_exactly(v, p, smem + stage * stage_bytes, first_row, column_warp, lane);
     stage = stage == stages - 1 ? 0 : stage + 1;

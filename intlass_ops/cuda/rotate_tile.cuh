@@ -1,32 +1,10 @@
-// x and h on their way to products: the shapes that follow from a configuration of
-// rotate_quantize.cu, the ring of shared memory that x comes through, and the rotation itself.
+// rotate_quantize.cu's rotation: the shapes that follow from its configuration, and h and x on their
+// way to products.
 #pragma once
-#include "fragments.cuh"
-#include "memory.cuh"
+#include "rotate_units.cuh"
 
-struct Params {
-  const void* x;
-  const void* h;
-  void* codes;
-  void* scales;
-  unsigned char* mask;
-  i64 pieces, group_pieces;    // in x, in a group (1 for quads)
-  float global_scale, spread;  // spread: the scale over the group's rms or standard deviation
-};
-
-using T = Config::x_type;
-constexpr int R = Config::rotation, tiles = Config::tiles, stages = Config::stages;
-enum Format { int8, int4, mx, nv };
-constexpr int format = Config::format;
-enum Scope { quads, table, block, twice };
-constexpr int scope = Config::scope;
-constexpr bool integers = format == int8 || format == int4, quest = Config::quest;
 constexpr bool tensor_cores = sizeof(T) == 2;
-template <bool first, class A, class B> struct Choose { using type = A; };
-template <class A, class B> struct Choose<false, A, B> { using type = B; };
-using Kind = typename Choose<same<T, __half>::value, fp16, bf16>::type;
-
-constexpr int width = R < 32 ? 32 : R, piece = R < 32 ? R : 32;
+constexpr int width = R < 32 ? 32 : R;
 constexpr int blocks = width / R, run = 8 / blocks;  // of a row; consecutive values of a lane
 constexpr int pieces_per_row = width / piece;
 constexpr int column_warps = width / 32, warps = column_warps * Config::row_warps;
@@ -50,6 +28,7 @@ constexpr int h_bytes = tensor_cores ? h_rows * h_row : 0;
 constexpr bool collected = format != int8 && column_warps > 1;
 constexpr int codes_at =
     (stages - 1) * stage_bytes + (stage_bytes > h_bytes ? stage_bytes : h_bytes);
+
 extern __shared__ __align__(128) char smem[];
 
 // Eight rows meet eight banks.
@@ -58,56 +37,13 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) {
   return row * row_bytes + (chunk ^ swizzle(row)) * 16;
 }
 
-// The units of a block, one after the other: pieces [first, first + count) of x, none at its end
-struct Units {
-  const int group, size;            // pieces of a group, and of a unit or a longer group
-  i64 first, left;                  // pieces from the first one's on
-  int at = 0;                       // twice: pieces of the group before this unit
-  bool searching = scope == twice;  // for the scale
-
-  __device__ __forceinline__ Units(const Params& p)
-      : group(int(p.group_pieces)),
-        size(scope == quads   ? capacity
-             : scope == table ? capacity / group * group
-                              : group) {
-    first = blockIdx.x * i64(size), left = p.pieces - first;
-  }
-  __device__ __forceinline__ int count() const {
-    if (left <= 0) return 0;
-    return scope == twice ? min(capacity, size - at) : int(min(i64(size), left));
-  }
-  __device__ __forceinline__ bool ends_group() const { return at + capacity >= size; }
-  __device__ __forceinline__ void advance() {
-    if constexpr (scope == twice) {
-      const bool more = at + capacity < size;
-      at = more ? at + capacity : 0;
-      if (more) return;
-      searching = !searching;
-      if (!searching) return;
-    }
-    first += gridDim.x * i64(size), left -= gridDim.x * i64(size);
+using UnitsOfBlock = Units<capacity>;
+struct Layout {
+  static constexpr int threads = ::threads, rows = ::rows, row_chunks = ::row_chunks;
+  static __device__ __forceinline__ int chunk_at(int row, int chunk) {
+    return ::chunk_at(row, chunk);
   }
 };
-
-// Starts to copy a unit to a stage of the ring. A thread's 16 bytes lie `threads` chunks apart.
-__device__ __forceinline__ void fill(const Params& p, const Units& units, int stage, int thread) {
-  const int bytes = units.count() * int(piece * sizeof(T));
-  if (bytes) {
-    const char* from = static_cast<const char*>(p.x) +
-                       (units.first + units.at) * i64(piece * sizeof(T)) + thread * 16;
-    const u32 to = smem_address(smem) + stage * stage_bytes;
-#pragma unroll
-    for (int i = 0; i < rows * row_chunks / threads; ++i) {
-      // of as many rows apart that the swizzle is the same
-      static_assert(threads / row_chunks % 8 == 0 || sizeof(T) == 4, "see above");
-      const int row = sizeof(T) == 4 ? i * (threads / row_chunks) : 0;
-      const int at = chunk_at(thread / row_chunks + row, thread % row_chunks);
-      cp_async_16(to + at + (sizeof(T) == 4 ? 0 : i * threads * 16), from + i * threads * 16,
-                  (i * threads + thread) * 16 >= bytes);
-    }
-  }
-  cp_async_commit();
-}
 
 // ---- rotation ----------------------------------------------------------------------------------
 // h as B fragments of step s and column tile j. Columns n = 0..7 of a tile are, of the columns that

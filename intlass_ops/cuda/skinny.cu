@@ -84,6 +84,17 @@ struct Chunk {
   Scale s[passes][tiles_n][2];
   Zero z[passes][tiles_n][2];
   LaneScales blocks[tiles_n][2], x_blocks[tiles_m];
+
+  __device__ __forceinline__ bool wide() const {
+    bool found = false;
+    if constexpr (scaled)
+#pragma unroll
+      for (int i = 0; i < 2 * tiles_n; ++i) found |= blocks[i / 2][i % 2].wide();
+    if constexpr (fp4_x)
+#pragma unroll
+      for (int j = 0; j < tiles_m; ++j) found |= x_blocks[j].wide();
+    return found;
+  }
 };
 
 extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
@@ -169,9 +180,9 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   };
 
   typename D::Row row_zero[tiles_n][2] = {};  // with one zero point a row
-  auto row_of = [&](const Chunk& c, int pass, int t, int i, int h) {
+  auto row_of = [&](const Chunk& c, bool wide, int pass, int t, int i, int h) {
     if constexpr (scaled)
-      return c.blocks[i][h].factor(t * LaneScales::count / spans);
+      return c.blocks[i][h].factor(t * LaneScales::count / spans, wide);
     else if constexpr (!zeros_in_codes)
       return D::zero(8.f);
     else if constexpr (grouped)
@@ -183,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   Totals total = {};
   Sums sum;
   sum.clear();
-  auto use_chunk = [&](const Chunk& c) {
+  auto use_chunk = [&](const Chunk& c, bool wide) {
 #pragma unroll
     for (int pass = 0; pass < passes; ++pass) {
       const bool mine = passes == 1 || quarter / (4 / passes) == pass;
@@ -192,7 +203,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
         typename P::B b[tiles_m];
 #pragma unroll
         for (int j = 0; j < tiles_m; ++j)
-          b[j] = token_fragment<P>(c.x[j][t], c.x_blocks[j].factor(t * LaneScales::count / spans));
+          b[j] = token_fragment<P>(c.x[j][t],
+                                   c.x_blocks[j].factor(t * LaneScales::count / spans, wide));
         if constexpr (zeros_in_sums) {
           const typename P::A ones = passes == 1 ? P::ones_w() : masked(P::ones_w(), mine);
 #pragma unroll
@@ -206,7 +218,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
             lo[v] = c.w[i][0][t * span_words<W> + v];
             hi[v] = c.w[i][1][t * span_words<W> + v];
           }
-          typename P::A a = D::w(lo, row_of(c, pass, t, i, 0), hi, row_of(c, pass, t, i, 1));
+          typename P::A a =
+              D::w(lo, row_of(c, wide, pass, t, i, 0), hi, row_of(c, wide, pass, t, i, 1));
           if constexpr (passes > 1) a = masked(a, mine);
 #pragma unroll
           for (int j = 0; j < tiles_m; ++j) P::mma(sum.y[i][j], a, b[j]);
@@ -238,6 +251,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       for (int h = 0; h < 2; ++h)
         prefetch_l2(blocks_row[i][h] + min(warp * unroll, chunks - 1) * chunk_scales);
   wait_for_predecessors();
+  prefetch_residual<tokens, rows, threads>(p, 0, n0, threadIdx.x);
   if constexpr (zeros_in_codes && !grouped)
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i)
@@ -247,8 +261,16 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     if (chunk0 != warp * unroll) load_all_codes(chunk0);
 #pragma unroll
     for (int u = 0; u < unroll; ++u) load_rest(c[u], chunk0 + u);
+    bool wide = false;
 #pragma unroll
-    for (int u = 0; u < unroll; ++u) use_chunk(c[u]);
+    for (int u = 0; u < unroll; ++u) wide |= c[u].wide();
+    if (any_wide(wide)) {
+#pragma unroll
+      for (int u = 0; u < unroll; ++u) use_chunk(c[u], true);
+    } else {
+#pragma unroll
+      for (int u = 0; u < unroll; ++u) use_chunk(c[u], false);
+    }
   }
   __shared__ Sum partial[warps][tokens][rows];
   __shared__ Acc partial_x[!grouped && zeros_in_sums ? warps : 1][tokens];

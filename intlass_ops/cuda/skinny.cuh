@@ -1,12 +1,12 @@
 // What the two kernels for few tokens share: how a lane's words of W are decoded, and the units of
 // the sums that come of it.
 #pragma once
-#include "problem.cuh"
+#include "epilogue.cuh"
 
 // FP4 takes the scale of its block as it becomes a fragment
 template <class X> struct FewShifts<X, e2m1> : Pair<X, e2m1> {
-  using Row = u32;  // the factor of a block
-  static __device__ __forceinline__ Row zero(float) { return 0; }
+  using Row = Factor;  // of a block
+  static __device__ __forceinline__ Row zero(float) { return {}; }
   static __device__ __forceinline__ typename Pair<X, e2m1>::A w(const u32 (&lo)[1], Row lo_factor,
                                                                 const u32 (&hi)[1], Row hi_factor) {
     return Pair<X, e2m1>::template w<Scale>(lo[0], lo_factor, hi[0], hi_factor);
@@ -50,16 +50,24 @@ __device__ __forceinline__ const unsigned char* lane_scales(const void* scales, 
 __device__ __forceinline__ LaneScales load_scales_of(const unsigned char* from, int chunk) {
   return *reinterpret_cast<const LaneScales*>(from + i64(chunk) * chunk_scales);
 }
-template <class Scale> __device__ __forceinline__ u32 block_factor(unsigned char code) {
+template <class Scale> __device__ __forceinline__ Factor block_factor(unsigned char code) {
   if constexpr (scaled)
-    return SpanScales<Scale>{code}.factor(0);
+    return SpanScales<Scale>{code}.factor(0, true);
   else
-    return 0;
+    return {};
+}
+// Whether a lane of the warp has a wide one: a branch that all take, since one in the midst of the work
+// costs more than it saves
+__device__ __forceinline__ bool any_wide(bool mine) {
+  if constexpr (scaled && same<Scale, e8m0>::value)
+    return __any_sync(~0u, mine);
+  else
+    return false;
 }
 // An activation's fragment from its words
 template <class Pair>
 __device__ __forceinline__ typename Pair::B token_fragment(const u32 (&v)[span_words<X>],
-                                                           u32 factor) {
+                                                           Factor factor) {
   if constexpr (fp4_x)
     return Pair::template x<Scale>(v[0], factor);
   else
@@ -89,5 +97,6 @@ __device__ __forceinline__ void finish(const Params& p, i64 n, int m, Sum y, Acc
     if constexpr (!scaled)  // an empty sum is zero, whatever the scale
       v = p.k ? v * scale_in_units(static_cast<const Scale*>(p.scales)[n * p.scale_row]) : 0.f;
   }
-  store_rounded(static_cast<Out*>(p.out) + m * p.n + n, v * factor + bias_of(p, n));
+  const Out residual = Config::residual ? *residual_at(p, m, n) : Out();
+  store_rounded(static_cast<Out*>(p.out) + m * p.n + n, output(v, factor, bias_of(p, n), residual));
 }

@@ -32,23 +32,18 @@ constexpr int buffers = tokens > 8 ? 1 : 2;
 static_assert(ring_bytes + x_bytes + buffers * warps * slab * 4 == Config::fixed_smem,
               "config/skinny_ring.py and the kernel disagree about shared memory");
 
-template <int words>
-__device__ __forceinline__ void load_global(u32 (&v)[words], const char* from) {
-  // not __ldg: another kernel may have been writing them when this one started
-  if constexpr (words == 4) {
-    const uint4 t = *reinterpret_cast<const uint4*>(from);
-    v[0] = t.x, v[1] = t.y, v[2] = t.z, v[3] = t.w;
-  } else if constexpr (words == 2) {
-    const uint2 t = *reinterpret_cast<const uint2*>(from);
-    v[0] = t.x, v[1] = t.y;
-  } else {
-    v[0] = *reinterpret_cast<const u32*>(from);
-  }
-}
-
 // FP4's scales of the rows that a lane holds pieces of: of a chunk, and where they lie. Other kernels
 // keep nothing of it.
-struct Blocks { LaneScales of_row[pieces]; };
+struct Blocks {
+  LaneScales of_row[pieces];
+
+  __device__ __forceinline__ bool wide() const {
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < pieces; ++i) found |= of_row[i].wide();
+    return found;
+  }
+};
 struct BlockRows {
   const unsigned char* block_row[pieces];
 
@@ -66,7 +61,9 @@ struct BlockRows {
     for (int i = 0; i < pieces; ++i) to.of_row[i] = load_scales_of(block_row[i], chunk);
   }
 };
-struct NoBlocks {};
+struct NoBlocks {
+  __device__ __forceinline__ bool wide() const { return false; }
+};
 struct NoBlockRows {
   __device__ __forceinline__ void enter_blocks(const Params&, i64, int) {}
   __device__ __forceinline__ void prefetch_blocks(int) const {}
@@ -108,8 +105,9 @@ __device__ __forceinline__ float zero_of_pass(Zero z) {
 
 // Row i's factor of word t of a chunk
 template <class Row, class Scales>
-__device__ __forceinline__ void take_factor(Row& row, const Scales& scales, int i, int t) {
-  if constexpr (scaled) row = scales.of_row[i].factor(t * LaneScales::count / spans);
+__device__ __forceinline__ void take_factor(Row& row, const Scales& scales, bool wide, int i,
+                                            int t) {
+  if constexpr (scaled) row = scales.of_row[i].factor(t * LaneScales::count / spans, wide);
 }
 
 template <int count> __device__ __forceinline__ void group_sync(int group) {
@@ -278,6 +276,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 
     int turn = 0;
     for (int tile = first_tile; tile < tiles; tile += step, ++turn) {
+      prefetch_residual<tokens, rows, 32 * group_warps>(p, 0, i64(tile) * rows,
+                                                        threadIdx.x % (32 * group_warps));
       typename D::Row code_zero[pieces];  // what a code of each of the lane's rows loses
 #pragma unroll
       for (int i = 0; i < pieces; ++i) {
@@ -329,32 +329,39 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
               for (int i = 0; i < pieces; ++i) code_zero[i] = D::zero(z[i]);
           }
+          auto multiply = [&](bool wide) {
 #pragma unroll
-          for (int t = 0; t < spans; ++t) {
-            typename P::B b[tiles_m];
+            for (int t = 0; t < spans; ++t) {
+              typename P::B b[tiles_m];
 #pragma unroll
-            for (int j = 0; j < tiles_m; ++j) b[j] = x_chunk[(t * tokens + token[j]) * 4];
-            if constexpr (zeros_in_sums) {
-              const typename P::A ones = passes == 1 ? P::ones_w() : masked(P::ones_w(), keep);
+              for (int j = 0; j < tiles_m; ++j) b[j] = x_chunk[(t * tokens + token[j]) * 4];
+              if constexpr (zeros_in_sums) {
+                const typename P::A ones = passes == 1 ? P::ones_w() : masked(P::ones_w(), keep);
 #pragma unroll
-              for (int j = 0; j < tiles_m; ++j) P::mma(sum_x[j], ones, b[j]);
-            }
-#pragma unroll
-            for (int i = 0; i < tiles_n; ++i) {
-              u32 lo[span_words<W>], hi[span_words<W>];
-#pragma unroll
-              for (int v = 0; v < span_words<W>; ++v) {
-                lo[v] = w[2 * i][t * span_words<W> + v];
-                hi[v] = w[2 * i + 1][t * span_words<W> + v];
+                for (int j = 0; j < tiles_m; ++j) P::mma(sum_x[j], ones, b[j]);
               }
 #pragma unroll
-              for (int h = 0; h < 2; ++h) take_factor(code_zero[2 * i + h], mine, 2 * i + h, t);
-              typename P::A a = D::w(lo, code_zero[2 * i], hi, code_zero[2 * i + 1]);
-              if constexpr (passes > 1) a = masked(a, keep);
+              for (int i = 0; i < tiles_n; ++i) {
+                u32 lo[span_words<W>], hi[span_words<W>];
 #pragma unroll
-              for (int j = 0; j < tiles_m; ++j) P::mma(sum[i][j], a, b[j]);
+                for (int v = 0; v < span_words<W>; ++v) {
+                  lo[v] = w[2 * i][t * span_words<W> + v];
+                  hi[v] = w[2 * i + 1][t * span_words<W> + v];
+                }
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                  take_factor(code_zero[2 * i + h], mine, wide, 2 * i + h, t);
+                typename P::A a = D::w(lo, code_zero[2 * i], hi, code_zero[2 * i + 1]);
+                if constexpr (passes > 1) a = masked(a, keep);
+#pragma unroll
+                for (int j = 0; j < tiles_m; ++j) P::mma(sum[i][j], a, b[j]);
+              }
             }
-          }
+          };
+          if (any_wide(mine.wide()))
+            multiply(true);
+          else
+            multiply(false);
           if constexpr (grouped) {
 #pragma unroll
             for (int i = 0; i < tiles_n; ++i)

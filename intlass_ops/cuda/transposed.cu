@@ -16,7 +16,7 @@
 // q - z and its product with s are rounded to x's type, the former exactly where z is an integer. The
 // warps of a block and then the stripes of N add up in their order: a result does not depend on
 // timing.
-#include "memory.cuh"
+#include "transposed.cuh"
 
 struct Params {
   const char *x, *w;
@@ -28,8 +28,6 @@ struct Params {
   i64 group_size, scale_row, scale_group, zero_row, zero_group, alpha_dtype;  // strides in elements
 };
 
-using X = Config::x_kind;
-constexpr bool has_zeros = Config::has_zeros;  // of x's type, with unsigned codes
 constexpr int lane_bytes = 4, lane_k = 2 * lane_bytes, columns = 8 * lane_k;
 constexpr int step_n = 32, depth = 2;  // rows of a step, and how many a warp has in flight
 constexpr int tiles_m = Config::tiles_m, tokens = 8 * tiles_m;
@@ -65,19 +63,6 @@ __device__ __forceinline__ void load_parameters(u32 (&v)[4], const unsigned shor
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = from[2 * i * row] | u32(from[(2 * i + 1) * row]) << 16;
   }
-}
-
-// The weights of two rows from their nibbles, which lie at bits 0 and 16
-__device__ __forceinline__ u32 decoded(u32 nibbles, u32 s, u32 z) {
-  using C = half_words<X>;
-  constexpr u32 flip = C::magic ^ (has_zeros ? 0u : 0x00080008u);
-  constexpr u32 minus_zero = 0x80008000u;
-  u32 q = and_xor(nibbles, 0x000f000f, flip);
-  if constexpr (has_zeros)
-    q = fma2<X>(z, C::minus_one, fma2<X>(q, C::one, C::magic | minus_zero));
-  else
-    q = fma2<X>(q, C::one, C::minus_offset4);
-  return fma2<X>(q, s, minus_zero);
 }
 
 __device__ __forceinline__ void use(Sums& sums, const Step& step) {

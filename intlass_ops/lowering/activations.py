@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .editor import CAST, Editor, aten
-from .gemms import shape_of
+from .gemms import same_size, shape_of
 from .integers import SPANS, span
 from .probing import LeafMeta, synthetic
 from .program import Evaluation, NotASlice, extract, is_pure, walk
@@ -96,7 +96,7 @@ def _codes_behind(x: Node) -> Node | None:
                 value = each.meta.get("val")
                 if each in seen or not isinstance(value, Tensor):
                     continue
-                if not _same_size(value, x.meta["val"]):
+                if not same_size(value.numel(), x.meta["val"].numel()):
                     continue
                 if span(each) is not None:
                     return each
@@ -104,11 +104,6 @@ def _codes_behind(x: Node) -> Node | None:
                 following.append(each)
         frontier = following
     return None
-
-
-def _same_size(one: Tensor, other: Tensor) -> bool:
-    a, b = one.numel(), other.numel()
-    return a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
 
 
 def _between(codes: Node, x: Node) -> tuple[list[Node], list[Node]]:

@@ -6,7 +6,7 @@ falls apart into rows (rowwise.py), measuring (weights.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,14 +20,24 @@ from .weights import Measured, NotGrouped, Recipe, evaluate_real, measure
 BLOCK_ELEMENTS = 1 << 21
 # Larger ones take fewer launches; a quarter of a gigabyte is what a model of 8 B may take for it.
 GPU_BLOCK_ELEMENTS = 7 << 19
+# Where one kernel proves, a block takes 45, and only the first rows are measured.
+FIRST_ELEMENTS = 1 << 20
+TAKEN_ELEMENTS = 6 << 20
+
+Take = Callable[[Evaluation, Recipe], bool]
 
 
 class ColumnsDiffer(Exception):
     """The order of columns that the first rows have is not that of all rows."""
 
 
-def measured(recipe: Recipe, leaves: Sequence[Tensor]) -> Iterator[Measured]:
-    """Rows after rows of a weight on its real leaves; all at once where it does not fall apart."""
+def measured(
+    recipe: Recipe, leaves: Sequence[Tensor], take: Take | None = None
+) -> Iterator[Measured]:
+    """Rows after rows of a weight on its real leaves; all at once where it does not fall apart.
+
+    Rows that ``take`` answers for are left out.
+    """
     cut = rowwise.cut(recipe, leaves)
     if cut is None:
         # Often the codes alone are packed across rows: what follows them falls apart.
@@ -39,26 +49,34 @@ def measured(recipe: Recipe, leaves: Sequence[Tensor]) -> Iterator[Measured]:
         recipe, leaves = part
     if recipe.batch > 1:
         for start in range(recipe.batch):
-            yield from measured(*cut.rows(leaves, start, 1))
+            yield from measured(*cut.rows(leaves, start, 1), take)
         return
-    elements = GPU_BLOCK_ELEMENTS if leaves[0].is_cuda else BLOCK_ELEMENTS
-    rows = _rounded(elements // max(recipe.k, 1), cut.step)
-    order = None
-    for start in range(0, recipe.n, rows):
+    order, start = None, 0
+    while start < recipe.n:
+        rows = _rounded(_elements(leaves, start, take) // max(recipe.k, 1), cut.step)
         small, rest = cut.rows(leaves, start, min(rows, recipe.n - start))
-        try:
-            found = measure(evaluate_real(small, rest), small, order=order)
-        except NotGrouped as problem:
-            if order is None:
-                raise
-            raise ColumnsDiffer from problem
-        if start and found.order is not order:
-            raise ColumnsDiffer
-        order = found.order
-        yield found
+        evaluation = evaluate_real(small, rest)
+        if take is None or not take(evaluation, small):
+            try:
+                found = measure(evaluation, small, order=order)
+            except NotGrouped as problem:
+                if order is None:
+                    raise
+                raise ColumnsDiffer from problem
+            if start and found.order is not order:
+                raise ColumnsDiffer
+            order = found.order
+            yield found
+        start += rows
 
 
-def whole(recipe: Recipe, leaves: Sequence[Tensor]) -> Iterator[Measured]:
+def _elements(leaves: Sequence[Tensor], start: int, take: Take | None) -> int:
+    if take is not None:
+        return TAKEN_ELEMENTS if start else FIRST_ELEMENTS
+    return GPU_BLOCK_ELEMENTS if leaves[0].is_cuda else BLOCK_ELEMENTS
+
+
+def whole(recipe: Recipe, leaves: Sequence[Tensor], take: Take | None = None) -> Iterator[Measured]:
     """The same, all rows at once."""
     yield measure(evaluate_real(recipe, leaves), recipe)
 

@@ -20,7 +20,7 @@ from ..nn import IntLinear, PackedLinear
 from . import graph_pass, records, runtime
 from .gemms import shape_of
 from .siblings import LINEAR
-from .storage import DENSE, INT4, INT8, Packed, recipes_of
+from .storage import BETWEEN, DENSE, INT4, INT8, Packed, recipes_of
 
 INT8_GEMM: Any = torch.ops.intlass.matmul_int8_bf16_tn.default
 _VIEWS = ("aten.view.", "aten.reshape.", "aten._unsafe_view.", "aten.alias.")
@@ -43,6 +43,12 @@ class GraphLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.graph(x.reshape(*self.lead, -1, self.in_features))
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    @property
+    def packed_linear(self) -> nn.Module:
+        """Its weight's layer; of several, none that could lie beside others."""
+        inner = [each for each in self.graph.children() if isinstance(each, PackedLinear)]
+        return inner[0] if len(inner) == 1 else self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -89,8 +95,9 @@ def _rebuild(source: GraphModule, arguments: tuple[Any, ...], x: Tensor) -> tupl
     copied = [values[n] for n in source.graph.nodes if n.op == "placeholder"]
     result = values_of_output(source, values)
     graph.output(result)
-    owner = GraphModule(source, graph)
-    graph = owner.graph
+    owner = nn.Module()  # of what the graph names; few graphs become code
+    for node in graph.find_nodes(op="get_attr"):
+        setattr(owner, str(node.target), getattr(source, str(node.target)))
     tensors = dict(zip(copied, arguments, strict=True))
     entry = next((n for n, t in tensors.items() if _is(t, x)), None)
     if entry is None:
@@ -101,17 +108,16 @@ def _rebuild(source: GraphModule, arguments: tuple[Any, ...], x: Tensor) -> tupl
     out: Any = result.meta.get("val") if isinstance(result, Node) else None
     if not isinstance(out, Tensor) or type(shape_of(result)[-2]) is int:
         raise NotConverted("its forward depends on the number of rows")
-    bits = [_as_module(owner, node, tensors, i) for i, node in enumerate(products)]
+    bits = [_as_module(owner, graph, node, tensors, i) for i, node in enumerate(products)]
     calls = [node for node in graph.nodes if node.op == "call_module"]
     integer = any(not node.args[0].meta["val"].dtype.is_floating_point for node in calls)
-    graph.eliminate_dead_code()
-    _bind(owner, entry, tensors, x)
+    graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure())
+    _bind(owner, graph, entry, tensors, x)
     n, k = int(out.shape[-1]), x.shape[-1]
     graph.lint()
-    owner.recompile()
     scheme = f"w{max(bits)}a{8 if integer else 16}"
     plain = _plain(owner, entry, result)
-    return plain or GraphLinear(owner, x.dim() - 2, k, n), scheme
+    return plain or GraphLinear(GraphModule(owner, graph), x.dim() - 2, k, n), scheme
 
 
 def values_of_output(source: GraphModule, values: dict[Node, Any]) -> Any:
@@ -127,16 +133,18 @@ def _is(value: Any, x: Tensor) -> bool:
     return isinstance(value, Tensor) and value.data_ptr() == x.data_ptr() and value.shape == x.shape
 
 
-def _as_module(owner: GraphModule, node: Node, tensors: dict[Any, Any], index: int) -> int:
+def _as_module(
+    owner: nn.Module, graph: Graph, node: Node, tensors: dict[Any, Any], index: int
+) -> int:
     """Replace a GEMM node by a call of a PackedLinear; returns the bits of its weight."""
-    graph, arguments = owner.graph, [*node.args, None, None, None, None]
+    arguments = [*node.args, None, None, None, None]
     k: int
     a_zero: Any
     bias: Any
     dtype: Any
     if node.target is LINEAR:
         x, leaves, text, a_scale, a_zero, bias, dtype = cast(list[Any], arguments)[:7]
-        if recipes_of(text)[0].batch != 1 or "\n" in text:
+        if recipes_of(text)[0].batch != 1 or BETWEEN in text:
             raise NotConverted("several weights in one module")
         packed = runtime.take([_evaluate(owner, leaf, tensors) for leaf in leaves], text)
         k = recipes_of(text)[0].k
@@ -151,7 +159,7 @@ def _as_module(owner: GraphModule, node: Node, tensors: dict[Any, Any], index: i
         packed = Packed(INT8, codes, found.reshape(-1).expand(n).contiguous())
     if packed.kind == DENSE:
         raise NotConverted(packed.reason)
-    owner.add_submodule(f"linear{index}", PackedLinear(packed, k))
+    owner.add_module(f"linear{index}", PackedLinear(packed, k))
     with graph.inserting_before(node):
         call = graph.call_module(f"linear{index}", (x, a_scale, a_zero, bias, dtype))
     call.meta = node.meta
@@ -160,7 +168,7 @@ def _as_module(owner: GraphModule, node: Node, tensors: dict[Any, Any], index: i
     return 4 if packed.kind == INT4 else 8
 
 
-def _evaluate(owner: GraphModule, node: Any, tensors: dict[Any, Any]) -> Tensor:
+def _evaluate(owner: nn.Module, node: Any, tensors: dict[Any, Any]) -> Tensor:
     """A node that depends on tensors of the module alone."""
     if node in tensors:
         found: Tensor = tensors[node]
@@ -177,9 +185,8 @@ def _evaluate(owner: GraphModule, node: Any, tensors: dict[Any, Any]) -> Tensor:
     return result
 
 
-def _bind(owner: GraphModule, entry: Node, tensors: dict[Any, Any], x: Tensor) -> None:
+def _bind(owner: nn.Module, graph: Graph, entry: Node, tensors: dict[Any, Any], x: Tensor) -> None:
     """Every other placeholder becomes a buffer, or the number of rows."""
-    graph = owner.graph
     for i, (node, value) in enumerate(tensors.items()):
         if node is entry:
             continue
@@ -197,7 +204,7 @@ def _bind(owner: GraphModule, entry: Node, tensors: dict[Any, Any], x: Tensor) -
         graph.erase_node(node)
 
 
-def _plain(owner: GraphModule, entry: Node, result: Node) -> nn.Module | None:
+def _plain(owner: nn.Module, entry: Node, result: Node) -> nn.Module | None:
     """The packed linear alone, if nothing but views and a bias is around it."""
     node = result
     while str(node.target).startswith(_VIEWS):

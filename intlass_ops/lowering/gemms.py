@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 aten: Any = torch.ops.aten
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _CAST = torch.ops.prims.convert_element_type.default
 # What our ops read and write; a wider epilogue stays in the graph.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -59,9 +59,9 @@ def static_shape(node: Node) -> tuple[int, ...] | None:
 def _operand(
     node: Node, x: Node, weight: Node, bias: Node | None, *, left: bool, linear: bool = False
 ) -> Gemm | None:
-    while weight.target in (*_VIEWS, aten.expand.default) and len(shape_of(weight)) == 3:
+    while weight.target in (*VIEWS, aten.expand.default) and len(shape_of(weight)) == 3:
         inner = weight.args[0]
-        if weight.target in _VIEWS and isinstance(inner, Node):
+        if weight.target in VIEWS and isinstance(inner, Node):
             if shape_of(inner) != shape_of(weight):
                 break
             weight = inner
@@ -194,7 +194,7 @@ def row_like(node: Any, output: tuple[Any, ...]) -> bool:
         len(shape) == len(output)
         and isinstance(shape[-1], int)
         and shape[-1] == 1
-        and all(_same(s, t) for s, t in zip(shape[:-1], output[:-1], strict=True))
+        and all(same_size(s, t) for s, t in zip(shape[:-1], output[:-1], strict=True))
     )
 
 
@@ -210,7 +210,7 @@ def _factors(node: Node, output: tuple[Any, ...]) -> list[Node]:
     """A scale for every element of the output spelled as (one a row) * (one a column), in parts."""
     if node.target is not aten.mul.Tensor or len(shape_of(node)) != len(output):
         return [node]
-    whole = all(_same(s, t) for s, t in zip(shape_of(node), output, strict=True))
+    whole = all(same_size(s, t) for s, t in zip(shape_of(node), output, strict=True))
     parts = [_unexpanded(each) for each in node.args if isinstance(each, Node)]
     return parts if whole and len(parts) == 2 and parts[0] is not parts[1] else [node]
 
@@ -224,10 +224,16 @@ def _single(node: Node) -> bool:
     return "val" in node.meta and shape is not None and math.prod(shape) == 1
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, int) and isinstance(other, int):
-        return one == other
-    return str(one) == str(other)
+def same_size(one: Any, other: Any) -> bool:
+    """Whether two sizes are equal whatever their symbols are. Comparing these would add a guard."""
+    if isinstance(one, int) or isinstance(other, int):
+        return isinstance(one, int) and isinstance(other, int) and one == other
+    return bool(one.node.expr == other.node.expr)
+
+
+def _rounds(wide: Node, cast: Node) -> bool:
+    """Whether a cast rounds float32, as the fused op rounds its own result."""
+    return bool(wide.meta["val"].dtype == torch.float32 != cast.meta["val"].dtype)
 
 
 def epilogue(
@@ -237,7 +243,7 @@ def epilogue(
     is_static: Callable[[Node], bool],
     start: Node | None = None,
 ) -> Epilogue:
-    """Follow the single users of a GEMM through views, casts, scales and a bias.
+    """Follow the single users of a GEMM through views, casts, scales, a bias and a last rounding.
 
     start: a node to take for the GEMM's result instead of the GEMM itself.
     """
@@ -252,9 +258,9 @@ def epilogue(
     while len(current.users) == 1:
         user = next(iter(current.users))
         shape = shape_of(user)
-        if user.op != "call_function" or not shape or not _same(shape[-1], gemm.n):
+        if user.op != "call_function" or not shape or not same_size(shape[-1], gemm.n):
             break
-        if user.target in _VIEWS:
+        if user.target in VIEWS:
             pending.append(user)
             current = user
             continue
@@ -262,11 +268,13 @@ def epilogue(
             break
         if user.target is _CAST:
             current = user
-            if gemm.integer and not row_scales and not columns:
+            if gemm.integer and not (row_scales or columns or found.bias):
                 # The first float after an integer sum: at worst the fused op ends here.
                 found = Epilogue(user, tuple(pending))
+            elif found.last is not first and _rounds(found.last, user):
+                found = replace(found, last=user, views=tuple(pending))
             continue
-        if user.target not in (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor):
+        if user.target not in (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor) or found.bias:
             break
         left, right = user.args[:2]
         other = right if left is current else left
@@ -277,7 +285,8 @@ def epilogue(
             if gemm.bias is not None or not column_like(other, gemm.n):
                 break
             found = Epilogue(user, tuple(pending), tuple(columns), tuple(row_scales), other)
-            break
+            current = user
+            continue
         divides = user.target is aten.div.Tensor
         if divides and left is not current:
             break

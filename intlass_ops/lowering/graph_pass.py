@@ -31,7 +31,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..explain import is_strict
-from . import linears, quantisers, records, runtime, siblings, spellings
+from . import epilogues, linears, quantisers, records, runtime, siblings, spellings
 from .editor import Editor
 
 HOOK = "joint_custom_pre_pass"
@@ -70,6 +70,8 @@ def rewrite(graph: torch.fx.Graph, edit: Editor) -> None:
         records.count("quantisers", quantisers.fuse(edit))
         records.count("joined", siblings.join(edit))
     records.count("fused", siblings.fuse(edit))
+    if not edit.training:
+        records.count("epilogues", epilogues.fuse(edit))
     # The old dequantisation must go before Inductor plans memory for it.
     graph.eliminate_dead_code()
     graph.lint()
@@ -197,16 +199,15 @@ def compile_with_pass(
 def recording_backend(
     seen: list[tuple[torch.fx.GraphModule, tuple[Any, ...]]],
 ) -> Callable[..., Any]:
-    """A backend that runs our pass, appends each graph and the tensors it is called with to `seen`,
-    and runs the graph as it is."""
+    """A backend that runs our pass, and in place of the graph appends it and the tensors it is
+    called with to `seen`."""
 
     def forward(fx: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         LOWERING(fx.graph)
-        fx.recompile()
 
         def run(arguments: list[Any]) -> Any:
             seen.append((fx, tuple(arguments)))
-            return fx(*arguments)
+            raise _Seen
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
@@ -221,10 +222,15 @@ def recording_backend(
     )
 
 
+class _Seen(Exception):
+    """A graph was recorded: nothing needs to be computed."""
+
+
 def trace(module: torch.nn.Module, backend: Callable[..., Any], x: torch.Tensor) -> None:
-    """Run a module once under a backend, whole, with a dynamic number of rows x[.., M, K]."""
+    """Call a module under a recording backend, whole, with a dynamic number of rows x[.., M, K]."""
     torch._dynamo.maybe_mark_dynamic(x, x.dim() - 2)
-    torch.compile(module, backend=backend, fullgraph=True)(x)
+    with contextlib.suppress(_Seen):
+        torch.compile(module, backend=backend, fullgraph=True)(x)
 
 
 @contextlib.contextmanager

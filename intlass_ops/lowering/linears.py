@@ -19,7 +19,7 @@ from .activations import Activation
 from .editor import CAST, Editor, aten, looks_quantised
 from .gemms import FLOATS, Gemm, epilogue, is_gemm, readings, shape_of
 from .program import NotASlice, walk
-from .records import DECLINED, DENSE, SWAPPED, Decision
+from .records import DECLINED, DENSE, META, SWAPPED, Decision
 from .rules import RULES, Match
 from .weights import NotAffine
 
@@ -209,7 +209,7 @@ def _apply(edit: Editor, match: Match) -> Decision:
             )
             bias = more if bias is None else edit.call(aten.add.Tensor, bias, more)
         match = _operands(edit, match)
-        new = rule.emit(edit, match, bias)
+        made = new = rule.emit(edit, match, bias)
         if gemm.flipped:
             new = _transposed(edit, new)
         if late_bias is not None:
@@ -219,7 +219,9 @@ def _apply(edit: Editor, match: Match) -> Decision:
     last.replace_all_uses_with(new)
     decision = _decide(gemm, SWAPPED, match.scheme, rule.why, rule.name, match.form.group_size)
     recipe = match.form.recipe.text() if rule.packs else ""
-    return replace(decision, bound=match.bound, recipe=recipe)
+    decision = replace(decision, bound=match.bound, recipe=recipe)
+    made.meta[META] = decision
+    return decision
 
 
 def _is_vector(node: Node, n: int) -> bool:

@@ -23,6 +23,7 @@ from ..explain import linears_ran, listening
 SWAPPED = "swapped"
 DECLINED = "declined"
 DENSE = "dense"
+META = "intlass_decision"  # of a node: the Decision that made it
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Decision:
     """One matrix product of one compiled graph: where it was and what became of it.
 
     bound: the result differs from the graph's own by at most bound times the sum over k of
-    |x| (|q| + |zero|) |scale|, plus |bias|; to first order, with fp32 sums on both sides.
+    |x| (|q| + |zero|) |scale|, plus |bias| and |residual|; to first order, with fp32 sums on both
+    sides.
     recipe: how its weight is read from the leaves, for linears that are packed.
     within: N of the GEMM that it is a part of, where compiling told.
 
@@ -130,6 +132,17 @@ def record(decision: Decision) -> None:
         _COUNTERS[decision.outcome] += 1
         if decision.rule:
             _COUNTERS[f"rule.{decision.rule}"] += 1
+
+
+def amend(before: Decision, after: Decision) -> None:
+    """A later pass went on with what was decided."""
+    compile_: Compile | None = getattr(_current, "compile", None)
+    with _LOCK:
+        for decisions in (_DECISIONS, [] if compile_ is None else compile_.decisions):
+            for i in range(len(decisions) - 1, -1, -1):
+                if decisions[i] is before:
+                    decisions[i] = after
+                    break
 
 
 def stored(recipe: str, packed: Any) -> None:

@@ -11,6 +11,7 @@ nothing can reuse their memory in place.
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 import weakref
@@ -21,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..explain import record as record_dispatch
 from . import records
 from .storage import (
+    BETWEEN,
     DENSE,
     INT4,
     INT8,
@@ -47,7 +50,7 @@ def _pack_off_pool(recipes: Sequence[Recipe], leaves: Sequence[Tensor]) -> list[
 
     def work() -> None:
         try:
-            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            with torch.cuda.device(device), torch.cuda.stream(_packing_stream(device)):
                 torch.cuda.current_stream().wait_stream(caller)
                 packed = pack_all(recipes, leaves)
                 torch.cuda.current_stream().synchronize()
@@ -61,6 +64,12 @@ def _pack_off_pool(recipes: Sequence[Recipe], leaves: Sequence[Tensor]) -> list[
     if isinstance(result[0], BaseException):
         raise result[0]
     return result[0]
+
+
+@functools.cache
+def _packing_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all weights: memory that one leaves is there for the next."""
+    return torch.cuda.Stream(device)
 
 
 def _version(leaf: Tensor) -> tuple[int, int]:
@@ -136,7 +145,7 @@ def _add(
     versions = tuple(_version(leaf) for leaf in leaves)
     packed = _pack_off_pool(recipes, leaves) if pack else None
     if packed is not None:
-        _note(text.split("\n"), packed)
+        _note(text.split(BETWEEN), packed)
     known = key in _MEMO
     entry = _Entry(recipes, leaves, packed)
     entry.versions = versions
@@ -207,10 +216,10 @@ def invalidate() -> None:
 
 
 def take(leaves: Sequence[Tensor], text: str) -> Packed:
-    """The packed weight of one recipe, out of the memo: the caller owns it from now on."""
-    packed = _look_up(text, leaves) or pack_all(recipes_of(text), leaves)
-    _MEMO.pop((text, *(id(leaf) for leaf in leaves)), None)
-    return packed[0]
+    """The packed weight of one recipe, which the caller owns."""
+    (packed,) = pack_all(recipes_of(text), leaves)
+    _note([text], [packed])
+    return packed
 
 
 def packed_bytes() -> int:
@@ -223,43 +232,56 @@ def packed_bytes() -> int:
 def multiply(
     x: Tensor,
     packed: Packed,
-    rows: slice,
     k: int,
     a_scale: Tensor | None,
     a_zero: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     if packed.order is not None:
         x = x.index_select(-1, packed.order)
-    weight = packed.weight[rows]
+    weight = packed.weight
     if packed.kind == DENSE:
         sizes = (x.shape[:-1].numel(), weight.shape[0], k, k)
         reason = packed.reason or "not packed yet"
         record_dispatch("linear_from_leaves", "dense", sizes, "dense", reason, fallback=True)
-        return _dense(x, weight, a_scale, a_zero, bias, out_dtype)
+        y = _dense(x, weight, a_scale, a_zero)
+        return _finish(y, bias, out_dtype, activation, residual)
     assert packed.scales is not None
-    scales = packed.scales[rows]
-    zeros = None if packed.zeros is None else packed.zeros[rows]
+    scales, zeros = packed.scales, packed.zeros
     int4: Callable[..., Tensor] = torch.ops.intlass.matmul_int4_bf16_tn
     int8: Callable[..., Tensor] = torch.ops.intlass.matmul_int8_bf16_tn
     common = {"a_scale": a_scale, "a_zero": a_zero}
+    tail = {"bias": bias, "out_dtype": out_dtype, "activation": activation, "residual": residual}
     if packed.kind == INT8:
-        return int8(x, weight, a_scale, scales, a_zero=a_zero, bias=bias, out_dtype=out_dtype)
+        return int8(x, weight, a_scale, scales, a_zero=a_zero, **tail)
     if packed.kind == INT4:
-        tail = {"bias": bias, "out_dtype": out_dtype}
         return int4(x, weight, scales, zeros, k=k, **common, **tail)
     assert packed.high is not None
     assert packed.high_scales is not None
     none = torch.zeros((), dtype=packed.high_scales.dtype, device=x.device)
     wide = {"k": k, "out_dtype": torch.float32, **common}
-    y = int4(x, packed.high[rows], packed.high_scales[rows], none, **wide)
+    y = int4(x, packed.high, packed.high_scales, none, **wide)
     y = y + int4(x, weight, scales, zeros, **wide)
-    return _finish(y, bias, out_dtype)
+    return _finish(y, bias, out_dtype, activation, residual)
 
 
-def _finish(y: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    return (y if bias is None else y.float() + bias.float()).to(out_dtype)
+def _finish(
+    y: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    if bias is not None:
+        y = y.float() + bias.float()
+    if activation is not None:
+        y = reference.ACTIVATIONS[activation](y.float())
+    if residual is not None:
+        y = y.float() + residual.float()
+    return y.to(out_dtype)
 
 
 def _dense(
@@ -267,8 +289,6 @@ def _dense(
     weight: Tensor,
     a_scale: Tensor | None,
     a_zero: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
 ) -> Tensor:
     if a_scale is not None or not x.is_floating_point():
         wide = x.float() if a_zero is None else x.float() - a_zero.float()
@@ -276,7 +296,7 @@ def _dense(
         y = y if a_scale is None else y * a_scale.float()
     else:
         y = torch.nn.functional.linear(x, weight.to(x.dtype))
-    return _finish(y, bias, out_dtype)
+    return y
 
 
 def _linear(
@@ -287,6 +307,8 @@ def _linear(
     a_zero: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     recipes = recipes_of(recipe)
     packed = _look_up(recipe, leaves)
@@ -296,19 +318,19 @@ def _linear(
     first = recipes[0]
     k, dtype = first.k, out_dtype or x.dtype
     if first.batch == 1:
-        every = slice(None)
         if len(packed) == 1:
-            return multiply(x, packed[0], every, k, a_scale, a_zero, bias, dtype)
+            tail = bias, dtype, activation, residual
+            return multiply(x, packed[0], k, a_scale, a_zero, *tail)
         sizes = [each.n for each in recipes]
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
         parts = zip(packed, biases, strict=True)
-        outputs = [multiply(x, each, every, k, a_scale, a_zero, b, dtype) for each, b in parts]
+        outputs = [multiply(x, each, k, a_scale, a_zero, b, dtype) for each, b in parts]
         return torch.cat(outputs, dim=-1)
     stacked = []
     for e in range(first.batch):
         scale, zero = (t if t is None or t.dim() < 3 else t[e] for t in (a_scale, a_zero))
-        rows = slice(e * first.n, (e + 1) * first.n)
-        stacked.append(multiply(x[e], packed[0], rows, k, scale, zero, bias, dtype))
+        own = packed[0].rows(e * first.n, (e + 1) * first.n)
+        stacked.append(multiply(x[e], own, k, scale, zero, bias, dtype))
     return torch.stack(stacked)
 
 
@@ -320,6 +342,8 @@ def _linear_fake(
     a_zero: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     n = sum(each.n for each in recipes_of(recipe))
     return x.new_empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype)
@@ -329,7 +353,8 @@ def _linear_fake(
 LIBRARY = torch.library.Library("intlass", "FRAGMENT")
 LIBRARY.define(
     "linear_from_leaves(Tensor x, Tensor[] leaves, str recipe, Tensor? a_scale=None, "
-    "Tensor? a_zero=None, Tensor? bias=None, ScalarType? out_dtype=None) -> Tensor",
+    "Tensor? a_zero=None, Tensor? bias=None, ScalarType? out_dtype=None, "
+    "str? activation=None, Tensor? residual=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 torch.library.register_fake("intlass::linear_from_leaves", _linear_fake, lib=LIBRARY)

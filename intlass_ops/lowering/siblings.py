@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ..nn import IntLinear
+from ..nn import IntLinear, PackedLinear
 from . import joined, records
 from .editor import CAST, Editor, aten
 from .linears import path_of
 from .program import is_pure
+from .storage import BETWEEN
 
 LINEAR: Any = torch.ops.intlass.linear_from_leaves.default
-_INT4: Any = torch.ops.intlass.matmul_int4_bf16_tn.default
-_INT8: Any = torch.ops.intlass.matmul_int8_bf16_tn.default
+INT4: Any = torch.ops.intlass.matmul_int4_bf16_tn.default
+INT8: Any = torch.ops.intlass.matmul_int8_bf16_tn.default
+_LINEARS = (IntLinear.__name__, PackedLinear.__name__)
 _SILU: Any = torch.ops.intlass.silu_mul_quantize.default
 
 
@@ -130,7 +132,7 @@ def _join(
         recipes.append(str(node.args[2]))
     with edit.at(family[0]):
         bias = _joined_bias(edit, family)
-        wide = edit.call(LINEAR, x, leaves, "\n".join(recipes), a_scale, a_zero, bias, dtype)
+        wide = edit.call(LINEAR, x, leaves, BETWEEN.join(recipes), a_scale, a_zero, bias, dtype)
         _split(edit, wide, family)
 
 
@@ -152,7 +154,7 @@ def _split(edit: Editor, wide: Node, family: Sequence[Node]) -> None:
 
 
 def concerns(node: Node) -> bool:
-    return node.target in (_INT4, _INT8)
+    return node.target in (INT4, INT8)
 
 
 def join(edit: Editor) -> int:
@@ -162,7 +164,7 @@ def join(edit: Editor) -> int:
     """
     families: dict[Any, list[_Own]] = {}
     for node in edit.graph.nodes:
-        own = _own(node) if concerns(node) and _in_int_linear(node) else None
+        own = _own(node) if concerns(node) and is_int_linear(node) else None
         if own is not None:
             families.setdefault((node.target, own.shared), []).append(own)
     saved = 0
@@ -186,21 +188,26 @@ class _Own:
         return int(self.tensors[0].meta["val"].shape[0])  # type: ignore[union-attr]
 
 
-def _in_int_linear(node: Node) -> bool:
-    """Others that call our ops themselves never lay their weights side by side."""
+def is_int_linear(node: Node) -> bool:
+    """Whether it is ours: others that call our ops never lay their weights side by side."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     kinds = [getattr(kind, "__name__", str(kind)) for _, kind in stack.values()]
-    return bool(kinds) and kinds[-1].rsplit(".", 1)[-1] == IntLinear.__name__
+    return bool(kinds) and kinds[-1].rsplit(".", 1)[-1] in _LINEARS
+
+
+def arguments_of(node: Node) -> dict[str, Any]:
+    """What a call of an op gives, by name."""
+    names = [each.name for each in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def _own(node: Node) -> _Own | None:
-    names = [each.name for each in node.target._schema.arguments]  # type: ignore[union-attr]
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    int4 = node.target is _INT4
+    given = arguments_of(node)
+    int4 = node.target is INT4
     own = ("packed_w", "scales", "zeros", "bias") if int4 else ("b", "b_scale", "", "bias")
     tensors = tuple(given.get(name) for name in own)
     known = [each for each in tensors if each is not None]
-    if given.get("alpha") is not None or any(
+    if any(given.get(name) is not None for name in ("alpha", "activation", "residual")) or any(
         each.op != "placeholder" or each.meta["val"].dim() == 0 for each in known
     ):
         return None
@@ -215,27 +222,32 @@ def _join_own(edit: Editor, family: Sequence[_Own]) -> None:
     kinds = zip(*(own.tensors for own in family), strict=True)
     lists = [[each for each in kind if each is not None] for kind in kinds]
     width = sum(own.rows for own in family)
+    why = "one GEMM with others of the same input, if their weights lie side by side"
     for own in family:
-        records.record(_decision(own, width))
+        records.record(decision_of(own.node, why, "siblings", width))
     with edit.at(family[0].node):
         wide = edit.call(joined.OP, x, *lists, k, a_scale, a_zero, dtype)
         _split(edit, wide, [own.node for own in family])
 
 
-def _decision(own: _Own, width: int) -> records.Decision:
-    weight, scales = (each.meta["val"] for each in own.tensors[:2] if each is not None)
-    bits = 8 if own.node.target is _INT8 else 4
-    k = own.shared[2] or weight.shape[1] * 8 // bits
-    a_bits = {torch.int8: 8, torch.uint8: 4}.get(own.shared[1].meta["val"].dtype, 16)
+def decision_of(node: Node, why: str, rule: str, within: int | None = None) -> records.Decision:
+    """What is told of a call of one of our GEMMs."""
+    given, int4 = arguments_of(node), node.target is INT4
+    weight, scales, a = (
+        given[name].meta["val"]
+        for name in (("packed_w", "scales", "a") if int4 else ("b", "b_scale", "a"))
+    )
+    k = given.get("k") or weight.shape[1] * (2 if int4 else 1)
+    a_bits = {torch.int8: 8, torch.uint8: 4}.get(a.dtype, 16)
     return records.Decision(
-        node=own.node.name,
-        path=path_of(own.node),
-        gemm=str(own.node.target),
+        node=node.name,
+        path=path_of(node),
+        gemm=str(node.target),
         outcome=records.SWAPPED,
-        scheme=f"w{bits}a{a_bits}",
-        reason="one GEMM with others of the same input, if their weights lie side by side",
-        rule="siblings",
-        shape=(own.rows, k),
+        scheme=f"w{4 if int4 else 8}a{a_bits}",
+        reason=why,
+        rule=rule,
+        shape=(weight.shape[0], k),
         group_size=k // (scales.shape[1] if scales.dim() > 1 else 1),
-        within=width,
+        within=within,
     )

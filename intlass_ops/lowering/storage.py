@@ -15,13 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cuda import launch_store_rows
 from . import blocks
-from .weights import Measured, NotAffine, Recipe, as_nk, evaluate_real
+from .program import Evaluation
+from .weights import Measured, NotAffine, Recipe, as_nk, evaluate_real, planes
 
 INT4 = "int4"
 INT8 = "int8"
 INT4_PAIR = "int4 pair"
 DENSE = "dense"
+# Of recipes in one text. No JSON holds it, and Inductor may put it into a comment: no line break.
+BETWEEN = "\t"
 
 
 @dataclass(eq=False)
@@ -44,6 +48,11 @@ class Packed:
         values = (getattr(self, each.name) for each in fields(self))
         return [value for value in values if isinstance(value, Tensor)]
 
+    def rows(self, start: int, end: int) -> Packed:
+        """Some of its rows."""
+        some: dict[str, Any] = {name: value[start:end] for name, value in _by_name(self)}
+        return replace(self, **some)
+
     def form(self) -> tuple[Any, ...]:
         """What a captured CUDA graph relies on."""
         return (self.kind, *((t.shape, t.dtype) for t in self.tensors()))
@@ -51,8 +60,8 @@ class Packed:
 
 @functools.lru_cache(maxsize=65536)
 def recipes_of(text: str) -> tuple[Recipe, ...]:
-    """One recipe, or one per line for linears fused into one GEMM."""
-    return tuple(Recipe.parse(line) for line in text.split("\n"))
+    """One recipe, or one for each of the linears fused into one GEMM."""
+    return tuple(Recipe.parse(each) for each in text.split(BETWEEN))
 
 
 def split_leaves(recipes: Sequence[Recipe], leaves: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -91,23 +100,26 @@ def _pack(recipe: Recipe, leaves: Sequence[Tensor]) -> Packed:
 def _by_rows(
     recipe: Recipe,
     leaves: Sequence[Tensor],
-    measured: Callable[[Recipe, Sequence[Tensor]], Iterator[Measured]],
+    measured: Callable[[Recipe, Sequence[Tensor], blocks.Take | None], Iterator[Measured]],
 ) -> Packed:
     """Rows are stored as they are measured, in the form that the first ones need; if others need a
-    wider one, all of them again."""
+    wider one, all of them again. A GPU stores the others unmeasured, and asks once if that held."""
     form: Form | None = None
+    quick = launch_store_rows.can_store(leaves[0].device)
     while True:
         rows = _Rows(recipe.n * recipe.batch)
-        for found in measured(recipe, leaves):
+        for found in measured(recipe, leaves, rows.take if quick else None):
             own, reduced = _reduced(found)
             wider = own if form is None else form.joined(own)
             if rows.start and wider != form:
                 form = wider
                 break
             form = wider
-            rows.add(_store(reduced, form))
+            rows.add(_store(reduced, form), form, found)
         else:
-            return rows.packed()
+            if rows.proved():
+                return rows.packed()
+            quick = False
 
 
 class _Rows:
@@ -115,34 +127,86 @@ class _Rows:
 
     def __init__(self, n: int) -> None:
         self.n, self.start = n, 0
-        self.parts: dict[str, list[Tensor]] = {}
         self.whole: Packed | None = None
+        self.dtypes: dict[str, torch.dtype] = {}
+        # Of rows that were taken as the first ones are: how, and what the kernel told of them.
+        self.zeros, self.low, self.levels = False, 0, 0
+        self.flags: Tensor | None = None
 
-    def add(self, part: Packed) -> None:
+    def add(self, part: Packed, form: Form, found: Measured) -> None:
         rows = part.weight.shape[0]
         if rows == self.n:
-            self.whole = part
-        elif self.whole is None:
-            self.whole = replace(part, weight=self._all(part.weight))
-            self.whole.high = None if part.high is None else self._all(part.high)
-        self.start += rows
-        if self.whole is part:
+            self.whole, self.start = part, rows
             return
-        # Codes are most of the memory: never held twice.
-        for ours, theirs in ((self.whole.weight, part.weight), (self.whole.high, part.high)):
-            if ours is not None and theirs is not None:
-                ours[self.start - rows : self.start] = theirs
-        for name in ("scales", "zeros", "high_scales"):
-            if getattr(part, name) is not None:
-                self.parts.setdefault(name, []).append(getattr(part, name))
+        if self.whole is None:
+            blank: dict[str, Any] = {name: self._all(t) for name, t in _by_name(part)}
+            self.whole = replace(part, **blank)
+            self.dtypes = {name: t.dtype for name, t in _by_name(part)}
+            self.zeros, self.levels = form.zeros, 16 if form.kind == INT4 else 256
+            self.low = _least(found.span, self.levels) if form.zeros else -self.levels // 2
+        elif not _same_order(self.whole.order, part.order):
+            raise blocks.ColumnsDiffer
+        # Never held twice: each row goes to its place.
+        for name, theirs in _by_name(part):
+            getattr(self.whole, name)[self.start : self.start + rows] = theirs
+            self.dtypes[name] = torch.promote_types(self.dtypes[name], theirs.dtype)
+        self.start += rows
 
     def _all(self, some: Tensor) -> Tensor:
-        return some.new_empty((self.n, some.shape[1]))
+        dtype = torch.float32 if some.dtype.is_floating_point else some.dtype
+        return some.new_empty((self.n, some.shape[1]), dtype=dtype)
+
+    def take(self, evaluation: Evaluation, recipe: Recipe) -> bool:
+        """Store the next rows as the first ones were; `proved` tells later if that was right."""
+        whole, dtype = self.whole, evaluation.weight().dtype
+        if whole is None or dtype not in launch_store_rows.WEIGHTS:
+            return False
+        if self.flags is None:
+            self.flags = torch.zeros(1, dtype=torch.int32, device=whole.weight.device)
+        found = planes(evaluation, recipe)
+        here = slice(self.start, self.start + found.weight.shape[0])
+        into = {name: t[here] for name, t in _by_name(whole)}
+        launch_store_rows.store_rows(
+            found, whole.order, self.low, self.levels, launch_store_rows.Stored(**into), self.flags
+        )
+        self.start = here.stop
+        return True
+
+    def proved(self) -> bool:
+        """Whether all rows that were taken are what they were taken for. Waits for the GPU."""
+        if self.flags is None:
+            return True
+        flags = int(self.flags)
+        for name in self.dtypes.keys() - {"weight", "high"}:
+            narrowest = launch_store_rows.narrowest(flags, name)
+            self.dtypes[name] = torch.promote_types(self.dtypes[name], narrowest)
+        return launch_store_rows.was_affine(flags)
 
     def packed(self) -> Packed:
         assert self.whole is not None
-        given: dict[str, Any] = {name: _stacked(each) for name, each in self.parts.items()}
-        return replace(self.whole, **given)
+        narrow: dict[str, Any] = {
+            name: getattr(self.whole, name).to(dtype) for name, dtype in self.dtypes.items()
+        }
+        return replace(self.whole, **narrow)
+
+
+def _by_name(packed: Packed) -> list[tuple[str, Tensor]]:
+    """Its tensors of a row each."""
+    names = ("weight", "scales", "zeros", "high", "high_scales")
+    found = [(name, getattr(packed, name)) for name in names]
+    return [(name, value) for name, value in found if value is not None]
+
+
+def _same_order(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or torch.equal(one, other)
+
+
+def _least(span: tuple[int, int], levels: int) -> int:
+    """The least of so many codes, some of which span this."""
+    starts = (0, -levels // 2, span[0])
+    return next(low for low in starts if low <= span[0] and span[1] < low + levels)
 
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..cuda.launch_store_rows import Planes
 from .program import Evaluation, Program, needed_for
 
 GROUP_STEP = 16
@@ -119,6 +120,22 @@ def measure(
         part = slice(start, start + block)
         codes[part] = _solve(raw[part], zero[part], scale[part], weight[part], kind)
     return _grouped(codes, scale, zero, order)
+
+
+def planes(evaluation: Evaluation, recipe: Recipe) -> Planes:
+    """What `measure` looks at, for a kernel."""
+
+    def at(codes: Tensor) -> Tensor:
+        return as_nk(evaluation.with_codes(recipe.codes, codes), recipe).double()
+
+    source = evaluation.values[recipe.codes]
+    return Planes(
+        at_zero=at(torch.zeros_like(source, dtype=torch.float64)),
+        at_one=at(torch.ones_like(source, dtype=torch.float64)),
+        at_code=at(source.double()),
+        weight=as_nk(evaluation.weight(), recipe),
+        precision=evaluation.coarsest(recipe.codes),
+    )
 
 
 _BLOCK_ELEMENTS = 1 << 17

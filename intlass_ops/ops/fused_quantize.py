@@ -1,7 +1,7 @@
 """Op `intlass::fused_quantize`: rotation and quantisation of activations in one step.
 
 The formulas, checks and Python functions are in ../fused_quantize.py, the kernel in
-../cuda/rotate_quantize.cu.
+../cuda/rotate_quantize.cu and rotate_hopper.cu.
 """
 
 from __future__ import annotations

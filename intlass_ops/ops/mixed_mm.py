@@ -1,8 +1,9 @@
 """Op `intlass::matmul_int4_nn`, x @ w for a packed INT4 w, and `mixed_mm`, HQQ's interface.
 
 w is the buffer that `matmul_int4_bf16_tn` multiplies by the transpose of: one packed weight serves
-the forward and the backward product. On a GPU few tokens go through cuda/transposed.cu, which
-decodes weights in registers; for many w is dequantised once, and the product is cuBLAS's.
+the forward and the backward product. On a GPU cuda/transposed.cu and, with wgmma, for hundreds of
+tokens cuda/transposed_wgmma.cu decode weights in registers; for more w is dequantised once, and the
+product is cuBLAS's.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def _cuda(
         dense = torch.ops.intlass.dequantize(packed_w, scales, zeros, k, x.dtype)
         y = rows @ dense if alpha is None else _scaled(rows, dense, alpha)
     else:
-        _explain(x, packed_w, k, plan.name, "few tokens: weights are decoded in registers")
+        _explain(x, packed_w, k, plan.name, "weights are decoded in registers")
         y = plan.run(rows, packed_w, s, z, k, alpha)
     shaped: Tensor = y.view(*x.shape[:-1], k)
     return shaped

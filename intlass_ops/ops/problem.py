@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import packing
-from ._library import FLOATS, INTEGERS, require_device, require_dtype
+from .. import packing, reference
+from ._library import FLOATS, INTEGERS, require_device, require_dtype, type_name
 
 INT4 = "matmul_int4_bf16_tn"
 INT8 = "matmul_int8_bf16_tn"
@@ -32,6 +32,7 @@ class Problem:
     k: int
     group_size: int
     out_dtype: torch.dtype
+    activation: str | None = None  # a name of reference.ACTIVATIONS
 
     @property
     def scheme(self) -> str:
@@ -89,6 +90,8 @@ def check(
     alpha: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype | None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Problem:
     """The problem of one call; raises TypeError or ValueError naming what does not fit."""
     int4 = op == INT4
@@ -106,6 +109,7 @@ def check(
         a_zero=a_zero,
         alpha=alpha,
         bias=bias,
+        residual=residual,
     )
     if a.dim() == 0:
         raise ValueError(f"{op}: a is a scalar; expected [..., K]")
@@ -156,6 +160,7 @@ def check(
     if out_dtype is None:
         out_dtype = a.dtype if a.dtype.is_floating_point else torch.bfloat16
     require_dtype(op, "out_dtype", out_dtype, FLOATS)
+    check_epilogue(op, activation, residual, (*lead, n), out_dtype)
     return Problem(
         op=op,
         x_kind=("s4" if a_zero is None else "u4") if packed_a else _X_KIND[a.dtype],
@@ -164,7 +169,31 @@ def check(
         k=k,
         group_size=k // groups,
         out_dtype=out_dtype,
+        activation=activation,
     )
+
+
+def check_epilogue(
+    op: str,
+    activation: str | None,
+    residual: Tensor | None,
+    shape: tuple[Any, ...],
+    out_dtype: torch.dtype,
+) -> None:
+    if activation is not None and activation not in reference.ACTIVATIONS:
+        names = ", ".join(map(repr, reference.ACTIVATIONS))
+        raise ValueError(f"{op}: activation={activation!r}; expected None or one of {names}")
+    if residual is None:
+        return
+    if residual.dtype != out_dtype:
+        raise TypeError(
+            f"{op}: residual has dtype {type_name(residual.dtype)}, "
+            f"the output {type_name(out_dtype)}; they must be the same"
+        )
+    if tuple(residual.shape) != shape:
+        raise ValueError(
+            f"{op}: residual has shape {tuple(residual.shape)}; expected the output's, {shape}"
+        )
 
 
 def rows_groups(t: Tensor) -> Tensor:

@@ -1,0 +1,191 @@
+"""Which tile of hopper.cu a problem gets: the candidates, and the time each would take.
+
+Not here: what a configuration is, and which problems hopper.cu takes at all (hopper.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .hopper import HALF_SM, HOPPER_BLOCK_K, Hopper, weights_take_scales
+from .problem import BITS, Device, Grouping, Shape
+
+# Tiles of hopper.cu: block_m, tiles_n, consumers, and the TOPS of an H200 full of them, by kinds
+# of activations and weights. These and the times below are a fit to 200 problems, M = 17..4096 on
+# five layers, with every tile that comes near the best measured on each: picking by them loses
+# 0.8 % to the best tile, W8A8 (fitted anew) 1.2 %. FP4: 256 and 128 tokens from four problems,
+# fewer in INT4's proportions.
+_HOPPER_TILES = {
+    ("bf16", 4, "groups"): (
+        (128, 2, 2, 614), (128, 1, 2, 543), (64, 2, 2, 429), (64, 1, 2, 368), (64, 1, 1, 381),
+        (32, 2, 2, 237), (32, 1, 1, 208),
+    ),
+    ("bf16", 4, "channel"): (
+        (256, 1, 2, 782), (128, 2, 2, 653), (128, 1, 2, 633), (64, 2, 2, 471), (64, 1, 1, 417),
+        (32, 2, 2, 284), (32, 1, 1, 238),
+    ),
+    ("bf16", 4, "fp4"): (
+        (256, 1, 2, 735), (128, 2, 2, 540), (128, 1, 2, 555), (64, 2, 2, 400), (64, 1, 1, 350),
+        (32, 2, 2, 240), (32, 1, 1, 200),
+    ),
+    ("bf16", 8, "channel"): (
+        (256, 1, 2, 766), (128, 2, 2, 725), (128, 1, 2, 686), (64, 2, 2, 500), (64, 1, 1, 462),
+        (32, 2, 2, 312), (32, 1, 1, 259),
+    ),
+    ("s8", 4, "groups"): (
+        (128, 2, 2, 845), (128, 1, 2, 773), (64, 2, 2, 650), (64, 1, 2, 537), (64, 1, 1, 516),
+        (32, 2, 2, 412), (32, 1, 1, 321),
+    ),
+    ("s8", 4, "channel"): (
+        (256, 1, 2, 1428), (128, 2, 2, 1346), (128, 1, 2, 1203), (64, 2, 2, 969), (64, 1, 1, 819),
+        (32, 2, 2, 569), (32, 1, 1, 511),
+    ),
+    ("s8", 8, "channel"): (
+        (256, 1, 2, 1602), (128, 2, 2, 1587), (128, 1, 2, 1543), (128, 1, 1, 1404),
+        (64, 2, 2, 1262), (64, 1, 2, 1263), (64, 1, 1, 913), (32, 2, 2, 811), (32, 1, 2, 815),
+        (32, 1, 1, 484),
+    ),
+}  # fmt: skip
+_HOPPER_TILES["bf16", 8, "groups"] = _HOPPER_TILES["bf16", 4, "groups"]
+# W8A8 by two consumers in turns: block_m, tiles_n and TOPS. From 64 tiles of K on, writing out is
+# so little of the work that larger tiles win; weights that become fragments want larger ones too.
+_TILES_IN_TURNS = ((192, 2, 1686), (128, 2, 1614), (256, 1, 1564))
+_IN_TURNS_MAX_K = 8192
+_MOST_STAGES = 16
+_H200_SMS, _H200_BYTES_PER_US = 132, 4.01e6
+_LAUNCH_US = 1.2  # until the first product and after the last
+_SHARED_US = 6.1  # until a block has the sums of another, by stream_k
+_CLUSTER_US = 1.0  # and of one of its cluster
+_EXCHANGED_PER_US = 15200  # sums that a block reads from others
+_ALONE = 0.58  # of its rate a block reaches that has no other one on its SM to hide latencies
+_NOT_HIDDEN = 0.25  # of the shorter of computing and reading W
+_SHARE_X_US, _SHARE_X = 0.4, 0.95  # share_x: until a cluster is there; of a time bound by reading
+_SHARING = 1.025  # share_w, or share_x in turns or of 256 tokens: faster by how much, by two
+_PLACES_OF_FOUR = 0.9  # of an H200's SMs are found by clusters of four
+_DEEP = 0.92  # of its rate a single consumer reaches with all of an SM's shared memory
+_STREAMED = 0.12  # stream_k: slower over many rounds, in which tiles share less of what L2 holds
+
+
+def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
+    """Microseconds by the measured rates: what candidates are compared by, no promise."""
+    tiles = c.tiles(shape.m, shape.n)
+    places: float = device.sm_count * c.blocks_per_sm
+    k_tiles = math.ceil(shape.k / HOPPER_BLOCK_K)
+    if c.sharing == 4:
+        places *= _PLACES_OF_FOUR
+    rounds = math.ceil(tiles * c.split_k / places) / c.split_k
+    exchange = _CLUSTER_US * (c.split_k > 1)
+    if c.stream_k:
+        rounds = tiles / places
+        rounds *= 1 + _STREAMED * max(0.0, 1 - 1 / rounds)
+        exchange = _SHARED_US + max(1.0, places / tiles) * c.block_m * c.block_n / _EXCHANGED_PER_US
+    blocks = c.grid(shape.m, shape.n, shape.k, device.sm_count)[0]
+    speed = 2 * _ALONE if c.blocks_per_sm == 2 and blocks <= device.sm_count else 1.0
+    if c.consumers == 1 and c.blocks_per_sm == 1:
+        speed = _DEEP
+    shared = c.share_x if c.in_turns or c.block_m == 256 else c.share_w
+    if shared == 2:
+        speed *= _SHARING
+    work = 2 * c.block_m * c.block_n * HOPPER_BLOCK_K * k_tiles * c.blocks_per_sm
+    compute = rounds * work / (rate * 1e6 / _H200_SMS * speed)
+    memory = shape.n * shape.k * BITS[c.w_kind] / 8 / _H200_BYTES_PER_US
+    if c.share_x > 1 and not c.in_turns:
+        memory *= _SHARE_X if memory > compute and tiles > places else 1.0
+        exchange += _SHARE_X_US
+    busy, idle = max(compute, memory), min(compute, memory)
+    return _LAUNCH_US + exchange + busy + idle * _NOT_HIDDEN
+
+
+def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, float]]:
+    """The tiles that fit a problem, with as deep a ring as fits, and their predicted times."""
+    whole = shape.group_size >= shape.k and not shape.has_zeros and shape.w_kind != "e2m1"
+    scaled = weights_take_scales(shape)
+    kind = "s8" if shape.x_kind == "s8" else "bf16"
+    scales = "fp4" if shape.w_kind == "e2m1" else "channel" if whole or scaled else "groups"
+    key = kind, BITS[shape.w_kind], scales
+    tiles = [(m, n, consumers, False, rate) for m, n, consumers, rate in _HOPPER_TILES[key]]
+    # stream_k, split_k, share_x, share_w
+    ways = [(False, 1, 1, 1), (True, 1, 1, 1), (False, 2, 1, 1)]
+    if shape.x_kind == "s8" and whole:  # others are not bound by reading
+        ways += [(False, 1, 4, 1), (False, 1, 2, 1), (False, 1, 1, 2)]
+    if key == ("s8", 8, "channel") and shape.k <= _IN_TURNS_MAX_K:
+        tiles += [(m, n, 2, True, rate) for m, n, rate in _TILES_IN_TURNS]
+    groups_per_tile = max(1, HOPPER_BLOCK_K // min(shape.group_size, HOPPER_BLOCK_K))
+    if shape.group_size >= shape.k or shape.w_kind == "e2m1":
+        groups_per_tile = 1
+    if whole:
+        grouping = Grouping.CHANNEL
+    elif scaled:
+        grouping = Grouping.SCALED_WEIGHTS
+    else:
+        grouping = Grouping.SPAN if groups_per_tile > 1 else Grouping.TILE
+    for tile, way in itertools.product(tiles, ways):
+        block_m, tiles_n, consumers, in_turns, rate = tile
+        stream_k, split_k, share_x, share_w = way
+        if in_turns and (split_k > 1 or share_x > 2 or share_w > 1):
+            continue  # a cluster has one tile; the others are never the fastest
+        extra = stream_k + shape.has_zeros + (groups_per_tile > 1)
+        if scaled:
+            spills = block_m * tiles_n == 256 and shape.has_zeros and groups_per_tile > 2
+        else:
+            limit = 160 if stream_k or shape.has_zeros else 256
+            spills = not whole and block_m * tiles_n + 32 * extra > limit
+        if spills:
+            continue
+        c = Hopper(
+            x_kind=shape.x_kind,
+            w_kind=shape.w_kind,
+            scale_type=shape.scale_type,
+            zero_type=shape.zero_type,
+            out_type=shape.out_type,
+            block_m=block_m,
+            tiles_n=tiles_n,
+            consumers=consumers,
+            in_turns=in_turns,
+            num_stages=1,
+            stream_k=stream_k,
+            split_k=split_k,
+            share_x=share_x,
+            share_w=share_w,
+            raster=4096 // block_m if in_turns else 8,
+            slab=math.gcd(64, block_m // split_k),
+            grouping=grouping,
+            groups_per_tile=groups_per_tile,
+            has_zeros=shape.has_zeros,
+            blocked=shape.blocked,
+        )
+        if share_w > 1 and shape.m <= block_m:
+            continue  # nobody to share with
+        blocks = c.tiles(shape.m, shape.n) * split_k
+        room = HALF_SM if consumers == 1 else device.smem_per_block
+        if split_k > 1 and blocks > device.sm_count * (2 if consumers == 1 else 1):
+            continue
+        if in_turns and blocks <= device.sm_count:
+            continue  # a tile a block: nobody to take turns with
+        if key == ("s8", 8, "channel") and consumers == 1:
+            if share_x > 1:
+                continue
+            if blocks <= device.sm_count:
+                room = device.smem_per_block
+        fits = _deepest_ring(c, room)
+        if fits is not None:
+            yield fits, _hopper_time(fits, rate, device, shape)
+
+
+def _deepest_ring(c: Hopper, room: int) -> Hopper | None:
+    """As many stages as fit, of two at least; a third is worth staging fewer tokens at a time."""
+    most = _MOST_STAGES if room > HALF_SM and c.consumers == 1 else 8
+    for slab, least, limit in ((c.slab, 3, most), (16, 3, 3), (c.slab, 2, 2)):
+        one = replace(c, num_stages=1, slab=slab)
+        stages = min(limit, 1 + (room - one.smem_bytes) // one.stage_bytes)
+        if stages >= least:
+            return replace(one, num_stages=stages)
+    return None
+
+
+def pick_hopper(device: Device, shape: Shape) -> Hopper:
+    """The tile with the least predicted time."""
+    return min(hopper_candidates(device, shape), key=lambda candidate: candidate[1])[0]
