@@ -10,7 +10,7 @@ from .fp4 import DecodeFp4
 from .gemm import Gemm, gemm_candidates, pick_gemm
 from .hopper import Hopper, TokenSums, why_not_hopper
 from .hopper_tiles import hopper_candidates, pick_hopper
-from .problem import Device, Shape, widens, without_wgmma
+from .problem import BITS, Device, Shape, widens, without_wgmma
 from .quantize import Quantize
 from .rotate_hopper import RotateHopper
 from .rotate_quantize import RotateQuantize
@@ -45,6 +45,10 @@ def predicted(device: Device, shape: Shape) -> Matmul:
         ring = pick_ring(device, shape) if _streams(device, shape) else None
         if ring is not None:
             return ring
+        # INT8 times INT4, H200: 24.6 us, not 28.9, at 28672x4096; 68, not 102, at 57344x8192
+        kinds = BITS[shape.x_kind], BITS[shape.w_kind]
+        if kinds == (8, 4) and shape.m > 8 and shape.n >= 128 * device.sm_count:
+            return pick_gemm(device, shape)
         return pick_skinny(device, shape)
     if why_not_hopper(device, shape) is None:
         return pick_hopper(device, shape)

@@ -71,6 +71,11 @@ __device__ __forceinline__ void produce(const Shares& shares, const TensorMap& w
                     ring.full());
     }
   }
+  // Consumers of other blocks arrive at this block's barriers: it must live until they all have.
+  if constexpr (sharing > 1)
+#pragma unroll 1
+    for (int stage = 0; stage < num_stages; ++stage, ring.advance())
+      barrier_wait(ring.empty(), ring.phase ^ 1);
 }
 
 template <class T> __device__ __forceinline__ void pin_all(T (&v)[values]) {
@@ -301,7 +306,7 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
     if (threadIdx.x == 0) produce(shares, w_map, x_map, x_sums, x_sums_row, ring);
     __syncwarp();
     if constexpr (split_k > 1) cluster_wait();  // as the consumers do
-    if constexpr (cluster > 1) cluster_meet();
+    if constexpr (split_k > 1) cluster_meet();
     return;
   }
   take_registers<consumer_registers>();
@@ -350,5 +355,4 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
     if constexpr (!early_vectors) vectors.read(p, first_token, n0 + wg_row0, lane, warp);
     finish_tile(p, smem, wg, first_token, n0 + wg_row0, lane, warp, vectors, result);
   }
-  if constexpr (sharing > 1) cluster_meet();  // others may still fill this block's memory
 }
