@@ -45,7 +45,7 @@ def predicted(device: Device, shape: Shape) -> Matmul:
         ring = pick_ring(device, shape) if _streams(device, shape) else None
         if ring is not None:
             return ring
-        # INT8 times INT4, H200: 24.6 us, not 28.9, at 28672x4096; 68, not 102, at 57344x8192
+        # INT8 times INT4: 24.6 us instead of 28.9 at 28672x4096, M = 16 (the H200's table)
         kinds = BITS[shape.x_kind], BITS[shape.w_kind]
         if kinds == (8, 4) and shape.m > 8 and shape.n >= 128 * device.sm_count:
             return pick_gemm(device, shape)
@@ -58,8 +58,8 @@ def predicted(device: Device, shape: Shape) -> Matmul:
 def _streams(device: Device, shape: Shape) -> bool:
     """Whether W goes through a ring: much of it for an SM. Else every block loads its rows at once.
 
-    H200, M = 1: 10.8 us instead of 14.0 at 4096x14336, 5.8 instead of 6.2 at 6144x4096, 4.8 instead
-    of 4.7 at 4096x4096; M = 8: 14.2 by loads, 16.8 through a ring at 4096x14336.
+    What was measured is in docs/notes/kernels.md: with one token a ring is faster from 6144x4096 on,
+    with eight only where there are thousands of rows.
     """
     if why_not_ring(shape) is not None:
         return False

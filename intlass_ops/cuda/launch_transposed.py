@@ -58,7 +58,7 @@ class TransposedPlan(NamedTuple):
         self.launch(
             (
                 x.data_ptr(),
-                w.data_ptr(),
+                codes,
                 scales.data_ptr(),
                 0 if zeros is None else zeros.data_ptr(),
                 0 if alpha is None else alpha.data_ptr(),
