@@ -58,8 +58,8 @@ def predicted(device: Device, shape: Shape) -> Matmul:
 def _streams(device: Device, shape: Shape) -> bool:
     """Whether W goes through a ring: much of it for an SM. Else every block loads its rows at once.
 
-    What was measured is in docs/notes/kernels.md: with one token a ring is faster from 6144x4096 on,
-    with eight only where there are thousands of rows.
+    What was measured is in docs/notes/kernels.md: with one token a ring is faster from 6144x4096
+    on, with eight only where there are thousands of rows.
     """
     if why_not_ring(shape) is not None:
         return False
