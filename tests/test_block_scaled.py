@@ -18,7 +18,7 @@ from torch import Tensor
 import intlass_ops as ia
 from intlass_ops import config, fp4, fused_quantize, packing
 from intlass_ops.cuda import launch_fp4
-from intlass_ops.ops import block_scaled
+from intlass_ops.ops import block_scaled_kernels
 from intlass_ops.reference import round_once
 from intlass_ops.rotation import hadamard_matrix
 
@@ -202,7 +202,7 @@ def test_dense_decoding_is_exact(device: str) -> None:
 
 def test_two_bf16_terms_hold_every_fp16_number() -> None:
     x = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(FP16)
-    high, low = block_scaled._two_terms(x[None]).double()
+    high, low = block_scaled_kernels._two_terms(x[None]).double()
     assert torch.equal(torch.nan_to_num(high + low, nan=7.0), torch.nan_to_num(x.double(), nan=7.0))
 
 

@@ -169,13 +169,42 @@ __device__ __forceinline__ void release(u32 empty) {
   }
 }
 
-// Sum a segment's k tiles: into `sum` if there is one scale a row, else into `total`.
-__device__ __forceinline__ void mainloop(const Params& p, Ring& ring, const Segment& segment,
-                                         i64 row0, int wg, int wg_row0, int lane, int warp,
-                                         Sums& sum, Totals& total) {
-  const Lane own(lane, warp);
+// Sum a segment's k tiles, both operands from shared memory
+__device__ __forceinline__ void sum_tiles(Ring& ring, const Segment& segment, int wg, int wg_row0,
+                                          Sums& sum) {
   u32 previous = 0;  // the stage before this one, which wgmma may still be reading
-  u32 a[2][chunk_steps][4];
+#pragma unroll 1
+  for (int kt = segment.begin; kt < segment.end; ++kt) {
+    barrier_wait(ring.full(), ring.phase);
+    // the other's stages come next: now it is no more than a phase behind the barriers
+    if (in_turns && kt + 1 == segment.end) pass_turn(1 - wg);
+    const u64 x = tile_descriptor(ring.data());
+    const u64 w = tile_descriptor(ring.data() + x_bytes + wg_row0 * w_row_bytes);
+    wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < steps; ++s)
+#pragma unroll
+      for (int i = 0; i < tiles_n; ++i)
+        wgmma(sum.acc[i], w + (i * 64 * w_row_bytes + s * 32) / 16,
+              x + (s / 4 * x_column_bytes + s % 4 * 32) / 16, true);
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (kt > segment.begin) release(previous);
+    previous = ring.empty();
+    ring.advance();
+  }
+  wgmma_wait<0>();
+  if (segment.end > segment.begin) release(previous);
+}
+
+// The same with fragments of W: into `sum` if there is one scale a row, else into `total`. While wgmma
+// works on a turn's fragments those of the next are made, also across tiles of K and before an
+// accumulator is emptied.
+__device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const Segment& segment,
+                                              i64 row0, int wg_row0, int lane, int warp, Sums& sum,
+                                              Totals& total) {
+  if (segment.begin >= segment.end) return;
+  const Lane own(lane, warp);
   ScaleReader reader(p, row0, lane, segment.begin);
   TileScales scales, next;
   BlockReader block_reader(p, row0, lane);
@@ -184,90 +213,93 @@ __device__ __forceinline__ void mainloop(const Params& p, Ring& ring, const Segm
   const int groups = int((p.k - 1) / p.group_size) + 1;
   auto groups_left = [&](int kt) { return flushes > 1 ? groups - kt * flushes : 1; };
   constexpr bool in_groups = grouping != channel && !fp4;
-  if (in_groups && segment.begin < segment.end) reader.read(p, next, groups_left(segment.begin));
-  if (fp4 && segment.begin < segment.end) block_reader.read(next_blocks, segment.begin);
+  if constexpr (in_groups) reader.read(p, next, groups_left(segment.begin));
+  if constexpr (fp4) block_reader.read(next_blocks, segment.begin);
+
+  constexpr int turns = chunks * tiles_n;
+  static_assert(turns % 2 == 0, "the first turn of a tile of K finds its fragments in a[0]");
+  // an accumulator each: the row tiles take turns at each chunk; else a row tile runs to its end
+  auto chunk_of = [](int t) { return direct ? t / tiles_n : t % chunks; };
+  auto tile_of = [](int t) { return direct ? t % tiles_n : t / chunks; };
+  u32 a[2][chunk_steps][4];
+  auto fragments = [&](int t, const Chunk& raw, const TileScales& of,
+                       const BlockScales& of_blocks) {
+    const int c = chunk_of(t), i = tile_of(t), f = c / chunks_per_flush;
+    RowScale rows[row_scales][2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if constexpr (fp4)
+        of_blocks.factors(rows, i, h, c);
+      else if constexpr (scaled)
+        rows[0][h] = RowScale(of.s[i][f][h], of.z[has_zeros ? i : 0][f][h]);
+    }
+    own.fragments(a[t % 2], raw, rows);
+  };
+  auto load = [&](const char* tile, int t) { return own.load(tile, tile_of(t), chunk_of(t)); };
+  auto tile_at = [&] {
+    return static_cast<const char*>(
+        __cvta_shared_to_generic(ring.data() + x_bytes + wg_row0 * w_row_bytes));
+  };
+
+  barrier_wait(ring.full(), ring.phase);
+  const char* tile = tile_at();
+  Chunk raw = load(tile, 0);
+  fragments(0, raw, next, next_blocks);
+  raw = load(tile, 1);
 #pragma unroll 1
   for (int kt = segment.begin; kt < segment.end; ++kt) {
+    const bool more = kt + 1 < segment.end;
     if constexpr (in_groups) {
       scales = next;
-      if (kt + 1 < segment.end) reader.read(p, next, groups_left(kt + 1));
+      if (more) reader.read(p, next, groups_left(kt + 1));
     }
     if constexpr (fp4) {
       blocks = next_blocks;
-      if (kt + 1 < segment.end) block_reader.read(next_blocks, kt + 1);
+      if (more) block_reader.read(next_blocks, kt + 1);
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
         for (int h = 0; h < 2; ++h) no_number[i][h] |= blocks.no_number(i, h);
     }
-    barrier_wait(ring.full(), ring.phase);
-    // the other's stages come next: now it is no more than a phase behind the barriers
-    if (in_turns && kt + 1 == segment.end) pass_turn(1 - wg);
-    const u32 x = ring.data(), w = x + x_bytes + wg_row0 * w_row_bytes;
+    const u32 x = ring.data(), empty = ring.empty();
     const u64 x_tile = tile_descriptor(x);
     auto x_step = [&](int s) { return x_tile + (s / 4 * x_column_bytes + s % 4 * 32) / 16; };
-
-    if constexpr (!from_registers) {
-      const u64 w_tile = tile_descriptor(w);
+    ring.advance();
+#pragma unroll
+    for (int t = 0; t < turns; ++t) {
+      const int c = chunk_of(t), i = tile_of(t), f = c / chunks_per_flush;
+      const bool empties = !direct && (c + 1) % chunks_per_flush == 0, last = t + 1 == turns;
       wgmma_fence();
 #pragma unroll
-      for (int s = 0; s < steps; ++s)
-#pragma unroll
-        for (int i = 0; i < tiles_n; ++i)
-          wgmma(sum.acc[i], w_tile + (i * 64 * w_row_bytes + s * 32) / 16, x_step(s), true);
+      for (int s = 0; s < chunk_steps; ++s)
+        wgmma(sum.acc[direct ? i : 0], a[t % 2][s], x_step(c * chunk_steps + s),
+              direct || c % chunks_per_flush != 0 || s != 0);
       wgmma_commit();
       wgmma_wait<1>();
-      if (kt > segment.begin) release(previous);
-    } else {
-      const char* tile = static_cast<const char*>(__cvta_shared_to_generic(w));
-      constexpr int turns = chunks * tiles_n;
-      // an accumulator each: the row tiles take turns at each chunk; else a row tile runs to its end
-      auto chunk_of = [](int t) { return direct ? t / tiles_n : t % chunks; };
-      auto tile_of = [](int t) { return direct ? t % tiles_n : t / chunks; };
-      Chunk raw = own.load(tile, 0, 0);
-#pragma unroll
-      for (int t = 0; t < turns; ++t) {
-        const int c = chunk_of(t), i = tile_of(t);
-        const int f = c / chunks_per_flush;
-        RowScale rows[row_scales][2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if constexpr (fp4)
-            blocks.factors(rows, i, h, c);
-          else if constexpr (scaled)
-            rows[0][h] = RowScale(scales.s[i][f][h], scales.z[has_zeros ? i : 0][f][h]);
-        }
-        own.fragments(a[t % 2], raw, rows);
-        if (t + 1 < turns) raw = own.load(tile, tile_of(t + 1), chunk_of(t + 1));
-        wgmma_fence();
-#pragma unroll
-        for (int s = 0; s < chunk_steps; ++s)
-          wgmma(sum.acc[direct ? i : 0], a[t % 2][s], x_step(c * chunk_steps + s),
-                direct || c % chunks_per_flush != 0 || s != 0);
-        wgmma_commit();
-        if (!direct && (c + 1) % chunks_per_flush == 0) {
-          wgmma_wait<0>();
-          pin_all(sum.acc[0]);
-          flush(total.acc[i], sum.acc[0], scales.s[i][f], scales.z[has_zeros ? i : 0][f],
-                x + x_bytes + w_bytes + f * block_m * 4, lane);
-          pin_all(sum.acc[0]);
-        } else if (t + 1 < turns) {
-          wgmma_wait<1>();
-        } else {
-          wgmma_wait<0>();  // ptxas cannot follow the fragments around the loop: it would serialise
-        }
+      if (!last) {
+        fragments(t + 1, raw, scales, blocks);
+        if (!empties && t + 2 < turns) raw = load(tile, t + 2);
+      } else if (more) {
+        barrier_wait(ring.full(), ring.phase);
+        tile = tile_at();
+        raw = load(tile, 0);
+        fragments(0, raw, next, next_blocks);
+        if (!empties) raw = load(tile, 1);
       }
-      release(ring.empty());
+      if (empties || last) wgmma_wait<0>();  // ptxas cannot follow it around the loop
+      if (empties) {
+        pin_all(sum.acc[0]);
+        flush(total.acc[i], sum.acc[0], scales.s[i][f], scales.z[has_zeros ? i : 0][f],
+              x + x_bytes + w_bytes + f * block_m * 4, lane);
+        pin_all(sum.acc[0]);
+        if (t + 2 < turns)
+          raw = load(tile, t + 2);
+        else if (last && more)
+          raw = load(tile, 1);
+      }
     }
-    previous = ring.empty();
-    ring.advance();
+    release(empty);
   }
-  if constexpr (!from_registers) {
-    wgmma_wait<0>();
-    if (segment.end > segment.begin) release(previous);
-  }
-#pragma unroll
-  for (int i = 0; i < acc_tiles; ++i) pin_all(sum.acc[i]);
   if constexpr (fp4)
 #pragma unroll
     for (int i = 0; i < acc_tiles; ++i)
@@ -343,7 +375,12 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
         prefetch_residual<tokens, tiles_n * 64, 128>(p, first_token, n0 + wg_row0,
                                                      threadIdx.x % 128);
     if constexpr (in_turns) await_turn(wg);
-    mainloop(p, ring, s, n0 + wg_row0 + warp * 16, wg, wg_row0, lane, warp, sum, total);
+    if constexpr (from_registers)
+      sum_fragments(p, ring, s, n0 + wg_row0 + warp * 16, wg_row0, lane, warp, sum, total);
+    else
+      sum_tiles(ring, s, wg, wg_row0, sum);
+#pragma unroll
+    for (int i = 0; i < acc_tiles; ++i) pin_all(sum.acc[i]);
     auto& result = Select<direct, Sums, Totals>::of(sum, total).acc;
     if constexpr (Config::stream_k) {
       if (s.begin > 0) {

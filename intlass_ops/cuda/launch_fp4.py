@@ -1,7 +1,7 @@
 """FP4 GEMMs on a GPU: the kernels for 16-bit activations, with e2m1 for weights; and decoding.
 
 Not here: how codes and scales become fragments (fp4.cuh), which kernel (config/fp4.py), what
-happens where none fits (ops/block_scaled.py).
+happens where none fits (ops/block_scaled_kernels.py).
 """
 
 from __future__ import annotations
