@@ -1,0 +1,150 @@
+"""What calls cost the host: the first of a process, the first of each kernel, every one after.
+
+    python benchmarks/host_costs.py --out benchmarks/results/host-costs-h200
+
+Each process starts with an empty kernel cache (`cold`), then the same once more with what the
+first left on disk (`warm`). Seconds from the call until the GPU has finished; the first call of a
+process imports CuPy and opens NVRTC. `eager`: microseconds of host work a call of one token at
+4096x4096, the median of many runs of calls that nothing waits for, beside PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+WIDTH, GROUP = 4096, 128
+RUNS, CALLS = 60, 100
+Call = Callable[[], object]
+
+
+def _ours(tokens: int) -> dict[str, Call]:
+    from intlass_ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn
+
+    def codes(*shape: int) -> torch.Tensor:
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda")
+
+    x = torch.randn(tokens, WIDTH, dtype=torch.bfloat16, device="cuda")
+    x8, x_scale = codes(tokens, WIDTH), torch.rand(tokens, 1, device="cuda")
+    w4, w8 = codes(WIDTH, WIDTH // 2).view(torch.uint8), codes(WIDTH, WIDTH)
+    of_groups = torch.rand(WIDTH, WIDTH // GROUP, dtype=torch.bfloat16, device="cuda")
+    of_rows = torch.rand(WIDTH, device="cuda")
+    return {
+        "W4A16": lambda: matmul_int4_bf16_tn(x, w4, of_groups),
+        "W8A8": lambda: matmul_int8_bf16_tn(x8, w8, x_scale, of_rows),
+        "W4A8": lambda: matmul_int4_bf16_tn(x8, w4, of_groups, a_scale=x_scale),
+    }
+
+
+def _pytorchs() -> dict[str, Call]:
+    x = torch.randn(1, WIDTH, dtype=torch.bfloat16, device="cuda")
+    w = torch.randn(WIDTH, WIDTH, dtype=torch.bfloat16, device="cuda")
+    codes = torch.randint(0, 256, (WIDTH, WIDTH // 2), dtype=torch.uint8, device="cuda")
+    tiles = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+    scales = torch.rand(WIDTH // GROUP, WIDTH, 2, dtype=torch.bfloat16, device="cuda")
+    return {
+        "torch.add": lambda: torch.add(x, x),
+        "bf16, F.linear": lambda: torch.nn.functional.linear(x, w),
+        "W4A16, _weight_int4pack_mm": lambda: torch.ops.aten._weight_int4pack_mm(
+            x, tiles, GROUP, scales
+        ),
+    }
+
+
+def _seconds(call: Call) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def _host_microseconds(call: Call) -> float:
+    runs = []
+    for _ in range(RUNS):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        runs.append((time.perf_counter() - begin) / CALLS * 1e6)
+    return statistics.median(runs)
+
+
+def _measure() -> dict[str, Any]:
+    """In a process of its own: a kernel of few tokens first, then others, then calls over again."""
+    torch.ones(1, device="cuda")  # PyTorch's own start
+    begin = time.perf_counter()
+    import intlass_ops  # noqa: F401
+
+    figures: dict[str, Any] = {"import": time.perf_counter() - begin}
+    with torch.inference_mode():
+        few, many = _ours(1), _ours(64)
+        figures["first call of the process, W4A16 M=1"] = _seconds(few["W4A16"])
+        for name in ("W8A8", "W4A8"):
+            figures[f"first call, {name} M=1"] = _seconds(few[name])
+        for name, call in many.items():
+            figures[f"first call, {name} M=64"] = _seconds(call)
+        eager = {**few, **_pytorchs()}
+        figures["eager"] = {name: _host_microseconds(call) for name, call in eager.items()}
+    return figures
+
+
+def _in_a_process(cache: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, __file__, "--measure"],
+        env={**os.environ, "INTLASS_CACHE_DIR": cache},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def _table(cold: dict[str, Any], warm: dict[str, Any]) -> str:
+    lines = ["| | cold, s | warm, s |", "|---|---|---|"]
+    lines += [f"| {key} | {cold[key]:.3f} | {warm[key]:.3f} |" for key in cold if key != "eager"]
+    lines += ["", "| eager call, 4096x4096, M=1 | host, us |", "|---|---|"]
+    best = {key: min(cold["eager"][key], warm["eager"][key]) for key in cold["eager"]}
+    return "\n".join([*lines, *(f"| {key} | {us:.1f} |" for key, us in best.items())])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", help="path without .json and .md")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(_measure()))
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        cold, warm = _in_a_process(cache), _in_a_process(cache)
+    from intlass_ops import provenance
+
+    table = _table(cold, warm)
+    print(table)
+    if options.out:
+        environment = provenance.environment(torch.device("cuda"))
+        provenance.write_json(f"{options.out}.json", {**environment, "cold": cold, "warm": warm})
+        head = f"{environment['device']}, torch {environment['torch']}, commit "
+        head += f"{environment['commit']}: `{environment['command']}`"
+        Path(f"{options.out}.md").write_text(f"{head}\n\n{table}\n")
+
+
+if __name__ == "__main__":
+    main()
