@@ -107,10 +107,11 @@ def problem_of(gpu: Gpu, c: config.Matmul, kernel: Kernel, m: int, n: int, k: in
         block_m, block_n = 8 * c.tiles_m, 16 * c.tiles_n
         blocks = math.ceil(n / block_n)
     else:  # its blocks stay: the tiles of its groups count, two to eight at a time
-        assert isinstance(c, config.SkinnyRing)
-        block_m, block_n = 8 * math.ceil(c.tokens / 8), 16 * c.tiles_n * c.groups
+        assert isinstance(c, config.SkinnyRing | config.SkinnyHeld)
+        groups = c.groups if isinstance(c, config.SkinnyRing) else c.warps // c.k_warps
+        block_m, block_n = 8 * math.ceil(c.tokens / 8), 16 * c.tiles_n * groups
         blocks = math.ceil(n / block_n)
-    smem = c.smem_of(n, k) if isinstance(c, config.SkinnyRing) else c.smem_bytes
+    smem = c.smem_bytes if isinstance(c, config.Gemm | config.Skinny) else c.smem_of(n, k)
     warps = c.threads // 32
     resident = min(
         gpu.warps // warps,

@@ -14,6 +14,7 @@ from torch import Tensor
 import intlass_ops as ia
 from intlass_ops import block_quantize, fused_quantize, packing, scales
 from intlass_ops.calibrate import InputStatistics
+from intlass_ops.straight_through import quantise_activations
 
 FUSED: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "int8": ia.fused_quantize_int8,
@@ -83,11 +84,21 @@ def pipelines(b: Bench) -> Iterator[Case]:
         def rows(
             scheme: str, product: Callable[..., Tensor], quantise: Callable[..., Any], w: Tensor
         ) -> Iterator[Row]:
-            quantised, ws = quantise(x, h)[:2], b.copies(w)
+            quantised, ws, bits = quantise(x, h)[:2], b.copies(w), int(scheme[-1])
             alone = b.ms(lambda w: product(*quantised, w), ws)
-            whole = b.ms(lambda w: product(*quantise(x, h)[:2], w), ws)
+
+            def layer(w: Tensor) -> Tensor:
+                """What RotatedIntLinear runs."""
+                codes, scale, _ = quantise_activations(x, h, bits, "abs_max", mask=False)
+                return product(codes, scale, w)
+
+            whole = b.ms(layer, ws)
             name = f"{scheme} M={m} N={n} K={k}"
-            warm = functools.partial(product, *quantised, w)
+
+            def warm() -> None:
+                product(*quantised, w)
+                layer(w)
+
             yield Row("pipeline over product alone", name, 0.9, whole, alone, warm)
 
         yield from rows("w8a8", int8, ia.fused_quantize_int8, w8)

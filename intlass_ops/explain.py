@@ -53,6 +53,7 @@ class Explanation:
     ``bound`` (in the table "error <="): the result differs from the graph's own by at most that,
     times the sum over k of |x| (|q| + |zero|) |scale|, plus |bias|.
     ``unknown``: graphs that came from PyTorch's caches, which keep no decisions.
+    ``unwrapped``: weights of a compiled model that PyTorch takes apart at every call (torchao's).
 
     >>> explanation = explain(max, 1, 2)
     >>> explanation.result, explanation.dispatches
@@ -65,6 +66,7 @@ class Explanation:
     dispatches: list[Dispatch] = field(default_factory=list)
     linears: list[Decision] = field(default_factory=list)
     unknown: int = 0
+    unwrapped: int = 0
 
     @property
     def fallbacks(self) -> list[Dispatch]:
@@ -81,6 +83,11 @@ class Explanation:
             parts.append(
                 f"{self.unknown} compiled graphs came from PyTorch's caches, which keep no "
                 "decisions: call torch.compiler.reset() and explain() inside strict()"
+            )
+        if self.unwrapped:
+            parts.append(
+                f"weights that are tensor subclasses, which PyTorch takes apart at every call: "
+                f"{self.unwrapped}; intlass_ops.prepare_(model) before torch.compile saves that"
             )
         return "\n\n".join(filter(None, parts)) or "no intlass op ran"
 
@@ -236,7 +243,15 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         _collecting.remove(explanation)
     # A compiled graph tells its linears before it runs, and packs them while it does.
     explanation.linears = [each.as_stored() for each in explanation.linears]
+    explanation.unwrapped = _subclasses(fn)
     return explanation
+
+
+def _subclasses(fn: Any) -> int:
+    """Parameters of a compiled module that are tensor subclasses."""
+    model = getattr(fn, "_orig_mod", None)
+    parameters = () if model is None else model.parameters()
+    return sum(hasattr(each, "__tensor_flatten__") for each in parameters)
 
 
 @contextlib.contextmanager

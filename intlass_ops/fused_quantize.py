@@ -40,6 +40,12 @@ class Plan(NamedTuple):
     r: int
     group_size: int
     global_scale: float
+    packed: bool = True  # codes of int4, two a byte
+
+    @property
+    def bits(self) -> int:
+        """That a code takes as it is stored."""
+        return 8 if self.format == "int8" or (self.format == "int4" and not self.packed) else 4
 
 
 def fused_quantize_int8(
@@ -69,16 +75,19 @@ def fused_quantize_int4(
     method: str = "abs_max",
     group_size: int | None = None,
     return_mask: bool = False,
+    packed: bool = True,
 ) -> tuple[Tensor, ...]:
     """(codes uint8 [..., K/2], two signed codes in [-7, 7] a byte, scales float32[, mask]).
 
     group_size None: one scale per row. xh ≈ codes·scales, scale = amax / 7 or 0.3534·rms.
+    packed False: codes int8 [..., K]. Tensor cores of sm_90 and later take no INT4 activations: a
+    GEMM with these codes computes the same and need not widen them first.
 
     >>> codes, scales = fused_quantize_int4(torch.ones(2, 32), torch.eye(16))
     >>> codes[0, 0], scales.shape  # 119 is 7 and 7
     (tensor(119, dtype=torch.uint8), torch.Size([2, 1]))
     """
-    plan = plan_of("fused_quantize_int4", "int4", x, h, method, group_size)
+    plan = plan_of("fused_quantize_int4", "int4", x, h, method, group_size, packed=packed)
     return _run(x, h, plan, return_mask)
 
 
@@ -128,6 +137,7 @@ def plan_of(
     method: str,
     group_size: int | None,
     global_scale: float = 1.0,
+    packed: bool = True,
 ) -> Plan:
     if not x.is_floating_point() or x.ndim == 0:
         raise TypeError(f"{op}: x is {x.dtype} {tuple(x.shape)}; expected floating [..., K]")
@@ -145,7 +155,7 @@ def plan_of(
         raise ValueError(f"{op}: of group_size={g} and R={r} one must divide the other")
     if not 0 < global_scale < float("inf"):
         raise ValueError(f"{op}: global_scale={global_scale} is not a positive number")
-    return Plan(format_, method == "quest", r, g, float(global_scale))
+    return Plan(format_, method == "quest", r, g, float(global_scale), packed)
 
 
 def _run(x: Tensor, h: Tensor, plan: Plan, return_mask: bool) -> tuple[Tensor, ...]:
@@ -157,6 +167,7 @@ def _run(x: Tensor, h: Tensor, plan: Plan, return_mask: bool) -> tuple[Tensor, .
         plan.group_size,
         plan.global_scale,
         return_mask,
+        plan.packed,
     )
     if plan.format == "mx":
         scales = scales.view(torch.float8_e8m0fnu)
@@ -186,7 +197,7 @@ def quantize_rotated(rotated: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tenso
         # abs_max of MX multiplies by 3 after the scale; the mask is about what the scale leaves.
         mask = y.abs() < fp4.E2M1_MAX * (3 if plan.format == "mx" and not plan.quest else 1)
         codes = fp4.encode_e2m1(y).reshape(shape)
-    if plan.format != "int8":
+    if plan.bits == 4:
         codes = packing.pack(codes)
     bits = mask.reshape(*shape[:-1], k // 8, 8).to(torch.uint8)
     places = torch.arange(8, dtype=torch.uint8, device=rotated.device)

@@ -29,7 +29,13 @@ from torch import Tensor, nn
 from . import side_by_side
 from .nn import IntLinear
 from .rotation import hadamard_matrix
-from .straight_through import SCHEMES, StraightThrough, product, quantise
+from .straight_through import (
+    SCHEMES,
+    StraightThrough,
+    product,
+    quantise,
+    quantise_activations,
+)
 
 _NO_ROTATION = 16
 _rotations: weakref.WeakValueDictionary[tuple[int | None, torch.dtype, torch.device], Tensor] = (
@@ -178,7 +184,7 @@ class RotatedIntLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        xq, sx, _ = quantise(rows, self.h, self.a_bits, self.method)
+        xq, sx, _ = quantise_activations(rows, self.h, self.a_bits, self.method, mask=False)
         y = product(xq, sx, self.weight, self.scales, self.bias, self.in_features, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 

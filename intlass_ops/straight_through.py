@@ -17,13 +17,23 @@ from .ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn
 SCHEMES = {"w4a4": (4, 4), "w4a8": (4, 8), "w8a8": (8, 8)}  # bits of weights and activations
 
 
-def quantise(t: Tensor, h: Tensor, bits: int, method: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, packed if INT4, scales [rows, 1], mask) of rows [R, K]."""
+def quantise(
+    t: Tensor, h: Tensor, bits: int, method: str, *, packed: bool = True, mask: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, INT4 packed or not, scales [rows, 1], mask, empty if unwanted) of rows [R, K]."""
     with torch.autocast(t.device.type, enabled=False):  # would round the rotation on a CPU
-        codes, scales, mask = torch.ops.intlass.fused_quantize(
-            t, h, f"int{bits}", method, t.shape[1], 1.0, True
+        codes, scales, kept = torch.ops.intlass.fused_quantize(
+            t, h, f"int{bits}", method, t.shape[1], 1.0, mask, packed or bits == 8
         )
-    return codes, scales, mask
+    return codes, scales, kept
+
+
+def quantise_activations(
+    x: Tensor, h: Tensor, bits: int, method: str, *, mask: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in the form that a product takes fastest: GPUs from sm_90 on would widen INT4."""
+    wide = x.is_cuda and torch.cuda.get_device_properties(x.device).major >= 9
+    return quantise(x, h, bits, method, packed=not wide, mask=mask)
 
 
 def product(
@@ -59,7 +69,7 @@ class StraightThrough(torch.autograd.Function):
         backward: str,
     ) -> Tensor:
         w_bits, a_bits = SCHEMES[scheme]
-        xq, sx, x_mask = quantise(x, h, a_bits, method)
+        xq, sx, x_mask = quantise_activations(x, h, a_bits, method, mask=True)
         wq, sw, w_mask = quantise(weight, h, w_bits, method)
         ctx.save_for_backward(xq, sx, x_mask, wq, sw, w_mask, h)
         ctx.backward_in, ctx.dtypes = backward, (x.dtype, weight.dtype)

@@ -314,6 +314,15 @@ class Clamped(SubMul):
         return nn.functional.linear(x, w.view(N, K).clamp(-0.03, 0.03))
 
 
+class PartClamped(Idiom):
+    """The nibbles are scaled one after the other, and one of them is clamped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.s.repeat_interleave(GROUP // 2, 1)
+        low, high = (((q.to(self.dtype) - 8) * s) for q in (self.p & 15, self.p >> 4))
+        return nn.functional.linear(x, torch.cat([low, high.clamp(-0.03, 0.03)], 1))
+
+
 class Squared(Int8PerChannel):
     def forward(self, x: Tensor) -> Tensor:
         w = self.w.to(self.dtype)
@@ -329,5 +338,6 @@ AFFINE: dict[str, Callable[..., Idiom]] = {
     )
 }  # fmt: skip
 UNTOUCHED: dict[str, Callable[..., Idiom]] = {
-    cls.__name__: cls for cls in (MulSum, Table, LinearTable, AxisZero, Dense, Clamped, Squared)
+    cls.__name__: cls
+    for cls in (MulSum, Table, LinearTable, AxisZero, Dense, Clamped, PartClamped, Squared)
 }

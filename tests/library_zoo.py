@@ -98,7 +98,9 @@ def _pt2e(dynamic: bool) -> Callable[[], Case]:
         )
 
         model, x = mlp(torch.float32)
-        exported = torch.export.export(model, (x,)).module()
+        # Before torch 2.13 only a strict export says which nodes were an nn.Linear, without which
+        # torchao's quantiser finds none.
+        exported = torch.export.export(model, (x,), strict=True).module()
         quantizer = X86InductorQuantizer()
         quantizer.set_global(get_default_x86_inductor_quantization_config(is_dynamic=dynamic))
         prepared = prepare_pt2e(exported, quantizer)

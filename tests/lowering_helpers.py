@@ -16,7 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from intlass_ops import lowering
-from intlass_ops.lowering import graph_pass, linears, records
+from intlass_ops.lowering import graph_pass, linears, records, subclasses
 
 
 @dataclass
@@ -48,8 +48,8 @@ class Counting:
             inference_compiler=forward,
             decompositions=select_decomp_table(),
         )
-        compiled: Callable[..., Any] = compiler(gm, inputs)
-        return compiled
+        gm, inputs, parts = graph_pass.apart(gm, list(inputs))
+        return subclasses.given_whole(compiler(gm, inputs), parts)
 
 
 @contextmanager

@@ -195,6 +195,43 @@ def _int64_words(m: Any, x: Tensor) -> Tensor:
     return functional.linear(x, w.flatten(-2))
 
 
+def _scaled_parts(m: Any, x: Tensor) -> Tensor:
+    """The nibbles are scaled one after the other; no tensor ever holds all codes."""
+    s, z = (each.repeat_interleave(G // 2, -1) for each in (m.s, m.z.to(BF16)))
+    parts = [(q.to(BF16) - z) * s for q in (m.p & 15, m.p >> 4)]
+    return functional.linear(x, torch.stack(parts, -1).flatten(-2))
+
+
+def _written_parts(m: Any, x: Tensor) -> Tensor:
+    """Six bits, four and two of which are stored apart, dequantised a quarter at a time (Q6_K)."""
+    w = torch.empty(N, K, dtype=BF16)
+    for i in range(4):
+        q = ((m.p[:, i // 2 :: 2] >> (4 * (i % 2))) & 15) | (((m.h >> (2 * i)) & 3) << 4)
+        w[:, i * G : (i + 1) * G] = m.s[:, i : i + 1] * (q.to(BF16) - 32)
+    return functional.linear(x, w)
+
+
+def _padded_rows(m: Any, x: Tensor) -> Tensor:
+    """torch._int_mm takes more than 16 rows on a GPU."""
+    q, s = per_token(x)
+    acc = torch._int_mm(functional.pad(q, (0, 0, 0, 32 - len(q))), m.w.t())[: len(q)]
+    return (acc.float() * s * m.s.float()).to(x.dtype)
+
+
+def _shifted_to_signed(m: Any, x: Tensor) -> Tensor:
+    q = ((x.float() / m.a).round() + m.z).clamp(0, 255).to(torch.uint8)
+    acc = torch._int_mm((q.to(torch.int16) - 128).to(torch.int8), m.w.t())
+    acc = acc - (m.z - 128).to(torch.int32) * m.w.sum(1, dtype=torch.int32)
+    return (acc.float() * m.a * m.s.float()).to(x.dtype)
+
+
+def _divided(m: Any, x: Tensor) -> Tensor:
+    """Scales that multiply on the way to codes divide on the way back."""
+    to_codes = 127 / x.float().abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    q = (x.float() * to_codes).round().clamp(-128, 127).to(torch.int8)
+    return (torch._int_mm(q, m.w.t()) / (to_codes * m.r)).to(x.dtype)
+
+
 _g = torch.Generator().manual_seed(1)
 _B = torch.randn(N, generator=_g).to(BF16)
 SPELLINGS: dict[str, tuple[Any, list[str]]] = {
@@ -357,6 +394,39 @@ SPELLINGS: dict[str, tuple[Any, list[str]]] = {
             f=torch.rand(N, 1, generator=_g) / 1000,
         ),
         ["w4a16"],
+    ),
+    "parts scaled one by one": (
+        _int4(_scaled_parts, z=torch.randint(0, 16, (N, K // G), generator=_g).to(torch.uint8)),
+        ["w4a16"],
+    ),
+    "experts in parts scaled one by one": (
+        _int4(
+            lambda m, x: torch.bmm(
+                x,
+                torch.cat([((q.to(BF16) - 8) * m.s) for q in (m.p & 15, m.p >> 4)], -1).mT,
+            ),
+            (3, 5, K),
+            p=packed4(3, N, K),
+            s=scales(3, N, 1),
+        ),
+        ["w4a16"],
+    ),
+    "six bits in quarters": (
+        _int4(
+            _written_parts,
+            p=torch.randint(0, 256, (N, 64), generator=_g).to(torch.uint8),
+            h=torch.randint(0, 256, (N, 32), generator=_g).to(torch.uint8),
+        ),
+        ["w8a16"],
+    ),
+    "int_mm, rows added and cut off": (_int8(_padded_rows), ["w8a8"]),
+    "int_mm, static zero point shifted to signed": (
+        _int8(_shifted_to_signed, (20, K), a=torch.tensor(0.03), z=torch.tensor(130.0)),
+        ["w8a8"],
+    ),
+    "int_mm, divided by one scale for every output": (
+        _int8(_divided, (20, K), r=torch.rand(N, generator=_g) * 50 + 50),
+        ["w8a8"],
     ),
     "int32 product": (_int8(_int32_mm, (20, K)), ["w8a8"]),
     "activation codes that stay floats": (_int4(_float_codes, (20, K)), ["w4a8"]),

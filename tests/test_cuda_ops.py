@@ -30,6 +30,8 @@ from tolerance import assert_identical
 from torch import Tensor
 
 import intlass_ops as ia
+from intlass_ops import config
+from intlass_ops.config.skinny_held import WITH_CLUSTERS, held_candidates
 from intlass_ops.cuda import launch
 
 pytestmark = pytest.mark.gpu
@@ -130,6 +132,37 @@ def test_many_rows_of_few_tokens(kind: str, smem: int, monkeypatch: pytest.Monke
         kernels = [d.kernel for d in ia.explain(call.run).dispatches]
         assert all(kernel.startswith("skinny_ring") for kernel in kernels), kernels
         check_rows(call, tuple(m for m in (1, 2, 3, 5, 8, 9, 13, 16) if m <= len(call.a)))
+
+
+HELD = {
+    "s4": Case("bf16", "s4", lead=(16,), k=2048, groups=16, scale=BF16, bias=BF16),
+    "channel": Case("fp16", "s4", lead=(16,), k=2048, out=FP32, residual=True),
+    "u4": Case("bf16", "u4", lead=(16,), k=1536, groups=6, scale=BF16, zero=BF16),
+    "u4 bytes": Case("bf16", "u4", lead=(16,), k=2304, groups=18, scale=BF16, alpha="float"),
+    "int8": Case("s8", "u4", lead=(16,), k=2048, groups=16, a_scale="token"),
+    "int4": Case("s4", "s4", lead=(16,), k=2048, groups=16, a_scale="token", activation="relu"),
+}
+
+
+@pytest.mark.parametrize("split_k", [1, 4])
+@pytest.mark.parametrize("kind", HELD)
+def test_activations_in_registers(kind: str, split_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows for many turns of a few blocks; K that leaves the last warps nothing."""
+
+    def pick(device: config.Device, shape: config.Shape) -> config.Matmul:
+        found = held_candidates(device, shape.on(device))
+        return next(c for c in found if c.split_k == split_k)
+
+    few = replace(launch.device_of(0), sm_count=10)
+    if few.arch not in WITH_CLUSTERS and split_k > 1:
+        pytest.skip("no clusters")
+    monkeypatch.setattr(launch, "device_of", lambda index: few)
+    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(config, "pick", pick)
+    call = build(replace(HELD[kind], n=1100), "cuda")
+    kernels = [d.kernel for d in ia.explain(call.run).dispatches]
+    assert all(kernel.startswith("skinny_held") for kernel in kernels), kernels
+    check_rows(call, (1, 3, 8, 13))
 
 
 @pytest.mark.parametrize("w", ["s4", "s8"])

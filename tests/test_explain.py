@@ -48,6 +48,22 @@ def test_every_call_is_reported_with_its_shape_and_module(device: str) -> None:
     assert torch.equal(explanation.result, net(device)(x))
 
 
+def test_weights_that_pytorch_takes_apart_at_every_call_are_told() -> None:
+    class Both(torch.Tensor):
+        """As torchao's weights are: a tensor made of others."""
+
+        def __tensor_flatten__(self) -> tuple[list[str], None]:
+            return ["codes"], None
+
+    model = nn.Linear(4, 4).requires_grad_(False)
+    compiled = torch.compile(model, backend="eager")
+    assert ia.explain(compiled, torch.ones(1, 4)).unwrapped == 0
+    model.weight = nn.Parameter(torch.Tensor.as_subclass(model.weight, Both), requires_grad=False)
+    explanation = ia.explain(torch.compile(model, backend="eager"), torch.ones(1, 4))
+    assert explanation.unwrapped == 1
+    assert "prepare_(model)" in str(explanation)
+
+
 def test_the_report_is_a_table_that_counts_repeated_calls(device: str) -> None:
     model, x = net(device), torch.randn(3, 64, device=device, dtype=BF16)
     explanation = ia.explain(lambda: [model(x) for _ in range(4)])

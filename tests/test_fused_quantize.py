@@ -122,6 +122,9 @@ CASES = [
     ("int8", 2080, 2080, 32),
     ("int4", 5120, 5120, 128),
     ("int8", 8192, 8192, 64),
+    ("int4", 4096, 4096, 64),
+    ("int4", 5120, 5120, 64),
+    ("int8", 11008, 11008, 64),
     ("int8", 25600, 25600, 64),
     ("int4", 69632, 69632, 16),
 ]
@@ -152,6 +155,18 @@ def test_kernel_is_the_reference(format_: str, k: int, group: int, r: int, quest
         assert torch.equal(got_scales, scales)
         assert torch.equal(got_codes, codes)
         assert torch.equal(got_mask, mask)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("k", "group", "r"), [(96, 16, 16), (4096, 4096, 64)])
+def test_int4_codes_may_have_a_byte_each(device: str, k: int, group: int, r: int) -> None:
+    x, h = integers(5, k).to(device, torch.bfloat16), signs(r).to(device)
+    options = {"group_size": group, "return_mask": True}
+    packed, *rest = OPS["int4"](x, h, **options)
+    codes, *same = OPS["int4"](x, h, packed=False, **options)
+    assert codes.dtype == torch.int8
+    assert torch.equal(packing.pack(codes), packed)
+    assert all(map(torch.equal, same, rest))
 
 
 @pytest.mark.gpu
@@ -297,6 +312,10 @@ def test_ops_on_the_gpu_agree_with_the_cpu(format_: str, r: int) -> None:
         (
             lambda: OPS["nv"](torch.zeros(2, 64), torch.eye(64), -1.0),
             "fused_quantize_nv: global_scale=-1.0 is not a positive number",
+        ),
+        (
+            lambda: OPS["mx"](torch.zeros(2, 64), torch.eye(64, device="meta")),
+            "fused_quantize_mx: h is on meta, the input on cpu",
         ),
         (
             lambda: OPS["nv"](torch.zeros(2, 64), torch.eye(64), method="best"),

@@ -76,7 +76,7 @@ def test_the_pick_is_close_to_the_best_tile_measured() -> None:
         c = config.pick(H200, shape)
         assert isinstance(c, config.Hopper)
         how = ["block_m", "tiles_n", "consumers", "stream_k", "split_k", "num_stages", "in_turns"]
-        how += ["share_x", "share_w"]
+        how += ["share_x", "share_w", "by_stages"]
         places = [columns.index(name) for name in how]
         times = {tuple(t[i] for i in places): t[0] for t in p["tiles"]}
         tile = tuple(int(getattr(c, name)) for name in how)

@@ -9,7 +9,7 @@ import torch
 from gemm_case import Case
 from gemm_checks import check_exact
 
-from intlass_ops import config
+from intlass_ops import config, matmul_int4_bf16_tn, pack_int4
 from intlass_ops.cuda import jit, launch
 from intlass_ops.cuda.launch import _ZERO_TYPE
 from intlass_ops.cuda.plans import TYPE, device_of
@@ -54,6 +54,8 @@ def test_the_cases_meet_every_form_of_tile() -> None:
     tiles = [c for case in CASES for c in tiles_of(case, config.device_of("sm_90a"))]
     assert {c.grouping for c in tiles} == set(config.Grouping) - {config.Grouping.STRADDLING}
     assert any(c.in_turns and c.stream_k for c in tiles)
+    assert {c.consumers for c in tiles if c.by_stages} == {2, 4}
+    assert {c.consumers for c in tiles if not c.by_stages} == {1, 2, 4}
     assert any(c.split_k > 1 for c in tiles)
     assert {c.share_x for c in tiles} == {1, 2, 4}
     assert {c.share_w for c in tiles} == {1, 2}
@@ -72,3 +74,19 @@ def test_every_tile_is_exact(case: Case) -> None:
     for tile in tiles:
         with launch.forced(tile):
             check_exact(case, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exponent", [-100, -30, 30, 100])
+def test_the_size_of_scales_changes_nothing(exponent: int) -> None:
+    """Factors of scales that float32 sums, and bf16 outputs, can hold."""
+    generator = torch.Generator().manual_seed(exponent)
+    codes = torch.randint(-8, 8, (192, 512), generator=generator, dtype=torch.int8)
+    x = torch.randint(-4, 5, (48, 512), generator=generator).to(BF16)
+    scales = (1 + torch.randint(0, 128, (192, 4), generator=generator) / 128).to(BF16)
+    small = scales * 2.0**exponent
+    assert torch.equal(small.double(), scales.double() * 2.0**exponent)
+    packed = pack_int4(codes).cuda()
+    y = matmul_int4_bf16_tn(x.cuda(), packed, scales.cuda())
+    scaled = matmul_int4_bf16_tn(x.cuda(), packed, small.cuda())
+    assert torch.equal(scaled.double(), y.double() * 2.0**exponent)

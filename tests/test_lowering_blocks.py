@@ -87,6 +87,16 @@ class HalvesOfRows(graph_zoo.SubMul):
         return torch.cat([self.p & 15, self.p >> 4])
 
 
+class ScaledParts(graph_zoo.SubMul):
+    """GGUF: no tensor holds all codes; all of the bytes are cut out of the bytes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, z = (t.repeat_interleave(graph_zoo.GROUP // 2, 1) for t in (self.s, self.z))
+        parts = [(q.to(self.dtype) - z.to(self.dtype)) * s for q in (self.p & 15, self.p >> 4)]
+        flat = torch.stack(parts, -1).flatten()[: graph_zoo.N * graph_zoo.K]
+        return nn.functional.linear(x, flat.view(graph_zoo.N, graph_zoo.K))
+
+
 class SomeRowsTwice(graph_zoo.SubMul):
     """What becomes of a row depends on where it is."""
 
@@ -96,7 +106,13 @@ class SomeRowsTwice(graph_zoo.SubMul):
 
 
 NAMES = ("SubMul", "Int32Words", "Conv1dLayout", "AwqOrder", "ActOrder", "Experts")
-MAKERS = [Square, HalvesOfRows, SomeRowsTwice, *(graph_zoo.AFFINE[name] for name in NAMES)]
+MAKERS = [
+    Square,
+    HalvesOfRows,
+    ScaledParts,
+    SomeRowsTwice,
+    *(graph_zoo.AFFINE[name] for name in NAMES),
+]
 
 
 @pytest.mark.parametrize("make", MAKERS)

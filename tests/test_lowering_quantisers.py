@@ -51,8 +51,18 @@ def silu_in_float(x: Tensor, w: Tensor) -> Tensor:
     return (functional.silu(x.float()) * x.flip(-1).float()).to(x.dtype)
 
 
-FUSED = [silu_mul, mul_silu, rms_norm, rms_norm_by_hand]
-LEFT = [norm_rounded_twice, layer_norm, norm_over_tokens, silu_in_float]
+def norm_rounded_first(x: Tensor, w: Tensor) -> Tensor:
+    wide = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+    return (wide.to(x.dtype) * w.float()).to(x.dtype)
+
+
+def norm_before_wide_weight(x: Tensor, w: Tensor) -> Tensor:
+    wide = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+    return (wide.to(x.dtype) * (w.float() + 0.1)).to(x.dtype)
+
+
+FUSED = [silu_mul, mul_silu, rms_norm, rms_norm_by_hand, norm_rounded_twice, norm_rounded_first]
+LEFT = [norm_before_wide_weight, layer_norm, norm_over_tokens, silu_in_float]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -24,9 +24,10 @@ def quantize(y: Tensor, bits: int, symmetric: bool) -> Any:
     return (ia.quantize_int8 if bits == 8 else ia.quantize_int4)(y, symmetric=symmetric)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, first: bool = False) -> Tensor:
     v = x.float()
     y = v * (1 / (v.square().mean(-1, keepdim=True) + eps).sqrt())
+    y = y.to(x.dtype).float() if first else y
     return (y if weight is None else y * weight.float()).to(x.dtype)
 
 
@@ -47,11 +48,13 @@ def integers(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Ten
 def test_norm_is_the_two_steps_in_turn(k: int, dtype: torch.dtype, device: str) -> None:
     x = integers(2, 3, k, dtype=dtype, device=device)
     weight = integers(k, dtype=dtype, device=device, seed=1) / 4
-    for options, w in itertools.product(OPTIONS, (weight, None)):
+    for options, (w, first) in itertools.product(
+        OPTIONS, ((weight, False), (weight, True), (None, False))
+    ):
         # on the CPU: on a GPU, PyTorch's mean multiplies by 1 / K, which rounds twice
-        normed = rms_norm(x.cpu(), None if w is None else w.cpu(), 0.5).to(device)
+        normed = rms_norm(x.cpu(), None if w is None else w.cpu(), 0.5, first=first).to(device)
         expected = quantize(normed, **options)
-        assert_same(ops.rms_norm_quantize(x, w, 0.5, **options), expected)
+        assert_same(ops.rms_norm_quantize(x, w, 0.5, round_first=first, **options), expected)
 
 
 def test_norm_is_that_of_pytorch(device: str) -> None:
@@ -95,6 +98,7 @@ def test_codes_do_not_depend_on_how_many_rows_there_are(m: int, k: int, bits: in
     calls: dict[str, Callable[[Tensor, Tensor], Any]] = {
         "none": lambda x, _: quantize(x, **options),
         "norm": lambda x, _: ops.rms_norm_quantize(x, weight, 1.0, **options),
+        "rounded": lambda x, _: ops.rms_norm_quantize(x, weight, 1.0, round_first=True, **options),
         "silu": lambda x, y: ops.silu_mul_quantize(x, y, **options),
     }
     for name, call in calls.items():

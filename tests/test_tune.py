@@ -71,7 +71,8 @@ def test_candidates_are_legal_and_told_apart_by_their_tiles(arch: str) -> None:
                 for c in found:
                     if isinstance(c, config.Gemm):
                         assert gemm.why_illegal(c, device) is None
-                    smem = c.smem_of(n, k) if isinstance(c, config.SkinnyRing) else c.smem_bytes
+                    stay = config.SkinnyRing, config.SkinnyHeld
+                    smem = c.smem_of(n, k) if isinstance(c, stay) else c.smem_bytes
                     assert smem <= device.smem_per_block
                     assert c.threads <= 1024
 

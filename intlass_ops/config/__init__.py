@@ -9,6 +9,7 @@ kernels' own), shipped.py lists what is compiled ahead.
 from .choice import Config as Config
 from .choice import Matmul as Matmul
 from .choice import candidates as candidates
+from .choice import of_int4 as of_int4
 from .choice import pick as pick
 from .choice import predicted as predicted
 from .choice import reason as reason
@@ -45,6 +46,7 @@ from .rotate_quantize import pick_rotate_quantize as pick_rotate_quantize
 from .shipped import shipped_configs as shipped_configs
 from .skinny import SKINNY_MAX_M as SKINNY_MAX_M
 from .skinny import Skinny as Skinny
+from .skinny_held import SkinnyHeld as SkinnyHeld
 from .skinny_ring import SkinnyRing as SkinnyRing
 from .store_rows import StoreRows as StoreRows
 from .store_rows import pick_store_rows as pick_store_rows

@@ -15,13 +15,14 @@ from .quantize import Quantize
 from .rotate_hopper import RotateHopper
 from .rotate_quantize import RotateQuantize
 from .skinny import Skinny, pick_skinny, skinny_candidates, why_not_skinny
+from .skinny_held import SkinnyHeld, held_candidates, pick_held, why_not_held
 from .skinny_ring import SkinnyRing, pick_ring, ring_candidates, why_not_ring
 from .store_rows import StoreRows
 from .transposed import Transposed
 from .transposed_wgmma import TransposedWgmma
 from .widen import Widen
 
-Matmul = Gemm | Skinny | SkinnyRing | Hopper
+Matmul = Gemm | Skinny | SkinnyRing | SkinnyHeld | Hopper
 Tools = TokenSums | Quantize | RotateQuantize | RotateHopper | DecodeFp4 | Widen | StoreRows
 Config = Matmul | Transposed | TransposedWgmma | Tools
 
@@ -42,6 +43,9 @@ def predicted(device: Device, shape: Shape) -> Matmul:
     """The configuration without any table."""
     shape = shape.on(device)
     if why_not_skinny(shape) is None:
+        held = pick_held(device, shape)
+        if held is not None:
+            return held
         ring = pick_ring(device, shape) if _streams(device, shape) else None
         if ring is not None:
             return ring
@@ -67,6 +71,16 @@ def _streams(device: Device, shape: Shape) -> bool:
     return fewest_tokens or shape.n >= 128 * device.sm_count
 
 
+def of_int4(c: Matmul, k: int) -> Matmul | None:
+    """The same tile for INT4 activations that are INT8 to the GPU's tensor cores.
+
+    None: they have to be INT8 in memory. Sums of K products are 256 times too large in between, and
+    must not exceed an int32.
+    """
+    few_tokens = isinstance(c, Skinny | SkinnyHeld)
+    return replace(c, x_kind="s4") if few_tokens and k < 1 << 17 else None
+
+
 def candidates(device: Device, shape: Shape) -> list[Matmul]:
     """All that the tuner measures and that a table may ask for, the predicted one first."""
     shape = shape.on(device)
@@ -74,6 +88,7 @@ def candidates(device: Device, shape: Shape) -> list[Matmul]:
     if why_not_skinny(shape) is None:
         found += skinny_candidates(device, shape)
         found += ring_candidates(device, shape) if why_not_ring(shape) is None else ()
+        found += held_candidates(device, shape) if why_not_held(shape) is None else ()
     else:
         found += gemm_candidates(device, shape)
     if why_not_hopper(device, shape) is None:

@@ -11,8 +11,10 @@ from .hopper import Hopper, why_not_hopper
 from .hopper_tiles import pick_hopper
 from .problem import Device, Shape
 from .skinny import Skinny, pick_skinny, why_not_skinny
+from .skinny_held import SkinnyHeld, pick_held
 from .skinny_ring import SkinnyRing, ring_candidates
 
+FewTokens = Skinny | SkinnyRing | SkinnyHeld
 FP4_X = ("e2m1", "bf16")
 # Where there is no wgmma, so many tokens go through the kernels for few tokens slice by slice; more
 # are faster as a dense product of operands that were decoded before.
@@ -46,10 +48,11 @@ class DecodeFp4:
 
 
 @lru_cache(maxsize=4096)
-def pick_fp4(device: Device, shape: Shape) -> Skinny | SkinnyRing | Hopper | None:
+def pick_fp4(device: Device, shape: Shape) -> FewTokens | Hopper | None:
     """The configuration for a product with FP4 weights; None: no kernel takes it."""
     if why_not_skinny(shape) is None:
-        return _pick_ring(device, shape) or pick_skinny(device, shape)
+        held = pick_held(device, shape)
+        return held or _pick_ring(device, shape) or pick_skinny(device, shape)
     return pick_hopper(device, shape) if why_not_hopper(device, shape) is None else None
 
 

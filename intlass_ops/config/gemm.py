@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .epilogue import Activation, named
-from .problem import BITS, SPAN_K, Device, Grouping, Shape, mma_sass
+from .problem import BITS, SPAN_K, Device, Grouping, Shape, mma_sass, weights_take_scales
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,14 @@ class Gemm:
 
     @property
     def smem_bytes(self) -> int:
-        """The ring, and the epilogue's vectors of tokens and rows."""
+        """The ring, the epilogue's vectors of tokens and rows, and what GroupTable holds."""
         bits = self.block_m * BITS[self.x_kind] + self.block_n * BITS[self.w_kind]
-        return self.num_stages * bits * self.block_k // 8 + 4 * (2 * self.block_m + self.block_n)
+        scaled = self.grouping == Grouping.SCALED_WEIGHTS
+        in_tables = scaled or (self.grouping == Grouping.TILE and BITS[self.x_kind] < 16)
+        entry = (2 if scaled else 4) * (1 + self.has_zeros) * in_tables  # of a row, in two groups
+        table = 2 * self.block_n * entry
+        vectors = 4 * (2 * self.block_m + self.block_n)
+        return self.num_stages * bits * self.block_k // 8 + vectors + table
 
     def tiles(self, m: int, n: int) -> int:
         """Output tiles, each the work of split_k thread blocks."""
@@ -121,16 +126,27 @@ def _rows(device: Device, shape: Shape) -> int:
     return 128
 
 
+_LITTLE_SMEM = 100 << 10  # bytes an SM: sm_86, sm_89, sm_120
+_SCALED_K = 64  # k of a tile of 16-bit floats that takes all registers
 Tile = tuple[int, int, int, int]  # block_m, block_n, warps_m, warps_n
-_LARGE_S8 = 128, 128, 2, 2
+_TALL, _SQUARE, _WIDE = (128, 128, 1, 4), (128, 128, 2, 2), (128, 256, 2, 4)
 
 
 def _large_tile(device: Device, shape: Shape) -> Tile | None:
-    """For many tokens, where one set of accumulators is enough: warps of 64 tokens by 64 rows."""
-    crowded = _crowded(device, shape) and shape.w_kind == "s8"
-    if shape.group_size < shape.k or shape.has_zeros or crowded:
+    """For many tokens, where one set of accumulators is enough.
+
+    Warps of 64 tokens by 64 rows; of 128 by 32 where INT4 codes become 16-bit floats: that is done
+    half as often then.
+    """
+    channel = shape.group_size >= shape.k and not shape.has_zeros
+    if BITS[shape.x_kind] == 16:
+        scaled = weights_take_scales(shape) and shape.group_size % _SCALED_K == 0
+        if not (channel or scaled):
+            return None
+        return _TALL if BITS[shape.w_kind] == 4 else _SQUARE
+    if not channel:
         return None
-    return (128, 256, 2, 4) if BITS[shape.x_kind] == 16 else _LARGE_S8
+    return _WIDE if shape.w_kind == "s8" and device.smem_per_sm > _LITTLE_SMEM else _SQUARE
 
 
 def _tokens(m: int) -> int:
@@ -141,11 +157,14 @@ def _tokens(m: int) -> int:
 def _config(device: Device, shape: Shape, tile: Tile) -> Gemm:
     """A tile for a problem, its ring as deep as is useful, K not split."""
     block_m, block_n, warps_m, warps_n = tile
-    # half the k for the largest tiles: 16-bit tokens fill shared memory, and where there is little
-    # of it 8-bit ones leave none to a second block (not measured: by the paper model)
-    little = tile == _LARGE_S8 and shape.x_kind == "s8" and device.smem_per_sm <= 100 << 10
-    half = block_n == 256 or little or (shape.group_size == 64 and shape.group_size < shape.k)
-    block_k = 64 if half else 128
+    # half the k where 16-bit tokens fill shared memory, and where there is little of it and 8-bit
+    # ones leave none to a second block (not measured: by the paper model)
+    floats, large = BITS[shape.x_kind] == 16, tile == _large_tile(device, shape)
+    little = large and shape.x_kind == "s8" and device.smem_per_sm <= _LITTLE_SMEM
+    of_64 = shape.group_size == 64 and shape.group_size < shape.k
+    block_k = _SCALED_K if (floats and large) or little or of_64 else 128
+    scaled = floats and large and weights_take_scales(shape)
+    grouping = grouping_of(shape.k, shape.group_size, block_k)
     whole = shape.k * BITS[shape.x_kind] % 128 == 0 and shape.k * BITS[shape.w_kind] % 128 == 0
     config = Gemm(
         x_kind=shape.x_kind,
@@ -160,7 +179,7 @@ def _config(device: Device, shape: Shape, tile: Tile) -> Gemm:
         warps_n=warps_n,
         num_stages=3,
         split_k=1,
-        grouping=grouping_of(shape.k, shape.group_size, block_k),
+        grouping=Grouping.SCALED_WEIGHTS if scaled else grouping,
         has_zeros=shape.has_zeros,
         has_a_zero=shape.has_a_zero,
         aligned=shape.aligned and whole,
@@ -182,13 +201,18 @@ def _blocks_per_sm(c: Gemm) -> int:
 def pick_gemm(device: Device, shape: Shape) -> Gemm:
     """Warp tiles by what the accumulators leave of the registers, split_k by SM count.
 
-    Measured on an H200 (docs/notes/kernels.md): warps of 64 tokens by 64 rows with one set of
-    accumulators, by 32 rows with a second one for groups; four warps a block, two blocks an SM.
+    Measured on an H200 (docs/notes/kernels.md): the large tiles with one set of accumulators, 64
+    tokens by 32 rows with a second one for groups; four warps a block, two blocks an SM.
     """
     tile = _large_tile(device, shape)
     large_tiles = math.ceil(shape.m / 128) * math.ceil(shape.n / 128)
-    if tile is None or shape.m < 192 or large_tiles <= 1.5 * device.sm_count:
+    few, share = (65, 1) if tile == _TALL else (192, 1.5)
+    if tile is None or shape.m < few or large_tiles <= share * device.sm_count:
         tile = _tokens(shape.m), _rows(device, shape), 1, 4
+    elif tile == _WIDE:  # 5 % faster, where no SM gets more to do
+        wide_tiles = math.ceil(shape.m / 128) * math.ceil(shape.n / 256)
+        if 2 * math.ceil(wide_tiles / device.sm_count) > math.ceil(large_tiles / device.sm_count):
+            tile = _SQUARE
     config = _config(device, shape, tile)
     if problem := why_illegal(config, device):
         raise ValueError(f"no configuration for {shape} on {device.arch}: {problem}")
@@ -213,7 +237,9 @@ def gemm_candidates(device: Device, shape: Shape) -> Iterator[Gemm]:
     tokens, rows = _tokens(shape.m), _rows(device, shape)
     tiles = [(m, n, 1, 4) for m in {tokens, max(8, tokens // 2)} for n in {rows, 64}]
     if shape.m > 64:
-        tiles += [(128, rows, 2, 4), *filter(None, [_large_tile(device, shape)])]
+        large = _large_tile(device, shape)
+        tiles += [(128, rows, 2, 4)] + ([] if large is None else [large])
+        tiles += [_SQUARE] if large == _WIDE else []
     for tile in tiles:
         config = _config(device, shape, tile)
         for split_k in (1, 2, 4, _MOST_STRIPES):

@@ -33,6 +33,7 @@ class Hopper:
     tiles_n: int
     consumers: int
     in_turns: bool  # a consumer computes all of a tile, while others write out theirs
+    by_stages: bool  # the consumers share out a tile by k, one tile a block
     num_stages: int
     stream_k: bool  # whether the blocks share out the last tiles by k
     split_k: int  # blocks of a cluster that share a tile
@@ -51,7 +52,7 @@ class Hopper:
 
     @property
     def block_n(self) -> int:
-        return 64 * self.tiles_n * (1 if self.in_turns else self.consumers)
+        return 64 * self.tiles_n * (1 if self.in_turns or self.by_stages else self.consumers)
 
     @property
     def threads(self) -> int:
@@ -81,7 +82,8 @@ class Hopper:
     def smem_bytes(self) -> int:
         """Barriers, the ring, staging for the output, and what a cluster exchanges of its sums."""
         tokens = self.block_m // self.split_k  # that a block writes
-        staging = self.consumers * (self.slab * (64 * TYPE_BYTES[self.out_type] + 16) + 4 * tokens)
+        writers = 1 if self.by_stages else self.consumers
+        staging = writers * (self.slab * (64 * TYPE_BYTES[self.out_type] + 16) + 4 * tokens)
         exchange = 4 * tokens * self.block_n * (self.split_k - 1)
         return 1024 + self.num_stages * self.stage_bytes + staging + exchange
 
@@ -121,9 +123,11 @@ class Hopper:
 
     def __str__(self) -> str:
         extra = " in_turns" if self.in_turns else ""
+        if self.consumers == 4 or self.by_stages:
+            extra = f" {'by_stages' if self.by_stages else 'consumers'}={self.consumers}"
         extra += " stream_k" if self.stream_k else ""
         if self.split_k > 1:
-            extra = f" split_k={self.split_k}"
+            extra += f" split_k={self.split_k}"
         if self.share_x > 1:
             extra += f" share_x={self.share_x}"
         if self.share_w > 1:
@@ -180,19 +184,3 @@ def why_not_hopper(device: Device, shape: Shape) -> str | None:
     if not whole and shape.group_size % HOPPER_BLOCK_K and shape.group_size not in (32, 64):
         return f"group_size={shape.group_size} is neither 32, 64 nor a multiple of {HOPPER_BLOCK_K}"
     return None
-
-
-def weights_take_scales(shape: Shape) -> bool:
-    """Whether scales of groups multiply the weights, which are rounded to the activations' type.
-
-    So does a dequantised model, and scales of the activations' own type say that this one was. An
-    output of 16 bits hides it; one of float32 is summed group by group and rounded once.
-    """
-    own = {"bf16": "__nv_bfloat16", "fp16": "__half"}.get(shape.x_kind)
-    zeros = ("int", "signed char", "unsigned char", *(["__nv_bfloat16"] if own != "__half" else []))
-    return shape.w_kind == "e2m1" or (
-        shape.group_size < shape.k
-        and shape.scale_type == own
-        and shape.out_type != "float"
-        and (not shape.has_zeros or shape.zero_type in zeros)
-    )

@@ -10,38 +10,38 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .hopper import HALF_SM, HOPPER_BLOCK_K, Hopper, weights_take_scales
-from .problem import BITS, Device, Grouping, Shape
+from .hopper import HALF_SM, HOPPER_BLOCK_K, Hopper
+from .problem import BITS, Device, Grouping, Shape, weights_take_scales
 
 # Tiles of hopper.cu: block_m, tiles_n, consumers, and the TOPS of an H200 full of them, by kinds
-# of activations and weights. These and the times below are a fit to 200 problems, M = 17..4096 on
-# five layers, with every tile that comes near the best measured on each: picking by them loses
-# 0.8 % to the best tile, W8A8 (fitted anew) 1.2 %. FP4: 256 and 128 tokens from four problems,
-# fewer in INT4's proportions.
+# of activations and weights. These and the times below are fits to problems of M = 17..4096 on five
+# to seven layers, with every tile that comes near the best measured on each. Picking by them loses
+# 0.8 % to the best tile for W4A16, less for W4A8 (groups of 128, M <= 512), 1.2 % for W8A8. FP4:
+# 256 and 128 tokens from four problems, fewer in INT4's proportions.
 _HOPPER_TILES = {
     ("bf16", 4, "groups"): (
-        (128, 2, 2, 614), (128, 1, 2, 543), (64, 2, 2, 429), (64, 1, 2, 368), (64, 1, 1, 381),
-        (32, 2, 2, 237), (32, 1, 1, 208),
+        (128, 1, 2, 668), (64, 2, 2, 483), (64, 1, 2, 475), (64, 1, 1, 514),
+        (32, 2, 2, 249), (32, 1, 1, 256), (64, 1, 4, 543), (32, 1, 4, 281),
     ),
     ("bf16", 4, "channel"): (
-        (256, 1, 2, 782), (128, 2, 2, 653), (128, 1, 2, 633), (64, 2, 2, 471), (64, 1, 1, 417),
-        (32, 2, 2, 284), (32, 1, 1, 238),
+        (256, 1, 2, 767), (128, 2, 2, 706), (128, 1, 2, 700), (64, 2, 2, 602), (64, 1, 1, 521),
+        (32, 2, 2, 307), (32, 1, 1, 282), (64, 1, 4, 583), (32, 1, 4, 397),
     ),
     ("bf16", 4, "fp4"): (
         (256, 1, 2, 735), (128, 2, 2, 540), (128, 1, 2, 555), (64, 2, 2, 400), (64, 1, 1, 350),
-        (32, 2, 2, 240), (32, 1, 1, 200),
+        (32, 2, 2, 240), (32, 1, 1, 200), (64, 1, 4, 410), (32, 1, 4, 260),
     ),
     ("bf16", 8, "channel"): (
         (256, 1, 2, 766), (128, 2, 2, 725), (128, 1, 2, 686), (64, 2, 2, 500), (64, 1, 1, 462),
-        (32, 2, 2, 312), (32, 1, 1, 259),
+        (32, 2, 2, 312), (32, 1, 1, 259), (64, 1, 4, 540), (32, 1, 4, 360),
     ),
     ("s8", 4, "groups"): (
-        (128, 2, 2, 845), (128, 1, 2, 773), (64, 2, 2, 650), (64, 1, 2, 537), (64, 1, 1, 516),
-        (32, 2, 2, 412), (32, 1, 1, 321),
+        (128, 2, 2, 950), (128, 1, 2, 949), (64, 2, 2, 732), (64, 1, 2, 691), (64, 1, 1, 695),
+        (32, 2, 2, 433), (32, 1, 1, 396), (64, 1, 4, 823), (32, 1, 4, 488),
     ),
     ("s8", 4, "channel"): (
         (256, 1, 2, 1428), (128, 2, 2, 1346), (128, 1, 2, 1203), (64, 2, 2, 969), (64, 1, 1, 819),
-        (32, 2, 2, 569), (32, 1, 1, 511),
+        (32, 2, 2, 569), (32, 1, 1, 511), (64, 1, 4, 1080), (32, 1, 4, 640),
     ),
     ("s8", 8, "channel"): (
         (256, 1, 2, 1602), (128, 2, 2, 1587), (128, 1, 2, 1543), (128, 1, 1, 1404),
@@ -50,6 +50,17 @@ _HOPPER_TILES = {
     ),
 }  # fmt: skip
 _HOPPER_TILES["bf16", 8, "groups"] = _HOPPER_TILES["bf16", 4, "groups"]
+# Weights that become fragments, few tiles: consumers that share out one of 64 rows by k. block_m,
+# consumers, TOPS
+_TILES_BY_STAGES = {
+    ("bf16", 4, "groups"): ((128, 2, 480), (64, 4, 330), (32, 4, 190)),
+    ("bf16", 4, "channel"): ((128, 2, 518), (64, 4, 377), (32, 4, 211)),
+    ("bf16", 4, "fp4"): ((128, 2, 400), (64, 4, 300), (32, 4, 180)),
+    ("bf16", 8, "channel"): ((128, 2, 500), (64, 4, 360), (32, 4, 205)),
+    ("s8", 4, "groups"): ((128, 2, 822), (64, 4, 476), (32, 4, 280)),
+    ("s8", 4, "channel"): ((128, 2, 1000), (64, 4, 600), (32, 4, 330)),
+}
+_TILES_BY_STAGES["bf16", 8, "groups"] = _TILES_BY_STAGES["bf16", 4, "groups"]
 # W8A8 by two consumers in turns: block_m, tiles_n and TOPS. From 64 tiles of K on, writing out is
 # so little of the work that larger tiles win; weights that become fragments want larger ones too.
 _TILES_IN_TURNS = ((192, 2, 1686), (128, 2, 1614), (256, 1, 1564))
@@ -106,13 +117,15 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
     kind = "s8" if shape.x_kind == "s8" else "bf16"
     scales = "fp4" if shape.w_kind == "e2m1" else "channel" if whole or scaled else "groups"
     key = kind, BITS[shape.w_kind], scales
-    tiles = [(m, n, consumers, False, rate) for m, n, consumers, rate in _HOPPER_TILES[key]]
+    tiles = [(m, n, consumers, "", rate) for m, n, consumers, rate in _HOPPER_TILES[key]]
+    of_k = _TILES_BY_STAGES.get(key, ())
+    tiles += [(m, 1, consumers, "by_stages", rate) for m, consumers, rate in of_k]
     # stream_k, split_k, share_x, share_w
     ways = [(False, 1, 1, 1), (True, 1, 1, 1), (False, 2, 1, 1)]
     if shape.x_kind == "s8" and whole:  # others are not bound by reading
         ways += [(False, 1, 4, 1), (False, 1, 2, 1), (False, 1, 1, 2)]
     if key == ("s8", 8, "channel") and shape.k <= _IN_TURNS_MAX_K:
-        tiles += [(m, n, 2, True, rate) for m, n, rate in _TILES_IN_TURNS]
+        tiles += [(m, n, 2, "in_turns", rate) for m, n, rate in _TILES_IN_TURNS]
     groups_per_tile = max(1, HOPPER_BLOCK_K // min(shape.group_size, HOPPER_BLOCK_K))
     if shape.group_size >= shape.k or shape.w_kind == "e2m1":
         groups_per_tile = 1
@@ -123,15 +136,24 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
     else:
         grouping = Grouping.SPAN if groups_per_tile > 1 else Grouping.TILE
     for tile, way in itertools.product(tiles, ways):
-        block_m, tiles_n, consumers, in_turns, rate = tile
+        block_m, tiles_n, consumers, how, rate = tile
+        in_turns, by_stages = how == "in_turns", how == "by_stages"
         stream_k, split_k, share_x, share_w = way
         if in_turns and (split_k > 1 or share_x > 2 or share_w > 1):
             continue  # a cluster has one tile; the others are never the fastest
+        if by_stages and (stream_k or share_x * share_w > 1):
+            continue
+        sums = shape.has_zeros and not scaled
+        if consumers == 4 and (stream_k or groups_per_tile > 1 or sums):
+            continue  # 112 registers a thread are too few
+        if consumers == 4 and not by_stages and split_k > 1:
+            continue  # never the fastest
         extra = stream_k + shape.has_zeros + (groups_per_tile > 1)
         if scaled:
-            spills = block_m * tiles_n == 256 and shape.has_zeros and groups_per_tile > 2
+            most = 1 if stream_k else 2
+            spills = block_m * tiles_n == 256 and shape.has_zeros and groups_per_tile > most
         else:
-            limit = 160 if stream_k or shape.has_zeros else 256
+            limit = 160 if stream_k or shape.has_zeros or kind != "s8" else 256
             spills = not whole and block_m * tiles_n + 32 * extra > limit
         if spills:
             continue
@@ -145,6 +167,7 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
             tiles_n=tiles_n,
             consumers=consumers,
             in_turns=in_turns,
+            by_stages=by_stages,
             num_stages=1,
             stream_k=stream_k,
             split_k=split_k,
@@ -161,7 +184,8 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
             continue  # nobody to share with
         blocks = c.tiles(shape.m, shape.n) * split_k
         room = HALF_SM if consumers == 1 else device.smem_per_block
-        if split_k > 1 and blocks > device.sm_count * (2 if consumers == 1 else 1):
+        one_tile = split_k > 1 or by_stages
+        if one_tile and blocks > device.sm_count * (2 if consumers == 1 else 1):
             continue
         if in_turns and blocks <= device.sm_count:
             continue  # a tile a block: nobody to take turns with
@@ -181,6 +205,8 @@ def _deepest_ring(c: Hopper, room: int) -> Hopper | None:
     for slab, least, limit in ((c.slab, 3, most), (16, 3, 3), (c.slab, 2, 2)):
         one = replace(c, num_stages=1, slab=slab)
         stages = min(limit, 1 + (room - one.smem_bytes) // one.stage_bytes)
+        if c.by_stages:
+            stages -= stages % c.consumers  # a stage is always the same consumer's
         if stages >= least:
             return replace(one, num_stages=stages)
     return None

@@ -116,6 +116,22 @@ class Shape:
         return replace(self, x_kind="s8") if widens(device, self.x_kind) else self
 
 
+def weights_take_scales(shape: Shape) -> bool:
+    """Whether scales of groups multiply the weights, which are rounded to the activations' type.
+
+    So does a dequantised model, and scales of the activations' own type say that this one was. An
+    output of 16 bits hides it; one of float32 is summed group by group and rounded once.
+    """
+    own = {"bf16": "__nv_bfloat16", "fp16": "__half"}.get(shape.x_kind)
+    zeros = ("int", "signed char", "unsigned char", *(["__nv_bfloat16"] if own != "__half" else []))
+    return shape.w_kind == "e2m1" or (
+        shape.group_size < shape.k
+        and shape.scale_type == own
+        and shape.out_type != "float"
+        and (not shape.has_zeros or shape.zero_type in zeros)
+    )
+
+
 def mma_sass(x_kind: str, int4_k: int = 32) -> tuple[str, ...]:
     """Regular expressions of the tensor-core instruction for activations of this kind."""
     if x_kind in ("bf16", "fp16", "e2m1"):

@@ -17,6 +17,11 @@ class Before(IntEnum):
     NONE = 0
     RMS_NORM = 1
     SILU_MUL = 2
+    ROUNDED_NORM = 3  # before its weight too
+
+    @property
+    def is_norm(self) -> bool:
+        return self in (Before.RMS_NORM, Before.ROUNDED_NORM)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Quantize:
         if not self.ahead:
             return 0
         operands = 2 if self.before == Before.SILU_MUL else 1
-        weight = 4 if self.before == Before.RMS_NORM else 0
+        weight = 4 if Before(self.before).is_norm else 0
         return self.chunks * self.threads * 8 * (2 * operands + weight)
 
     def __str__(self) -> str:
@@ -94,7 +99,7 @@ def pick_quantize(
     has_clusters = device.arch.startswith(("sm_9", "sm_10", "sm_12"))
     cluster = 1
     # a norm would wait for the others twice
-    if few and vectors > 1024 and 2 * segments <= device.sm_count and before != Before.RMS_NORM:
+    if few and vectors > 1024 and 2 * segments <= device.sm_count and not before.is_norm:
         cluster = _CLUSTER if has_clusters else 1
     if few:
         loads = 1
@@ -138,6 +143,6 @@ def _in_cluster(vectors: int) -> int:
 
 def _blocks_that_stay(c: Quantize) -> int:
     """Of an SM, from a sweep on an H200: what registers and the latency of a segment allow."""
-    if c.before == Before.RMS_NORM:
+    if Before(c.before).is_norm:
         return math.ceil(768 / c.threads)
     return 8 if c.threads <= 128 else 1280 // c.threads

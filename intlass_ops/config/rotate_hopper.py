@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import ClassVar
 
 from .problem import Device
 
+
+class Scope(IntEnum):
+    """Where the values of a group lie; the kernels say what each means."""
+
+    QUADS = 0
+    TABLE = 1
+    BLOCK = 2
+    TWICE = 3
+
+
 _KIND = {"__nv_bfloat16": "bf16", "__half": "fp16"}
-_MX = 2  # of ROTATE_FORMATS
-_STAGES = 2
 _VALUES = 8192  # that a warpgroup has at a time: 64 for each of its threads
+_BOX_ROWS = 256
 _WARPGROUPS = 4  # of an SM, where their threads keep all these in registers
 
 
@@ -32,7 +42,8 @@ class RotateHopper:
     scaled: bool  # nv: its global scale is not 1
     scope: int  # Scope
     group_size: int  # of quads, otherwise 0
-    columns: int  # of h that are multiplied at a time
+    group_rows: int  # of x that a group has; 0: quads
+    bits: int  # of a code as it is stored
     tiles: int
     warpgroups: int
     teams: int
@@ -43,6 +54,20 @@ class RotateHopper:
     def capacity(self) -> int:
         """Pieces of a unit."""
         return self.warpgroups * self.tiles * 64 * self.rotation // self.piece
+
+    @property
+    def unit_rows(self) -> int:
+        """Of x in a unit: as many as there is room for, of these whole groups, or one group."""
+        if self.scope == Scope.BLOCK:
+            return self.group_rows
+        rows = 64 * self.tiles * self.warpgroups
+        return rows // max(self.group_rows, 1) * max(self.group_rows, 1)
+
+    @property
+    def box_rows(self) -> int:
+        """Of x that TMA copies at a time."""
+        boxes = math.ceil(self.unit_rows / _BOX_ROWS)
+        return self.unit_rows if boxes == 1 else math.ceil(self.unit_rows / boxes / 8) * 8
 
     @property
     def threads(self) -> int:
@@ -56,14 +81,14 @@ class RotateHopper:
     @property
     def wgmma(self) -> tuple[str, int]:
         """Kind of the operands and columns of its wgmma instructions."""
-        return _KIND[self.x_type], self.columns
+        return _KIND[self.x_type], self.rotation
 
     def units(self, pieces: int, group_pieces: int) -> int:
         """What the teams share out: parts of x, or groups."""
-        return math.ceil(pieces / (group_pieces if self.group_size == 0 else self.capacity))
+        return math.ceil(pieces * self.piece / (self.unit_rows * self.rotation))
 
     def __str__(self) -> str:
-        groups = f"groups of {self.group_size}" if self.group_size else "a group a unit"
+        groups = f"groups of {self.group_size or self.group_rows * self.rotation}"
         return (
             f"rotate {self.rotation} and quantize {('int8', 'int4', 'mx', 'nv')[self.format]} "
             f"{groups} wgmma {self.teams}x{self.warpgroups}x{self.tiles}"
@@ -81,27 +106,23 @@ def rotate_hopper(
     quest: bool,
     mask: bool,
     scaled: bool,
-    scope: int,
     group_size: int,
+    bits: int,
 ) -> RotateHopper | None:
-    """For groups of up to 32 values (`scope` 0) or groups as units (2), if these have room."""
+    """For groups of up to 32 values, and for longer ones that fill 8 rows or a unit."""
     if device.arch != "sm_90a" or x_type not in _KIND or not 32 <= rotation <= 128:
         return None
     most = _VALUES // (64 * rotation)
-    columns, warpgroups, tiles, blocks = rotation, 1, most, 1
-    if group_size <= 32:
-        # half of R = 128 at a time leaves room for more warps; then a group of 32 has two lanes
-        columns = rotation if format_ == _MX else min(rotation, 64)
-        teams = {32: 5, 64: 6}.get(rotation, 6 if columns == 64 else 4)
-    else:
-        tiles_of_group = math.ceil(group_size / (64 * rotation))
-        warpgroups = math.ceil(tiles_of_group / most)
-        if warpgroups > _WARPGROUPS:
+    scope, warpgroups, tiles, group_rows = Scope.QUADS, 1, most, 0
+    if group_size > 32:
+        group_rows = group_size // rotation
+        unit = _unit_of(group_rows, most)
+        if unit is None:
             return None
-        tiles = math.ceil(tiles_of_group / warpgroups)
-        teams = _WARPGROUPS // warpgroups
-        if rotation < 128 and teams == _WARPGROUPS:  # two blocks hide each other's beginning
-            teams, blocks = teams // 2, 2
+        scope, warpgroups, tiles = unit
+    teams, blocks = _WARPGROUPS // warpgroups, 1
+    if group_rows and rotation < 128 and teams == _WARPGROUPS:
+        teams, blocks = teams // 2, 2  # two blocks hide each other's beginning
     return RotateHopper(
         x_type=x_type,
         rotation=rotation,
@@ -110,11 +131,30 @@ def rotate_hopper(
         mask=mask,
         scaled=scaled,
         scope=scope,
-        group_size=group_size if group_size <= 32 else 0,
-        columns=columns,
+        group_size=0 if group_rows else group_size,
+        group_rows=group_rows,
+        bits=bits,
         tiles=tiles,
         warpgroups=warpgroups,
         teams=teams,
-        stages=_STAGES,
+        stages=3 if warpgroups == _WARPGROUPS else 2,  # more only help a team that is alone
         blocks_per_sm=blocks,
     )
+
+
+def _unit_of(group_rows: int, most: int) -> tuple[Scope, int, int] | None:
+    """Scope, warpgroups and tiles of a unit whose rows are used best; None: a group has no room."""
+    found = []
+    tiles_of_group = math.ceil(group_rows / 64)
+    warpgroups = math.ceil(tiles_of_group / most)
+    if group_rows > most * 16 and warpgroups <= _WARPGROUPS:
+        tiles = math.ceil(tiles_of_group / warpgroups)
+        found.append((group_rows / warpgroups, -warpgroups, Scope.BLOCK, tiles))
+    for warpgroups in (1, 2):
+        groups = 64 * most * warpgroups // max(1, group_rows)
+        if groups > 1 and group_rows and group_rows % 8 == 0:
+            found.append((groups * group_rows / warpgroups, -warpgroups, Scope.TABLE, most))
+    if not found:
+        return None
+    _, negative, scope, tiles = max(found)
+    return scope, -negative, tiles

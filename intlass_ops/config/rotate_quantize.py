@@ -5,24 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from functools import lru_cache
 from typing import ClassVar
 
 from .problem import TYPE_BYTES, Device, mma_sass
 from .rotate_hopper import RotateHopper, rotate_hopper
+from .rotate_hopper import Scope as Scope
 
 ROTATE_FORMATS = ("int8", "int4", "mx", "nv")
 _KIND = {"__nv_bfloat16": "bf16", "__half": "fp16"}
-
-
-class Scope(IntEnum):
-    """Where the values of a group lie; the kernel says what each means."""
-
-    QUADS = 0
-    TABLE = 1
-    BLOCK = 2
-    TWICE = 3
 
 
 @dataclass(frozen=True)
@@ -41,6 +32,7 @@ class RotateQuantize:
     scaled: bool  # nv: its global scale is not 1
     scope: int  # Scope
     group_size: int  # of quads, otherwise 0
+    bits: int  # of a code as it is stored
     row_warps: int
     tiles: int
     stages: int
@@ -70,7 +62,7 @@ class RotateQuantize:
         h = 0
         if self.x_type in _KIND:
             h = (64 if self.rotation > 128 else self.rotation) * (2 * self.rotation + 16)
-        collected = self.rotation > 32 and ROTATE_FORMATS[self.format] != "int8"
+        collected = self.rotation > 32 and self.bits < 8
         codes = 2 * 16 * self.capacity if collected else 0
         return (self.stages - 1) * stage + max(stage, h) + codes
 
@@ -106,8 +98,10 @@ def pick_rotate_quantize(
     mask: bool,
     group_size: int,
     scaled: bool = False,
+    packed: bool = True,
 ) -> RotateQuantize | RotateHopper:
     """Groups in a unit, or else a group as a unit, or, if it has no room, in several, twice."""
+    bits = 8 if format_ == "int8" or (format_ == "int4" and not packed) else 4
     width, piece = max(rotation, 32), min(rotation, 32)
     column_warps = width // 32
 
@@ -121,6 +115,7 @@ def pick_rotate_quantize(
             scaled=scaled,
             scope=scope,
             group_size=group_size if scope == Scope.QUADS else 0,
+            bits=bits,
             row_warps=row_warps,
             tiles=tiles,
             stages=stages,
@@ -129,10 +124,9 @@ def pick_rotate_quantize(
         return replace(c, blocks_per_sm=max(1, _blocks_per_sm(device, c)))
 
     kernel = ROTATE_FORMATS.index(format_), quest, mask, scaled
-    if group_size <= 32:
-        hopper = rotate_hopper(device, x_type, rotation, *kernel, Scope.QUADS, group_size)
-        if hopper is not None:
-            return hopper
+    hopper = rotate_hopper(device, x_type, rotation, *kernel, group_size, bits)
+    if hopper is not None:
+        return hopper
 
     small = max(1, 4 // column_warps), 1 if rotation > 128 else 2
     if group_size <= 32:
@@ -140,9 +134,6 @@ def pick_rotate_quantize(
     table = config(Scope.TABLE, *small, 3)
     if 2 * (group_size // piece) <= table.capacity:
         return table
-    hopper = rotate_hopper(device, x_type, rotation, *kernel, Scope.BLOCK, group_size)
-    if hopper is not None:
-        return hopper
     tiles_of_group = math.ceil(group_size / (16 * width))
     found = []
     for tiles, stages in itertools.product(range(1 if rotation > 128 else 2, 8), (3, 2)):

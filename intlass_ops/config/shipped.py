@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .choice import Config, pick
+from .choice import Config, of_int4, pick
 from .epilogue import with_epilogue
 from .fp4 import FP4_X, DecodeFp4, pick_fp4
 from .hopper import Hopper, TokenSums, why_not_hopper
@@ -84,6 +84,31 @@ def _shipped_epilogues() -> Iterator[tuple[Config, tuple[str, ...]]]:
         for arch in ("sm_80", "sm_90a"):
             picked = pick(device_of(arch), shape)
             yield with_epilogue(picked, activation, residual), (arch,)
+
+
+def _shipped_scaled() -> Iterator[tuple[Config, tuple[str, ...]]]:
+    """gemm.cu's weights that take their scales, with and without zero points."""
+    cases = (
+        ("bf16", "s4", "__nv_bfloat16", "float", 128, ("sm_80", "sm_90a")),
+        ("fp16", "u4", "__half", "unsigned char", 64, ("sm_86", "sm_120")),
+    )
+    for x, w, scale_type, zero_type, group_size, archs in cases:
+        shape = Shape(
+            x_kind=x,
+            w_kind=w,
+            scale_type=scale_type,
+            zero_type=zero_type,
+            out_type=scale_type,
+            has_zeros=w == "u4",
+            has_a_zero=False,
+            aligned=True,
+            m=4096,
+            n=4096,
+            k=4096,
+            group_size=group_size,
+        )
+        for arch in archs:
+            yield pick(without_wgmma(device_of(arch)), shape), (arch,)
 
 
 def _shipped_rotations() -> Iterator[tuple[Config, tuple[str, ...]]]:
@@ -166,15 +191,23 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
                 group_size=group_size,
             )
             for arch in ARCHS:
-                yield pick(without_wgmma(device_of(arch)), shape), (arch,)
+                device = without_wgmma(device_of(arch))
+                c = pick(device, shape)
+                if x == "s4" and widens(device, x):
+                    c = of_int4(c, shape.k) or c
+                yield c, (arch,)
                 if m <= SKINNY_MAX_M and BITS[x] == 16 and BITS[w] == 4:
                     many_rows = replace(shape, n=32768, aligned=True)
-                    yield pick(without_wgmma(device_of(arch)), many_rows), (arch,)
+                    yield pick(device, many_rows), (arch,)
     yield from _shipped_hopper(types, zero_types)
+    yield from _shipped_scaled()
     yield from _shipped_epilogues()
     yield from _shipped_rotations()
-    yield pick_transposed("bf16", True, True, 16), ARCHS
-    yield pick_transposed("bf16", False, False, TRANSPOSED_MAX_M), ("sm_80", "sm_90a", "sm_120")
+    for arch in ARCHS:
+        yield pick_transposed(device_of(arch), "bf16", True, True, 16, 4096, 4096), (arch,)
+    for arch in ("sm_80", "sm_90a", "sm_120"):
+        of_few = TRANSPOSED_MAX_M, 1024, 1024
+        yield pick_transposed(device_of(arch), "bf16", False, False, *of_few), (arch,)
     for x, m, group_size in (("bf16", 64, 128), ("fp16", 128, 32), ("bf16", 1024, 1024)):
         problem = group_size == 128, m, 4096, 4096, group_size
         yield pick_transposed_wgmma(device_of("sm_90a"), x, *problem), ("sm_90a",)

@@ -59,7 +59,7 @@ class Skinny:
         )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
-        return mma_sass(self.x_kind)
+        return mma_sass("s8" if self.x_kind == "s4" else self.x_kind)
 
 
 def why_not_skinny(shape: Shape) -> str | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
-from .problem import mma_sass
+from .problem import Device, mma_sass
 
 # Above so many tokens, dequantising once and a dense product are faster (H200, before it had
 # transposed_wgmma.cu).
@@ -29,6 +29,7 @@ class Transposed:
     tiles_m: int
     warps_m: int
     warps_n: int
+    cluster: int  # stripes of N, which meet in shared memory; 1: none, or they meet elsewhere
 
     @property
     def tokens(self) -> int:
@@ -44,7 +45,7 @@ class Transposed:
 
     @property
     def smem_bytes(self) -> int:
-        return 2 * self.values_per_block * self.warps_n
+        return 2 * self.values_per_block * (self.warps_n + 2 * (self.cluster - 1))
 
     def grid(self, m: int, n: int, k: int, sm_count: int) -> tuple[int, int, int]:
         """Blocks along k and m, and stripes of n: about one block a processor."""
@@ -75,14 +76,19 @@ def why_not_transposed(m: int, n: int, k: int, same_types: bool, aligned: bool) 
 
 
 @lru_cache(maxsize=4096)
-def pick_transposed(x_kind: str, has_zeros: bool, parameter_vectors: bool, m: int) -> Transposed:
-    """All tokens in one block, 32 at most in a warp; warps share out N."""
+def pick_transposed(
+    device: Device, x_kind: str, has_zeros: bool, parameter_vectors: bool, m: int, n: int, k: int
+) -> Transposed:
+    """All tokens in one block, 32 at most in a warp; warps share out N, and Hopper's clusters."""
     tiles_m, warps_m = (1, 1) if m <= 8 else (2, 1) if m <= 16 else (4, 1) if m <= 32 else (4, 2)
-    return Transposed(
+    c = Transposed(
         x_kind=x_kind,
         has_zeros=has_zeros,
         parameter_vectors=parameter_vectors,
         tiles_m=tiles_m,
         warps_m=warps_m,
         warps_n=(16 if m <= 16 else 8) // warps_m,
+        cluster=1,
     )
+    stripes = c.grid(m, n, k, device.sm_count)[2]
+    return replace(c, cluster=stripes) if device.arch == "sm_90a" and stripes <= 8 else c

@@ -30,7 +30,7 @@ _LARGEST_FILE = 1 << 24  # bytes
 _OF_THE_PROBLEM = {
     *(field.name for field in dataclasses.fields(Shape)),
     *("tiles_m", "tokens", "whole", "groups_per_chunk", "chunks_per_group", "groups_per_tile"),
-    *("resident_blocks", "segment_k", "fixed_smem", "x_unit"),
+    *("resident_blocks", "segment_k", "fixed_smem", "x_unit", "x_staged"),
     *("activation", "residual"),
 }
 Tile = tuple[tuple[str, int], ...]

@@ -8,7 +8,8 @@
 //   ldmatrix     lane%4 holds word lane%4 of each 16-byte chunk: of INT4 eight k, of INT8 four
 //   lane words   lane%4 holds the eight consecutive k from 8 * (lane%4), in `words` words
 //
-// `w` makes the A fragment of 16 rows from their words, `x` the B fragment of 8 tokens from theirs.
+// `w` makes the A fragment of 16 rows from their words, `x` the B fragment of 8 tokens from theirs;
+// `half` makes half of an A fragment of 16-bit floats, and these may take their row's scale.
 #pragma once
 #include "operands.cuh"
 
@@ -73,6 +74,9 @@ template <class X> struct Float16Fragments {
     mma(d, a.r + 4 * part, b.r + 2 * part, c, X{});
   }
   static __device__ __forceinline__ int k_of(int, int quarter) { return 8 * quarter; }
+  // What turns a row's codes into weights, twice in a word: an addend that makes the zero point's
+  // code 0, and the scale
+  struct Row { u32 offset, scale; };
 };
 
 // INT4: bytes j of w and of w >> 4, spread to half words, are codes 2j and 2j + 1
@@ -94,6 +98,35 @@ template <class X, class W> struct Int4Float16Fragments : Float16Fragments<X> {
     row(v[1], h);
     return {{l[0], h[0], l[1], h[1], l[2], h[2], l[3], h[3]}};
   }
+  // With a shift less for each word, codes stay where they are in their bytes.
+  using Row = typename Float16Fragments<X>::Row;
+  static constexpr u32 factors = Nibbles<X>::factors;
+  static constexpr float unit = Nibbles<X>::unit;
+  static __device__ __forceinline__ Row plain() { return {Nibbles<X>::minus_8, 0}; }
+  // Scale and zero point in X's type: half a word, or in the lower half what is added to a nibble at
+  // the bottom
+  static __device__ __forceinline__ u32 entry(float s) { return halves<X>(s * unit, 0.f); }
+  static __device__ __forceinline__ u32 entry(float s, float zero) {
+    return halves<X>(Nibbles<X>::bottom(zero), s * unit);
+  }
+  // From either, twice in a word
+  static __device__ __forceinline__ Row row(u32 scale) { return {Nibbles<X>::minus_8, scale}; }
+  static __device__ __forceinline__ Row row(u32 scale, u32 offset) {
+    constexpr u32 higher = 0x63800000;  // fp16: the nibble above adds -64, the other -1024
+    return {same<X, fp16>::value ? fma2<X>(offset, half_words<X>::one, higher) : offset, scale};
+  }
+  template <bool scaled>
+  static __device__ __forceinline__ void half(u32 (&a)[4], const u32* v, int part, u32 factors,
+                                              const Row (&rows)[2]) {
+    constexpr u32 flip = Nibbles<X>::magic ^ (same<W, s4>::value ? 0x00800008u : 0u);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int byte = 2 * part + r / 2;
+      const u32 nibbles = __byte_perm(v[r % 2], 0, byte * 0x101);
+      const u32 code = fma2<X>(and_xor(nibbles, 0x00f0000f, flip), factors, rows[r % 2].offset);
+      a[r] = scaled ? mul2<X>(code, rows[r % 2].scale) : code;
+    }
+  }
 };
 
 template <class X> struct Int8Float16Fragments : Float16Fragments<X> {
@@ -107,6 +140,21 @@ template <class X> struct Int8Float16Fragments : Float16Fragments<X> {
     const u32 *lo = v, *hi = v + 2;
     return {{pair(lo[0], 0), pair(hi[0], 0), pair(lo[0], 1), pair(hi[0], 1), pair(lo[1], 0),
              pair(hi[1], 0), pair(lo[1], 1), pair(hi[1], 1)}};
+  }
+  using Row = typename Float16Fragments<X>::Row;
+  static constexpr u32 factors = 0;
+  static constexpr float unit = 1.f;
+  static __device__ __forceinline__ Row plain() { return {0, 0}; }
+  static __device__ __forceinline__ u32 entry(float s) { return halves<X>(s, 0.f); }
+  static __device__ __forceinline__ Row row(u32 scale) { return {0, scale}; }
+  template <bool scaled>
+  static __device__ __forceinline__ void half(u32 (&a)[4], const u32* v, int part, u32,
+                                              const Row (&rows)[2]) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const u32 code = pair(v[r % 2 * 2 + part], r / 2);
+      a[r] = scaled ? mul2<X>(code, rows[r % 2].scale) : code;
+    }
   }
 };
 

@@ -9,46 +9,10 @@
 // of the ring is filled a share at a time, between those reads. Sums inside a group are kept in the
 // MMA's accumulator (int32, or fp32) and enter the fp32 total with the group's scale:
 //     total += s * (acc - z * xsum),   a_zero through   s * (wsum - z * count).
+// 16-bit activations whose sums need one set of accumulators have a main loop of their own,
+// gemm_ahead.cuh.
+#include "gemm_ahead.cuh"
 #include "gemm_out.cuh"
-
-// Reads blocks of eight rows `Tile::stride` apart into registers: register `r` is word r % words of
-// block r / words; but of two blocks, rows lane / 4 and lane / 4 + 8 of an MMA tile of W, the first
-// word comes before the second, as the MMA wants them.
-template <class Tile, bool matrix, int words, bool is_w> struct Reader {
-  static constexpr int stride = is_w ? lane_rows : 1, next_block = is_w ? 1 : 8;  // rows
-  u32 lane_at;
-
-  __device__ __forceinline__ Reader(u32 tile, int row0, int lane) {
-    int row = lane / 4 * stride, chunk = lane % 4 * words / 4, byte = lane % 4 * words * 4 % 16;
-    if constexpr (matrix) {
-      const int m = lane / 8;  // the matrix that this lane addresses
-      const int block = words == 1 ? m : is_w ? m % 2 : m / 2;
-      row = lane % 8 * stride + block % (is_w ? lane_rows : 4) * next_block;
-      chunk = words == 1 ? 0 : is_w ? m / 2 : m % 2;
-      byte = 0;
-    }
-    lane_at = tile + Tile::chunk_offset(row0 + row, chunk) + byte;
-  }
-  template <int count, int r = 0> static __device__ __forceinline__ void read(u32* v, u32 at) {
-    if constexpr (r < count) {
-      constexpr int rest = count - r, now = !matrix ? words : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
-      constexpr int beyond = r / words * next_block * Tile::row_bytes;
-      const u32 from = (at ^ (beyond & 127)) + (beyond & ~127);  // a line has one swizzle
-      if constexpr (matrix)
-        load_matrices<now>(v + r, from);
-      else
-        load_words<now>(v + r, from);
-      read<count, r + now>(v, at);
-    }
-  }
-  template <int count>
-  __device__ __forceinline__ void load(u32* v, u32 stage, int step, int block = 0) const {
-    read<count>(v,
-                ((lane_at + stage) ^ (step * words << 4)) + block * next_block * Tile::row_bytes);
-  }
-};
-using ReaderW = Reader<TileW, F::matrix_w, F::words_w, true>;
-using ReaderX = Reader<TileX, F::matrix_x, F::words_x, false>;
 
 // Bytes past the end of K are zero, which is no zero for u4 (q - 8): make them code 8, where the
 // other side or a row's own sum does not drop them anyway.
@@ -64,19 +28,6 @@ __device__ __forceinline__ void blank_tail(u32 (&v)[count], int valid) {
     v[r] = (v[r] & keep) | (0x88888888u & ~keep);
   }
 }
-
-// What a lane holds of W for one step of k, and of X
-constexpr int regs_w = 2 * F::words_w, regs_x = F::words_x;  // of an MMA tile
-struct StepW { u32 r[tiles_n * regs_w]; };
-struct StepX { u32 r[tiles_m * regs_x]; };
-
-// Where registers are short, the next step's X takes the place of this step's, share by share, as
-// soon as those have met all of W.
-constexpr int registers_ahead =
-    tiles_n * tiles_m * (grouping == channel ? 4 : 8) + 2 * tiles_n * regs_w + 2 * tiles_m * regs_x;
-constexpr bool x_ahead = registers_ahead <= 176;
-constexpr bool w_ahead = sizeof(F::A) == 4 * regs_w;  // else the decoded rows leave theirs free
-constexpr int share = x_ahead || tiles_m % 4 ? tiles_m : 4;  // token tiles
 
 struct Decoded { typename F::A a[tiles_n]; };
 __device__ __forceinline__ Decoded decode(const StepW& w) {
@@ -110,7 +61,7 @@ __device__ __forceinline__ void accumulate(Sums& sum, const Decoded& w, const St
     B b[share];
 #pragma unroll
     for (int j = 0; j < share; ++j) b[j] = F::x(x.r + (j0 + j) * regs_x);
-    if constexpr (has_zeros)
+    if constexpr (sums_of_x)
 #pragma unroll
       for (int part = 0; part < F::parts; ++part)
 #pragma unroll
@@ -127,24 +78,12 @@ __device__ __forceinline__ void accumulate(Sums& sum, const Decoded& w, const St
   }
 }
 
-template <int value_> struct Int { static constexpr int value = value_; };
-
-template <int s = 0, class Body> __device__ __forceinline__ void each_step(const Body& body) {
-  if constexpr (s < steps) {
-    body(Int<s>{});
-    each_step<s + 1>(body);
-  }
-}
-
-// Sum this block's stripe [k_begin, k_end) of K: into `sum` if there is one scale a row, else into
-// `total`. k_begin is a multiple of block_k.
-__device__ __forceinline__ void mainloop(const Params& p, char* smem, Vectors& vectors, i64 n0,
-                                         i64 m0, i64 k_begin, i64 k_end, Sums& sum, Totals& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_n = warp % warps_n, warp_m = warp / warps_n;
-  const i64 row0 = n0 + warp_n * tiles_n * 16;
-  const int num_tiles = int((k_end - k_begin + block_k - 1) / block_k);
-
+// Sum the stripe [k_begin, k_end) of K: into `sum` if there is one scale a row, else into `total`.
+__device__ __forceinline__ void sum_in_groups(const Params& p, char* entries, i64 n0, i64 row0,
+                                              Ring& ring, const ReaderW& read_w,
+                                              const ReaderX& read_x, i64 k_begin, i64 k_end,
+                                              Sums& sum, Totals& total) {
+  const int lane = threadIdx.x % 32, num_tiles = tiles_of_k(k_begin, k_end);
   const Start start;
   const i64 group_size = grouping == channel       ? p.k
                          : grouping == tile_groups ? block_k
@@ -154,55 +93,32 @@ __device__ __forceinline__ void mainloop(const Params& p, char* smem, Vectors& v
   i64 group_begin = k_begin;  // first k of the group within this stripe
   i64 group_end = (group + 1) * group_size;
   GroupScales scales(p, row0, lane, group);
-  if constexpr (grouping != channel) scales.load(p);
+  GroupTable<F> table(p, entries, n0, k_begin);
+  if constexpr (!in_tables && grouping != channel) scales.load(p);
   auto close_group = [&](bool more) {
+    if constexpr (in_tables) {
+      scales.take(table);
+      table.next();
+    }
     flush(total, sum, scales, grouping == tile_groups ? block_k : int(group_end - group_begin));
     if (grouping != tile_groups) clear(sum);
     group_begin = group_end;
     group_end += group_size;
-    if (more) scales.load_next(p);
+    if (!in_tables && more) scales.load_next(p);
   };
 
-  const u32 ring = smem_address(smem);
-  TileFiller<TileW, threads, Config::aligned> fill_w(
-      ring, p.w, p.w_stride, n0, p.n, int(k_begin * W::bits / 8), int((k_end * W::bits + 7) / 8));
-  TileFiller<TileX, threads, Config::aligned> fill_x(ring + TileW::bytes, p.x, p.x_stride, m0, p.m,
-                                                     int(k_begin * X::bits / 8),
-                                                     int((k_end * X::bits + 7) / 8));
-  if (num_tiles <= 0) fill_w.rows_left = fill_x.rows_left = 0;
-  u32 filling = 0;
-  // A share of a tile; the last one closes the copy group, an empty one past the end of K.
-  auto fill_stage = [&](int tile, auto part, auto parts) {
-    fill_w.template fill<part.value, parts.value>(filling);
-    fill_x.template fill<part.value, parts.value>(filling);
-    if constexpr (part.value == parts.value - 1) {
-      fill_w.advance(tile + 1 < num_tiles);
-      fill_x.advance(tile + 1 < num_tiles);
-      filling = filling == (num_stages - 1) * stage_bytes ? 0 : filling + stage_bytes;
-      cp_async_commit();
-    }
-  };
-
-#pragma unroll 1
-  for (int s = 0; s < num_stages - 1; ++s) fill_stage(s, Int<0>{}, Int<1>{});
-  vectors.fill(p, n0, m0);
-  const ReaderW read_w(ring, warp_n * tiles_n * 16, lane);
-  const ReaderX read_x(ring + TileW::bytes, warp_m * tiles_m * 8, lane);
   StepW w[w_ahead ? 2 : 1];
   StepX x[x_ahead ? 2 : 1];
-  u32 stage = 0;
-  cp_async_wait<num_stages - 2>();
-  __syncthreads();
-  read_w.load<tiles_n * regs_w>(w[0].r, stage, 0);
-  read_x.load<tiles_m * regs_x>(x[0].r, stage, 0);
+  ring.wait();
+  read_w.load<tiles_n * regs_w>(w[0].r, ring.from, 0);
+  read_x.load<tiles_m * regs_x>(x[0].r, ring.from, 0);
 #pragma unroll 1
   for (int tile = 0; tile < num_tiles; ++tile) {
     each_step([&](auto at) {
       constexpr int s = at.value;
       if constexpr (s == steps - 1) {
-        cp_async_wait<num_stages - 2>();
-        __syncthreads();
-        stage = stage == (num_stages - 1) * stage_bytes ? 0 : stage + stage_bytes;
+        ring.advance();
+        table.write_next(p);
       }
       // The next step is read while this one multiplies.
       constexpr int next = (s + 1) % steps;
@@ -214,14 +130,15 @@ __device__ __forceinline__ void mainloop(const Params& p, char* smem, Vectors& v
       if constexpr (blank_w)
         if (k_end - k0 < F::step_k) blank_tail<tiles_n * regs_w, F::words_w, true>(w_now.r, valid);
       const Decoded decoded = decode(w_now);
-      read_w.load<tiles_n * regs_w>(w[w_ahead ? 1 - s % 2 : 0].r, stage, next);
-      if constexpr (x_ahead) read_x.load<tiles_m * regs_x>(x_next.r, stage, next);
-      if constexpr (s < steps - 1) fill_stage(tile + num_stages - 1, at, Int<steps - 1>{});
+      read_w.load<tiles_n * regs_w>(w[w_ahead ? 1 - s % 2 : 0].r, ring.from, next);
+      if constexpr (x_ahead) read_x.load<tiles_m * regs_x>(x_next.r, ring.from, next);
+      ring.fill<next, steps>();
 
       if constexpr (blank_x)
         if (k_end - k0 < F::step_k) blank_tail<tiles_m * regs_x, F::words_x, false>(x_now.r, valid);
       auto read_ahead = [&](int j) {
-        if constexpr (!x_ahead) read_x.load<share * regs_x>(x_next.r + j * regs_x, stage, next, j);
+        if constexpr (!x_ahead)
+          read_x.load<share * regs_x>(x_next.r + j * regs_x, ring.from, next, j);
       };
       auto add = [&](auto starts, auto all, int begin, int end, const auto& done) {
         accumulate<starts.value, all.value>(sum, decoded, x_now, start, begin, end, lane, done);
@@ -249,7 +166,6 @@ __device__ __forceinline__ void mainloop(const Params& p, char* smem, Vectors& v
       }
     });
   }
-  cp_async_wait<0>();
   if (grouping > tile_groups && k_end > group_begin)
     flush(total, sum, scales, int(k_end - group_begin));
 }
@@ -258,7 +174,7 @@ __device__ __forceinline__ void mainloop(const Params& p, char* smem, Vectors& v
 extern "C" __global__ void __launch_bounds__(threads, 1) gemm(const __grid_constant__ Params p) {
   extern __shared__ __align__(256) char smem[];
   const Place place(p);
-  const i64 k_tiles = (p.k + block_k - 1) / block_k,
+  const i64 k_tiles = tiles_of_k(0, p.k),
             per_stripe = (k_tiles + Config::split_k - 1) / Config::split_k;
   const i64 k_begin = min(i64(blockIdx.y) * per_stripe * block_k, p.k);
   const i64 k_end = min(k_begin + per_stripe * block_k, p.k);
@@ -267,23 +183,39 @@ extern "C" __global__ void __launch_bounds__(threads, 1) gemm(const __grid_const
   Sums sum;
   Totals total;
   clear(sum);
-  if (grouping != channel) clear(total);
+  if (!direct) clear(total);
   if (blockIdx.y == 0)
     prefetch_residual<block_m, block_n, threads>(p, place.m0, place.n0, threadIdx.x);
-  mainloop(p, smem, vectors, place.n0, place.m0, k_begin, k_end, sum, total);
+  {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp_n = warp % warps_n, warp_m = warp / warps_n;
+    const i64 row0 = place.n0 + warp_n * tiles_n * 16;
+    const u32 at = smem_address(smem);
+    Ring ring(p, at, place.n0, place.m0, k_begin, k_end);
+    vectors.fill(p, place.n0, place.m0);
+    const ReaderW read_w(at, warp_n * tiles_n * 16, lane);
+    const ReaderX read_x(at + TileW::bytes, warp_m * tiles_m * 8, lane);
+    char* entries = smem + ring_bytes + sizeof(Vectors);
+    if constexpr (decodes_ahead)
+      sum_ahead<F>(p, entries, place.n0, ring, read_w, read_x, k_begin, tiles_of_k(k_begin, k_end),
+                   sum);
+    else
+      sum_in_groups(p, entries, place.n0, row0, ring, read_w, read_x, k_begin, k_end, sum, total);
+    cp_async_wait<0>();
+  }
   if constexpr (Config::split_k > 1) {
-    if constexpr (grouping == channel) {
+    if constexpr (direct) {
       if (!add_stripes<Acc>(p, blockIdx.x, sum)) return;
     } else {
       if (!add_stripes<float>(p, blockIdx.x, total)) return;
     }
   }
-  if constexpr (grouping == channel) {
+  if constexpr (direct) {
     const int thread = anew(threadIdx.x), row = thread / 32 % warps_n * tiles_n * 16;
     GroupScales scales(p, Place(p).n0 + row, thread % 32, 0);
     clear(scales.s);
     clear(scales.z);
-    if (p.k > 0) scales.load(p);  // an empty sum is zero, whatever the scale
+    if (!scaled && p.k > 0) scales.load(p);  // an empty sum is zero, whatever the scale
     flush(total, sum, scales, int(p.k));
   }
   epilogue(p, vectors, total);

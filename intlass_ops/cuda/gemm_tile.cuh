@@ -14,6 +14,16 @@ static_assert(block_m % (8 * warps_m) == 0, "a warp owns whole 8-token tiles");
 static_assert(block_n % (16 * warps_n) == 0, "a warp owns whole 16-row tiles");
 static_assert(num_stages >= 2, "the ring needs a stage to fill while another is read");
 
+// One set of accumulators holds the sums over all of K: one scale a row, or weights that have taken
+// theirs.
+constexpr bool scaled = grouping == scaled_weights, direct = grouping == channel || scaled;
+constexpr bool sums_of_x = has_zeros && !scaled;
+// Then 16-bit weights are decoded while those before them are multiplied (gemm_ahead.cuh).
+constexpr bool decodes_ahead = direct && X::bits == 16;
+
+// Scales come through shared memory (gemm_table.cuh).
+constexpr bool in_tables = scaled || (grouping == tile_groups && X::bits < 16);
+
 constexpr bool wide_steps = grouping <= tile_groups && block_k >= 128;
 using F = Fragments<X, W, wide_steps>;
 constexpr int steps = block_k / F::step_k;  // of a tile of K
@@ -22,10 +32,6 @@ static_assert(steps % 2 == 0, "two register buffers take turns");
 // Which row of W is which row of an MMA is free: a lane's rows, lane / 4 and lane / 4 + 8 of each
 // MMA tile, are lane_rows neighbours in W, so that it writes neighbours in the output.
 constexpr int lane_rows = 2 * tiles_n;
-using TileX = SmemTile<X, block_m, block_k, F::matrix_x ? 1 : F::words_x, 1>;
-using TileW = SmemTile<W, block_n, block_k, F::matrix_w ? 1 : F::words_w, lane_rows>;
-constexpr int stage_bytes = TileX::bytes + TileW::bytes, ring_bytes = num_stages * stage_bytes;
-
 // A group of one tile sums less than 2^22, so an integer sum that starts at the bits of 1.5 * 2^23
 // is a float that needs a subtraction, not a conversion.
 constexpr bool biased = grouping == tile_groups && same<Acc, int>::value;
@@ -60,7 +66,7 @@ struct Totals {
 // The accumulators of the group being summed
 struct Sums {
   Acc y[tiles_n][tiles_m][4];
-  Acc x[has_zeros ? tiles_m : 1][4];   // ones @ X: per token
+  Acc x[sums_of_x ? tiles_m : 1][4];   // ones @ X: per token
   Acc w[has_a_zero ? tiles_n : 1][4];  // W @ ones: per row
 };
 
@@ -68,6 +74,13 @@ template <class T> __device__ __forceinline__ void clear(T& values) {
   u32* words = reinterpret_cast<u32*>(&values);
 #pragma unroll
   for (int i = 0; i < int(sizeof(T) / 4); ++i) words[i] = 0;
+}
+
+// Values made anew where they are needed: the main loop has no registers to keep them for what
+// comes after it, and the compiler would.
+__device__ __forceinline__ int anew(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
 }
 
 // Scales and zero points of a thread's rows, group after group
@@ -79,7 +92,7 @@ struct GroupScales {
 
   __device__ __forceinline__ GroupScales(const Params& p, i64 row0, int lane, i64 group) {
     const i64 row = min(row0 + lane / 4 * lane_rows, p.n - 1);
-    last = u32(min(p.n - 1 - row, i64(block_n)));
+    last = anew(int(min(p.n - 1 - row, i64(block_n))));
     scale = static_cast<const Scale*>(p.scales) + row * p.scale_row + group * p.scale_group;
     zero = static_cast<const Zero*>(p.zeros) + row * p.zero_row + group * p.zero_group;
   }
@@ -93,6 +106,15 @@ struct GroupScales {
         if constexpr (has_zeros) z[i][h] = in_units_of_zero(zero[beyond * p.zero_row]);
       }
   }
+  template <class Table> __device__ __forceinline__ void take(const Table& table) {
+    u32 v[Table::lane_words];
+    table.read(v);
+#pragma unroll
+    for (int r = 0; r < lane_rows; ++r) {
+      s[r / 2][r % 2] = __uint_as_float(v[has_zeros ? 2 * r : r]);
+      if constexpr (has_zeros) z[r / 2][r % 2] = __uint_as_float(v[2 * r + 1]);
+    }
+  }
   __device__ __forceinline__ void load_next(const Params& p) {
     scale += p.scale_group;
     zero += p.zero_group;
@@ -100,8 +122,16 @@ struct GroupScales {
   }
 };
 
+// What the sums of weights decoded ahead stand for, where these took no scale
+template <class F> constexpr float sum_unit() {
+  if constexpr (decodes_ahead && !scaled)
+    return F::unit;
+  else
+    return 1.f;
+}
+
 // total += s * (sums - z * xsum), and the same for the rows' own sums; `count` k entered the sums.
-// One scale a row needs no running total: then it is total = ...
+// One set of accumulators needs no running total: then it is total = ...
 __device__ __forceinline__ void flush(Totals& total, const Sums& sum, const GroupScales& g,
                                       int count) {
 #pragma unroll
@@ -110,10 +140,10 @@ __device__ __forceinline__ void flush(Totals& total, const Sums& sum, const Grou
     for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        float v = group_value(sum.y[i][j][e]);
-        if constexpr (has_zeros) v -= g.z[i][e / 2] * group_value(sum.x[j][e % 2]);
-        v *= g.s[i][e / 2];
-        total.y[i][j][e] = grouping == channel ? v : total.y[i][j][e] + v;
+        float v = group_value(sum.y[i][j][e]) * sum_unit<F>();
+        if constexpr (sums_of_x) v -= g.z[i][e / 2] * group_value(sum.x[j][e % 2]);
+        if constexpr (!scaled) v *= g.s[i][e / 2];
+        total.y[i][j][e] = direct ? v : total.y[i][j][e] + v;
       }
     if constexpr (has_a_zero)
 #pragma unroll
@@ -121,16 +151,13 @@ __device__ __forceinline__ void flush(Totals& total, const Sums& sum, const Grou
         float v = group_value(sum.w[i][2 * h]) * (P::unit_w / P::unit);
         if constexpr (has_zeros) v -= g.z[i][h] * float(count);
         v *= g.s[i][h];
-        total.w[i][h] = grouping == channel ? v : total.w[i][h] + v;
+        total.w[i][h] = direct ? v : total.w[i][h] + v;
       }
   }
 }
 
-// Values made anew where they are needed: the main loop has no registers to keep them for what
-// comes after it, and the compiler would.
-__device__ __forceinline__ int anew(int v) {
-  asm volatile("" : "+r"(v));
-  return v;
+__device__ __forceinline__ int tiles_of_k(i64 k_begin, i64 k_end) {
+  return int((k_end - k_begin + block_k - 1) / block_k);
 }
 
 // Where this block's tile begins. Concurrent blocks share what they read: strips of `strip` token

@@ -5,7 +5,8 @@
 // block_m tokens of the block's tile, with W as wgmma's A operand. INT8 weights under INT8
 // activations go from shared memory straight to the tensor cores; all others become fragments in
 // registers on the way, while the tensor cores work on the fragments before. Or (`in_turns`) each consumer
-// owns all of a tile and takes every second one, so that one computes while the other writes out.
+// owns all of a tile and takes every second one, so that one computes while the other writes out; or
+// (`by_stages`) all own the same rows and tokens, and each sums up some of the tiles of K.
 //
 //     producer:   empty? -> TMA -> full          full/empty: one pair of mbarriers a stage
 //     consumer:   full?  -> fragments, wgmma -> empty
@@ -16,20 +17,7 @@
 // there are few tiles at all, a cluster of blocks shares each (`split_k`).
 #include "hopper_out.cuh"
 
-struct Ring {
-  u32 base, barriers;
-  int stage = 0, phase = 0;
-  __device__ __forceinline__ u32 full() const { return barriers + stage * 8; }
-  __device__ __forceinline__ u32 empty() const { return barriers + (num_stages + stage) * 8; }
-  __device__ __forceinline__ u32 data() const { return base + stage * stage_bytes; }
-  __device__ __forceinline__ void advance() {
-    if (++stage == num_stages) stage = 0, phase ^= 1;
-  }
-  __device__ __forceinline__ void skip(int stages) {
-    stage += stages;
-    phase ^= stage / num_stages & 1, stage %= num_stages;
-  }
-};
+typedef StageRing<num_stages, stage_bytes> Ring;
 
 // A tile into a stage: all of it, or a part of it into the stages of every block of the cluster
 template <int blocks, int rows, int bytes>
@@ -92,40 +80,53 @@ struct TileScales {
 
 // Where a thread's rows have their scales; groups come one after another.
 struct ScaleReader {
-  const Scale* scales;
-  const Zero* zeros;
-  int last_row;  // of W, relative to the thread's first
+  const Scale* scales[tiles_n][2];
+  const Zero* zeros[has_zeros ? tiles_n : 1][2];
   int tiles_per_group, tiles_left;
 
   __device__ __forceinline__ ScaleReader(const Params& p, i64 row0, int lane, int kt) {
-    const i64 first = row0 + lane / 4;
     // whole groups per tile or whole tiles per group: config.why_not_hopper
     tiles_per_group = flushes > 1 ? 1 : int((min(p.group_size, p.k) + block_k - 1) / block_k);
-    const int group = flushes > 1 ? kt * flushes : kt / tiles_per_group;
     tiles_left = tiles_per_group - kt % tiles_per_group;
-    last_row = int(p.n - 1 - first);
-    scales = static_cast<const Scale*>(p.scales) + first * p.scale_row + group * p.scale_group;
-    if constexpr (has_zeros)
-      zeros = static_cast<const Zero*>(p.zeros) + first * p.zero_row + group * p.zero_group;
+    const int group = kt / tiles_per_group * flushes;
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const i64 row = min(row0 + lane / 4 + i * 64 + h * 8, p.n - 1);
+        scales[i][h] =
+            static_cast<const Scale*>(p.scales) + row * p.scale_row + group * p.scale_group;
+        if constexpr (has_zeros)
+          zeros[i][h] = static_cast<const Zero*>(p.zeros) + row * p.zero_row + group * p.zero_group;
+      }
   }
-  // The groups of this tile of K; then go on to the next
-  __device__ __forceinline__ void read(const Params& p, TileScales& to, int groups_left) {
+  // The groups of the tile of K that the reader is at
+  __device__ __forceinline__ void read(const Params& p, TileScales& to, int groups_left) const {
 #pragma unroll
-    for (int f = 0; f < flushes; ++f)
+    for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
-      for (int i = 0; i < tiles_n; ++i)
+      for (int h = 0; h < 2; ++h)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
+        for (int f = 0; f < flushes; ++f) {
           // past the last group the sums are zero, and must meet a number
-          const int row = min(i * 64 + h * 8, last_row), group = min(f, groups_left - 1);
-          to.s[i][f][h] = scales[row * p.scale_row + group * p.scale_group];
-          if constexpr (has_zeros) to.z[i][f][h] = zeros[row * p.zero_row + group * p.zero_group];
+          const int group = min(f, groups_left - 1);
+          to.s[i][f][h] = scales[i][h][group * p.scale_group];
+          if constexpr (has_zeros) to.z[i][f][h] = zeros[i][h][group * p.zero_group];
         }
-    if (--tiles_left == 0) {
-      tiles_left = tiles_per_group;
-      scales += flushes * p.scale_group;
-      if constexpr (has_zeros) zeros += flushes * p.zero_group;
-    }
+  }
+  // To the consumer's next tile of K
+  __device__ __forceinline__ void advance(const Params& p) {
+    int step = 0;
+#pragma unroll
+    for (int t = 0; t < stride; ++t)
+      if (--tiles_left == 0) tiles_left = tiles_per_group, step += flushes;
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        scales[i][h] += step * p.scale_group;
+        if constexpr (has_zeros) zeros[i][h] += step * p.zero_group;
+      }
   }
 };
 
@@ -159,13 +160,13 @@ __device__ __forceinline__ void flush(float (&total)[values], const Acc (&acc)[v
 // very end of a stage, each thread for itself: racecheck sees no warp that is in step anyway.
 constexpr int arrivals_of_warp = needs_sums ? 32 : 1;
 static_assert(sharing == 1 || !needs_sums, "not both");
-__device__ __forceinline__ void release(u32 empty) {
+__device__ __forceinline__ void release(u32 empty, bool filled = true) {
   __syncwarp();
   const int lane = threadIdx.x % 32;
   if constexpr (sharing > 1) {  // every block of the cluster fills a part of the stage
-    if (lane < sharing) barrier_arrive_at(empty, lane);
+    if (filled && lane < sharing) barrier_arrive_at(empty, lane);
   } else {
-    if (lane < arrivals_of_warp) barrier_arrive(empty);
+    if (filled && lane < arrivals_of_warp) barrier_arrive(empty);
   }
 }
 
@@ -198,13 +199,13 @@ __device__ __forceinline__ void sum_tiles(Ring& ring, const Segment& segment, in
 }
 
 // The same with fragments of W: into `sum` if there is one scale a row, else into `total`. While wgmma
-// works on a turn's fragments those of the next are made, also across tiles of K and before an
-// accumulator is emptied.
+// works on a turn's fragments those of the next are made and the words of the one after it are
+// read, also across tiles of K and before an accumulator is emptied.
 __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const Segment& segment,
                                               i64 row0, int wg_row0, int lane, int warp, Sums& sum,
                                               Totals& total) {
   if (segment.begin >= segment.end) return;
-  const Lane own(lane, warp);
+  const Lane own(wg_row0, lane, warp);
   ScaleReader reader(p, row0, lane, segment.begin);
   TileScales scales, next;
   BlockReader block_reader(p, row0, lane);
@@ -222,40 +223,53 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
   auto chunk_of = [](int t) { return direct ? t / tiles_n : t % chunks; };
   auto tile_of = [](int t) { return direct ? t % tiles_n : t / chunks; };
   u32 a[2][chunk_steps][4];
-  auto fragments = [&](int t, const Chunk& raw, const TileScales& of,
-                       const BlockScales& of_blocks) {
-    const int c = chunk_of(t), i = tile_of(t), f = c / chunks_per_flush;
-    RowScale rows[row_scales][2];
+  RowScale rows[tiles_n][row_scales][2];
+  Chunk raw[ahead];
+  auto scale_rows = [&](int i, int c) {  // as they are for a chunk
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      const int f = c / chunks_per_flush;
       if constexpr (fp4)
-        of_blocks.factors(rows, i, h, c);
+        blocks.factors(rows[i], i, h, c);
       else if constexpr (scaled)
-        rows[0][h] = RowScale(of.s[i][f][h], of.z[has_zeros ? i : 0][f][h]);
+        rows[i][0][h] = RowScale(scales.s[i][f][h], scales.z[has_zeros ? i : 0][f][h]);
     }
-    own.fragments(a[t % 2], raw, rows);
   };
-  auto load = [&](const char* tile, int t) { return own.load(tile, tile_of(t), chunk_of(t)); };
+  auto take_scales = [&] {
+    scales = next, blocks = next_blocks;
+    if constexpr (!fp4 && flushes == 1)
+#pragma unroll
+      for (int i = 0; i < tiles_n; ++i) scale_rows(i, 0);
+  };
+  auto make_fragments = [&](int t) {
+    const int c = chunk_of(t), i = tile_of(t);
+    if constexpr (fp4 || flushes > 1) scale_rows(i, c);
+    own.fragments(a[t % 2], raw[t % ahead], rows[i]);
+  };
+  auto load = [&](const char* tile, int t) {
+    raw[t % ahead] = own.load(tile, tile_of(t), chunk_of(t));
+  };
   auto tile_at = [&] {
-    return static_cast<const char*>(
-        __cvta_shared_to_generic(ring.data() + x_bytes + wg_row0 * w_row_bytes));
+    return static_cast<const char*>(__cvta_shared_to_generic(ring.data() + x_bytes));
   };
 
   barrier_wait(ring.full(), ring.phase);
   const char* tile = tile_at();
-  Chunk raw = load(tile, 0);
-  fragments(0, raw, next, next_blocks);
-  raw = load(tile, 1);
+#pragma unroll
+  for (int t = 0; t < ahead; ++t) load(tile, t);
+  take_scales();
+  make_fragments(0);
+  load(tile, ahead);
+  u32 previous = 0;  // the stage before this one, which wgmma may still be reading
 #pragma unroll 1
-  for (int kt = segment.begin; kt < segment.end; ++kt) {
-    const bool more = kt + 1 < segment.end;
+  for (int kt = segment.begin; kt < segment.end; kt += stride) {
+    const int next_kt = kt + stride < segment.end ? kt + stride : kt;  // the last one is made twice
     if constexpr (in_groups) {
-      scales = next;
-      if (more) reader.read(p, next, groups_left(kt + 1));
+      if (next_kt > kt) reader.advance(p);
+      reader.read(p, next, groups_left(next_kt));
     }
     if constexpr (fp4) {
-      blocks = next_blocks;
-      if (more) block_reader.read(next_blocks, kt + 1);
+      block_reader.read(next_blocks, next_kt);
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
@@ -264,11 +278,11 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
     const u32 x = ring.data(), empty = ring.empty();
     const u64 x_tile = tile_descriptor(x);
     auto x_step = [&](int s) { return x_tile + (s / 4 * x_column_bytes + s % 4 * 32) / 16; };
-    ring.advance();
+    if (next_kt > kt) ring.advance(stride);
 #pragma unroll
     for (int t = 0; t < turns; ++t) {
       const int c = chunk_of(t), i = tile_of(t), f = c / chunks_per_flush;
-      const bool empties = !direct && (c + 1) % chunks_per_flush == 0, last = t + 1 == turns;
+      const bool empties = !direct && (c + 1) % chunks_per_flush == 0;
       wgmma_fence();
 #pragma unroll
       for (int s = 0; s < chunk_steps; ++s)
@@ -276,29 +290,32 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
               direct || c % chunks_per_flush != 0 || s != 0);
       wgmma_commit();
       wgmma_wait<1>();
-      if (!last) {
-        fragments(t + 1, raw, scales, blocks);
-        if (!empties && t + 2 < turns) raw = load(tile, t + 2);
-      } else if (more) {
+      if (direct && t == 0) release(previous, kt > segment.begin);
+      if (t + 1 + ahead == turns) {
         barrier_wait(ring.full(), ring.phase);
         tile = tile_at();
-        raw = load(tile, 0);
-        fragments(0, raw, next, next_blocks);
-        if (!empties) raw = load(tile, 1);
       }
-      if (empties || last) wgmma_wait<0>();  // ptxas cannot follow it around the loop
+      [[maybe_unused]] const TileScales flushed = scales;
+      if (t + 1 == turns) take_scales();
+      make_fragments((t + 1) % turns);
       if (empties) {
+        wgmma_wait<0>();
         pin_all(sum.acc[0]);
-        flush(total.acc[i], sum.acc[0], scales.s[i][f], scales.z[has_zeros ? i : 0][f],
+        flush(total.acc[i], sum.acc[0], flushed.s[i][f], flushed.z[has_zeros ? i : 0][f],
               x + x_bytes + w_bytes + f * block_m * 4, lane);
         pin_all(sum.acc[0]);
-        if (t + 2 < turns)
-          raw = load(tile, t + 2);
-        else if (last && more)
-          raw = load(tile, 1);
       }
+      load(tile, (t + 1 + ahead) % turns);
     }
-    release(empty);
+    if constexpr (direct)
+      previous = empty;
+    else
+      release(empty);
+  }
+  ring.advance(stride);
+  if constexpr (direct) {
+    wgmma_wait<0>();
+    release(previous);
   }
   if constexpr (fp4)
 #pragma unroll
@@ -343,8 +360,9 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
   }
   take_registers<consumer_registers>();
   wait_for_predecessors();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, wg = threadIdx.x / 128 - 1;
-  const int wg_row0 = in_turns ? 0 : wg * tiles_n * 64;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int wg = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // ptxas sees that a warp agrees
+  const int wg_row0 = in_turns || by_stages ? 0 : wg * tiles_n * 64;
   Schedule schedule;
   int turn = 0;
   if (in_turns && wg == 1) pass_turn(0);
@@ -356,6 +374,10 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
     }
     int m0, n0;
     shares.locate(s.tile, m0, n0);
+    if constexpr (by_stages) {
+      s.begin += wg;
+      ring.advance(wg);
+    }
     Sums sum;
     Totals total;
 #pragma unroll
@@ -382,6 +404,13 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
 #pragma unroll
     for (int i = 0; i < acc_tiles; ++i) pin_all(sum.acc[i]);
     auto& result = Select<direct, Sums, Totals>::of(sum, total).acc;
+    if constexpr (by_stages) {
+      add_up(smem, wg, result);
+      if (wg > 0) {
+        if constexpr (split_k > 1) cluster_wait(), cluster_meet();  // as the first one does
+        return;
+      }
+    }
     if constexpr (Config::stream_k) {
       if (s.begin > 0) {
         leave(p, wg, result);

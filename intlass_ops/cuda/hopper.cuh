@@ -32,6 +32,24 @@ __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// A queue of stages in shared memory that a producer fills and consumers empty, a pair of barriers
+// each, and the stage of it that its owner comes to next
+template <int stages, int stage_bytes> struct StageRing {
+  u32 base, barriers;
+  int stage = 0, phase = 0;
+  __device__ __forceinline__ u32 full() const { return barriers + stage * 8; }
+  __device__ __forceinline__ u32 empty() const { return barriers + (stages + stage) * 8; }
+  __device__ __forceinline__ u32 data() const { return base + stage * stage_bytes; }
+  __device__ __forceinline__ void advance(int count = 1) {  // at most all of them
+    stage += count;
+    if (stage >= stages) stage -= stages, phase ^= 1;
+  }
+  __device__ __forceinline__ void skip(int count) {
+    stage += count;
+    phase ^= stage / stages & 1, stage %= stages;
+  }
+};
+
 // ---- TMA: a box of a row-major matrix of bytes, at (byte column, row) ---------------------------
 __device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, int column, int row,
                                          u32 barrier) {
@@ -138,7 +156,7 @@ __device__ __forceinline__ void pass_turn(int warpgroup) {
 }
 // The threads of all consumers
 template <int threads> __device__ __forceinline__ void consumers_sync() {
-  asm volatile("bar.sync 4, %0;" ::"n"(threads) : "memory");
+  asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
 }
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

@@ -44,7 +44,7 @@ struct RowVectors {
   }
 };
 // Read before the main loop, whose registers they take, or after it
-constexpr bool early_vectors = direct && !in_turns && !Config::stream_k;
+constexpr bool early_vectors = direct && !in_turns && !by_stages && !Config::stream_k;
 
 // Tokens that are staged at a time, and how the threads of a warpgroup share out their outputs. With a
 // residual, which a thread asks for one such part ahead, they are so few that it stays in registers.
@@ -191,14 +191,14 @@ __device__ __forceinline__ void write_out(const Params& p, char* staging, int wa
 // split_k: two blocks have summed half of K each, and write half of the tokens each. A thread sends the
 // other half of its sums to the thread of the other block that has the same rows, and adds what comes.
 static_assert(split_k <= 2, "a block sends its sums to one other");
-constexpr int exchange_at = barriers_bytes + num_stages * stage_bytes + consumers * staging_bytes;
+constexpr int exchange_at = barriers_bytes + num_stages * stage_bytes + writers * staging_bytes;
+constexpr int exchange_threads = writers * 128;
 
 template <class T>
 __device__ __forceinline__ void exchange(char* smem, int rank, int thread,
                                          const T (&all)[tiles_n][values],
                                          T (&own)[tiles_n][outputs]) {
   uint4* slot = reinterpret_cast<uint4*>(smem + exchange_at) + thread;
-  constexpr int writers = consumers * 128;
   cluster_wait();  // until the other one runs
 #pragma unroll
   for (int i = 0; i < tiles_n; ++i)
@@ -211,7 +211,7 @@ __device__ __forceinline__ void exchange(char* smem, int rank, int thread,
         sent[k] = rank ? first : second;
         own[i][e + k] = rank ? second : first;
       }
-      store_remote(smem_address(slot + (i * outputs + e) / 4 * writers), 1 - rank,
+      store_remote(smem_address(slot + (i * outputs + e) / 4 * exchange_threads), 1 - rank,
                    reinterpret_cast<const uint4&>(sent));
     }
   cluster_sync();
@@ -219,10 +219,38 @@ __device__ __forceinline__ void exchange(char* smem, int rank, int thread,
   for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
     for (int e = 0; e < outputs; e += 4) {
-      const uint4 part = slot[(i * outputs + e) / 4 * writers];
+      const uint4 part = slot[(i * outputs + e) / 4 * exchange_threads];
 #pragma unroll
       for (int k = 0; k < 4; ++k) own[i][e + k] += reinterpret_cast<const T*>(&part)[k];
     }
+}
+
+// by_stages: the first consumer adds the others' sums to its own, in order, where the ring was
+template <class T>
+__device__ __forceinline__ void add_up(char* smem, int wg, T (&sums)[tiles_n][values]) {
+  constexpr int words = tiles_n * values / 4 * 128;  // uint4, of a consumer
+  static_assert((consumers - 1) * words * 16 <= num_stages * stage_bytes, "the ring has room");
+  uint4* slot = reinterpret_cast<uint4*>(smem + barriers_bytes) + threadIdx.x % 128;
+  consumers_sync<consumers * 128>();  // all stages are read, and the block has no other tile
+  if (wg > 0)
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int e = 0; e < values; e += 4)
+        slot[(wg - 1) * words + (i * values + e) / 4 * 128] =
+            reinterpret_cast<const uint4&>(sums[i][e]);
+  consumers_sync<consumers * 128>();
+  if (wg > 0) return;
+#pragma unroll
+  for (int other = 0; other < consumers - 1; ++other)
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int e = 0; e < values; e += 4) {
+        const uint4 part = slot[other * words + (i * values + e) / 4 * 128];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums[i][e + k] += reinterpret_cast<const T*>(&part)[k];
+      }
 }
 
 // All that is left to do for a tile, or for this block's part of it

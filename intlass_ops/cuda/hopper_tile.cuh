@@ -12,9 +12,13 @@ constexpr int sharing = share_x * share_w, cluster = split_k * sharing;
 static_assert(cluster == split_k || cluster == share_x || cluster == share_w,
               "one reason for a cluster");
 constexpr int consumers = Config::consumers, block_k = 128;
-// Consumers share a tile, or take turns: while one writes its tile out, the next computes another
-constexpr bool in_turns = Config::in_turns;
-constexpr int team = in_turns ? 1 : consumers;  // warpgroups that compute a tile
+// Consumers share a tile's rows, or its k (by_stages): each takes every so many-th stage, and the first one
+// adds up. Or they take turns: while one writes its tile out, the next computes another.
+constexpr bool in_turns = Config::in_turns, by_stages = Config::by_stages;
+constexpr int team = in_turns || by_stages ? 1 : consumers;  // warpgroups that divide a tile's rows
+constexpr int stride = by_stages ? consumers : 1;            // from a consumer's k tile to its next
+constexpr int writers = by_stages ? 1 : consumers;           // warpgroups that write at a time
+static_assert(num_stages % stride == 0, "a stage is always the same consumer's, in step with it");
 constexpr int block_n = team * tiles_n * 64;
 constexpr bool from_registers = !(same<X, s8>::value && same<W, s8>::value);
 constexpr int values = block_m / 2;  // of a thread, for one row tile of 64
@@ -24,9 +28,11 @@ constexpr bool needs_sums = has_zeros && !scaled;
 // The launch gives all threads the same registers; the consumers then take what the producer leaves.
 // A single consumer may have two blocks on an SM, which hide each other's latencies.
 constexpr int threads = 128 * (consumers + 1), blocks_per_sm = consumers == 1 ? 2 : 1;
-constexpr int consumer_registers = consumers == 1 ? 208 : needs_sums ? 232 : 240;
-constexpr int producer_registers = consumer_registers == 240 ? 24 : 40;
-static_assert(consumers == 1 || consumers == 2, "the registers of an SM are shared out for 1 or 2");
+constexpr int shares_of_consumer[] = {208, needs_sums ? 232 : 240, 160, 112};
+constexpr int shares_of_producer[] = {40, needs_sums ? 40 : 24, 32, 24};
+static_assert(consumers <= 4, "the registers of an SM are shared out for no more");
+constexpr int consumer_registers = shares_of_consumer[consumers - 1];
+constexpr int producer_registers = shares_of_producer[consumers - 1];
 static_assert(block_m % 16 == 0 && block_m <= 256, "wgmma takes up to 256 tokens");
 static_assert(!has_a_zero, "a zero point of the activations needs row sums, which gemm.cu forms");
 
@@ -44,6 +50,7 @@ constexpr int steps = x_columns * 4, chunks = from_registers ? w_row_bytes / 16 
 constexpr int chunk_steps = steps / chunks;
 [[maybe_unused]] constexpr int chunks_per_flush = chunks / flushes;
 static_assert(steps % chunks == 0, "a chunk of W is one or two steps of wgmma");
+constexpr int ahead = direct ? 2 : 1;  // chunks that are read before they are needed
 
 // What a thread keeps of its rows and tokens: if not direct, an accumulator that is emptied into the
 // totals group by group

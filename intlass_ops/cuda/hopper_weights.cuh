@@ -17,6 +17,7 @@ constexpr float code_unit = W::bits == 4 ? Nibbles<X>::unit : 1.f;
 template <class X, class W> struct Pieces {
   static constexpr bool whole_chunk = X::bits == 16 && W::bits == 4;  // a byte of each word
   u32 selector;
+  u32 factors = Nibbles<X>::factors + blockIdx.z;  // 0: ptxas would make the constant for each FMA
 
   __device__ __forceinline__ Pieces(u32 quarter) {
     const u32 b = whole_chunk ? quarter : quarter % 2 * 2;
@@ -38,7 +39,7 @@ template <class X, class W> struct Pieces {
     } else {
       using C = Nibbles<X>;
       constexpr u32 flip = C::magic ^ (same<W, s4>::value ? 0x00800008u : 0u);
-      return fma2<X>(and_xor(__byte_perm(w, w, selector), 0x00f0000f, flip), C::factors, offset);
+      return fma2<X>(and_xor(__byte_perm(w, w, selector), 0x00f0000f, flip), factors, offset);
     }
   }
 };
@@ -50,7 +51,8 @@ struct RowScale {
 
   __device__ __forceinline__ RowScale() {}
   __device__ __forceinline__ RowScale(Scale s, Zero z) {
-    scale = halves<X>(as_float(s) * code_unit, as_float(s) * code_unit);
+    scale = __byte_perm(reinterpret_cast<const unsigned short&>(s), 0, 0x1010);
+    if constexpr (code_unit != 1.f) scale = mul2<X>(scale, halves<X>(code_unit, code_unit));
     if constexpr (has_zeros)
       offset = halves<X>(Nibbles<X>::bottom(as_float(z)), Nibbles<X>::above(as_float(z)));
   }
@@ -119,13 +121,13 @@ struct Lane {
   int row, quarter, swizzle;
   Pieces<X, W> pieces;
 
-  __device__ __forceinline__ Lane(int lane, int warp)
-      : row(warp * 16 + lane / 4), quarter(lane % 4), pieces(lane % 4) {
+  __device__ __forceinline__ Lane(int first_row, int lane, int warp)
+      : row(first_row + warp * 16 + lane / 4), quarter(lane % 4), pieces(lane % 4) {
     swizzle = w_row_bytes == 64 ? row / 2 % 4 : row % 8;
   }
   __device__ __forceinline__ Chunk load(const char* tile, int i, int chunk) const {
     Chunk c;
-    const char* at = tile + (i * 64 + row) * w_row_bytes + ((chunk ^ swizzle) << 4);
+    const char* at = tile + (row * w_row_bytes + ((chunk ^ swizzle) << 4)) + i * 64 * w_row_bytes;
     load_row(c.lo, at);
     load_row(c.hi, at + 8 * w_row_bytes);
     return c;

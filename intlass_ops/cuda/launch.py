@@ -181,6 +181,10 @@ def make(
         batch_invariant=batch_invariance.enabled(),
     )
     c = _forced or config.pick(gpu, shape)
+    if widens and p.x_kind == "s4" and aligned(x):
+        of_int4 = config.of_int4(c, p.k)
+        if of_int4 is not None:
+            c, shape, widens = of_int4, shape.on(gpu), False
     c = config.with_epilogue(c, p.activation, residual is not None)
     prepare: Callable[..., Operands] | None = _operands if copies else None
     if widens:
@@ -222,7 +226,8 @@ def bind(
     parameters = bytes(8 * words) + _NUMBERS.pack(m, n, k, *strides, *rest)
     if isinstance(c, config.Hopper):
         parameters += launch_hopper.parameters(c, m, n, k, grid[0])
-    smem = c.smem_of(n, k) if isinstance(c, config.SkinnyRing) else c.smem_bytes
+    stay = config.SkinnyRing, config.SkinnyHeld
+    smem = c.smem_of(n, k) if isinstance(c, stay) else c.smem_bytes
     plan = MatmulPlan(
         launch=jit.get(c, device.index).bind(grid, (c.threads, 1, 1), smem, parameters, words),
         copies=None,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import config, fused_quantize
-from . import jit
+from . import jit, tensor_map
 from .early_launch import quantised
 from .kernel import Launch
 from .plans import ALIGNMENT, TYPE, Key, contiguous_strides, device_of, empty, remember, signature
@@ -28,6 +28,7 @@ class _Made(NamedTuple):
 
     launch: Launch | None  # None: nothing to compute
     outputs: tuple[tuple[_Shape, _Shape, torch.dtype], ...]  # shape, strides, dtype
+    x_rows: tuple[int, int, int, int, int] | None  # a tensor map's, where the kernel wants one
 
 
 _made: dict[Key, _Made] = {}
@@ -47,7 +48,9 @@ def run(
     codes, scales, mask = (empty(*output, x.device) for output in made.outputs)
     if made.launch is not None:
         stream = torch._C._cuda_getCurrentRawStream(x.device.index)
-        made.launch([t.data_ptr() for t in (x, h, codes, scales, mask)], stream)
+        words = [t.data_ptr() for t in (x, h, codes, scales, mask)]
+        tail = b"" if made.x_rows is None else tensor_map.of_rows(words[0], *made.x_rows)
+        made.launch(words, stream, tail)
         quantised(x.device.index, stream, codes)
     return codes, scales, mask
 
@@ -55,13 +58,13 @@ def run(
 def _make(x: Tensor, plan: fused_quantize.Plan, return_mask: bool) -> _Made:
     *lead, k = x.shape
     integers = plan.format in ("int8", "int4")
-    codes = (k, torch.int8) if plan.format == "int8" else (k // 2, torch.uint8)
-    outputs = (
+    codes = (k, torch.int8) if plan.bits == 8 else (k // 2, torch.uint8)
+    stored = (
         codes,
         (k // plan.group_size, torch.float32 if integers else torch.uint8),
         (k // 8 if return_mask else 0, torch.uint8),
     )
-    launch = None
+    launch = x_rows = None
     if x.numel():
         device = device_of(x.device.index)
         c = config.pick_rotate_quantize(
@@ -73,6 +76,7 @@ def _make(x: Tensor, plan: fused_quantize.Plan, return_mask: bool) -> _Made:
             return_mask,
             plan.group_size,
             plan.format == "nv" and plan.global_scale != 1,
+            plan.packed,
         )
         pieces, group_pieces = x.numel() // c.piece, max(1, plan.group_size // c.piece)
         spread = fused_quantize.QUEST_E2M1
@@ -80,10 +84,15 @@ def _make(x: Tensor, plan: fused_quantize.Plan, return_mask: bool) -> _Made:
             spread = fused_quantize.QUEST_INT[8 if plan.format == "int8" else 4]
         grid = min(c.units(pieces, group_pieces), c.blocks_per_sm * device.sm_count)
         parameters = _PARAMS.pack(*[0] * _WORDS, pieces, group_pieces, plan.global_scale, spread)
+        if isinstance(c, config.RotateHopper):
+            row = 2 * plan.r
+            x_rows = x.numel() // plan.r, row, row, c.box_rows, min(row, 128)
+            parameters += bytes(tensor_map.NUM_BYTES)
         kernel = jit.get(c, x.device.index)
         launch = kernel.bind((grid, 1, 1), (c.threads, 1, 1), c.smem_bytes, parameters, _WORDS)
-    shapes = (((*lead, n), dtype) for n, dtype in outputs)
-    return _Made(launch, tuple((s, contiguous_strides(s), dtype) for s, dtype in shapes))
+    shapes = (((*lead, n), dtype) for n, dtype in stored)
+    outputs = tuple((s, contiguous_strides(s), dtype) for s, dtype in shapes)
+    return _Made(launch, outputs, x_rows)
 
 
 def _aligned(t: Tensor) -> Tensor:

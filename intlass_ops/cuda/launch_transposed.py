@@ -164,7 +164,7 @@ def _make(
         return why
     z = None if zeros is None else zeros.to(x.dtype)
     vectors = all(t is None or _in_vectors(t) for t in (scales, z))
-    c = config.pick_transposed(kind, zeros is not None, vectors, m)
+    c = config.pick_transposed(gpu, kind, zeros is not None, vectors, m, n, k)
     grid = c.grid(m, n, k, gpu.sm_count)
     parameters = _PARAMS.pack(
         *[0] * _WORDS,
@@ -179,7 +179,7 @@ def _make(
         _FLOAT32,
     )
     kernel = jit.get(c, x.device.index)
-    tiles = grid[0] * grid[1] if grid[2] > 1 else 0
+    tiles = grid[0] * grid[1] if grid[2] > c.cluster else 0
     return TransposedPlan(
         launch=kernel.bind(grid, (c.threads, 1, 1), c.smem_bytes, parameters, _WORDS),
         name=str(c),

@@ -66,7 +66,11 @@ template <class X> __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
 template <class X> __device__ __forceinline__ u32 mul2(u32 a, u32 b) {
   u32 d;
   if constexpr (same<X, bf16>::value)
+#if __CUDA_ARCH__ >= 900
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#else
+    d = fma2<X>(a, b, 0x80008000);  // minus zero keeps the sign of a product that is zero
+#endif
   else
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
@@ -316,8 +320,16 @@ template <class W> struct Int4IntPair : IntPair {
 template <> struct Pair<s8, s4> : Int4IntPair<s4> {};
 template <> struct Pair<s8, u4> : Int4IntPair<u4> {};
 
-// Native INT4 (sm_80, sm_86, sm_89; newer GPUs widen activations before: widen.cu): fragments are the
-// stored words, unsigned codes flipped to signed
+// INT4 activations where tensor cores take none (sm_90 and newer), for kernels of few tokens: both
+// operands' codes in the high nibbles of bytes. Others widen activations before (widen.cu).
+template <class X, class W> struct WidenedInt4Pair : Int4IntPair<W> {
+  static constexpr float unit = 1.f / 256;
+  static __device__ __forceinline__ IntPair::B x(const u32 (&v)[1]) {
+    return {{even_nibbles<X>(v[0]), odd_nibbles<X>(v[0])}};
+  }
+};
+
+// Native INT4 (sm_80, sm_86, sm_89): fragments are the stored words, unsigned codes flipped to signed
 template <class X, class W> struct NativeInt4Pair {
   using Acc = int;
   struct A { u32 r[2]; };
@@ -337,10 +349,15 @@ template <class X, class W> struct NativeInt4Pair {
   static __device__ __forceinline__ B ones_x() { return {0x11111111}; }
 };
 
-template <> struct Pair<s4, s4> : NativeInt4Pair<s4, s4> {};
-template <> struct Pair<s4, u4> : NativeInt4Pair<s4, u4> {};
-template <> struct Pair<u4, s4> : NativeInt4Pair<u4, s4> {};
-template <> struct Pair<u4, u4> : NativeInt4Pair<u4, u4> {};
+#if __CUDA_ARCH__ >= 900
+template <class X, class W> using Int4Pair = WidenedInt4Pair<X, W>;
+#else
+template <class X, class W> using Int4Pair = NativeInt4Pair<X, W>;
+#endif
+template <> struct Pair<s4, s4> : Int4Pair<s4, s4> {};
+template <> struct Pair<s4, u4> : Int4Pair<s4, u4> {};
+template <> struct Pair<u4, s4> : Int4Pair<u4, s4> {};
+template <> struct Pair<u4, u4> : Int4Pair<u4, u4> {};
 
 // Keep a fragment only in the lanes of a group (k order above: lane%4 tells the eight k).
 template <class A> __device__ __forceinline__ A masked(A a, bool keep) {

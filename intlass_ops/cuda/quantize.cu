@@ -2,9 +2,10 @@
 // reference.py: quantization_parameters, quantize), alone or behind what a transformer puts before
 // it, rounded to x's type as the modules do:
 //
-//     none       x
-//     rms_norm   x / sqrt(mean(x^2) + eps) * weight, computed in fp32, rounded once
-//     silu_mul   round(silu(x)) * other, rounded
+//     none          x
+//     rms_norm      x / sqrt(mean(x^2) + eps) * weight, computed in fp32, rounded once
+//     rounded_norm  the same, rounded before it is multiplied by weight too
+//     silu_mul      round(silu(x)) * other, rounded
 //
 // `threads_per_segment` threads read a segment once, keep it in registers, reduce its range, and write
 // its codes: one read, one write. Three ways to go about it:
@@ -177,7 +178,14 @@ __device__ __forceinline__ Vector weight_of(const Params& p, i64 i) {
 template <class Weight>
 __device__ __forceinline__ void norm(Vector& x, float factor, const Weight& w) {
 #pragma unroll
-  for (int e = 0; e < vector; e += 2) x.set(e, x[e] * factor * w[e], x[e + 1] * factor * w[e + 1]);
+  for (int e = 0; e < vector; e += 2) {
+    if constexpr (rounded) {
+      x.set(e, x[e] * factor, x[e + 1] * factor);
+      x.set(e, x[e] * w[e], x[e + 1] * w[e + 1]);
+    } else {
+      x.set(e, x[e] * factor * w[e], x[e + 1] * factor * w[e + 1]);
+    }
+  }
 }
 
 __device__ __forceinline__ void swap(u32& a, u32& b) {

@@ -155,7 +155,7 @@ __device__ __forceinline__ float e2m1(float eighth) {
   return __int_as_float(min(min(lines[0], lines[1]), lines[2]));
 }
 
-// The codes of a lane's eight values of a row: two words of INT8, one of four bits.
+// The codes of a lane's eight values of a row: two words of bytes, one of four bits.
 struct Codes {
   u32 word[2];
   u32 kept;
@@ -188,7 +188,7 @@ __device__ __forceinline__ Codes codes_of(const Params& p, float (&x)[8],
         y[i] = reciprocal.times(x[i]);
         if constexpr (Config::mask) r.kept |= u32(fabsf(y[i]) < qmax + .5f) << i;
         if constexpr (quest) y[i] = fminf(fmaxf(y[i], -qmax), qmax);
-        y[i] = __fadd_rn(y[i], format == int8 ? magic : magic + 8.f);
+        y[i] = __fadd_rn(y[i], bits == 8 ? magic : magic + 8.f);
       }
       r.kept &= ~clipped;
     } else if constexpr (format == mx) {
@@ -217,7 +217,7 @@ __device__ __forceinline__ Codes codes_of(const Params& p, float (&x)[8],
       }
     }
   }
-  if constexpr (format == int8) {
+  if constexpr (bits == 8) {
     r.word[0] = low_bytes(y[0], y[1], y[2], y[3]);
     r.word[1] = low_bytes(y[4], y[5], y[6], y[7]);
   } else {
@@ -234,7 +234,7 @@ __device__ __forceinline__ Codes codes_of(const Params& p, float (&x)[8],
 #pragma unroll
   for (int part = 0; part < parts; ++part) {
     if (scale[part].divisor < infinity) continue;
-    if (format == int8 && parts == 2)
+    if (bits == 8 && parts == 2)
       r.word[part] = 0;
     else
       r.word[0] &= parts == 1 ? 0 : part ? 0x0000ffff : 0xffff0000, r.word[1] = 0;

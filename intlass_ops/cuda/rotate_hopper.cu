@@ -2,33 +2,41 @@
 // for R = 32, 64, 128: x, seen as rows of R values, times h, both from shared memory.
 //
 // A block is a few teams of warpgroups. Each team takes units of x in turn, whenever it gets to them,
-// through a ring of its own, so that one team's products run while others quantise; only h is common
-// to all. A warpgroup multiplies 64 rows by `columns` of h at a time. h's columns are permuted such
-// that a lane owns of its two rows a run of neighbouring products, as far as possible whole groups:
+// through a ring of its own that TMA fills, so that one team's products run while others quantise;
+// only h is common to all. h's columns are permuted such that a lane owns of its two rows a run of
+// neighbouring products, as far as possible whole groups:
 //
 //        lane%4:  | 0        | 1          | 2           | 3            |
-//        columns    0..run-1   run..2run-1  2run..3run-1  3run..4run-1    run = columns / 4
+//        columns    0..run-1   run..2run-1  2run..3run-1  3run..4run-1    run = R / 4
 //
 // `scope` says where the values that share a scale lie, as in rotate_quantize.cu: in a lane or a quad
-// of lanes (`quads`), or in all of a unit (`block`). No others come here.
+// of lanes (`quads`), in some rows of a unit (`table`), or in all of them (`block`).
 #include "hopper.cuh"
 #include "rotate_codes.cuh"
 
-constexpr int columns = Config::columns, run = columns / 4, octets = run / 8;
+constexpr int run = R / 4, octets = run / 8;
 constexpr int teams = Config::teams, warpgroups = Config::warpgroups;  // of a team
 constexpr int threads = 128 * warpgroups, warps = threads / 32;        // of a team
 constexpr int rows = 64 * tiles * warpgroups, capacity = rows * (R / 32);
+constexpr int group_rows = Config::group_rows;  // not of quads
+constexpr int unit_rows = scope == quads   ? rows
+                          : scope == table ? rows / group_rows * group_rows
+                                           : group_rows;
 // Rows of up to 128 bytes, as wgmma takes them: those of R = 128 in two panels
 constexpr int panel_row = R == 32 ? 64 : 128, panel = rows * panel_row, h_panel = R * panel_row;
+constexpr int panels = R == 128 ? 2 : 1;
 constexpr int stage_bytes = rows * R * 2, h_at = teams * stages * stage_bytes;
+// TMA brings up to 256 rows at a time.
+constexpr int boxes = (unit_rows + 255) / 256;
+constexpr int box_rows = boxes == 1 ? unit_rows : (unit_rows + 8 * boxes - 1) / (8 * boxes) * 8;
 // Tiles whose products a warpgroup holds at a time
-constexpr int batch = scope == block ? tiles : columns < 64 ? 64 / columns : 1;
+constexpr int batch = scope != quads ? tiles : R < 64 ? 2 : 1;
 static_assert(sizeof(T) == 2 && R >= 32 && R <= 128, "see config/rotate_hopper.py");
-static_assert(scope == quads || (scope == block && columns == R && integers), "see above");
+static_assert(scope == quads || (scope != twice && integers), "see above");
 static_assert(tiles % batch == 0, "whole batches");
 extern __shared__ __align__(1024) char smem[];
 
-// What generic stores and cp.async of this thread wrote, wgmma may read.
+// What generic stores of this thread wrote, wgmma may read.
 __device__ __forceinline__ void fence_for_wgmma() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -38,12 +46,26 @@ __device__ __forceinline__ int place(int row, int chunk, int panel_bytes) {
   if constexpr (R == 32) return row * 64 + (chunk ^ (row >> 1 & 3)) * 16;
   return chunk / 8 * panel_bytes + row * 128 + ((chunk ^ row) & 7) * 16;
 }
-struct Layout {
-  static constexpr int threads = ::threads, rows = ::rows, row_chunks = R / 8;
-  static __device__ __forceinline__ int chunk_at(int row, int chunk) {
-    return place(row, chunk, panel);
+typedef StageRing<stages, stage_bytes> Ring;
+
+// Starts to copy a unit into the next stage of a team's ring.
+__device__ __forceinline__ void fill(const TensorMap& x, UnitsOfTeam& units, Ring& ring,
+                                     bool producer) {
+  if (producer && units.count()) {
+    barrier_wait(ring.empty(), ring.phase ^ 1);
+    barrier_expect(ring.full(), boxes * box_rows * R * 2);
+    const int row = int(units.first / (R / 32));
+#pragma unroll
+    for (int i = 0; i < boxes; ++i)
+#pragma unroll
+      for (int j = 0; j < panels; ++j)
+        tma_load(ring.data() + j * panel + i * box_rows * panel_row, x, j * panel_row,
+                 row + i * box_rows, ring.full());
   }
-};
+  __syncwarp();
+  units.advance();
+  ring.advance();
+}
 
 __device__ __forceinline__ u64 descriptor(u32 at) {
   if constexpr (R > 32) return tile_descriptor(at);
@@ -63,8 +85,7 @@ __device__ __forceinline__ void load_h(const Params& p, char* to) {
     const u32 upper[4] = {a.x, a.y, a.z, a.w}, lower[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const int column = (n + e) % columns, t = column / run, v = column % run;
-      const int row = n / columns * columns + v / 2 * 8 + t * 2 + v % 2;
+      const int t = (n + e) / run, v = (n + e) % run, row = v / 2 * 8 + t * 2 + v % 2;
       *reinterpret_cast<u32*>(to + place(row, k / 8, h_panel) + k % 8 * 2) =
           __byte_perm(upper[e / 2], lower[e / 2], e % 2 ? 0x7632 : 0x5410);
     }
@@ -74,7 +95,7 @@ __device__ __forceinline__ void load_h(const Params& p, char* to) {
 }
 
 // A thread's products of two rows, lane / 4 and eight further on; value i of its run
-using Acc = float[columns / 2];
+using Acc = float[R / 2];
 __device__ __forceinline__ float value(const Acc& v, int half, int i) {
   return v[i / 2 * 4 + half * 2 + i % 2];
 }
@@ -227,105 +248,167 @@ __device__ __forceinline__ void quantise_runs(const Params& p, Place at, const A
   for (int half = 0; half < 2; ++half) store_run(p, at.of_half(half), v, half, scale[half]);
 }
 
+// A warp's rows in strips that lie in one group each: 8 or 16 neighbours, or all of a `block`. Slots
+// number the strips of a unit as they lie.
+constexpr int strips_of_tile = group_rows % 16 ? 2 : 1;
+constexpr int strips = scope == table ? tiles * strips_of_tile : 1, slot_count = warps * strips;
+constexpr int group_slots = scope == table ? group_rows * strips_of_tile / 16 : slot_count;
+
+__device__ __forceinline__ constexpr int strip_of(int tile, int half) {
+  return scope == table ? tile * strips_of_tile + half % strips_of_tile : 0;
+}
+__device__ __forceinline__ int slot_of(int warp, int strip) {
+  const int tile = warp / 4 * tiles + strip / strips_of_tile;
+  return scope == table ? (tile * 4 + warp % 4) * strips_of_tile + strip % strips_of_tile : warp;
+}
+__device__ __forceinline__ float over_warp(float stat) {
+  if constexpr (quest) return over_lanes<32>(stat, Combine());
+  return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(stat)));
+}
+
+__device__ __forceinline__ Scale of_lane(const Scale& s, int lane) {
+  return {__shfl_sync(~0u, s.divisor, lane), __shfl_sync(~0u, s.reciprocal, lane),
+          bool(__shfl_sync(~0u, int(s.boosted), lane))};
+}
+
 __device__ __forceinline__ void team_sync(int team) {
   asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(threads) : "memory");
 }
 
+// Where a warp's rows and a lane's values lie in a unit
+struct Seat {
+  int team, warp, lane;
+
+  __device__ __forceinline__ int row(int tile) const {
+    return (warp / 4 * tiles + tile) * 64 + warp % 4 * 16;
+  }
+  __device__ __forceinline__ bool has_rows(const Place& unit, int tile) const {
+    return row(tile) * (R / 32) < unit.pieces;
+  }
+  __device__ __forceinline__ Place place(const Place& unit, int tile) const {
+    return {unit.first, unit.pieces, (row(tile) + lane / 4) * R + lane % 4 * run};
+  }
+};
+
+// Groups of whole rows: the products of a unit, whose groups have `group` pieces
+__device__ __forceinline__ void quantise_rows(const Params& p, const Place& unit, int group,
+                                              const Acc (&v)[batch], const Seat& seat,
+                                              float* slots) {
+  float stats[strips] = {};
+#pragma unroll
+  for (int tile = 0; tile < tiles; ++tile)
+    if (seat.has_rows(unit, tile))
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int from = 0; from < run; from += part) {
+          float& stat = stats[strip_of(tile, half)];
+          const float found = Combine()(stat, stat_of(v[tile], half, from));
+          // a group that is a unit may end within a warp's rows: those beyond hold anything
+          const bool has_row = scope == table || group_rows % 16 == 0 ||
+                               seat.place(unit, tile).of_half(half).exists();
+          stat = has_row ? found : stat;
+        }
+#pragma unroll
+  for (int i = 0; i < strips; ++i) {
+    const float stat = over_warp(stats[i]);
+    if (seat.lane == 0) slots[slot_of(seat.warp, i)] = stat;
+  }
+  team_sync(seat.team);
+  // Lane i works out the scale of strip i.
+  float own = 0.f;
+#pragma unroll
+  for (int i = 0; i < strips; ++i) {
+    const int of_group = slot_of(seat.warp, i) / group_slots;
+    float stat = 0.f;
+#pragma unroll
+    for (int first = 0; first < slot_count; first += 32) {
+      const int slot = first + seat.lane;
+      if (slot < slot_count && slot / group_slots == of_group) stat = Combine()(stat, slots[slot]);
+    }
+    stat = over_warp(stat);
+    if (seat.lane == i) own = stat;
+  }
+  const float made = integer_scale(p, own, float(i64(group) * 32));
+  const Scale mine = divide_by(made);
+  const int slot = slot_of(seat.warp, seat.lane), of_slot = slot / group_slots;
+  if (seat.lane < strips && slot % group_slots == 0 && of_slot * group < unit.pieces)
+    static_cast<float*>(p.scales)[unit.first / group + of_slot] = made;
+#pragma unroll
+  for (int tile = 0; tile < tiles; ++tile)
+    if (seat.has_rows(unit, tile))
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Scale scale[groups];
+        scale[0] = of_lane(mine, strip_of(tile, half));
+#pragma unroll
+        for (int i = 1; i < groups; ++i) scale[i] = scale[0];
+        store_run(p, seat.place(unit, tile).of_half(half), v[tile], half, scale);
+      }
+}
+
 extern "C" __global__ void __launch_bounds__(threads* teams, Config::blocks_per_sm)
-    rotate_quantize(const __grid_constant__ Params p) {
+    rotate_quantize(const __grid_constant__ Params p, const __grid_constant__ TensorMap x_map) {
   const int team = __shfl_sync(~0u, threadIdx.x / threads, 0), thread = threadIdx.x % threads;
-  const int warp = __shfl_sync(~0u, thread / 32, 0), lane = thread % 32;
-  // of a team: the first row of the warpgroup, of a warp, and the first value of a lane
-  const int group_row = warp / 4 * tiles * 64, warp_row = group_row + warp % 4 * 16;
-  const int value = (warp_row + lane / 4) * R + lane % 4 * run;
-  const u32 ring = smem_address(smem) + team * (stages * stage_bytes);
+  const Seat seat{team, __shfl_sync(~0u, thread / 32, 0), thread % 32};
+  __shared__ u64 barriers[teams][2 * stages];
+  if (threadIdx.x == 0) {
+    prefetch(x_map);
+#pragma unroll 1
+    for (int i = 0; i < teams; ++i)
+#pragma unroll 1
+      for (int j = 0; j < stages; ++j) {
+        barrier_init(smem_address(&barriers[i][j]), 1);
+        barrier_init(smem_address(&barriers[i][stages + j]), warps);
+      }
+    publish_barriers();
+  }
+  __syncthreads();
+  Ring ring{smem_address(smem) + team * (stages * stage_bytes), smem_address(barriers[team])};
+  Ring ahead_ring = ring;
   const u64 h = descriptor(smem_address(smem) + h_at);
   wait_for_predecessors();
   const int taker = team * gridDim.x + blockIdx.x, takers = gridDim.x * teams;
   UnitsOfTeam ahead(p, taker, takers), units(p, taker, takers);
 #pragma unroll
-  for (int i = 0; i < stages - 1; ++i) {
-    fill<Layout>(p, ahead, ring + i * stage_bytes, thread);
-    ahead.advance();
-  }
+  for (int i = 0; i < stages - 1; ++i) fill(x_map, ahead, ahead_ring, thread == 0);
   load_h(p, smem + h_at);
 
-  __shared__ float all_slots[teams][2][warps];
+  __shared__ float slots[teams][2][slot_count];
   int turn = 0;
-  for (int stage = 0, next = stages - 1; units.count(); units.advance()) {
-    cp_async_wait<stages - 2>();
-    fence_for_wgmma();
-    team_sync(team);
+  for (; units.count(); units.advance(), ring.advance(), turn ^= 1) {
+    barrier_wait(ring.full(), ring.phase);
     if (!ahead.count()) launch_dependents();  // the last stages
-    const u64 x = descriptor(ring + stage * stage_bytes + group_row * panel_row);
+    const u64 x = descriptor(ring.data() + seat.warp / 4 * (tiles * 64 * panel_row));
     const Place unit = {units.first, units.count(), 0};
-    float v[batch][columns / 2];
-    bool filled = false;
-    // Products of tiles `tile` to `tile + batch` with the columns from `column` on
-    const auto multiply = [&](int tile, int column) {
+    Acc v[batch];
+    // Products of tiles `tile` to `tile + batch`; the copy of another unit starts behind the first.
+    const auto multiply = [&](int tile) {
       wgmma_fence();
 #pragma unroll
       for (int b = 0; b < batch; ++b)
 #pragma unroll
         for (int s = 0; s < R / 16; ++s)
           wgmma(v[b], x + ((tile + b) * 64 * panel_row >> 4) + step_of(s, panel),
-                h + (column * panel_row >> 4) + step_of(s, h_panel), s > 0);
+                h + step_of(s, h_panel), s > 0);
       wgmma_commit();
-      if (!filled) {
-        fill<Layout>(p, ahead, ring + next * stage_bytes, thread);
-        ahead.advance();
-        filled = true;
-      }
+      if (tile == 0) fill(x_map, ahead, ahead_ring, thread == 0);
       wgmma_wait<0>();
+      if (tile + batch == tiles && seat.lane == 0) barrier_arrive(ring.empty());
 #pragma unroll
-      for (int i = 0; i < batch * columns / 2; ++i) pin(v[i / (columns / 2)][i % (columns / 2)]);
-    };
-    // A tile of which the warp has rows
-    const auto exists = [&](int tile) { return (warp_row + tile * 64) * (R / 32) < unit.pieces; };
-    const auto place_of = [&](int tile, int column) {
-      return Place{unit.first, unit.pieces, value + tile * 64 * R + column};
+      for (int i = 0; i < batch * R / 2; ++i) pin(v[i / (R / 2)][i % (R / 2)]);
     };
     if constexpr (scope == quads) {
 #pragma unroll
-      for (int tile = 0; tile < tiles; tile += batch)
+      for (int tile = 0; tile < tiles; tile += batch) {
+        multiply(tile);
 #pragma unroll
-        for (int column = 0; column < R; column += columns) {
-          multiply(tile, column);
-#pragma unroll
-          for (int b = 0; b < batch; ++b) quantise_runs(p, place_of(tile + b, column), v[b], lane);
-        }
+        for (int b = 0; b < batch; ++b)
+          quantise_runs(p, seat.place(unit, tile + b), v[b], seat.lane);
+      }
     } else {
-      multiply(0, 0);
-      float stat = 0.f;
-#pragma unroll
-      for (int tile = 0; tile < tiles; ++tile)
-        if (exists(tile))
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int from = 0; from < run; from += part)
-              stat = Combine()(stat, stat_of(v[tile], half, from));
-      stat = over_lanes<32>(stat, Combine());
-      float (&slots)[warps] = all_slots[team][turn];
-      turn ^= 1;
-      if (lane == 0) slots[warp] = stat;
-      team_sync(team);
-      stat = slots[0];
-#pragma unroll
-      for (int w = 1; w < warps; ++w) stat = Combine()(stat, slots[w]);
-      const float made = integer_scale(p, stat, float(i64(units.group) * 32));
-      if (thread == 0) static_cast<float*>(p.scales)[unit.first / units.group] = made;
-      Scale scale[groups];
-#pragma unroll
-      for (int i = 0; i < groups; ++i) scale[i] = divide_by(made);
-#pragma unroll
-      for (int tile = 0; tile < tiles; ++tile)
-        if (exists(tile))
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            store_run(p, place_of(tile, 0).of_half(half), v[tile], half, scale);
+      multiply(0);
+      quantise_rows(p, unit, units.group, v, seat, slots[team][turn]);
     }
-    stage = stage == stages - 1 ? 0 : stage + 1;
-    next = next == stages - 1 ? 0 : next + 1;
   }
 }

@@ -25,7 +25,7 @@ constexpr int h_row = 2 * R + 16, h_rows = R > 128 ? 64 : R;  // staged at a tim
 constexpr int h_bytes = tensor_cores ? h_rows * h_row : 0;
 // Codes of four bits come in pieces of 16 bytes, which lie apart where several warps share a row.
 // Two units of them are collected behind all that.
-constexpr bool collected = format != int8 && column_warps > 1;
+constexpr bool collected = bits < 8 && column_warps > 1;
 constexpr int codes_at =
     (stages - 1) * stage_bytes + (stage_bytes > h_bytes ? stage_bytes : h_bytes);
 

@@ -17,7 +17,7 @@ struct Params {
 using T = Config::x_type;
 constexpr int R = Config::rotation, tiles = Config::tiles, stages = Config::stages;
 enum Format { int8, int4, mx, nv };
-constexpr int format = Config::format, bits = format == int8 ? 8 : 4;
+constexpr int format = Config::format, bits = Config::bits;  // of a code as it is stored
 enum Scope { quads, table, block, twice };
 constexpr int scope = Config::scope;
 constexpr bool integers = format == int8 || format == int4, quest = Config::quest;

@@ -70,7 +70,7 @@ __device__ __forceinline__ void flush(Totals& total, const Sums& sum, const Scal
       for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          float v = lifted(sum.y[i][j][2 * h + c]);
+          float v = value(sum.y[i][j][2 * h + c]);
           if constexpr (zeros_in_sums) v -= zero_in_units(z[i][h]) * value(sum.x[j][c]);
           total[i][j][2 * h + c] += scale * v;
         }
@@ -153,18 +153,19 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     const bool inside = chunk * chunk_k + quarter * lane_k < k;
 #pragma unroll
     for (int j = 0; j < tiles_m; ++j) {
-      if constexpr (fp4_x) {
+      if constexpr (X::bits == 4) {
         u32 v[spans];
         load_tokens(v, x_row[j] + chunk * (chunk_k / 2), inside);
 #pragma unroll
         for (int t = 0; t < spans; ++t) c.x[j][t][0] = v[t];
-        c.x_blocks[j] =
-            Config::whole || inside ? load_scales_of(x_blocks_row[j], chunk) : LaneScales{};
       } else {
 #pragma unroll
         for (int t = 0; t < spans; ++t)
           load_tokens(c.x[j][t], x_row[j] + (chunk * chunk_k + t * 8) * X::bits / 8, inside);
       }
+      if constexpr (fp4_x)
+        c.x_blocks[j] =
+            Config::whole || inside ? load_scales_of(x_blocks_row[j], chunk) : LaneScales{};
     }
     if constexpr (scaled)
 #pragma unroll

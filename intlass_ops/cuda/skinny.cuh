@@ -30,12 +30,14 @@ static_assert(passes == 1 || passes == 2 || passes == 4, "a group is whole lanes
 
 // D::unit, split so that the largest scale does not overflow: what exceeds 1 multiplies the sums.
 constexpr float lift = D::unit > 1.f ? D::unit : 1.f, unit = D::unit / lift;
-template <class Number> __device__ __forceinline__ float lifted(Number sum) {
-  return lift == 1.f ? value(sum) : value(sum) * lift;
-}
 __device__ __forceinline__ float scale_in_units(Scale s) { return as_float(s) * unit; }
 __device__ __forceinline__ float zero_in_units(Zero z) {
-  return (as_float(z) - code_offset<W>)*(1 / unit);
+  return (as_float(z) - code_offset<W>)*(1 / D::unit_w);
+}
+
+// Whatever zero points come to
+__device__ __forceinline__ float zero_of_codes(Zero z) {
+  return zeros_in_codes ? as_float(z) : zero_in_units(z);
 }
 
 // Of FP4: the scales of a lane's k of a chunk, and what the sums are too small by
@@ -90,10 +92,11 @@ using Sum = typename Select<grouped, float, Acc>::type;
 // An output from its sum over all of K and, for zero points, the sum of its activations.
 __device__ __forceinline__ void finish(const Params& p, i64 n, int m, Sum y, Acc sum_x,
                                        float factor) {
-  float v = grouped ? value(y) : lifted(y);
+  float v = value(y);
+  if constexpr (!grouped && zeros_in_sums)
+    v -= zero_in_units(static_cast<const Zero*>(p.zeros)[n * p.zero_row]) * value(sum_x);
+  v *= lift;
   if constexpr (!grouped) {
-    if constexpr (zeros_in_sums)
-      v -= zero_in_units(static_cast<const Zero*>(p.zeros)[n * p.zero_row]) * value(sum_x);
     if constexpr (!scaled)  // an empty sum is zero, whatever the scale
       v = p.k ? v * scale_in_units(static_cast<const Scale*>(p.scales)[n * p.scale_row]) : 0.f;
   }

@@ -10,168 +10,7 @@
 // as ready fragments for all groups, one segment of K after another where it is too large. The totals
 // of a group's warps meet in shared memory and are added in warp order, so a result does not depend
 // on timing.
-#include "skinny.cuh"
-
-constexpr int warps = Config::warps, threads = 32 * warps;
-constexpr int groups = Config::groups, group_warps = warps / groups;
-constexpr int tokens = Config::tokens, tiles_m = (tokens + 7) / 8;
-constexpr int num_stages = Config::num_stages;
-constexpr int segment_chunks = Config::segment_k / chunk_k;
-constexpr int pieces = 2 * tiles_n;          // of 16 bytes that a lane holds of a chunk: one a row
-constexpr int quad_rows = (pieces + 3) / 4;  // rows whose scales a lane fetches for its quad
-static_assert(Config::segment_k % chunk_k == 0, "a segment of K is whole chunks");
-static_assert(warps % groups == 0 && groups < 16, "a group has a barrier of its own");
-
-// Shared memory: ring, fragments of x, the warps' sums, and sums of earlier segments.
-constexpr int stage_bytes = pieces * 512;
-constexpr int ring_bytes = warps * num_stages * stage_bytes;
-constexpr int x_bytes = segment_chunks * spans * tokens * 4 * int(sizeof(typename P::B));
-constexpr int pitch = rows + 4;  // of the sums of a token; the first of the four is a sum of x
-constexpr int slab = tokens * pitch;
-constexpr int buffers = tokens > 8 ? 1 : 2;
-static_assert(ring_bytes + x_bytes + buffers * warps * slab * 4 == Config::fixed_smem,
-              "config/skinny_ring.py and the kernel disagree about shared memory");
-
-// FP4's scales of the rows that a lane holds pieces of: of a chunk, and where they lie. Other kernels
-// keep nothing of it.
-struct Blocks {
-  LaneScales of_row[pieces];
-
-  __device__ __forceinline__ bool wide() const {
-    bool found = false;
-#pragma unroll
-    for (int i = 0; i < pieces; ++i) found |= of_row[i].wide();
-    return found;
-  }
-};
-struct BlockRows {
-  const unsigned char* block_row[pieces];
-
-  __device__ __forceinline__ void enter_blocks(const Params& p, i64 n0, int quarter) {
-#pragma unroll
-    for (int i = 0; i < pieces; ++i)
-      block_row[i] = lane_scales(p.scales, min(n0 + i * 8, p.n - 1), p.scale_row, quarter);
-  }
-  __device__ __forceinline__ void prefetch_blocks(int chunk) const {
-#pragma unroll
-    for (int i = 0; i < pieces; ++i) prefetch_l2(block_row[i] + i64(chunk) * chunk_scales);
-  }
-  __device__ __forceinline__ void load_blocks(Blocks& to, int chunk) const {
-#pragma unroll
-    for (int i = 0; i < pieces; ++i) to.of_row[i] = load_scales_of(block_row[i], chunk);
-  }
-};
-struct NoBlocks {
-  __device__ __forceinline__ bool wide() const { return false; }
-};
-struct NoBlockRows {
-  __device__ __forceinline__ void enter_blocks(const Params&, i64, int) {}
-  __device__ __forceinline__ void prefetch_blocks(int) const {}
-  __device__ __forceinline__ void load_blocks(NoBlocks&, int) const {}
-};
-
-// How far a lane has come in asking for W: the row pointers of a tile, and a chunk of it.
-struct Cursor : Select<scaled, BlockRows, NoBlockRows>::type {
-  const char* w_row[pieces];
-  const Scale* s_row[quad_rows];
-  const Zero* z_row[quad_rows];
-  int segment, tile, chunk, end;
-
-  __device__ __forceinline__ void enter_tile(const Params& p, int lane) {
-    const i64 n0 = i64(tile) * rows + lane / 4;
-    const char* w = p.w + lane % 4 * 16;
-#pragma unroll
-    for (int i = 0; i < pieces; ++i)  // a repeated row is never stored
-      w_row[i] = w + min(n0 + i * 8, p.n - 1) * p.w_stride;
-    enter_blocks(p, n0, lane % 4);
-    if constexpr (grouped && passes == 1)  // the lanes of a quad share out its rows
-#pragma unroll
-      for (int i = 0; i < quad_rows; ++i) {
-        const i64 row = min(n0 + (i * 4 + lane % 4) % pieces * 8, p.n - 1);
-        s_row[i] = static_cast<const Scale*>(p.scales) + row * p.scale_row;
-        z_row[i] = static_cast<const Zero*>(p.zeros) + row * p.zero_row;
-      }
-  }
-};
-
-struct Scales : Select<scaled, Blocks, NoBlocks>::type {
-  Scale s[quad_rows];
-  Zero z[quad_rows];
-};
-
-__device__ __forceinline__ float zero_of_pass(Zero z) {
-  return zeros_in_codes ? as_float(z) : zero_in_units(z);
-}
-
-// Row i's factor of word t of a chunk
-template <class Row, class Scales>
-__device__ __forceinline__ void take_factor(Row& row, const Scales& scales, bool wide, int i,
-                                            int t) {
-  if constexpr (scaled) row = scales.of_row[i].factor(t * LaneScales::count / spans, wide);
-}
-
-template <int count> __device__ __forceinline__ void group_sync(int group) {
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(count) : "memory");
-}
-
-// Neighbouring rows of one token. Few outputs are better spread over many threads.
-constexpr int width = tokens > 8 ? 4 : 1;
-struct Rows {
-  Sum v[width];
-  __device__ __forceinline__ void add(const Sum* from) {
-    u32 words[width];
-    load_shared(words, reinterpret_cast<const char*>(from));
-#pragma unroll
-    for (int i = 0; i < width; ++i) v[i] += *reinterpret_cast<const Sum*>(&words[i]);
-  }
-  __device__ __forceinline__ void store(Sum* to) const {
-#pragma unroll
-    for (int i = 0; i < width; ++i) to[i] = v[i];
-  }
-};
-
-__device__ __forceinline__ void finish(const Params& p, i64 n, int m, const Rows& y, Acc sum_x,
-                                       float alpha) {
-  const float factor = alpha * a_scale_of(p, m);
-#pragma unroll
-  for (int i = 0; i < width; ++i)
-    if (n + i < p.n) finish(p, n + i, m, y.v[i], sum_x, factor);
-}
-
-// Eight k of every token become fragments, as many a thread as there are registers for.
-constexpr int x_blocks = segment_chunks * chunk_k / 8;
-constexpr int x_ahead = (x_blocks + threads - 1) / threads < 16 / tokens
-                            ? (x_blocks + threads - 1) / threads
-                            : (16 / tokens ? 16 / tokens : 1);
-struct XBlock {
-  u32 v[tokens][span_words<X>];
-  unsigned char s[fp4_x ? tokens : 1];  // of FP4
-
-  __device__ __forceinline__ void load(const Params& p, int k0) {
-#pragma unroll
-    for (int m = 0; m < tokens; ++m) {
-      const char* from = p.x + min(i64(m), p.m - 1) * p.x_stride + i64(k0) * X::bits / 8;
-      if (k0 < int(p.k)) {
-        load_global(v[m], from);
-      } else {
-#pragma unroll
-        for (int i = 0; i < span_words<X>; ++i) v[m][i] = 0;
-      }
-      if constexpr (fp4_x) {
-        const i64 at = scale_at<Config::blocked>(min(i64(m), p.m - 1), p.a_scale_row,
-                                                 min(k0, int(p.k) - 1) / block_size<Scale>);
-        s[m] = static_cast<const unsigned char*>(p.a_scale)[at];
-      }
-    }
-  }
-  __device__ __forceinline__ void store(typename P::B* x_frags, int b) const {
-    const int t = b % spans, q = b / spans % 4, c = b / spans / 4;
-#pragma unroll
-    for (int m = 0; m < tokens; ++m)
-      x_frags[((c * spans + t) * tokens + m) * 4 + q] =
-          token_fragment<P>(v[m], block_factor<Scale>(s[fp4_x ? m : 0]));
-  }
-};
+#include "skinny_ring.cuh"
 
 extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     skinny_ring(const __grid_constant__ Params p) {
@@ -311,7 +150,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
               for (int i = 0; i < pieces; ++i) {
                 const int from = lane / 4 * 4 + i % 4;
                 s[i] = __shfl_sync(~0u, scale_in_units(mine.s[i / 4]), from);
-                if constexpr (has_zeros) z[i] = __shfl_sync(~0u, zero_of_pass(mine.z[i / 4]), from);
+                if constexpr (has_zeros)
+                  z[i] = __shfl_sync(~0u, zero_of_codes(mine.z[i / 4]), from);
               }
             } else {
               const int group = min(chunk * passes + pass, int(p.k / p.group_size) - 1);
@@ -321,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
                 s[i] = scale_in_units(
                     static_cast<const Scale*>(p.scales)[row * p.scale_row + group * scale_group]);
                 if constexpr (has_zeros)
-                  z[i] = zero_of_pass(
+                  z[i] = zero_of_codes(
                       static_cast<const Zero*>(p.zeros)[row * p.zero_row + group * zero_group]);
               }
             }
@@ -369,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
               for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                  float v = lifted(sum[i][j][e]);
+                  float v = value(sum[i][j][e]);
                   if constexpr (zeros_in_sums) v -= z[2 * i + e / 2] * value(sum_x[j][e % 2]);
                   total[i][j][e] += s[2 * i + e / 2] * v;
                   sum[i][j][e] = 0;

@@ -14,8 +14,9 @@
 // Byte b of these rows holds columns 2b and 2b + 1 of the lane: rows lane/4 and lane/4 + 8 of one
 // A tile of the MMA, whose sixteen k are the rows of W in the order in which x is loaded too.
 // q - z and its product with s are rounded to x's type, the former exactly where z is an integer. The
-// warps of a block and then the stripes of N add up in their order: a result does not depend on
-// timing.
+// warps of a block and then the stripes of N, on Hopper a cluster's blocks, add up in their order: a
+// result does not depend on timing.
+#include "hopper.cuh"
 #include "transposed.cuh"
 
 struct Params {
@@ -34,6 +35,7 @@ constexpr int tiles_m = Config::tiles_m, tokens = 8 * tiles_m;
 constexpr int warps_m = Config::warps_m, warps_n = Config::warps_n,
               threads = 32 * warps_m * warps_n;
 constexpr int values = lane_bytes * tiles_m * 4;  // of a lane
+constexpr int cluster = Config::cluster;          // its stripes, or 1: none, or through memory
 static_assert((warps_n & (warps_n - 1)) == 0, "the warps' sums meet in a tree");
 
 typedef float Sums[lane_bytes][tiles_m][4];
@@ -131,8 +133,38 @@ __device__ __forceinline__ bool add_stripes(const Params& p, float* sums, int wa
   return true;
 }
 
-extern "C" __global__ void __launch_bounds__(threads, 1)
+// The same of a cluster: its first block has the others' sums pushed to its shared memory.
+__device__ __forceinline__ bool add_cluster(float* sums, int warp_n, int place) {
+  extern __shared__ float shared[];
+  constexpr int room = warps_m * 32;
+  float* parts = shared + values * room * (warps_n / 2) + place * 4;
+  cluster_wait();  // the first has begun
+  if (blockIdx.z && warp_n == 0)
+#pragma unroll
+    for (int v = 0; v < values; v += 4)
+      store_remote(smem_address(parts + ((blockIdx.z - 1) * values + v) * room), 0,
+                   make_uint4(__float_as_uint(sums[v]), __float_as_uint(sums[v + 1]),
+                              __float_as_uint(sums[v + 2]), __float_as_uint(sums[v + 3])));
+  cluster_sync();
+  if (blockIdx.z || warp_n) return false;
+#pragma unroll
+  for (int s = 0; s < cluster - 1; ++s)
+#pragma unroll
+    for (int v = 0; v < values; v += 4) {
+      const float4 other = *reinterpret_cast<const float4*>(parts + (s * values + v) * room);
+      sums[v] += other.x, sums[v + 1] += other.y, sums[v + 2] += other.z, sums[v + 3] += other.w;
+    }
+  return true;
+}
+
+#if __CUDA_ARCH__ >= 900
+#define CLUSTER __cluster_dims__(1, 1, cluster)
+#else
+#define CLUSTER
+#endif
+extern "C" __global__ void CLUSTER __launch_bounds__(threads, 1)
     transposed(const __grid_constant__ Params p) {
+  if constexpr (cluster > 1) cluster_arrive();
   launch_dependents();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row8 = lane / 4, quarter = lane % 4;
   const int warp_m = warp % warps_m, warp_n = warp / warps_m;
@@ -196,7 +228,9 @@ extern "C" __global__ void __launch_bounds__(threads, 1)
   float* all = &sums[0][0][0];
   const int place = warp_m * 32 + lane;
   if constexpr (warps_n > 1) add_warps(all, warp_n, place);
-  if (gridDim.z > 1) {
+  if constexpr (cluster > 1) {
+    if (!add_cluster(all, warp_n, place)) return;
+  } else if (gridDim.z > 1) {
     if (!add_stripes(p, all, warp_n, place)) return;
   }
   if (warp_n || !inside_k) return;

@@ -41,20 +41,7 @@ constexpr int filled_bytes = parameters_at + (has_zeros ? 2 : 1) * parameter_byt
 constexpr int stage_bytes = (filled_bytes + 1023) / 1024 * 1024;
 constexpr int barriers_bytes = 1024;
 
-struct Ring {
-  u32 base, barriers;
-  int stage = 0, phase = 0;
-  __device__ __forceinline__ u32 full() const { return barriers + stage * 8; }
-  __device__ __forceinline__ u32 empty() const { return barriers + (num_stages + stage) * 8; }
-  __device__ __forceinline__ u32 data() const { return base + stage * stage_bytes; }
-  __device__ __forceinline__ void advance() {
-    if (++stage == num_stages) stage = 0, phase ^= 1;
-  }
-  __device__ __forceinline__ void skip(int stages) {  // at most all of them
-    stage += stages;
-    if (stage >= num_stages) stage -= num_stages, phase ^= 1;
-  }
-};
+typedef StageRing<num_stages, stage_bytes> Ring;
 
 struct Maps { const TensorMap &w, &x, &scales, &zeros; };
 
@@ -126,7 +113,7 @@ __device__ __forceinline__ void multiply(Ring& ring, const char* smem, const Pla
                                          int lane, Sums& sums) {
   u32 a[2][tiles][4];
 #pragma unroll 1
-  for (int s = 0; s < count; s += consumers, ring.skip(consumers)) {
+  for (int s = 0; s < count; s += consumers, ring.advance(consumers)) {
     barrier_wait(ring.full(), ring.phase);
     const u64 x_tile = tile_descriptor(ring.data());
     const char* data = smem + barriers_bytes + ring.stage * stage_bytes;
@@ -227,7 +214,7 @@ extern "C" __global__ void __cluster_dims__(split_n, 1, 1) __launch_bounds__(thr
   const int thread = int(threadIdx.x) - 128, lane = thread % 32, warp = thread / 32 % 4;
   const int consumer = thread / 128;
   Sums sums = {};
-  ring.skip(consumer);
+  ring.advance(consumer);
   multiply(ring, smem, Place(lane, warp, p.group_size), end - begin - consumer, lane, sums);
 
   const float alpha = p.alpha ? load_as_float(p.alpha, 0, int(p.alpha_dtype)) : 1.f;

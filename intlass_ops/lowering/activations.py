@@ -20,7 +20,7 @@ from torch.fx import Node
 from .editor import CAST, Editor, aten
 from .gemms import same_size, shape_of
 from .integers import SPANS, span
-from .probing import LeafMeta, synthetic
+from .leaves import LeafMeta, synthetic
 from .program import Evaluation, NotASlice, extract, is_pure, walk
 
 # A dequantisation is a handful of operations; a longer path is something else.

@@ -15,7 +15,8 @@ import torch
 from torch.fx import Graph, Node
 
 from .gemms import Gemm, column_like, shape_of, static_shape
-from .probing import LeafMeta, WeightForm, probe, synthetic
+from .leaves import LeafMeta, synthetic
+from .probing import WeightForm, probe
 from .program import Evaluation, NotASlice, Program, extract, walk
 from .weights import NotAffine, Recipe
 

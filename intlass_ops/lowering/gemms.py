@@ -168,7 +168,7 @@ class Epilogue:
     last: Node
     views: tuple[Node, ...] = ()
     column_scales: tuple[tuple[Node, bool], ...] = ()  # (per-channel node, whether it divides)
-    row_scales: tuple[Node, ...] = ()
+    row_scales: tuple[tuple[Node, bool], ...] = ()
     bias: Node | None = None
 
 
@@ -251,7 +251,7 @@ def epilogue(
     found = Epilogue(first)
     pending: list[Node] = []
     columns: list[tuple[Node, bool]] = []
-    row_scales: list[Node] = []
+    row_scales: list[tuple[Node, bool]] = []
     current = first
     if gemm.flipped or gemm.batch != 1:
         return found
@@ -295,10 +295,10 @@ def epilogue(
         factors = _factors(other, shape)
         on_columns = [each for each in factors if _on_columns(each, gemm.n) and is_static(each)]
         on_rows = [each for each in factors if each not in on_columns]
-        if on_rows and not (rows and not divides and all(row_like(e, shape) for e in on_rows)):
+        if on_rows and not (rows and all(row_like(each, shape) for each in on_rows)):
             break
         columns.extend((each, divides) for each in on_columns)
-        row_scales.extend(on_rows)
+        row_scales.extend((each, divides) for each in on_rows)
         current = user
         found = Epilogue(user, tuple(pending), tuple(columns), tuple(row_scales), None)
     return found

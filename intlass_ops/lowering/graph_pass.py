@@ -9,7 +9,10 @@ takes one callable, 2.13 also a list: we always install one callable and chain),
 `torch._inductor.custom_graph_pass.CustomGraphPass`, `torch._inductor.compile_fx.compile_fx` with
 `config_patches`, `torch._TorchCompileInductorWrapper` (mode and options, validated as Inductor
 does), `torch._guards.TracingContext.try_get().fw_metadata.static_input_indices`,
-`torch.utils._python_dispatch._disable_current_modes`.
+`torch.utils._python_dispatch._disable_current_modes`; of Dynamo's graphs `_param_name_to_source`
+and of their inputs `_dynamo_source` and `meta["tensor_dict"]["_dynamo_static_input_type"]`;
+`torch._functorch._aot_autograd.subclass_codegen` (2.13: subclasses are taken apart by generated
+code, before that by functions that ask each of them).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,16 +29,20 @@ from typing import Any, cast
 import torch
 import torch._inductor.compile_fx as compile_module
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.source import AttrSource
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..explain import is_strict
-from . import epilogues, linears, quantisers, records, runtime, siblings, spellings
+from . import epilogues, linears, quantisers, records, runtime, siblings, spellings, subclasses
 from .editor import Editor
 
 HOOK = "joint_custom_pre_pass"
+SUBCLASSES_ARE_ASKED = (
+    importlib.util.find_spec("torch._functorch._aot_autograd.subclass_codegen") is None
+)
 
 
 class LoweringPass(CustomGraphPass):
@@ -187,13 +195,45 @@ def compile_with_pass(
 ) -> Callable[..., Any]:
     chosen = dict(torch._TorchCompileInductorWrapper(mode, dict(options or {}), None).config)
     chosen[HOOK] = _chained(chosen.get(HOOK, getattr(inductor_config, HOOK)))
+    gm, inputs, parts = apart(gm, list(example_inputs))
     with _seeing_every_graph():
         compiled: Any = records.watch(
-            lambda: compile_module.compile_fx(gm, list(example_inputs), config_patches=chosen)
+            lambda: compile_module.compile_fx(gm, inputs, config_patches=chosen)
         )
+    compiled = subclasses.given_whole(compiled, parts)
     if chosen.get("triton.cudagraphs", inductor_config.triton.cudagraphs):
         return _refreshing(compiled)
     return cast(Callable[..., Any], compiled)
+
+
+class _Sources:
+    """`subclasses.Sources` of Dynamo's graphs."""
+
+    def is_weight(self, node: torch.fx.Node) -> bool:
+        return bool((node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"))
+
+    def copy(self, old: Any, new: Any, part: str = "") -> None:
+        new._dynamo_source = AttrSource(old._dynamo_source, part) if part else old._dynamo_source
+        if part:
+            kind = old.meta["tensor_dict"]["_dynamo_static_input_type"]
+            new.meta["tensor_dict"] = {"_dynamo_static_input_type": kind}
+
+    def copy_graph(self, old: Any, new: Any) -> None:
+        new.meta = dict(old.meta)
+        new._param_name_to_source = old._param_name_to_source
+
+
+def apart(
+    gm: torch.fx.GraphModule, inputs: list[Any]
+) -> tuple[torch.fx.GraphModule, list[Any], subclasses.Parts]:
+    """`subclasses.take_apart` where it saves something and the graph is one of Dynamo's."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    known = hasattr(gm, "_param_name_to_source") and len(placeholders) == len(inputs)
+    if not SUBCLASSES_ARE_ASKED or not known:
+        return gm, inputs, ()
+    if not all(hasattr(node, "_dynamo_source") for node in placeholders):
+        return gm, inputs, ()
+    return subclasses.take_apart(gm, inputs, _Sources())
 
 
 def recording_backend(
@@ -267,14 +307,18 @@ def _guard_replays() -> None:
     original = compile_module.compile_fx
 
     @functools.wraps(original)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
+    def guarded(gm: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        parts: subclasses.Parts = ()
+        if isinstance(gm, torch.fx.GraphModule):
+            gm, inputs, parts = apart(gm, list(inputs))
         # compile_fx calls itself with its config_patches in force: the inner call sees them.
         with _seeing_every_graph():
-            compiled = records.watch(lambda: original(*args, **kwargs))
+            compiled = records.watch(lambda: original(gm, inputs, *args, **kwargs))
+        compiled = subclasses.given_whole(compiled, parts)
         return _refreshing(compiled) if inductor_config.triton.cudagraphs else compiled
 
     guarded.intlass_original = original  # type: ignore[attr-defined]
-    compile_module.compile_fx = guarded
+    compile_module.compile_fx = guarded  # type: ignore[assignment]
 
 
 def _unguard_replays() -> None:

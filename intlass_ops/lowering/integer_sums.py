@@ -1,7 +1,8 @@
-"""What follows an integer product while it still is integers: biases and zero-point corrections.
+"""What is around an integer product while it still is integers: biases, corrections, padding.
 
 Lives here: `read`, which understands the additions and subtractions of int32 nodes after
-`_int_mm` as what they mean for the dequantised product. Not here: the floating epilogue (gemms.py).
+`_int_mm` as what they mean for the dequantised product, and `without_padding`, of the rows that it
+needs on a GPU. Not here: the floating epilogue (gemms.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from .editor import CAST, Editor, aten
-from .gemms import Gemm, column_like, row_like, shape_of
+from .gemms import Gemm, column_like, row_like, same_size, shape_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,24 @@ class IntegerTail:
     unshifted: bool = False
     weight_zero: Node | None = None
     crossed: bool = False
+
+
+def without_padding(gemm: Gemm) -> Gemm:
+    """The product of the rows that are kept, where others were added to have more than 16."""
+    x, user = gemm.x, next(iter(gemm.node.users), None)
+    if not gemm.integer or gemm.flipped or gemm.batch != 1 or len(gemm.node.users) != 1:
+        return gemm
+    if user is None or user.target is not aten.slice.Tensor or user.args[1:3] not in ((0, 0), (0,)):
+        return gemm
+    rows: Any = None
+    if x.target is aten.cat.default and x.args[1:] in ((), (0,)):
+        rows = x.args[0][0]  # type: ignore[index]
+    elif x.target is aten.constant_pad_nd.default and x.args[1][:3] == [0, 0, 0]:  # type: ignore[index]
+        rows = x.args[0]
+    if not isinstance(rows, Node) or len(user.args) > 4 or len(shape_of(x)) != 2:
+        return gemm
+    kept = same_size(shape_of(user)[0], shape_of(rows)[0])
+    return replace(gemm, node=user, x=rows) if kept else gemm
 
 
 def read(edit: Editor, gemm: Gemm) -> IntegerTail:
@@ -65,9 +84,8 @@ def _one(
         unsigned = gemm.x.meta["val"].dtype == torch.uint8 and not found.unshifted
         if subtracts and unsigned and _is_row_sum(edit, gemm, other, 128):
             return replace(found, last=user, unshifted=True)
-        if subtracts or found.bias is not None:
-            return None
-        return replace(found, last=user, bias=other)
+        if not subtracts:
+            return None if found.bias is not None else replace(found, last=user, bias=other)
     if not subtracts and not found.crossed and _is_cross(gemm, found, other):
         return replace(found, last=user, crossed=True)
     if other.target is not aten.mul.Tensor or not subtracts:
@@ -152,15 +170,15 @@ def _sums_rows(node: Node, x: Node) -> bool:
 
 
 def as_float_bias(
-    edit: Editor, bias: Node, columns: tuple[tuple[Node, bool], ...], rows: tuple[Node, ...]
+    edit: Editor,
+    bias: Node,
+    columns: tuple[tuple[Node, bool], ...],
+    rows: tuple[tuple[Node, bool], ...],
 ) -> Node:
     """An integer bias [N] times the scales that follow it, one of each row scale in all."""
     value = edit.call(aten.reshape.default, edit.call(CAST, bias, torch.float32), [-1])
-    for scale, divides in columns:
+    for scale, divides in (*columns, *rows):
         flat = edit.call(aten.reshape.default, scale, [-1])
         operation = aten.div.Tensor if divides else aten.mul.Tensor
         value = edit.call(operation, value, edit.call(CAST, flat, torch.float32))
-    for each in rows:
-        flat = edit.call(aten.reshape.default, each, [1])
-        value = edit.call(aten.mul.Tensor, value, edit.call(CAST, flat, torch.float32))
     return value

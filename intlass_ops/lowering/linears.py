@@ -108,6 +108,7 @@ def _decide(
 def _match(edit: Editor, gemm: Gemm) -> Match:
     if gemm.node.meta.get("partitioner_tag") == "is_backward":
         raise NotAffine("a gradient GEMM: its groups run along the output")
+    gemm = integer_sums.without_padding(gemm)
     activation = None if gemm.flipped else activations.match(edit, gemm.x)
     dtype = gemm.x.meta["val"].dtype
     if activation is None and dtype not in FLOATS:
@@ -137,7 +138,7 @@ def _match(edit: Editor, gemm: Gemm) -> Match:
     ):
         raise NotAffine("the weight is quantised from a float one that trains: repacked each step")
     bias = None if sums is None else sums.bias
-    if bias is not None and any(_many(each) for each in tail.row_scales):
+    if bias is not None and any(_many(each) for each, _ in tail.row_scales):
         raise NotAffine("an integer bias before a scale per row")
     return Match(gemm, piece, form, tail, activation, gemm.x, integer_bias=bias)
 
@@ -161,8 +162,9 @@ def _operands(edit: Editor, match: Match) -> Match:
     if len(shape_of(x)) != len(lead) + 1:
         x = edit.call(aten.reshape.default, x, [*lead, gemm.k])
     scale = _parameter(edit, found.scale, lead, x)
-    for each in match.tail.row_scales:
+    for each, divides in match.tail.row_scales:
         more = _parameter(edit, each, lead, x)
+        more = edit.call(aten.reciprocal.default, more) if divides else more
         scale = more if scale is None else edit.call(aten.mul.Tensor, scale, more)
     zero = None
     if found.zero is not SHIFTED:

@@ -1,14 +1,13 @@
 """Compile-time proof: which value of a slice holds the codes, for any values of its leaves.
 
 Lives here: `probe`, which measures a slice on synthetic leaves, so that the decision depends on no
-value and a cached graph serves every weight; `synthetic` leaves; what is proved (`WeightForm`).
-Not here: the measuring (weights.py).
+value and a cached graph serves every weight; what is proved (`WeightForm`). Not here: the
+synthetic leaves (leaves.py), the measuring (weights.py), codes in several tensors (parts.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import blocks
+from . import blocks, parts
+from .leaves import LeafMeta, synthetic
 from .program import Evaluation, NotASlice, Program, dependents
 from .weights import Measured, NotAffine, NotGrouped, Recipe, evaluate_real, measure
 
@@ -46,54 +46,6 @@ class WeightForm:
     @property
     def bits(self) -> int:
         return 4 if self.span[1] - self.span[0] < 16 else 8
-
-
-@dataclass(frozen=True)
-class LeafMeta:
-    """What probing needs to know about a leaf: never its values."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    index_into: int | None  # the leaf is used as an index into a dimension of this size
-
-
-def synthetic(
-    meta: LeafMeta, numel: int, seed: int, device: torch.device, *, small: bool = False
-) -> Tensor:
-    """Random contents for a leaf: full-range integers, weight-like or scale-like floats.
-
-    small: wide integers too few to be packed codes are zero points, and as many as the weight has
-    elements are codes that nobody packed: in [0, 15] both.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    extent = 1 + sum((s - 1) * t for s, t in zip(meta.shape, meta.stride, strict=True) if s)
-    extent = 0 if 0 in meta.shape else extent
-    if meta.index_into is not None:
-        values = torch.arange(extent) * meta.index_into // max(extent, 1)
-        flat = values.to(meta.dtype)
-    elif meta.dtype == torch.bool:
-        flat = torch.randint(0, 2, (extent,), generator=generator).bool()
-    elif meta.dtype.is_floating_point:
-        if 2 * math.prod(meta.shape) >= numel:
-            flat = torch.randn(extent, generator=generator).to(meta.dtype)
-        else:
-            flat = (torch.rand(extent, generator=generator) + 0.5).to(meta.dtype)
-    elif small and _wide_but_small(meta, numel):
-        flat = torch.randint(0, 16, (extent,), generator=generator).to(meta.dtype)
-    else:
-        bytes_ = torch.randint(
-            0, 256, (extent * meta.dtype.itemsize,), dtype=torch.uint8, generator=generator
-        )
-        # No byte may look like the exponent of an infinity: scales are often stored as bytes.
-        bytes_ = torch.where((bytes_ & 0x7C) == 0x7C, bytes_ ^ 0x40, bytes_)
-        flat = bytes_.view(meta.dtype)
-    return flat.to(device).as_strided(meta.shape, meta.stride)
-
-
-def _wide_but_small(meta: LeafMeta, numel: int) -> bool:
-    few = meta.dtype.itemsize >= 4 and 16 * math.prod(meta.shape) <= numel
-    return few or (meta.dtype.itemsize >= 2 and math.prod(meta.shape) >= numel)
 
 
 _PROBED: dict[tuple[object, ...], WeightForm | str] = {}
@@ -145,17 +97,59 @@ def _probe(
         raise NotAffine(f"the slice cannot be evaluated on its own: {problem}") from problem
     if evaluation.weight().dtype.is_complex or evaluation.weight().dtype == torch.bool:
         raise NotAffine(f"the weight is {evaluation.weight().dtype}")
-    best: tuple[tuple[int, ...], Recipe, Measured, slice] | None = None
-    reason = "no integer-valued tensor of the weight's size"
-    settled = False
-    tried = 0
-    for index in _candidates(evaluation, shape.rows * shape.k):
-        tried += 1
-        if tried > MAX_CANDIDATES:
-            break
+    found = _nearest(evaluation, shape, _candidates(evaluation, numel))
+    if isinstance(found, str):
+        return _probe_parts(evaluation, leaves, shape, whole, found)
+    return _form(evaluation, found, replace(whole, codes=found.recipe.codes))
+
+
+def _probe_parts(
+    evaluation: Evaluation, leaves: Sequence[Tensor], shape: Recipe, whole: Recipe, reason: str
+) -> WeightForm:
+    """The same for codes that are never in one tensor. `shape` are the first rows of `whole`."""
+    best: tuple[_Found, Evaluation, tuple[int, ...]] | None = None
+    for members in parts.joined(evaluation, _integral):
+        program, codes = parts.through_one(shape.program, members)
+        again = Evaluation(program, leaves)
+        found = _nearest(again, replace(shape, program=program), [codes])
+        if isinstance(found, str):
+            reason = found
+        elif best is None or found.rank < best[0].rank:
+            best = found, again, members
+    if best is None:
+        raise NotAffine(reason)
+    of_parts, again, members = best
+    program, codes = parts.through_one(whole.program, members)
+    form = _form(again, of_parts, replace(whole, program=program, codes=codes))
+    # Its values are no longer those of the graph's slice.
+    return replace(form, scale_values=())
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Codes that were measured, and at which rows."""
+
+    recipe: Recipe
+    measured: Measured
+    rows: slice
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """The lowest is the best."""
+        low, high = self.measured.span
+        levels = high - low + 1
+        bits = 4 if levels <= 16 else 8 if levels <= 256 else 9
+        return (int(self.measured.order is not None), bits, -self.measured.group_size)
+
+
+def _nearest(evaluation: Evaluation, shape: Recipe, candidates: Sequence[int]) -> _Found | str:
+    """The best of the values that may be the codes; why, if none is."""
+    best: _Found | None = None
+    reason, settled = "no integer-valued tensor of the weight's size", False
+    for index in candidates[:MAX_CANDIDATES]:
         recipe = replace(shape, codes=index)
         try:
-            found, rows = _measured(evaluation, recipe)
+            found = _Found(recipe, *_measured(evaluation, recipe))
         except NotGrouped as problem:
             # Nothing nearer the truth will be said about another candidate.
             reason, settled = str(problem), True
@@ -170,25 +164,22 @@ def _probe(
             # Some candidates are inputs of bit operations, which float64 codes cannot enter.
             reason = "the codes' bits are picked apart on their way: not integers times a scale"
             continue
-        if not _same_codes(found.codes, evaluation.values[index]):
+        if not _same_codes(found.measured.codes, evaluation.values[index]):
             reason = "the weight keeps only part of its codes (a clamp?)"
             continue
-        low, high = found.span
-        levels = high - low + 1
-        bits = 4 if levels <= 16 else 8 if levels <= 256 else 9
-        rank = (int(found.order is not None), bits, -found.group_size)
-        if best is None or rank < best[0]:
-            best = (rank, recipe, found, rows)
-        if rank[:2] == (0, 4):
+        if best is None or found.rank < best.rank:
+            best = found
+        if best.rank[:2] == (0, 4):
             break
-    if best is None:
-        raise NotAffine(reason)
-    _, recipe, found, rows = best
-    low, high = found.span
+    return reason if best is None else best
+
+
+def _form(evaluation: Evaluation, found: _Found, whole: Recipe) -> WeightForm:
+    low, high = found.measured.span
     if high - low > 255:
         raise NotAffine(f"codes span [{low}, {high}]: more than 8 bits")
-    form = _describe(evaluation, recipe, found, rows)
-    return replace(form, recipe=replace(whole, codes=recipe.codes))
+    form = _describe(evaluation, found.recipe, found.measured, found.rows)
+    return replace(form, recipe=whole)
 
 
 def _first_rows(recipe: Recipe, metas: Sequence[LeafMeta]) -> tuple[Recipe, Sequence[LeafMeta]]:
@@ -236,16 +227,21 @@ def _candidates(evaluation: Evaluation, numel: int) -> list[int]:
     found: list[tuple[bool, int, int]] = []
     for index in range(evaluation.program.result, -1, -1):
         value = evaluation.values[index]
-        if not isinstance(value, Tensor) or value.dtype == torch.bool or value.dtype.is_complex:
+        if not isinstance(value, Tensor) or not numel <= value.numel() <= MAX_PARTS * numel:
             continue
-        if not numel <= value.numel() <= MAX_PARTS * numel:
-            continue
-        if value.dtype.is_floating_point:
-            corner = value[(slice(PROBED_ROWS),) * value.dim()]
-            if bool((corner != corner.round()).any()) or bool((corner == corner.min()).all()):
-                continue
-        found.append((value.numel() > numel, len(found), index))
+        if _integral(value):
+            found.append((value.numel() > numel, len(found), index))
     return [index for *_, index in sorted(found)]
+
+
+def _integral(value: Tensor) -> bool:
+    """Whether a value is integers, and not one integer all over."""
+    if value.dtype == torch.bool or value.dtype.is_complex:
+        return False
+    if not value.dtype.is_floating_point:
+        return True
+    corner = value[(slice(PROBED_ROWS),) * value.dim()]
+    return not bool((corner != corner.round()).any() | (corner == corner.min()).all())
 
 
 # Between an int8 leaf and a weight these change no code and apply a scale, whatever its values.

@@ -73,7 +73,9 @@ class Program:
         """The operations of these value indices alone, reading those values as leaves."""
         place = {index: {"v": i} for i, index in enumerate([*leaves, *operations])}
         kept = [self.operations[index - self.leaves] for index in operations]
-        moved = [(op.target, _moved(op.args, place), _moved(op.kwargs, place)) for op in kept]
+        moved = [
+            (op.target, renumbered(op.args, place), renumbered(op.kwargs, place)) for op in kept
+        ]
         return Program(as_text(len(leaves), moved))
 
 
@@ -154,14 +156,14 @@ def as_text(leaves: int, operations: Sequence[tuple[str, Any, Any]]) -> str:
     return json.dumps([leaves, operations], separators=(",", ":"), sort_keys=True)
 
 
-def _moved(value: Any, place: Mapping[int, Any]) -> Any:
+def renumbered(value: Any, place: Mapping[int, Any]) -> Any:
     """An encoded argument with its value indices replaced."""
     if isinstance(value, list):
-        return [_moved(each, place) for each in value]
+        return [renumbered(each, place) for each in value]
     if isinstance(value, dict) and "v" in value:
         return place[value["v"]]
     if isinstance(value, dict) and "k" in value:
-        return {"k": {key: _moved(each, place) for key, each in value["k"].items()}}
+        return {"k": {key: renumbered(each, place) for key, each in value["k"].items()}}
     return value
 
 

@@ -2,9 +2,9 @@
 
 Lives here: `fuse`, for `intlass::quantize_dynamic` per token of an RMS norm or of silu(gate) * up.
 A fused op rounds where the graph rounds and nowhere else, so a norm is taken only if it is rounded
-once, after its weight (as torch.nn.RMSNorm is; models that round before the weight too keep their
-own norm), and silu only if it and the product are rounded one after the other. What is left is the
-order in which the norm sums its squares in fp32, which no compiled graph promises.
+after its weight (as torch.nn.RMSNorm is) or both before and after (as transformers' are), and silu
+only if it and the product are rounded one after the other. What is left is the order in which the
+norm sums its squares in fp32, which no compiled graph promises.
 Not here: the ops (ops/quantize_after.py), quantisers of other libraries (activations.py).
 """
 
@@ -98,10 +98,17 @@ def _norm(edit: Editor, x: Node, bits: Any, symmetric: Any) -> Node | None:
         return None
     whole = _before_rounding(x, dtype)
     product = _args(whole, aten.mul.Tensor)
-    if product is None or _dtype(whole) != torch.float32:
+    if product is None:
         return None
     weights = ((product[0], product[1]), (product[1], product[0]), (whole, None))
     for scaled, weight in weights:
+        rounded = None if dtype == torch.float32 else _narrow(scaled, dtype)
+        if rounded is not None:  # before it is multiplied by the weight too
+            scaled = _before_rounding(rounded, dtype)
+        elif _dtype(whole) != torch.float32:
+            continue
+        if _dtype(scaled) != torch.float32:
+            continue
         factors = _args(scaled, aten.mul.Tensor)
         if factors is None or (weight is not None and not _is_weight(weight, x, dtype)):
             continue
@@ -109,7 +116,8 @@ def _norm(edit: Editor, x: Node, bits: Any, symmetric: Any) -> Node | None:
             source, eps = _narrow(wide, dtype), _eps(root, wide)
             if source is not None and eps is not None:
                 weight = None if weight is None else _narrow(weight, dtype)
-                return edit.call(_NORM, source, weight, eps, bits, symmetric)
+                first = rounded is not None
+                return edit.call(_NORM, source, weight, eps, bits, symmetric, first)
     return None
 
 

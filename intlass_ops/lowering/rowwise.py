@@ -23,7 +23,6 @@ from .weights import Recipe
 
 # All of a value is needed for any row of the weight.
 ALL = -1
-_END = (1 << 63) - 1
 
 # For one operation whose result holds rows along a dimension: the dimension of each value it reads.
 Needs = list[tuple[int, int]]
@@ -108,7 +107,9 @@ def _slice(op: Operation, dim: int, out: tuple[int, ...], shapes: Shapes) -> Nee
     source = _v(op.args[0])
     if _dim_of(op, 1, len(out)) == dim:
         start, end, step = (*op.args[2:], None, None, None)[:3]
-        if start not in (None, 0) or end not in (None, _END) or step not in (None, 1):
+        # An end that is their number is past the end of fewer rows.
+        every = end is None or (isinstance(end, int) and end >= shapes[source][dim])
+        if start not in (None, 0) or not every or step not in (None, 1):
             raise NotRowwise("some of the rows")
     return [(source, dim)]
 

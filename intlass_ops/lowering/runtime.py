@@ -94,6 +94,16 @@ class _Entry:
         leaves = tuple(ref() for ref in self.leaves)
         return None if any(leaf is None for leaf in leaves) else leaves  # type: ignore[return-value]
 
+    def outdated(self) -> bool:
+        """Whether the leaves, all of which are there, were written to. Asked before each replay."""
+        for ref, (version, pointer) in zip(self.leaves, self.versions, strict=True):
+            leaf = ref()
+            if leaf is None:
+                return False
+            if leaf.data_ptr() != pointer or (version >= 0 and leaf._version != version):
+                return True
+        return False
+
     def fresh(self, leaves: Sequence[Tensor]) -> bool:
         return all(
             ref() is leaf and version == _version(leaf)
@@ -197,9 +207,9 @@ def _refresh(entry: _Entry, leaves: Sequence[Tensor]) -> None:
 def refresh_captured() -> None:
     """Repack every weight that a CUDA graph reads and that changed since."""
     for entry in list(_MEMO.values()):
-        if entry.captured:
+        if entry.captured and entry.outdated():
             leaves = entry.live()
-            if leaves is not None and not entry.fresh(leaves):
+            if leaves is not None:
                 with _LOCK:
                     _refresh(entry, leaves)
 

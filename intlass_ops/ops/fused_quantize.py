@@ -13,18 +13,25 @@ from torch import Tensor
 
 from .. import fused_quantize
 from ..cuda import launch_rotate_quantize
-from ._library import define
+from ._library import define, require_device
 
 _FORMATS = ("int8", "int4", "mx", "nv")
 
 
 def _plan(
-    x: Tensor, h: Tensor, format_: str, method: str, group_size: int, global_scale: float
+    x: Tensor,
+    h: Tensor,
+    format_: str,
+    method: str,
+    group_size: int,
+    global_scale: float,
+    packed: bool,
 ) -> fused_quantize.Plan:
     if format_ not in _FORMATS:
         raise ValueError(f"fused_quantize: format={format_!r}; expected one of {_FORMATS}")
     op = f"fused_quantize_{format_}"
-    return fused_quantize.plan_of(op, format_, x, h, method, group_size, global_scale)
+    require_device(op, x, h=h)
+    return fused_quantize.plan_of(op, format_, x, h, method, group_size, global_scale, packed)
 
 
 def _fake(
@@ -35,11 +42,11 @@ def _fake(
     group_size: int,
     global_scale: float = 1.0,
     mask: bool = False,
+    packed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _plan(x, h, format_, method, group_size, global_scale)
+    plan = _plan(x, h, format_, method, group_size, global_scale, packed)
     *lead, k = x.shape
-    whole = plan.format == "int8"
-    codes = (k, torch.int8) if whole else (k // 2, torch.uint8)
+    codes = (k, torch.int8) if plan.bits == 8 else (k // 2, torch.uint8)
     scales = torch.float32 if plan.format in ("int8", "int4") else torch.uint8
     return (
         x.new_empty((*lead, codes[0]), dtype=codes[1]),
@@ -56,8 +63,9 @@ def _cpu(
     group_size: int,
     global_scale: float = 1.0,
     mask: bool = False,
+    packed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _plan(x, h, format_, method, group_size, global_scale)
+    plan = _plan(x, h, format_, method, group_size, global_scale, packed)
     codes, scales, bits = fused_quantize.reference(x, h, plan)
     return codes, scales, bits if mask else bits[..., :0].contiguous()
 
@@ -70,8 +78,9 @@ def _cuda(
     group_size: int,
     global_scale: float = 1.0,
     mask: bool = False,
+    packed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _plan(x, h, format_, method, group_size, global_scale)
+    plan = _plan(x, h, format_, method, group_size, global_scale, packed)
     return launch_rotate_quantize.run(x, h, plan, mask)
 
 
@@ -87,7 +96,7 @@ def _backward(ctx: Any, *grads: Tensor) -> Any:
 
 define(
     "fused_quantize(Tensor x, Tensor h, str format, str method, SymInt group_size, "
-    "float global_scale=1.0, bool mask=False) -> (Tensor, Tensor, Tensor)",
+    "float global_scale=1.0, bool mask=False, bool packed=True) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
     cpu=_cpu,
     cuda=_cuda,

@@ -67,6 +67,7 @@ def _cuda(
 ) -> Quantized:
     key = (
         op,
+        before,
         plans.signature(x),
         other is None or plans.signature(other),
         eps,
@@ -77,7 +78,7 @@ def _cuda(
     )
     plan = launch_quantize.find(key)
     if plan is None:
-        if before is Before.RMS_NORM:
+        if before.is_norm:
             _check_norm(x, other, bits)
         else:
             assert other is not None
@@ -99,27 +100,28 @@ def _cuda(
 
 
 def _norm_fake(
-    x: Tensor, weight: Tensor | None, eps: float, bits: int, symmetric: bool
+    x: Tensor, weight: Tensor | None, eps: float, bits: int, symmetric: bool, round_first: bool
 ) -> Quantized:
     _check_norm(x, weight, bits)
     return _empty(x, bits, symmetric)
 
 
 def _norm_cpu(
-    x: Tensor, weight: Tensor | None, eps: float, bits: int, symmetric: bool
+    x: Tensor, weight: Tensor | None, eps: float, bits: int, symmetric: bool, round_first: bool
 ) -> Quantized:
     _check_norm(x, weight, bits)
     v = x.float()
     y = v * (1 / (v.square().mean(-1, keepdim=True) + eps).sqrt())
     if weight is not None:
-        y = y * weight.float()
+        y = (y.to(x.dtype) if round_first else y) * weight.float()
     return quantize_tokens(y.to(x.dtype), bits, symmetric)
 
 
 def _norm_cuda(
-    x: Tensor, weight: Tensor | None, eps: float, bits: int, symmetric: bool
+    x: Tensor, weight: Tensor | None, eps: float, bits: int, symmetric: bool, round_first: bool
 ) -> Quantized:
-    return _cuda("rms_norm_quantize", Before.RMS_NORM, x, weight, eps, bits, symmetric)
+    before = Before.ROUNDED_NORM if round_first and weight is not None else Before.RMS_NORM
+    return _cuda("rms_norm_quantize", before, x, weight, eps, bits, symmetric)
 
 
 def _silu_fake(gate: Tensor, up: Tensor, bits: int, symmetric: bool) -> Quantized:
@@ -137,11 +139,17 @@ def _silu_cuda(gate: Tensor, up: Tensor, bits: int, symmetric: bool) -> Quantize
 
 
 define(
-    "rms_norm_quantize(Tensor x, Tensor? weight, float eps, int bits=8, bool symmetric=True) "
-    "-> (Tensor, Tensor, Tensor)",
-    fake=lambda x, weight, eps, bits=8, symmetric=True: _norm_fake(x, weight, eps, bits, symmetric),
-    cpu=lambda x, weight, eps, bits=8, symmetric=True: _norm_cpu(x, weight, eps, bits, symmetric),
-    cuda=lambda x, weight, eps, bits=8, symmetric=True: _norm_cuda(x, weight, eps, bits, symmetric),
+    "rms_norm_quantize(Tensor x, Tensor? weight, float eps, int bits=8, bool symmetric=True, "
+    "bool round_first=False) -> (Tensor, Tensor, Tensor)",
+    fake=lambda x, weight, eps, bits=8, symmetric=True, round_first=False: _norm_fake(
+        x, weight, eps, bits, symmetric, round_first
+    ),
+    cpu=lambda x, weight, eps, bits=8, symmetric=True, round_first=False: _norm_cpu(
+        x, weight, eps, bits, symmetric, round_first
+    ),
+    cuda=lambda x, weight, eps, bits=8, symmetric=True, round_first=False: _norm_cuda(
+        x, weight, eps, bits, symmetric, round_first
+    ),
     setup_context=no_setup,
     backward=no_gradient,
 )
@@ -163,13 +171,15 @@ def rms_norm_quantize(
     *,
     bits: int = 8,
     symmetric: bool = True,
+    round_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """RMS norm and quantisation per token in one kernel.
 
         y = x / sqrt(mean(x^2) + eps) * weight        fp32, rounded to the dtype of x once
         q, scale, zero = quantize_int8(y) or quantize_int4(y)
 
-    ``x`` [..., K] fp32, bf16 or fp16, ``weight`` [K] of the same dtype or None, as
+    ``round_first``: rounded before it is multiplied by ``weight`` too, as the Llama of transformers
+    does. ``x`` [..., K] fp32, bf16 or fp16, ``weight`` [K] of the same dtype or None, as
     torch.nn.functional.rms_norm takes them. Returns (q, scale [..., 1], zero or None).
     Raises TypeError or ValueError for dtypes and shapes that do not fit; no gradient.
 
@@ -178,7 +188,9 @@ def rms_norm_quantize(
     >>> q
     tensor([[ 127, -127]], dtype=torch.int8)
     """
-    q, scale, zero = torch.ops.intlass.rms_norm_quantize(x, weight, eps, bits, symmetric)
+    q, scale, zero = torch.ops.intlass.rms_norm_quantize(
+        x, weight, eps, bits, symmetric, round_first
+    )
     return q, scale, None if symmetric else zero
 
 

@@ -1,0 +1,182 @@
+"""skinny_held.cu, few tokens, whose activations stay in registers: its configurations and pick."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .epilogue import Activation, named
+from .problem import BITS, Device, Shape, mma_sass
+from .skinny import few_tokens_grouping, groups_of_chunk
+
+# Clusters of so many blocks that an H200 holds at once, of its SMs
+_PLACES = {1: 1.0, 2: 1.0, 4: 0.88, 8: 0.85}
+WITH_CLUSTERS = ("sm_90a", "sm_100", "sm_120")
+
+
+@dataclass(frozen=True)
+class SkinnyHeld:
+    """skinny_held.cu: a warp owns `warp_chunks` of K, and takes 16 * tiles_n rows a turn."""
+
+    source: ClassVar[str] = "skinny_held.cu"
+    entry: ClassVar[str] = "skinny_held"
+    starts_early: ClassVar[bool] = True
+    x_kind: str
+    w_kind: str
+    scale_type: str
+    zero_type: str
+    out_type: str
+    tokens: int  # a power of two, at least M
+    tiles_n: int
+    warps: int
+    k_warps: int  # share the k of a block; so many are a group, with rows of its own
+    warp_chunks: int
+    split_k: int  # blocks of a cluster that share K
+    num_stages: int
+    x_staged: bool
+    resident_blocks: int  # of the whole GPU
+    fixed_smem: int  # bytes without the sums that a cluster's blocks keep
+    groups_per_chunk: int
+    chunks_per_group: int
+    grouping: int
+    has_zeros: bool
+    has_a_zero: bool = False
+    blocked: bool = False  # FP4: scales in the order of fp4.to_blocked
+    activation: Activation = Activation.NONE
+    residual: bool = False  # the output's type, added after the activation
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def _clusters(self, n: int) -> int:
+        turns = math.ceil(n / (16 * self.tiles_n * self.groups))
+        return min(self.resident_blocks // self.split_k, turns)
+
+    @property
+    def groups(self) -> int:
+        return self.warps // self.k_warps
+
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        return self.split_k * self._clusters(n), 1, 1
+
+    def smem_of(self, n: int, k: int) -> int:
+        """Bytes for a problem: blocks that share K keep their sums of all rows to the end."""
+        if self.split_k == 1:
+            return self.fixed_smem
+        rows = 16 * self.tiles_n * self.groups
+        return self.fixed_smem + math.ceil(n / (rows * self._clusters(n))) * rows * self.tokens * 4
+
+    def __str__(self) -> str:
+        return (
+            f"skinny_held {self.x_kind}x{self.w_kind} {self.tokens}x{16 * self.tiles_n} "
+            f"warps={self.groups}x{self.k_warps} chunks={self.warp_chunks} split={self.split_k} "
+            f"stages={self.num_stages}{named(self)}"
+        )
+
+    def expected_sass(self, arch: str) -> tuple[str, ...]:
+        return mma_sass("s8" if self.x_kind == "s4" else self.x_kind)
+
+
+def why_not_held(shape: Shape) -> str | None:
+    """What keeps a problem for few tokens (skinny.why_not_skinny) from skinny_held.cu, or None."""
+    if BITS[shape.w_kind] != 4:
+        return "a warp's share of X has no room in registers"
+    chunk_k = 512 // BITS[shape.w_kind]
+    if shape.k == 0 or shape.k % chunk_k:
+        return f"K={shape.k} is not a multiple of {chunk_k}"
+    if shape.w_kind == "e2m1":
+        return None
+    if shape.group_size < shape.k and shape.group_size % chunk_k:
+        return f"group_size={shape.group_size} is not a multiple of {chunk_k}"
+    if shape.group_size >= shape.k and shape.zeros_in_sums:
+        return "sums of x for one scale a row"
+    return None
+
+
+def pick_held(device: Device, shape: Shape) -> SkinnyHeld | None:
+    """The configuration for a problem where it is the fastest that was measured, or None."""
+    if why_not_held(shape) is not None or not device.arch.startswith("sm_90"):
+        return None
+    picked = next(held_candidates(device, shape), None)
+    if picked is None or (shape.w_kind == "e2m1" and shape.m > 8 and picked.split_k > 1):
+        return None
+    # Few rows are better loaded at once (skinny.cu), and INT8 with one token always
+    if BITS[shape.x_kind] == 8:
+        fewest = 128 if shape.m > 2 else 1 << 20
+    else:
+        fewest = 40 if shape.m > 2 else 60
+    return picked if shape.n * picked.split_k >= fewest * device.sm_count else None
+
+
+def held_candidates(device: Device, shape: Shape) -> Iterator[SkinnyHeld]:
+    """What fits registers and shared memory, the best of what was measured first."""
+    for split_k in _PLACES if device.arch in WITH_CLUSTERS else (1,):
+        tiles = _tiles(shape, split_k == 1 and shape.n < 128 * device.sm_count)
+        found = [_config(device, shape, split_k, *tile) for tile in tiles]
+        yield from (c for c in found if c is not None)
+        if any(found):  # more blocks would share less
+            break
+
+
+def _tiles(shape: Shape, few_turns: bool) -> list[tuple[int, int, int]]:
+    """(warps, warp_chunks, num_stages): 64 registers of x among 16 warps, 128 among eight.
+
+    Where sums of x need some too, eight warps.
+    """
+    int8 = BITS[shape.x_kind] == 8
+    if shape.m > 8:
+        tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), (8, 4, 2)]
+        staged = [(16, 2, 5), (8, 4, 5)]  # x comes sooner
+        if int8:
+            tiles.append((16, 4, 2))
+        elif few_turns:
+            tiles = staged + tiles
+        else:
+            tiles += staged
+    elif shape.m > 2 or int8:
+        tiles = [(8, 4, 3), (8, 8, 2), (16, 4, 2), (16, 2, 3), (8, 8, 3), (16, 2, 2)]
+    else:
+        tiles = [(16, 4, 2), (8, 8, 2), (8, 4, 3), (8, 4, 2), (16, 2, 3), (16, 2, 2)]
+    return [tile for tile in tiles if tile[0] == 8] if shape.zeros_in_sums else tiles
+
+
+def _config(
+    device: Device, shape: Shape, split_k: int, warps: int, warp_chunks: int, num_stages: int
+) -> SkinnyHeld | None:
+    chunk_k = 512 // BITS[shape.w_kind]
+    chunks = shape.k // chunk_k
+    k_warps = math.ceil(chunks / (split_k * warp_chunks))
+    resident = int(device.sm_count * _PLACES[split_k]) // split_k * split_k
+    spills = warps == 16 and warp_chunks == 4 and k_warps > 8 and BITS[shape.x_kind] == 16
+    if chunks % warp_chunks or k_warps > warps or not resident or spills:
+        return None
+    tokens = 1 << (shape.m - 1).bit_length()
+    groups = warps // k_warps
+    warps = groups * k_warps
+    x_stages = tokens // 4
+    c = SkinnyHeld(
+        x_kind=shape.x_kind,
+        w_kind=shape.w_kind,
+        scale_type=shape.scale_type,
+        zero_type=shape.zero_type,
+        out_type=shape.out_type,
+        tokens=tokens,
+        tiles_n=1,
+        warps=warps,
+        k_warps=k_warps,
+        warp_chunks=warp_chunks,
+        split_k=split_k,
+        num_stages=num_stages,
+        x_staged=BITS[shape.x_kind] == 16 and 1 < x_stages < num_stages,
+        resident_blocks=resident,
+        fixed_smem=warps * (num_stages * warp_chunks * 1024 + 2 * tokens * 20 * 4),
+        groups_per_chunk=groups_of_chunk(shape),
+        chunks_per_group=max(1, min(shape.group_size, shape.k) // chunk_k),
+        grouping=few_tokens_grouping(shape),
+        has_zeros=shape.has_zeros,
+        blocked=shape.blocked,
+    )
+    return c if c.smem_of(shape.n, shape.k) <= device.smem_per_block - 1024 else None
