@@ -144,7 +144,9 @@ def main() -> None:
         try:
             row = {"name": name, **job(make, args.device)}
         except Exception as problem:
-            row = {"name": name, "skipped": f"{type(problem).__name__}: {problem}".splitlines()[0]}
+            # A compiler's error says on its second line what the matter is.
+            said = " ".join(f"{type(problem).__name__}: {problem}".splitlines()[:2])
+            row = {"name": name, "skipped": said}
         rows.append(row)
         print(row, flush=True)
     device = "CPU" if args.device == "cpu" else torch.cuda.get_device_name()

@@ -209,12 +209,12 @@ def test_two_bf16_terms_hold_every_fp16_number() -> None:
 @pytest.mark.parametrize(
     ("arch", "x_kind", "m", "n", "k", "kernel"),
     [
-        ("sm_90a", "e2m1", 1, 4096, 4096, "skinny"),
+        ("sm_90a", "e2m1", 1, 4096, 4096, "skinny_held"),
         ("sm_90a", "e2m1", 8, 28672, 4096, "skinny_held"),
         ("sm_90a", "e2m1", 16, 28672, 4096, "skinny_held"),
         ("sm_90a", "e2m1", 16, 8192, 28672, "skinny"),
         ("sm_90a", "bf16", 16, 28672, 4128, "skinny_ring"),
-        ("sm_90a", "bf16", 1, 8192, 28672, "skinny_held"),
+        ("sm_90a", "bf16", 1, 8192, 28672, "skinny_ring"),
         ("sm_90a", "bf16", 17, 4096, 4096, "hopper"),
         ("sm_90a", "bf16", 17, 4096, 4128, None),
         ("sm_80", "bf16", 16, 4096, 48, None),

@@ -32,6 +32,7 @@ from torch import Tensor
 import intlass_ops as ia
 from intlass_ops import config
 from intlass_ops.config.skinny_held import WITH_CLUSTERS, held_candidates
+from intlass_ops.config.skinny_ring import pick_ring
 from intlass_ops.cuda import launch
 
 pytestmark = pytest.mark.gpu
@@ -58,8 +59,9 @@ def poison() -> None:
 def check_rows(call: Call, sizes: tuple[int, ...]) -> None:
     """The first m tokens of ``call``, bit for bit, for each m."""
     expected = oracle.round_to(call.expected().y, call.case.out_dtype)
+    of_tokens = "a_scale", "a_zero", "residual"
     for m in sizes:
-        options = {n: v[:m] if n in ("a_scale", "a_zero") else v for n, v in call.options.items()}
+        options = {n: v[:m] if n in of_tokens else v for n, v in call.options.items()}
         poison()
         y = replace(call, a=call.a[:m], options=options).run()
         assert_identical(y, expected[:m])
@@ -122,11 +124,12 @@ RING = {
 @pytest.mark.parametrize("smem", [227, 72])
 @pytest.mark.parametrize("kind", RING)
 def test_many_rows_of_few_tokens(kind: str, smem: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU that is said to be so small that 700 rows are many and K is cut into segments."""
+    """On a GPU that is said to be so small that a block takes many rows and K in segments."""
     real = launch.device_of(0)
     small = replace(real, sm_count=3, smem_per_block=smem * 1024, smem_per_sm=(smem + 1) * 1024)
     monkeypatch.setattr(launch, "device_of", lambda index: small)
     monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(config, "pick", pick_ring)
     for n in (700, 384):
         call = build(replace(RING[kind], n=n), "cuda")
         kernels = [d.kernel for d in ia.explain(call.run).dispatches]
@@ -144,22 +147,25 @@ HELD = {
 }
 
 
-@pytest.mark.parametrize("split_k", [1, 4])
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("kind", HELD)
-def test_activations_in_registers(kind: str, split_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows for many turns of a few blocks; K that leaves the last warps nothing."""
+def test_activations_in_registers(kind: str, long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows for many turns of a few blocks; K that leaves the last warps nothing, or is so long that
+    clusters of two and four share it."""
 
     def pick(device: config.Device, shape: config.Shape) -> config.Matmul:
-        found = held_candidates(device, shape.on(device))
-        return next(c for c in found if c.split_k == split_k)
+        return next(held_candidates(device, shape.on(device)))
 
     few = replace(launch.device_of(0), sm_count=10)
-    if few.arch not in WITH_CLUSTERS and split_k > 1:
+    if few.arch not in WITH_CLUSTERS and long:
         pytest.skip("no clusters")
     monkeypatch.setattr(launch, "device_of", lambda index: few)
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(config, "pick", pick)
-    call = build(replace(HELD[kind], n=1100), "cuda")
+    case = replace(HELD[kind], n=1100)
+    if long:
+        case = replace(case, k=9216, groups=72 if case.groups > 1 else 1)
+    call = build(case, "cuda")
     kernels = [d.kernel for d in ia.explain(call.run).dispatches]
     assert all(kernel.startswith("skinny_held") for kernel in kernels), kernels
     check_rows(call, (1, 3, 8, 13))

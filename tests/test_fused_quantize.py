@@ -187,6 +187,15 @@ def test_kernel_leaves_ragged_rows_and_strides_alone(format_: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("k", [4096, 5120])
+def test_a_token_has_the_same_codes_wherever_it_stands(k: int) -> None:
+    """Sums of squares are rounded, so their order must not depend on the place in a unit."""
+    x = torch.randn(5, k).half().cuda().repeat(5, 1)
+    for t in OPS["int8"](x, hadamard_matrix(64).cuda(), method="quest"):
+        assert torch.equal(t.view(5, 5, -1), t[:5].expand(5, 5, -1))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("format_", ["int8", "int4"])
 @pytest.mark.parametrize("magnitude", [2.0**-140, 2.0**-110, 2.0**120])
 def test_kernel_takes_extreme_values(format_: str, magnitude: float) -> None:

@@ -72,7 +72,10 @@ LARGE += [Case("s8", "s8", a_scale="token"), Case("s8", "s4", a_scale="token")]
 @pytest.mark.parametrize("case", LARGE, ids=str)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86"])
 def test_large_tiles_of_any_gpu(case: Case, arch: str) -> None:
-    """Ragged edges, several tiles of tokens, K in two stripes, scales of every magnitude."""
+    """Ragged edges, several tiles of tokens, K in two stripes, scales of every magnitude.
+
+    But not where weights with their scales are no 16-bit floats: 128 * 2^10, a quarter of 2^-132.
+    """
     case = replace(case, lead=(150,), n=330, k=1024, out=None)
     zeros = launch._ZERO_TYPE[case.zero] if case.w == "u4" else "float"
     types = launch.TYPE[case.scale], zeros, launch.TYPE[case.out_dtype]
@@ -80,10 +83,12 @@ def test_large_tiles_of_any_gpu(case: Case, arch: str) -> None:
     shape = config.Shape(case.x, case.w, *types, case.w == "u4", False, True, *sizes)
     whole = pick_gemm(config.device_of(arch), shape)
     assert whole.block_m == 128
+    all_scales = (case.x, case.w) != ("fp16", "s8") and not case.zero.is_floating_point
     tiles = [whole, replace(whole, split_k=2), replace(whole, aligned=False)]
     jit.warmup(tiles, progress=False)
     for tile in tiles:
         with launch.forced(tile):
             check_exact(case, "cuda")
-            check_exact(replace(case, special=True), "cuda")
+            if all_scales:
+                check_exact(replace(case, special=True), "cuda")
             check_bounded(case, "cuda")

@@ -27,6 +27,8 @@ CASES = [
     replace(SIZES, x="bf16", w="u4", scale=BF16, out=BF16, k=1344, groups=21),
     replace(SIZES, x="fp16", w="s4", out=torch.float32, k=1344, groups=42),
     replace(SIZES, x="bf16", w="s8", bias=BF16),
+    replace(SIZES, lead=(60,), w="s4", a_scale="token"),
+    replace(SIZES, lead=(100,), x="bf16", w="s4", scale=BF16, out=BF16, k=1280, groups=10),
 ]
 
 

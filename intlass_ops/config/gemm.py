@@ -46,9 +46,7 @@ class Gemm:
         """The ring, the epilogue's vectors of tokens and rows, and what GroupTable holds."""
         bits = self.block_m * BITS[self.x_kind] + self.block_n * BITS[self.w_kind]
         scaled = self.grouping == Grouping.SCALED_WEIGHTS
-        in_tables = scaled or (self.grouping == Grouping.TILE and BITS[self.x_kind] < 16)
-        entry = (2 if scaled else 4) * (1 + self.has_zeros) * in_tables  # of a row, in two groups
-        table = 2 * self.block_n * entry
+        table = 4 * (1 + self.has_zeros) * self.block_n if scaled else 0
         vectors = 4 * (2 * self.block_m + self.block_n)
         return self.num_stages * bits * self.block_k // 8 + vectors + table
 

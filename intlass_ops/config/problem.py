@@ -119,8 +119,9 @@ class Shape:
 def weights_take_scales(shape: Shape) -> bool:
     """Whether scales of groups multiply the weights, which are rounded to the activations' type.
 
-    So does a dequantised model, and scales of the activations' own type say that this one was. An
-    output of 16 bits hides it; one of float32 is summed group by group and rounded once.
+    So does a dequantised model, and scales of the activations' own type say that this one was; a
+    weight that this type has no number for is as infinite, or as small, as it is there. An output
+    of 16 bits hides the rounding; one of float32 is summed group by group and rounded once.
     """
     own = {"bf16": "__nv_bfloat16", "fp16": "__half"}.get(shape.x_kind)
     zeros = ("int", "signed char", "unsigned char", *(["__nv_bfloat16"] if own != "__half" else []))

@@ -21,6 +21,7 @@ class Scope(IntEnum):
 
 _KIND = {"__nv_bfloat16": "bf16", "__half": "fp16"}
 _VALUES = 8192  # that a warpgroup has at a time: 64 for each of its threads
+_FP4 = 2  # from here on in ROTATE_FORMATS
 _BOX_ROWS = 256
 _WARPGROUPS = 4  # of an SM, where their threads keep all these in registers
 
@@ -33,6 +34,7 @@ class RotateHopper:
     entry: ClassVar[str] = "rotate_quantize"
     starts_early: ClassVar[bool] = True
     piece: ClassVar[int] = 32
+    blocks_per_sm: ClassVar[int] = 1
 
     x_type: str
     rotation: int
@@ -48,7 +50,6 @@ class RotateHopper:
     warpgroups: int
     teams: int
     stages: int
-    blocks_per_sm: int
 
     @property
     def capacity(self) -> int:
@@ -120,9 +121,9 @@ def rotate_hopper(
         if unit is None:
             return None
         scope, warpgroups, tiles = unit
-    teams, blocks = _WARPGROUPS // warpgroups, 1
-    if group_rows and rotation < 128 and teams == _WARPGROUPS:
-        teams, blocks = teams // 2, 2  # two blocks hide each other's beginning
+    teams = _WARPGROUPS // warpgroups
+    if rotation == 128 and format_ >= _FP4:  # integers in groups of 8 would spill
+        teams += 1
     return RotateHopper(
         x_type=x_type,
         rotation=rotation,
@@ -138,7 +139,6 @@ def rotate_hopper(
         warpgroups=warpgroups,
         teams=teams,
         stages=3 if warpgroups == _WARPGROUPS else 2,  # more only help a team that is alone
-        blocks_per_sm=blocks,
     )
 
 

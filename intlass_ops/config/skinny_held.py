@@ -101,45 +101,47 @@ def pick_held(device: Device, shape: Shape) -> SkinnyHeld | None:
     if why_not_held(shape) is not None or not device.arch.startswith("sm_90"):
         return None
     picked = next(held_candidates(device, shape), None)
-    if picked is None or (shape.w_kind == "e2m1" and shape.m > 8 and picked.split_k > 1):
+    fp4 = shape.w_kind == "e2m1"
+    if picked is None or (fp4 and picked.split_k > 1):
         return None
-    # Few rows are better loaded at once (skinny.cu), and INT8 with one token always
-    if BITS[shape.x_kind] == 8:
-        fewest = 128 if shape.m > 2 else 1 << 20
-    else:
-        fewest = 40 if shape.m > 2 else 60
+    if shape.k < 4096 or (shape.m > 8 if fp4 else 2 < shape.m <= 4):
+        fewest = 40
+    else:  # rows for each SM; fewer are as fast loaded at once (skinny.cu), if there are few tokens
+        fewest = 0 if shape.m > 2 else 28
     return picked if shape.n * picked.split_k >= fewest * device.sm_count else None
 
 
 def held_candidates(device: Device, shape: Shape) -> Iterator[SkinnyHeld]:
     """What fits registers and shared memory, the best of what was measured first."""
+    many_rows = shape.n >= 128 * device.sm_count
     for split_k in _PLACES if device.arch in WITH_CLUSTERS else (1,):
-        tiles = _tiles(shape, split_k == 1 and shape.n < 128 * device.sm_count)
-        found = [_config(device, shape, split_k, *tile) for tile in tiles]
+        tiles = _tiles(shape, many_rows or split_k > 1)
+        found = [_config(device, shape, split_k, *tile) for tile in dict.fromkeys(tiles)]
         yield from (c for c in found if c is not None)
         if any(found):  # more blocks would share less
             break
 
 
-def _tiles(shape: Shape, few_turns: bool) -> list[tuple[int, int, int]]:
+def _tiles(shape: Shape, many_turns: bool) -> list[tuple[int, int, int]]:
     """(warps, warp_chunks, num_stages): 64 registers of x among 16 warps, 128 among eight.
 
-    Where sums of x need some too, eight warps.
+    Five stages have room for 16 tokens on their way to registers, three for eight: x is there
+    sooner, which few turns are worth. Where sums of x need registers too, eight warps.
     """
-    int8 = BITS[shape.x_kind] == 8
-    if shape.m > 8:
-        tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), (8, 4, 2)]
-        staged = [(16, 2, 5), (8, 4, 5)]  # x comes sooner
-        if int8:
-            tiles.append((16, 4, 2))
-        elif few_turns:
-            tiles = staged + tiles
-        else:
-            tiles += staged
-    elif shape.m > 2 or int8:
-        tiles = [(8, 4, 3), (8, 8, 2), (16, 4, 2), (16, 2, 3), (8, 8, 3), (16, 2, 2)]
+    if BITS[shape.x_kind] == 8:
+        tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), (16, 4, 2)]
+        if shape.m <= 2 or not many_turns:
+            tiles.insert(0, (16, 2, 2))
+    elif shape.m > 8:
+        tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), (8, 4, 2), (8, 4, 5), (16, 2, 5)]
+        if not many_turns and shape.x_kind != "e2m1":
+            tiles = tiles[4:] + tiles[:4]
     else:
-        tiles = [(16, 4, 2), (8, 8, 2), (8, 4, 3), (8, 4, 2), (16, 2, 3), (16, 2, 2)]
+        tiles = [(8, 4, 3), (8, 4, 2), (16, 4, 2), (16, 2, 3), (16, 2, 2), (8, 8, 2), (8, 8, 3)]
+        if shape.m <= 4 and not many_turns:
+            tiles.insert(0, (8, 4, 2))
+        elif shape.m <= 2 and shape.w_kind == "e2m1":
+            tiles.insert(0, (16, 4, 2))
     return [tile for tile in tiles if tile[0] == 8] if shape.zeros_in_sums else tiles
 
 

@@ -79,10 +79,9 @@ __device__ __forceinline__ void accumulate(Sums& sum, const Decoded& w, const St
 }
 
 // Sum the stripe [k_begin, k_end) of K: into `sum` if there is one scale a row, else into `total`.
-__device__ __forceinline__ void sum_in_groups(const Params& p, char* entries, i64 n0, i64 row0,
-                                              Ring& ring, const ReaderW& read_w,
-                                              const ReaderX& read_x, i64 k_begin, i64 k_end,
-                                              Sums& sum, Totals& total) {
+__device__ __forceinline__ void sum_in_groups(const Params& p, i64 row0, Ring& ring,
+                                              const ReaderW& read_w, const ReaderX& read_x,
+                                              i64 k_begin, i64 k_end, Sums& sum, Totals& total) {
   const int lane = threadIdx.x % 32, num_tiles = tiles_of_k(k_begin, k_end);
   const Start start;
   const i64 group_size = grouping == channel       ? p.k
@@ -93,18 +92,13 @@ __device__ __forceinline__ void sum_in_groups(const Params& p, char* entries, i6
   i64 group_begin = k_begin;  // first k of the group within this stripe
   i64 group_end = (group + 1) * group_size;
   GroupScales scales(p, row0, lane, group);
-  GroupTable<F> table(p, entries, n0, k_begin);
-  if constexpr (!in_tables && grouping != channel) scales.load(p);
+  if constexpr (grouping != channel) scales.load(p);
   auto close_group = [&](bool more) {
-    if constexpr (in_tables) {
-      scales.take(table);
-      table.next();
-    }
     flush(total, sum, scales, grouping == tile_groups ? block_k : int(group_end - group_begin));
     if (grouping != tile_groups) clear(sum);
     group_begin = group_end;
     group_end += group_size;
-    if (!in_tables && more) scales.load_next(p);
+    if (more) scales.load_next(p);
   };
 
   StepW w[w_ahead ? 2 : 1];
@@ -116,10 +110,7 @@ __device__ __forceinline__ void sum_in_groups(const Params& p, char* entries, i6
   for (int tile = 0; tile < num_tiles; ++tile) {
     each_step([&](auto at) {
       constexpr int s = at.value;
-      if constexpr (s == steps - 1) {
-        ring.advance();
-        table.write_next(p);
-      }
+      if constexpr (s == steps - 1) ring.advance();
       // The next step is read while this one multiplies.
       constexpr int next = (s + 1) % steps;
       StepX& x_now = x[x_ahead ? s % 2 : 0];
@@ -195,12 +186,12 @@ extern "C" __global__ void __launch_bounds__(threads, 1) gemm(const __grid_const
     vectors.fill(p, place.n0, place.m0);
     const ReaderW read_w(at, warp_n * tiles_n * 16, lane);
     const ReaderX read_x(at + TileW::bytes, warp_m * tiles_m * 8, lane);
-    char* entries = smem + ring_bytes + sizeof(Vectors);
     if constexpr (decodes_ahead)
-      sum_ahead<F>(p, entries, place.n0, ring, read_w, read_x, k_begin, tiles_of_k(k_begin, k_end),
-                   sum);
+      sum_ahead<F>(p, smem + ring_bytes + sizeof(Vectors), place.n0, ring, read_w, read_x, k_begin,
+                   tiles_of_k(k_begin, k_end), sum);
     else
-      sum_in_groups(p, entries, place.n0, row0, ring, read_w, read_x, k_begin, k_end, sum, total);
+      sum_in_groups(p, row0, ring, read_w, read_x, k_begin, k_end, sum, total);
+    cp_async_commit();  // the share of a stage that was begun
     cp_async_wait<0>();
   }
   if constexpr (Config::split_k > 1) {

@@ -64,7 +64,7 @@ __device__ __forceinline__ void sum_ahead(const Params& p, char* entries, i64 n0
   for (int tile = 0; tile < num_tiles; ++tile)
     each_step([&](auto at) {
       constexpr int s = at.value, next = (s + 1) % steps;
-      if constexpr (s == 0) table.write_next(p);
+      if constexpr (scaled && s == 0) table.write_next(p);
       if constexpr (s == steps - 1) ring.advance();
       StepX& x_now = x[x_ahead ? s % 2 : 0];
       StepX& x_next = x[x_ahead ? 1 - s % 2 : 0];

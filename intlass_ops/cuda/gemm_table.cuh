@@ -1,16 +1,15 @@
-// Scales and zero points of a block's rows, group by group, on their way through shared memory: each
-// thread fetches those of one row, and a lane finds those of its rows side by side.
+// Scales and zero points of a block's rows, for weights that take them, on their way through shared
+// memory: each thread fetches those of one row, and a lane finds those of its rows side by side.
 #pragma once
 #include "gemm_tile.cuh"
 
-// What a row's scale and zero point become: floats, or where weights take them, halves of a word
+// Of the group being summed and of the next; groups are whole tiles of K.
 template <class F> struct GroupTable {
-  static constexpr bool floats = in_tables && !scaled, used = in_tables;
-  static constexpr int entry_bytes = (floats ? 4 : 2) * (has_zeros ? 2 : 1);
-  static constexpr int lane_words = lane_rows * entry_bytes / 4, bytes = block_n * entry_bytes;
-  static_assert(!used || block_n <= threads, "a thread for each row");
+  static constexpr int entry_bytes = has_zeros ? 4 : 2, bytes = block_n * entry_bytes;
+  static constexpr int lane_words = lane_rows * entry_bytes / 4;
+  static_assert(!scaled || block_n <= threads, "a thread for each row");
 
-  char* entries;       // of the group being summed, and of the next
+  char* entries;
   const Scale* scale;  // of the thread's row, in the group after those
   const Zero* zero;
   Scale s;
@@ -20,15 +19,15 @@ template <class F> struct GroupTable {
 
   __device__ __forceinline__ GroupTable(const Params& p, char* entries, i64 n0, i64 k_begin)
       : entries(entries) {
-    if constexpr (used) {
-      const i64 row = min(n0 + threadIdx.x, p.n - 1), group_size = floats ? block_k : p.group_size;
+    if constexpr (scaled) {
+      const i64 row = min(n0 + threadIdx.x, p.n - 1);
       // A stripe may be empty, and past the end of K.
-      const i64 group = min(k_begin, p.k - group_size) / group_size;
+      const i64 group = min(k_begin, p.k - p.group_size) / p.group_size;
       scale = static_cast<const Scale*>(p.scales) + row * p.scale_row + group * p.scale_group;
       zero = static_cast<const Zero*>(p.zeros) + row * p.zero_row + group * p.zero_group;
-      tiles = int(group_size / block_k);
-      left = int(((group + 1) * group_size - k_begin) / block_k);
-      unread = int(p.k / group_size - group);
+      tiles = int(p.group_size / block_k);
+      left = int(((group + 1) * p.group_size - k_begin) / block_k);
+      unread = int(p.k / p.group_size - group);
       fetch(p);
       write(entries);
       fetch(p);
@@ -44,25 +43,21 @@ template <class F> struct GroupTable {
   __device__ __forceinline__ void write(char* to) const {
     if (block_n < threads && threadIdx.x >= block_n) return;
     to += threadIdx.x * entry_bytes;
-    if constexpr (floats) {
-      reinterpret_cast<float*>(to)[0] = in_units_of_scale(s);
-      if constexpr (has_zeros) reinterpret_cast<float*>(to)[1] = in_units_of_zero(z);
-    } else if constexpr (scaled && has_zeros) {
+    if constexpr (has_zeros)
       *reinterpret_cast<u32*>(to) = F::entry(as_float(s), as_float(z));
-    } else if constexpr (scaled) {
+    else
       *reinterpret_cast<unsigned short*>(to) = F::entry(as_float(s));
-    }
   }
-  // Those of the next group, in a tile of K that is the last of its own. Between this and the next
-  // reading of them, and the last one of what they replace, there is a barrier.
+  // Those of the next group, in the last tile of K of this one. Between this and the next reading
+  // of them, and the last one of what they replace, there is a barrier.
   __device__ __forceinline__ void write_next(const Params& p) {
-    if (!used || (!floats && left > 1)) return;
+    if (left > 1) return;
     write(entries + (odd ? 0 : bytes));
     fetch(p);
   }
   // One tile of K less; true if a group begins with the next.
   __device__ __forceinline__ bool next() {
-    if (!floats && --left > 0) return false;
+    if (--left > 0) return false;
     left = tiles;
     odd = !odd;
     return true;

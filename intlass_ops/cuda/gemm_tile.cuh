@@ -18,11 +18,9 @@ static_assert(num_stages >= 2, "the ring needs a stage to fill while another is 
 // theirs.
 constexpr bool scaled = grouping == scaled_weights, direct = grouping == channel || scaled;
 constexpr bool sums_of_x = has_zeros && !scaled;
-// Then 16-bit weights are decoded while those before them are multiplied (gemm_ahead.cuh).
-constexpr bool decodes_ahead = direct && X::bits == 16;
-
-// Scales come through shared memory (gemm_table.cuh).
-constexpr bool in_tables = scaled || (grouping == tile_groups && X::bits < 16);
+// Then 16-bit weights are decoded while those before them are multiplied (gemm_ahead.cuh), unless
+// their zero points need sums of x.
+constexpr bool decodes_ahead = direct && X::bits == 16 && !sums_of_x;
 
 constexpr bool wide_steps = grouping <= tile_groups && block_k >= 128;
 using F = Fragments<X, W, wide_steps>;
@@ -32,6 +30,7 @@ static_assert(steps % 2 == 0, "two register buffers take turns");
 // Which row of W is which row of an MMA is free: a lane's rows, lane / 4 and lane / 4 + 8 of each
 // MMA tile, are lane_rows neighbours in W, so that it writes neighbours in the output.
 constexpr int lane_rows = 2 * tiles_n;
+
 // A group of one tile sums less than 2^22, so an integer sum that starts at the bits of 1.5 * 2^23
 // is a float that needs a subtraction, not a conversion.
 constexpr bool biased = grouping == tile_groups && same<Acc, int>::value;
@@ -105,15 +104,6 @@ struct GroupScales {
         s[i][h] = in_units_of_scale(scale[beyond * p.scale_row]);
         if constexpr (has_zeros) z[i][h] = in_units_of_zero(zero[beyond * p.zero_row]);
       }
-  }
-  template <class Table> __device__ __forceinline__ void take(const Table& table) {
-    u32 v[Table::lane_words];
-    table.read(v);
-#pragma unroll
-    for (int r = 0; r < lane_rows; ++r) {
-      s[r / 2][r % 2] = __uint_as_float(v[has_zeros ? 2 * r : r]);
-      if constexpr (has_zeros) z[r / 2][r % 2] = __uint_as_float(v[2 * r + 1]);
-    }
   }
   __device__ __forceinline__ void load_next(const Params& p) {
     scale += p.scale_group;

@@ -322,9 +322,9 @@ __device__ __forceinline__ void quantise_rows(const Params& p, const Place& unit
     const int of_group = slot_of(seat.warp, i) / group_slots;
     float stat = 0.f;
 #pragma unroll
-    for (int first = 0; first < slot_count; first += 32) {
-      const int slot = first + seat.lane;
-      if (slot < slot_count && slot / group_slots == of_group) stat = Combine()(stat, slots[slot]);
+    for (int first = 0; first < group_slots; first += 32) {  // one order, wherever the group lies
+      const int at = first + seat.lane, slot = of_group * group_slots + at;
+      if (at < group_slots && slot < slot_count) stat = Combine()(stat, slots[slot]);
     }
     stat = over_warp(stat);
     if (seat.lane == i) own = stat;
@@ -347,7 +347,7 @@ __device__ __forceinline__ void quantise_rows(const Params& p, const Place& unit
       }
 }
 
-extern "C" __global__ void __launch_bounds__(threads* teams, Config::blocks_per_sm)
+extern "C" __global__ void __launch_bounds__(threads* teams, 1)
     rotate_quantize(const __grid_constant__ Params p, const __grid_constant__ TensorMap x_map) {
   const int team = __shfl_sync(~0u, threadIdx.x / threads, 0), thread = threadIdx.x % threads;
   const Seat seat{team, __shfl_sync(~0u, thread / 32, 0), thread % 32};

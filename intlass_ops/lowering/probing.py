@@ -114,6 +114,8 @@ def _probe_parts(
         found = _nearest(again, replace(shape, program=program), [codes])
         if isinstance(found, str):
             reason = found
+        elif not _linear(again, codes):
+            reason = "the weight keeps only part of its codes (a clamp?)"
         elif best is None or found.rank < best[0].rank:
             best = found, again, members
     if best is None:
@@ -123,6 +125,14 @@ def _probe_parts(
     form = _form(again, of_parts, replace(whole, program=program, codes=codes))
     # Its values are no longer those of the graph's slice.
     return replace(form, scale_values=())
+
+
+def _linear(evaluation: Evaluation, index: int) -> bool:
+    """Whether twice the codes give twice the weight: a clamp of one part would not show in the span
+    of all codes."""
+    codes = evaluation.values[index].double()
+    none, once, twice = (evaluation.with_codes(index, codes * n) for n in range(3))
+    return torch.allclose(twice - once, once - none, rtol=1e-9, atol=1e-12)
 
 
 @dataclass(frozen=True)
