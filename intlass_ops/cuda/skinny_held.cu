@@ -54,18 +54,18 @@ struct TurnScales {
 struct Share {
   const char* codes;
   u32 ring;
-  int chunk, tiles;
+  int lane, chunk, tiles;
   bool inside;  // else past the end of K: the last chunks again, times zeros
 
   __device__ __forceinline__ Share(const Params& p, int first_chunk, u32 ring)
-      : ring(ring), tiles(int((p.n + rows - 1) / rows)) {
+      : ring(ring), lane(threadIdx.x % 32), tiles(int((p.n + rows - 1) / rows)) {
     const int chunks = int(p.k) / chunk_k;
     inside = first_chunk < chunks;
     chunk = inside ? first_chunk : chunks - warp_chunks;
-    codes = p.w + threadIdx.x % 4 * 16 + chunk * 64;
+    codes = p.w + lane % 4 * 16 + chunk * 64;
   }
   __device__ __forceinline__ i64 row(const Params& p, int tile, int i) const {
-    return min(tile * rows + i * 8 + threadIdx.x % 32 / 4, int(p.n) - 1);  // a repeated one is never stored
+    return min(tile * rows + i * 8 + lane / 4, int(p.n) - 1);  // a repeated one is never stored
   }
   __device__ __forceinline__ void request(const Params& p, int tile, int stage) const {
     if (tile < tiles)
@@ -83,7 +83,7 @@ struct Share {
     if constexpr (scaled) {
 #pragma unroll
       for (int i = 0; i < row_pieces; ++i) {
-        const unsigned char* from = lane_scales(p.scales, row(p, tile, i), p.scale_row, threadIdx.x % 4) +
+        const unsigned char* from = lane_scales(p.scales, row(p, tile, i), p.scale_row, lane % 4) +
                                     i64(chunk) * chunk_scales;
 #pragma unroll
         for (int c = 0; c < warp_chunks; ++c)
@@ -92,7 +92,7 @@ struct Share {
     } else if constexpr (grouped || has_zeros) {  // the lanes of a quad share out its pieces
 #pragma unroll
       for (int i = 0; i < quad_pieces; ++i) {
-        const int piece = (i * 4 + threadIdx.x % 4) % pieces;
+        const int piece = (i * 4 + lane % 4) % pieces;
         const int of_k = grouped ? (chunk + piece / row_pieces) / Config::chunks_per_group : 0;
         const i64 n = row(p, tile, piece % row_pieces);
         if constexpr (grouped)
@@ -185,10 +185,9 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
                                          const TurnScales& scales, bool wide, const Fragments& x,
                                          const Acc (&sum_x)[warp_chunks][tiles_m][4]) {
   const int lane = threadIdx.x % 32;
-  Acc sums[grouped ? warp_chunks : 1][tiles_n][tiles_m][4] = {};
+  Acc sum[tiles_n][tiles_m][4] = {};
 #pragma unroll
   for (int c = 0; c < warp_chunks; ++c) {
-    auto& sum = sums[grouped ? c : 0];
     u32 w[row_pieces][4];
     typename D::Row zero[row_pieces];
     [[maybe_unused]] float s[row_pieces], z[row_pieces];
@@ -226,6 +225,7 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
             float v = value(sum[i][j][e]);
             if constexpr (zeros_in_sums) v -= z[2 * i + e / 2] * value(sum_x[c][j][e]);
             total[i][j][e] += s[2 * i + e / 2] * v;
+            sum[i][j][e] = 0;
           }
     }
   }
@@ -235,7 +235,7 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
 #pragma unroll
       for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) total[i][j][e] = sums[0][i][j][e];
+        for (int e = 0; e < 4; ++e) total[i][j][e] = sum[i][j][e];
 }
 
 // What a block of the cluster has in the same place of its shared memory
