@@ -138,13 +138,20 @@ def _large_tile(device: Device, shape: Shape) -> Tile | None:
     """
     channel = shape.group_size >= shape.k and not shape.has_zeros
     if BITS[shape.x_kind] == 16:
-        scaled = weights_take_scales(shape) and shape.group_size % _SCALED_K == 0
+        fits = shape.group_size % _SCALED_K == 0 and not _crowded(device, shape)
+        scaled = weights_take_scales(shape) and fits
         if not (channel or scaled):
             return None
         return _TALL if BITS[shape.w_kind] == 4 else _SQUARE
     if not channel:
         return None
-    return _WIDE if shape.w_kind == "s8" and device.smem_per_sm > _LITTLE_SMEM else _SQUARE
+    return _WIDE if shape.w_kind == "s8" and not _little(device, shape) else _SQUARE
+
+
+def _little(device: Device, shape: Shape) -> bool:
+    """Where 8-bit tiles take 64 k: little shared memory; INT8 on sm_100, where others spill."""
+    spills = device.arch == "sm_100" and shape.w_kind == "s8"
+    return device.smem_per_sm <= _LITTLE_SMEM or spills
 
 
 def _tokens(m: int) -> int:
@@ -158,7 +165,7 @@ def _config(device: Device, shape: Shape, tile: Tile) -> Gemm:
     # half the k where 16-bit tokens fill shared memory, and where there is little of it and 8-bit
     # ones leave none to a second block (not measured: by the paper model)
     floats, large = BITS[shape.x_kind] == 16, tile == _large_tile(device, shape)
-    little = large and shape.x_kind == "s8" and device.smem_per_sm <= _LITTLE_SMEM
+    little = large and shape.x_kind == "s8" and _little(device, shape)
     of_64 = shape.group_size == 64 and shape.group_size < shape.k
     block_k = _SCALED_K if (floats and large) or little or of_64 else 128
     scaled = floats and large and weights_take_scales(shape)

@@ -90,7 +90,7 @@ def _shipped_scaled() -> Iterator[tuple[Config, tuple[str, ...]]]:
     """gemm.cu's weights that take their scales, with and without zero points."""
     cases = (
         ("bf16", "s4", "__nv_bfloat16", "float", 128, ("sm_80", "sm_90a")),
-        ("fp16", "u4", "__half", "unsigned char", 64, ("sm_86", "sm_120")),
+        ("fp16", "u4", "__half", "unsigned char", 64, ("sm_86",)),
     )
     for x, w, scale_type, zero_type, group_size, archs in cases:
         shape = Shape(
