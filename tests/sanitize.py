@@ -77,17 +77,19 @@ def main() -> None:
     ):
         x = torch.randn(5, k, dtype=dtype, device="cuda")
         call = getattr(intlass_ops, f"fused_quantize_{format_}")
-        call(x, intlass_ops.hadamard_matrix(r), group_size=group_size, return_mask=True)
+        h = intlass_ops.hadamard_matrix(r, device="cuda")
+        call(x, h, group_size=group_size, return_mask=True)
         launches += 1
     for call, r in itertools.product(
         (intlass_ops.fused_quantize_mx, intlass_ops.fused_quantize_nv), (32, 64, 128)
     ):
         x = torch.randn(7, 384, dtype=torch.bfloat16, device="cuda")
-        call(x, intlass_ops.hadamard_matrix(r), return_mask=True)
+        call(x, intlass_ops.hadamard_matrix(r, device="cuda"), return_mask=True)
         launches += 1
     for r in (64, 128):  # a group a unit
         x = torch.randn(7, 5120, dtype=torch.bfloat16, device="cuda")
-        intlass_ops.fused_quantize_int4(x, intlass_ops.hadamard_matrix(r), return_mask=True)
+        h = intlass_ops.hadamard_matrix(r, device="cuda")
+        intlass_ops.fused_quantize_int4(x, h, return_mask=True)
         launches += 1
     for m, (n, k, g) in itertools.product((5, 40), ((200, 192, 32), (2048, 256, 128))):
         packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
