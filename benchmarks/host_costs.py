@@ -4,8 +4,9 @@
 
 Each process starts with an empty kernel cache (`cold`), then the same once more with what the
 first left on disk (`warm`); NVRTC's own cache is off. Seconds from the call until the GPU has
-finished; the first call of a process imports CuPy and opens NVRTC. `eager`: microseconds of host work a call of one token at
-4096x4096, the median of many runs of calls that nothing waits for, beside PyTorch's own.
+finished; the first call of a process imports CuPy and opens NVRTC. `eager`: microseconds of host
+work a call of one token at 4096x4096, the median of many runs of calls that nothing waits for,
+beside PyTorch's own.
 """
 
 from __future__ import annotations
