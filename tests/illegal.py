@@ -123,7 +123,10 @@ MUTATIONS = (
         ValueError,
         _always,
         lambda c: _option(c, residual=_residual(c)[..., None]),
-        lambda c: (f"residual has shape {_shape(c.options['residual'])}", f"{c.case.n})"),
+        lambda c: (
+            f"residual has shape {_shape(c.options['residual'])}",
+            f"the output's, {(*c.case.lead, c.case.n)}",
+        ),
     ),
     Mutation(
         "a-scalar",

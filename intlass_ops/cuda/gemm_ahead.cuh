@@ -12,7 +12,7 @@ template <class F> struct RowScales {
   typename F::Row rows[tiles_n][2];
 
   __device__ __forceinline__ void take(const GroupTable<F>& table) {
-    u32 v[GroupTable<F>::lane_words];
+    [[maybe_unused]] u32 v[GroupTable<F>::lane_words];
     if constexpr (scaled) table.read(v);
 #pragma unroll
     for (int r = 0; r < lane_rows; ++r)
