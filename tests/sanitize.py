@@ -8,12 +8,15 @@ Also for racecheck, initcheck and synccheck. No references here: test_cuda_ops.p
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 
 import intlass_ops
+from intlass_ops import config
 from intlass_ops.config import PAIRS
-from intlass_ops.cuda import jit
+from intlass_ops.cuda import jit, launch
+from intlass_ops.cuda.plans import TYPE, device_of
 
 # (M, N, K, group_size): skinny and tiled, tails of every kind, K split, groups inside a span
 SHAPES = (
@@ -25,12 +28,47 @@ SHAPES = (
     (70, 65, 101, 101),
     (17, 64, 4096, 128),
 )
+# The same, for every way in which the threads of a kernel share the work, picked or not
+SHARED = ((12, 1100, 4096, 128), (60, 1100, 1280, 128), (300, 600, 1408, 1408))
+SHARING = "split_k", "stream_k", "by_stages", "consumers", "in_turns", "share_x", "share_w"
 
 
-def product(x: str, w: str, m: int, n: int, k: int, group_size: int) -> None:
+def shared(
+    device: config.Device,
+) -> Iterator[tuple[config.Matmul, tuple[str, str], tuple[int, int, int, int], torch.dtype]]:
+    """One configuration of each kernel, way of sharing and shape."""
+    pairs = ("bf16", "s4"), ("s8", "s4"), ("s8", "s8")
+    for (x, w), (m, n, k, group_size) in itertools.product(pairs, SHARED):
+        g = k if w == "s8" else group_size
+        dtype = torch.bfloat16 if x == "bf16" and g < k else torch.float32
+        shape = config.Shape(
+            x_kind=x,
+            w_kind=w,
+            scale_type=TYPE[dtype],
+            zero_type="float",
+            out_type=TYPE[torch.bfloat16],
+            has_zeros=False,
+            has_a_zero=False,
+            aligned=True,
+            m=m,
+            n=n,
+            k=k,
+            group_size=g,
+        )
+        found: dict[object, config.Matmul] = {}
+        for c in config.candidates(device, shape):
+            way = [getattr(c, name, 0) for name in (*SHARING, "x_staged", "grouping")]
+            found.setdefault((type(c), *way), c)
+        for c in found.values():
+            yield c, (x, w), (m, n, k, g), dtype
+
+
+def product(
+    x: str, w: str, m: int, n: int, k: int, group_size: int, dtype: torch.dtype = torch.float32
+) -> None:
     low, high = {"s8": (-128, 128), "s4": (-8, 8), "u4": (0, 16)}[w]
     codes = torch.randint(low, high, (n, k), dtype=torch.int8, device="cuda")
-    scales = torch.rand(n, k // group_size, device="cuda")
+    scales = torch.rand(n, k // group_size, device="cuda", dtype=dtype)
     zeros = torch.rand_like(scales) * 15 if w == "u4" else None
     a_scale = a_zero = None
     if x in ("bf16", "fp16"):
@@ -56,6 +94,12 @@ def main() -> None:
     launches = 0
     for (x, w), shape in itertools.product(PAIRS, SHAPES):
         product(x, w, *shape)
+        launches += 1
+    tiles = list(shared(device_of(0)))
+    jit.warmup([c for c, *_ in tiles], progress=False)
+    for c, kinds, shape, dtype in tiles:
+        with launch.forced(c):
+            product(*kinds, *shape, dtype)
         launches += 1
     for dtype, quantize, symmetric, (m, k) in itertools.product(
         (torch.bfloat16, torch.float32),
