@@ -53,7 +53,7 @@ class Explanation:
     ``bound`` (in the table "error <="): the result differs from the graph's own by at most that,
     times the sum over k of |x| (|q| + |zero|) |scale|, plus |bias|.
     ``unknown``: graphs that came from PyTorch's caches, which keep no decisions.
-    ``unwrapped``: weights of a compiled model that PyTorch takes apart at every call (torchao's).
+    ``unwrapped``: weights of a compiled model that PyTorch checks at every call (torchao's).
 
     >>> explanation = explain(max, 1, 2)
     >>> explanation.result, explanation.dispatches
@@ -86,7 +86,7 @@ class Explanation:
             )
         if self.unwrapped:
             parts.append(
-                f"weights that are tensor subclasses, which PyTorch takes apart at every call: "
+                f"weights that are tensor subclasses, which PyTorch checks at every call: "
                 f"{self.unwrapped}; intlass_ops.prepare_(model) before torch.compile saves that"
             )
         return "\n\n".join(filter(None, parts)) or "no intlass op ran"

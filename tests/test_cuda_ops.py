@@ -158,7 +158,7 @@ def test_activations_in_registers(kind: str, long: bool, monkeypatch: pytest.Mon
 
     few = replace(launch.device_of(0), sm_count=10)
     if few.arch not in WITH_CLUSTERS and long:
-        pytest.skip("no clusters")
+        pytest.skip(f"{few.arch} has no clusters")
     monkeypatch.setattr(launch, "device_of", lambda index: few)
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(config, "pick", pick)

@@ -49,7 +49,7 @@ def predicted(device: Device, shape: Shape) -> Matmul:
         ring = pick_ring(device, shape) if _streams(device, shape) else None
         if ring is not None:
             return ring
-        # INT8 times INT4: 24.6 us instead of 28.9 at 28672x4096, M = 16 (the H200's table)
+        # INT8 times INT4 of many rows, where nothing is held: the H200's tuner took gemm.cu
         kinds = BITS[shape.x_kind], BITS[shape.w_kind]
         if kinds == (8, 4) and shape.m > 8 and shape.n >= 128 * device.sm_count:
             return pick_gemm(device, shape)
@@ -74,9 +74,11 @@ def _streams(device: Device, shape: Shape) -> bool:
 def _may_hold(shape: Shape) -> bool:
     """Whether skinny_held.cu may have a problem.
 
-    Not INT8 activations of up to 4 tokens and scales in groups. There it gains at most 3 % alone,
-    and a Llama's step of one token took .81 ms with it and .72 with skinny.cu (an H200): probably
-    since its blocks fill an SM and so cannot start while the quantiser before them waits.
+    Not INT8 activations of up to 4 tokens and scales in groups. Alone it was 3 % faster at best
+    (the tuner's times, not kept), but a Llama's step of one token took .81 ms with it and .72
+    before it (W4A8 in results/h200-llama-decode.json and h200-llama.json): probably since its
+    blocks fill an SM, and so cannot start while the quantiser before them waits. Not measured
+    again since.
     """
     grouped = shape.group_size < shape.k
     return why_not_held(shape) is None and not (

@@ -43,11 +43,12 @@ def without_padding(gemm: Gemm) -> Gemm:
         return gemm
     if user is None or user.target is not aten.slice.Tensor or user.args[1:3] not in ((0, 0), (0,)):
         return gemm
-    rows: Any = None
-    if x.target is aten.cat.default and x.args[1:] in ((), (0,)):
-        rows = x.args[0][0]  # type: ignore[index]
-    elif x.target is aten.constant_pad_nd.default and x.args[1][:3] == [0, 0, 0]:  # type: ignore[index]
-        rows = x.args[0]
+    args: Any = x.args
+    rows = None
+    if x.target is aten.cat.default and args[1:] in ((), (0,)):
+        rows = args[0][0]
+    elif x.target is aten.constant_pad_nd.default and args[1][:3] == [0, 0, 0]:
+        rows = args[0]
     if not isinstance(rows, Node) or len(user.args) > 4 or len(shape_of(x)) != 2:
         return gemm
     kept = same_size(shape_of(user)[0], shape_of(rows)[0])
