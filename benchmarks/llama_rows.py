@@ -3,8 +3,9 @@
 
 The harness runs this file inside its own namespace (EXTRA=this file), which brings `variant`: a
 variant quantises the model in place and returns the keyword arguments of torch.compile. The
-torchao variants show what a model quantised by that library gains from our backend, as it is and
-after `prepare_`: PyTorch takes weights that are tensor subclasses apart at each call.
+torchao variants show what a model quantised by that library gains from our backend, as it is, after
+`prepare_` (PyTorch takes weights that are tensor subclasses apart at each call), and with our own
+quantiser of activations in place of torchao's.
 """
 
 import intlass_ops
@@ -31,12 +32,12 @@ def _(model):
     return _ours(model, intlass_ops.Int8DynamicActivationInt4Weight(group_size=128))
 
 
-def _torchao(model, config, *, prepared):
+def _torchao(model, config, *, prepared, same_codes=True):
     from torchao.quantization import quantize_
 
     quantize_(model, config)
     if prepared:
-        intlass_ops.prepare_(model)
+        intlass_ops.prepare_(model, same_codes=same_codes)
     return {"backend": lowering.backend, "mode": "reduce-overhead"}
 
 
@@ -62,6 +63,11 @@ def _(model):
 @variant("torchao_int8dyn_prepared")
 def _(model):
     return _torchao(model, _int8dyn(), prepared=True)
+
+
+@variant("torchao_int8dyn_requantised")
+def _(model):
+    return _torchao(model, _int8dyn(), prepared=True, same_codes=False)
 
 
 @variant("torchao_intx4_intlass")

@@ -98,8 +98,10 @@ print(
 explanation = iq.explain(ours.prefill, prompt)
 quantised, linears = figures.linears(model)
 print(f"{quantised} of {linears} linears are quantised")
-for kernel, count in figures.kernels(explanation.dispatches, quantised).items():
+counts, whole = figures.kernels(explanation.dispatches, figures.weights(model))
+for kernel, count in counts.items():
     print(f"{count:>4} × {kernel}")
+print(f"between them they multiplied every quantised weight: {whole}")
 
 # %% [markdown]
 # ## Errors of the logits

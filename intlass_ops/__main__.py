@@ -1,8 +1,8 @@
 """The command line: `python -m intlass_ops` (or `intlass`) with a subcommand.
 
-Lives here: the list of subcommands, and the small ones: `warmup`, `cache`. Not here: the
-demo (demo/), benchmarks (bench/), what reads and writes checkpoints (commands/). Exit codes: 0
-done, 1 something did not hold, 2 could not start (argparse's too).
+Lives here: the list of subcommands, and a small one, `cache`. Not here: the demo (demo/),
+benchmarks (bench/), the others (commands/). Exit codes: 0 done, 1 something did not hold, 2 could
+not start (argparse's too).
 """
 
 from __future__ import annotations
@@ -11,18 +11,14 @@ import argparse
 import sys
 import time
 
-import torch
-
-from . import __version__, bench, config, demo
-from .commands import add_commands, tune
+from . import __version__, arguments, bench, demo
+from .commands import add_commands, tune, warmup
 from .commands.info import info
-from .cuda import jit
 from .cuda.cache import CubinCache, default_directory
-from .cuda.jit import availability
-from .errors import BackendUnavailableError, IntlassError, KernelCompileError
+from .errors import IntlassError
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="intlass", description="INT4 and INT8 linear layers for PyTorch."
     )
@@ -54,12 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     command = commands.add_parser(
         "warmup",
-        help="compile the shipped CUDA kernels ahead",
-        description="Compile the shipped CUDA kernels into the kernel cache, so that no later "
-        "process has to. Takes minutes; needs a GPU unless --arch names what to compile for.",
+        help="compile the CUDA kernels of your layers ahead",
+        description=warmup.WARMUP,
+        epilog=warmup.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("--arch", help="sm_80, sm_86, sm_89, sm_90a, sm_100, sm_120 (this GPU's)")
-    command.set_defaults(run=warmup)
+    warmup.add_arguments(command)
+    command.set_defaults(run=warmup.run)
 
     command = commands.add_parser(
         "cache",
@@ -74,11 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
         "prune: delete unsound entries, and with --days old ones",
     )
     command.add_argument(
-        "--days", type=float, help="prune: also what was written more than DAYS days ago"
+        "--days",
+        type=arguments.duration,
+        help="prune: also what was written more than DAYS days ago",
     )
     command.set_defaults(run=cache)
 
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
+    if options.command == "cache" and options.days is not None and options.action != "prune":
+        parser.error(f"cache {options.action}: --days belongs to prune")
     try:
         code: int = options.run(options)
     except KeyboardInterrupt:
@@ -87,24 +88,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"intlass {options.command}: {error}", file=sys.stderr)
         return 2
     return code
-
-
-def warmup(options: argparse.Namespace) -> int:
-    """Compile what is shipped for one architecture."""
-    arch = options.arch
-    if arch is None:
-        problem = availability().problem
-        if problem is not None:
-            raise BackendUnavailableError(
-                f"{problem} (to compile without a GPU, name what for: --arch sm_90a)"
-            )
-        arch = jit.arch_of(torch.cuda.current_device())
-    configs = [each for each, archs in config.shipped_configs() if arch in archs]
-    if not configs:
-        raise KernelCompileError(f"no kernels are shipped for {arch!r}")
-    done = jit.warmup(configs, arch=arch)
-    print(f"{arch}: {done.compiled} kernels compiled, {done.cached} were there before")
-    return 0
 
 
 def cache(options: argparse.Namespace) -> int:

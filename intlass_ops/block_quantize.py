@@ -7,6 +7,7 @@ blocks of zeros and blocks that are not finite, and hands the others to scale_se
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -76,12 +77,13 @@ def in_blocks(
             f"{op}: expected a floating-point tensor of at least one dimension, "
             f"got {w.dtype} {tuple(w.shape)}"
         )
+    check_dim(op, w, dim)
     rows = w.detach().movedim(dim, -1)
     k = rows.shape[-1]
     g = k if group_size is None else group_size
     if g < 1 or k % g:
         raise ValueError(f"{op}: size {k} of dim={dim} is not a multiple of group_size={g}")
-    blocks = rows.float().reshape(rows[..., 0].numel(), k // g, g)
+    blocks = rows.float().reshape(math.prod(rows.shape[:-1]), k // g, g)
     n, j = blocks.shape[:2]
     weights, hessian = _aligned(op, w, dim, blocks, goal)
 
@@ -89,7 +91,7 @@ def in_blocks(
     codes = w.new_empty(n, j, g, dtype=torch.int8)
     # Under a Hessian only the blocks of one column are alike; the kernels can tell them apart.
     by_column = hessian is not None and not _by_triton(blocks, hessian)
-    width = 1 if by_column else j
+    width = 1 if by_column else max(j, 1)
     if _by_triton(blocks, hessian):
         expansion = 1
     chunk_elements = _CHUNK_ELEMENTS_ON_GPU if w.is_cuda else _CHUNK_ELEMENTS
@@ -116,15 +118,26 @@ def in_blocks(
     )
 
 
+def check_dim(op: str, t: Tensor, dim: int) -> None:
+    if not -t.ndim <= dim < t.ndim:
+        raise ValueError(f"{op}: dim={dim} is none of a tensor of shape {tuple(t.shape)}")
+
+
 def _aligned(
     op: str, w: Tensor, dim: int, blocks: Tensor, goal: Goal
 ) -> tuple[Tensor | None, Tensor | None]:
     """The goal's weights in the shape of ``blocks`` and its Hessian, checked."""
     weights, hessian = goal.weights, goal.hessian
     if weights is not None:
+        try:
+            weights = weights.expand(w.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{op}: weights is {tuple(weights.shape)}, w {tuple(w.shape)}; it must broadcast"
+            ) from None
         if not bool((weights >= 0).all()):
             raise ValueError(f"{op}: weights must be >= 0, the smallest is {float(weights.min())}")
-        weights = weights.expand(w.shape).movedim(dim, -1).reshape(blocks.shape)
+        weights = weights.movedim(dim, -1).reshape(blocks.shape)
     if hessian is not None:
         expected = (*blocks.shape[1:], blocks.shape[-1])
         if tuple(hessian.shape) != expected:

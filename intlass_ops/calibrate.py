@@ -126,7 +126,7 @@ def rtn(
     >>> rtn(torch.tensor([[7.0, -3.2, 0.4, 1.0]])).dequantize()
     tensor([[ 7., -3.,  0.,  1.]])
     """
-    _check("rtn", w, bits, symmetric)
+    _check("rtn", w, bits, group_size, symmetric)
     if symmetric:
         naive = scales.int4_naive if bits == 4 else scales.int8_naive
         s, q = naive(w, group_size=group_size)
@@ -148,7 +148,7 @@ def mse(
     >>> mse(torch.tensor([[7.0, -3.2, 0.4, 1.0]])).dequantize()
     tensor([[ 7.0712, -3.0305,  0.0000,  1.0102]])
     """
-    _check("mse", w, bits, symmetric)
+    _check("mse", w, bits, group_size, symmetric)
     if symmetric:
         optimal = scales.int4_optimal if bits == 4 else scales.int8_optimal
         s, q = optimal(w, group_size=group_size, weights=weights)
@@ -177,7 +177,7 @@ def hqq(
     >>> hqq(torch.tensor([[7.0, -3.2, 0.4, 1.0]]), group_size=4).codes
     tensor([[15,  0,  5,  6]], dtype=torch.uint8)
     """
-    _check("hqq", w, 4, False)
+    _check("hqq", w, 4, group_size, False)
     if not 0 < p < 1:
         raise ValueError(f"hqq: p={p} is not between 0 and 1")
     n, k = w.shape
@@ -241,7 +241,7 @@ def awq(
     >>> weight.dequantize() / c
     tensor([[ 7., -3.,  0.,  1.]])
     """
-    _check("awq", w, bits, symmetric)
+    _check("awq", w, bits, group_size, symmetric)
     h = _checked_hessian("awq", w, hessian)
     quantize = mse if optimal_scales else rtn
     magnitude = h.diagonal().clamp(min=0).sqrt() if mean_abs is None else mean_abs.to(h)
@@ -263,9 +263,14 @@ def awq(
     return best[1], best[2]
 
 
-def _check(op: str, w: Tensor, bits: int, symmetric: bool) -> None:
+def _check(op: str, w: Tensor, bits: int, group_size: int | None, symmetric: bool) -> None:
     if w.ndim != 2:
         raise ValueError(f"{op}: expected a weight [N, K], got shape {tuple(w.shape)}")
+    if not w.is_floating_point():
+        raise TypeError(f"{op}: w has dtype {w.dtype}; expected a floating one")
+    k = w.shape[1]
+    if not k or (group_size is not None and (group_size < 1 or k % group_size)):
+        raise ValueError(f"{op}: K={k} is not a multiple of group_size={group_size or k}")
     if bits not in (4, 8):
         raise ValueError(f"{op}: bits={bits}; expected 4 or 8")
     if bits == 8 and not symmetric:

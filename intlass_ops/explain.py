@@ -289,7 +289,7 @@ def strict() -> Iterator[None]:
     >>> with intlass_ops.strict():
     ...     intlass_ops.matmul_ada_mxf4_bf16_tn(ones, ones, scale, scale, torch.tensor(1.0))
     Traceback (most recent call last):
-    intlass_ops.errors.FallbackError: matmul_mxf4_bf16_tn: w4a4 M=1 N=1 K=32 group_size=32 ...
+    intlass_ops.errors.FallbackError: matmul_ada_mxf4_bf16_tn: w4a4 M=1 N=1 K=32 group_size=32 ...
     """
     global _strict
     _strict += 1

@@ -59,6 +59,10 @@ def fused_quantize_int8(
     """(codes int8 [..., K] in [-127, 127], scales float32 [..., K/group_size][, mask]).
 
     group_size None: one scale per row. xh ≈ codes·scales, scale = amax / 127 or 0.0309·rms.
+    ``x`` floating [..., K], ``h`` [R, R] with R in 16, 32, 64, 128, 256, taken in x's dtype; K is a
+    multiple of R and of group_size, one of which divides the other. ``method``: "abs_max", or
+    "quest", which clips. ``return_mask`` adds the mask uint8 [..., K/8] of what was not clipped. No
+    gradient. Raises TypeError or ValueError naming the values that do not fit.
 
     >>> codes, scales = fused_quantize_int8(torch.ones(2, 32), torch.eye(16))
     >>> codes[0, 0], scales.shape
@@ -82,6 +86,7 @@ def fused_quantize_int4(
     group_size None: one scale per row. xh ≈ codes·scales, scale = amax / 7 or 0.3534·rms.
     packed False: codes int8 [..., K]. Tensor cores of sm_90 and later take no INT4 activations: a
     GEMM with these codes computes the same and need not widen them first.
+    Arguments and errors as in :func:`fused_quantize_int8`.
 
     >>> codes, scales = fused_quantize_int4(torch.ones(2, 32), torch.eye(16))
     >>> codes[0, 0], scales.shape  # 119 is 7 and 7
@@ -99,6 +104,7 @@ def fused_quantize_mx(
     quest    s = 2^floor(log2(2.92247856/6·std + 1e-8)), xh ≈ codes·s
     abs_max  s = 2^floor(log2(amax + 1e-8)),             xh ≈ codes·s / 3: give the GEMM alpha 1/3
                                                          (1/9 where both operands are so)
+    Arguments and errors as in :func:`fused_quantize_int8`.
 
     >>> codes, scales = fused_quantize_mx(torch.ones(2, 64), torch.eye(32))
     >>> codes.shape, scales.shape
@@ -120,6 +126,7 @@ def fused_quantize_nv(
 
     s = e4m3(global_scale·amax / 6), or e4m3(global_scale·2.92247856/6·std) for quest;
     xh ≈ codes·s / global_scale: give the GEMM alpha 1/global_scale.
+    Arguments and errors as in :func:`fused_quantize_int8`.
 
     >>> codes, scales = fused_quantize_nv(torch.ones(2, 64), torch.eye(32))
     >>> codes.shape, scales.shape
@@ -146,6 +153,8 @@ def plan_of(
     k, r = x.shape[-1], h.shape[0] if h.ndim else 0
     if h.shape != (r, r) or r not in _ROTATIONS:
         raise ValueError(f"{op}: h is {tuple(h.shape)}; expected [R, R] with R in {_ROTATIONS}")
+    if h.is_complex():
+        raise TypeError(f"{op}: h has dtype {h.dtype}; expected a real one")
     g = k if group_size is None else group_size
     if not k or k % r:
         raise ValueError(f"{op}: K={k} is not a multiple of R={r}")

@@ -49,12 +49,10 @@ def gptq(
     >>> gptq(torch.tensor([[7.0, -3.2, 0.4]]), x.T @ x).codes
     tensor([[ 7, -3,  0]], dtype=torch.int8)
     """
-    calibrate._check("gptq", w, bits, symmetric)
+    calibrate._check("gptq", w, bits, group_size, symmetric)
     h = calibrate._checked_hessian("gptq", w, hessian).clone()
     n, k = w.shape
     g = group_size or k
-    if k % g:
-        raise ValueError(f"gptq: K={k} is not a multiple of group_size={g}")
     if block_size < 1:
         raise ValueError(f"gptq: block_size={block_size} is not positive")
     work = w.detach().to(h.dtype, copy=True)

@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 Activation = Literal["int8", "int4"] | None
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """``x`` as `torch.autocast`, where it is on, hands it to a linear layer."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return x
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+
+
 class _Codes(nn.Module):
     """What layers of INT4 or INT8 codes share: their buffers, and that these keep their dtypes."""
 
@@ -73,6 +81,11 @@ class _Codes(nn.Module):
         """(x, None), or its codes and their scales."""
         if self.activation is None:
             return x, None
+        # Of packed codes the op cannot tell an odd number from the next even one.
+        if self.activation == "int4" and x.dim() and x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{type(self).__name__}: x is {tuple(x.shape)}, the layer has K={self.in_features}"
+            )
         quantize = quantize_int8 if self.activation == "int8" else quantize_int4
         codes, scales, _ = quantize(x)
         return codes, scales
@@ -109,7 +122,8 @@ class IntLinear(Movable, _Codes):
     [N, K/group_size]; ``zeros`` likewise or None (INT4: None means signed codes). ``activation``:
     None keeps x as it is (W4A16, W8A16); "int8" or "int4" quantises x per token, symmetrically,
     on every call. ``input_scale`` [K]: x is multiplied by it first (under torch.compile as part of
-    what makes x). All tensors are buffers, so that `state_dict` holds exactly the quantised layer.
+    what makes x). x is fp32, bf16 or fp16 [..., K], and y of its dtype, or of autocast's where that
+    is on. All tensors are buffers, so that `state_dict` holds exactly the quantised layer.
 
     Raises ValueError or TypeError, from the op, for shapes and dtypes that do not fit.
 
@@ -147,6 +161,7 @@ class IntLinear(Movable, _Codes):
         self.register_buffer("input_scale", input_scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = as_autocast(x)
         if self.input_scale is not None:
             x = x * self.input_scale.to(x.dtype)
         a, a_scale = self._activations(x)

@@ -21,7 +21,7 @@ from .nn import IntLinear, PackedLinear
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def prepare_(model: nn.Module) -> list[Decision]:
+def prepare_(model: nn.Module, *, same_codes: bool = True) -> list[Decision]:
     """Convert every quantised linear of ``model``, in place, one after the other.
 
     For linears of torchao, HQQ, optimum-quanto, GPTQ, AWQ, compressed-tensors, GGUF, BitLinear and
@@ -31,6 +31,11 @@ def prepare_(model: nn.Module) -> list[Decision]:
     one is read. The result needs no library, runs eager and under any torch.compile, and holds
     each weight once. What a module computes is found by tracing it and proved on its own values, as
     under ``torch.compile(backend="intlass")``; a module that cannot be proved stays as it is.
+
+    ``same_codes=False`` lets `quantize_int8` take the place of int8 quantisers that give each token
+    a symmetric scale at every call. Libraries differ in what they divide by (torchao by 127.5) and
+    in what they round on the way, so codes may differ by 1; ours is computed together with an RMS
+    norm or SwiGLU before it, and lets the product start early.
 
     Returns one `Decision` per module looked at: ``path``, ``outcome`` ("swapped" or "declined"),
     ``scheme`` and ``reason``. Plain floating-point layers are not looked at.
@@ -56,7 +61,7 @@ def prepare_(model: nn.Module) -> list[Decision]:
         while found:
             parent, name, path, child = found.pop(0)
             if child not in done:
-                done[child] = _convert(session, child, path, dtype)
+                done[child] = _convert(session, child, path, dtype, same_codes)
             new, decision = done[child]
             decisions.append(decision)
             setattr(parent, name, new)
@@ -70,7 +75,7 @@ def prepare_(model: nn.Module) -> list[Decision]:
 
 
 def _convert(
-    session: capture.Session, module: nn.Module, path: str, dtype: torch.dtype
+    session: capture.Session, module: nn.Module, path: str, dtype: torch.dtype, same_codes: bool
 ) -> tuple[nn.Module, Decision]:
     kind = type(module).__name__
     k = formats.input_size(module)
@@ -81,12 +86,14 @@ def _convert(
     # Three dimensions as in a model; some libraries' functions know two only.
     for make, example in itertools.product(formats.spellings(module), (x, x[0])):
         try:
-            new, scheme = session.convert(make(), example)
+            new, scheme = session.convert(make(), example, same_codes=same_codes)
         except capture.NotConverted as problem:
             reason = reason or str(problem)
             continue
         new.train(module.training)
-        return new, Decision(path, path, kind, SWAPPED, scheme, "packed in place")
+        ours = isinstance(new, IntLinear) and new.activation is not None
+        reason = "packed in place" + (", with our own quantiser" if ours else "")
+        return new, Decision(path, path, kind, SWAPPED, scheme, reason)
     return module, _declined(path, kind, reason)
 
 

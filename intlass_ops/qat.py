@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from . import side_by_side
-from .nn import IntLinear
+from .nn import IntLinear, as_autocast
 from .rotation import hadamard_matrix
 from .straight_through import (
     SCHEMES,
@@ -122,12 +122,11 @@ class QATLinear(nn.Module):
         self.h = self._rotation()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
+        if x.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"QATLinear: x is {tuple(x.shape)}, the layer has K={self.in_features}"
             )
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = as_autocast(x)
         c = self.config
         rows = x.reshape(-1, self.in_features)
         y: Tensor = StraightThrough.apply(  # type: ignore[no-untyped-call]
@@ -183,6 +182,11 @@ class RotatedIntLinear(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"RotatedIntLinear: x is {tuple(x.shape)}, the layer has K={self.in_features}"
+            )
+        x = as_autocast(x)
         rows = x.reshape(-1, self.in_features)
         xq, sx, _ = quantise_activations(rows, self.h, self.a_bits, self.method, mask=False)
         y = product(xq, sx, self.weight, self.scales, self.bias, self.in_features, x.dtype)
@@ -233,12 +237,16 @@ def prepare_qat_(
 def convert_(model: nn.Module) -> None:
     """Replace every `QATLinear` of ``model`` by its layer for inference, in place.
 
+    TypeError for a model that is itself one: `QATLinear.convert` returns its layer.
+
     >>> model = nn.Sequential(nn.Linear(32, 8))
     >>> prepare_qat_(model, QATConfig('w8a8', rotation=None, method='abs_max'))
     >>> convert_(model)
     >>> model[0]
     IntLinear(in_features=32, out_features=8, scheme=w8a8, group_size=32, zeros=False, bias=True)
     """
+    if isinstance(model, QATLinear):
+        raise TypeError("convert_: the model is a QATLinear itself; use its convert()")
     made: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

@@ -30,6 +30,9 @@ class Scheme:
     """Weight bits, group size along K (None: one scale a row), symmetry, activation type, and how
     weights become codes.
 
+    ValueError for what no layer can be made of: bits other than 4 and 8, 8 bits that are not
+    symmetric, INT4 activations beside 8 bits, groups that are no multiple of 16.
+
     >>> Scheme(4, 64, True, 'int8') == Int8DynamicActivationInt4Weight(64)
     True
     """
@@ -39,6 +42,20 @@ class Scheme:
     symmetric: bool
     activation: Activation
     method: Method = "rtn"
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"Scheme: bits={self.bits}; expected 4 or 8")
+        g = self.group_size
+        if g is not None and (type(g) is not int or g < GROUP_STEP or g % GROUP_STEP):
+            raise ValueError(f"Scheme: group_size={g!r} is not a multiple of {GROUP_STEP}")
+        if self.bits == 8 and not self.symmetric:
+            raise ValueError("Scheme: 8-bit weights are symmetric, symmetric=False has no kernel")
+        if self.activation not in ((None, "int8") if self.bits == 8 else (None, "int8", "int4")):
+            raise ValueError(
+                f"Scheme: activation={self.activation!r} with bits={self.bits}; expected None, "
+                "'int8' or, with 4 bits, 'int4'"
+            )
 
 
 def Int4WeightOnly(
@@ -138,6 +155,10 @@ def quantize_(
     if isinstance(config, QATConfig):
         prepare_qat_(model, config, filter_fn)
         return
+    if not isinstance(config, Scheme):
+        raise TypeError(
+            f"quantize_: config is {config!r}; expected what Int4WeightOnly() and its like return"
+        )
     if isinstance(model, nn.Linear):
         raise TypeError("quantize_: the model is a Linear itself and cannot be replaced in place")
     calibrated.check("quantize_", config.method, config.bits, config.symmetric, calibration)
@@ -235,8 +256,6 @@ def _quantize_calibrated(
 
 def _check_weight(path: str, weight: Tensor, config: Scheme) -> None:
     group, k = config.group_size, weight.shape[-1]
-    if group is not None and (group < GROUP_STEP or group % GROUP_STEP):
-        raise ValueError(f"quantize_: group_size={group} is not a multiple of {GROUP_STEP}")
     if weight.dtype not in FLOATS:
         raise TypeError(f"quantize_: {path}: the weight is {weight.dtype}, no fp32, bf16, fp16")
     if k == 0:

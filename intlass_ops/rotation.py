@@ -46,15 +46,20 @@ def hadamard_matrix(
 def rotate(x: Tensor, h: Tensor) -> Tensor:
     """x.view(-1, R) @ h for x [..., K], h [R, R], K a multiple of R; float32 sums, x's dtype.
 
+    TypeError unless both are floating, ValueError for sizes or devices that do not fit.
+
     >>> rotate(torch.tensor([8.0, 0.0, 0.0, 0.0]), hadamard_matrix(4))
     tensor([4., 4., 4., 4.])
     """
+    _require_floating("rotate", x=x, h=h)
     r = h.shape[0]
     if h.shape != (r, r) or r == 0 or x.shape[-1] % r:
         raise ValueError(
             f"rotate: a rotation {tuple(h.shape)} does not fit K={x.shape[-1]}; "
             "it must be [R, R] with R dividing K"
         )
+    if h.device != x.device:
+        raise ValueError(f"rotate: h is on {h.device}, the input on {x.device}")
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide).reshape(-1, r) @ h.to(wide)).view(x.shape).to(x.dtype)
 
@@ -62,9 +67,12 @@ def rotate(x: Tensor, h: Tensor) -> Tensor:
 def hadamard_transform(x: Tensor) -> Tensor:
     """x @ hadamard_matrix(K) for x [..., K] in O(K·(log K + m)) a row, K = 2^j·m; x's dtype.
 
+    TypeError unless x is floating, ValueError for a K that no construction is known for.
+
     >>> hadamard_transform(torch.tensor([8.0, 0.0, 0.0, 0.0]))
     tensor([4., 4., 4., 4.])
     """
+    _require_floating("hadamard_transform", x=x)
     k = x.shape[-1]
     _, odd = _factors(k)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -78,6 +86,17 @@ def hadamard_transform(x: Tensor) -> Tensor:
         y = torch.stack((a + b, a - b), 1)
         half *= 2
     return (y.reshape(x.shape) / math.sqrt(k)).to(x.dtype)
+
+
+def _require_floating(op: str, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if (
+            t.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+            or not t.ndim
+        ):
+            raise TypeError(
+                f"{op}: {name} is {t.dtype} {tuple(t.shape)}; expected floating [..., K]"
+            )
 
 
 def _sylvester(power: int) -> _Matrix:

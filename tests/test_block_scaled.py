@@ -168,6 +168,21 @@ def test_a_nan_scale_shows(format_: str, code: int, m: int, device: str) -> None
     assert y.isnan().cpu().tolist() == [[False, True, False]] * m
 
 
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 4, 64), (3, 0, 64), (2, 3, 0)])
+@pytest.mark.parametrize("format_", ["mx", "nv"])
+def test_nothing_to_compute(format_: str, m: int, n: int, k: int, device: str) -> None:
+    dtype, g = (E8M0, 32) if format_ == "mx" else (E4M3, 16)
+    (a, a_scale), (b, b_scale) = (
+        (torch.zeros(r, k // 2, dtype=torch.uint8), torch.zeros(r, k // g, dtype=dtype))
+        for r in (m, n)
+    )
+    y = op_of(format_, False)(*(t.to(device) for t in (a, b, a_scale, b_scale)))
+    assert torch.equal(y.cpu(), torch.zeros(m, n, dtype=BF16))
+    x = torch.ones(m, k, dtype=BF16, device=device, requires_grad=True)
+    op_of(format_, False)(x, b.to(device), None, b_scale.to(device)).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.zeros_like(x))
+
+
 def test_mxfp8(device: str) -> None:
     rng = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-8, 9, (n, 96), generator=rng).float().to(E4M3) for n in (5, 24))
@@ -251,7 +266,7 @@ def test_gradient_and_compile(device: str) -> None:
     ("change", "error", "message"),
     [
         ({"a": torch.zeros(2, 48, dtype=torch.uint8)}, ValueError, "a has K=96, b has K=64"),
-        ({"a_scale": None}, TypeError, "matmul_mxf4_bf16_tn: a has dtype uint8"),
+        ({"a_scale": None}, TypeError, "matmul_ada_mxf4_bf16_tn: a has dtype uint8"),
         ({"a_scale": torch.zeros(2, 3).to(E4M3)}, TypeError, "a_scale has dtype float8_e4m3fn"),
         ({"b_scale": torch.zeros(3, 2).to(E4M3)}, TypeError, "b_scale has dtype float8_e4m3fn"),
         ({"b_scale": torch.zeros(3, 3, dtype=torch.uint8).view(E8M0)}, ValueError, "b_scale is"),

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import intlass_ops
 from intlass_ops.__main__ import main
+from intlass_ops.commands import tune, warmup
+from intlass_ops.cuda import jit, plans
 from intlass_ops.cuda.cache import CubinCache
 
 
@@ -55,12 +58,66 @@ def test_warmup_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
         assert "--arch sm_90a" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["cache"], ["cache", "burn"], ["bake"]])
-def test_wrong_usage_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_warmup_compiles_what_the_layers_named_run(
+    empty_kernel_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = ["--arch", "sm_90a", "--shapes", "4096x4096", "--schemes", "w4a16z", "--tokens", "1"]
+    assert main(["warmup", *layers]) == 0
+    assert main(["warmup", *layers]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "sm_90a: 1 kernels compiled, 0 were there before",
+        "sm_90a: 0 kernels compiled, 1 were there before",
+    ]
+    assert main(["warmup", "--arch", "sm_80", "--schemes", "w5a16"]) == 2
+    assert "'w5a16' is none of w4a16" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["w4a16z", "w8a8", "w4a8", "w4a4"])
+@pytest.mark.parametrize("m", [1, 16, 64, 512])
+def test_a_layer_runs_what_warmup_compiles(
+    scheme: str, m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    get = jit.get
+    monkeypatch.setattr(jit, "get", lambda config, index: ran.append(config) or get(config, index))
+    named = {
+        "w4a16z": intlass_ops.Int4WeightOnly(),
+        "w8a8": intlass_ops.Int8DynamicActivationInt8Weight(),
+        "w4a8": intlass_ops.Int8DynamicActivationInt4Weight(),
+        "w4a4": intlass_ops.Int4DynamicActivationInt4Weight(),
+    }
+    n, k = 1152, 640  # sizes that no other test has, so that no plan is remembered
+    model = torch.nn.Sequential(torch.nn.Linear(k, n, bias=False)).to("cuda", torch.bfloat16)
+    intlass_ops.quantize_(model, named[scheme])
+    model(torch.ones(m, k, dtype=torch.bfloat16, device="cuda"))
+    gpu = plans.device_of(torch.cuda.current_device())
+    assert ran
+    assert set(ran) <= set(warmup.kernels(gpu, tune.Work(scheme, n, k), m))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("", "required: COMMAND"),
+        ("bake", "invalid choice: 'bake'"),
+        ("cache", "required: action"),
+        ("cache list --days 3", "--days belongs to prune"),
+        ("cache prune --days -1", "argument --days: '-1' is no length of time"),
+        ("demo --tokens 0", "argument --tokens: '0' is no positive number"),
+        ("bench gemm --device gpu", "argument --device: 'gpu' is none of cpu, cuda"),
+        ("explain here --device cuda:64", "argument --device: 'cuda:64': torch sees "),
+    ],
+)
+def test_wrong_usage_is_refused(
+    arguments: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(arguments)
+        main(arguments.split())
     assert stop.value.code == 2
-    assert "usage: intlass" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "usage: intlass" in message
+    assert said in message
 
 
 def test_info_says_what_is_missing_and_how_to_get_it(

@@ -68,7 +68,6 @@ def test_convert_keeps_codes_and_explain_names_kernels(
     assert main(["explain", str(tmp_path / "ours")]) == 0
     rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
     assert ["model.layers.1.mlp.down_proj", "matmul_int4_bf16_tn", "w4a16"] in rows
-    assert main(["explain", str(tmp_path / "ours"), "--tokens", "0"]) == 2
 
 
 def test_what_cannot_start_says_why(
@@ -83,8 +82,6 @@ def test_what_cannot_start_says_why(
     assert "K=32 is not a multiple of group_size=128" in problem(dense, out)
     assert "no such directory" in problem(tmp_path / "nothing", out)
     assert "'hqq' makes INT4" in problem(dense, out, "--scheme", "w8a8", "--method", "hqq")
-    if not torch.cuda.is_available():
-        assert "torch sees no GPU here" in problem(dense, out, "--device", "cuda")
     text = tmp_path / "short.txt"
     text.write_text("ab")
     short = ("--method", "gptq", "--group-size", "16", "--calibration", text)

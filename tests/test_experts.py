@@ -76,6 +76,8 @@ def test_gradients_are_those_of_the_dense_experts() -> None:
             {"w": torch.zeros(5, 16, dtype=torch.uint8)},
             r"w has shape \(5, 16\); expected \[experts",
         ),
+        ({"w": torch.zeros(3, 5, 32, dtype=torch.int8)}, "zeros belong to INT4 weights"),
+        ({"a": torch.ones(6, 30)}, "a has 30 columns; K=32 needs 32"),
         ({"a": torch.ones(2, 6, 32)}, r"a has shape \(2, 6, 32\); expected \[tokens, K\]"),
         ({"k": 40}, "needs"),
     ],

@@ -37,8 +37,9 @@ def a_shape(x: str, w: str, m: int, n: int, k: int, group_size: int) -> config.S
 def k_tiles_done(c: config.Hopper, m: int, n: int, k: int, sm_count: int) -> Counter[int]:
     """As the blocks' Schedule of hopper.cu goes: k tiles done of each tile."""
     (blocks, _, _) = c.grid(m, n, k, sm_count)
-    _, _, k_tiles, whole, each, extra = c.shares(m, n, k, blocks)
+    _, _, k_tiles, whole, helpers, tail, each, extra = c.shares(m, n, k, blocks)
     done: Counter[int] = Counter()
+    pieces = []
     for block in range(blocks):
         if c.split_k > 1:
             stripe = -(-k_tiles // c.split_k)
@@ -48,12 +49,18 @@ def k_tiles_done(c: config.Hopper, m: int, n: int, k: int, sm_count: int) -> Cou
         first, rank = divmod(block, c.sharing)
         for tile in range(first, whole, blocks // c.sharing):
             done[tile * c.sharing + rank] += k_tiles
-        unit = block * each + min(block, extra)
-        end = (block + 1) * each + min(block + 1, extra)
-        while unit < end:
-            step = min(k_tiles - unit % k_tiles, end - unit)
-            done[whole + unit // k_tiles] += step
-            unit += step
+        if tail and block >= helpers:
+            done[whole + block - helpers] += k_tiles - tail
+        elif tail:
+            unit = block * each + min(block, extra)
+            end = (block + 1) * each + min(block + 1, extra)
+            while unit < end:
+                step = min(tail - unit % tail, end - unit)
+                done[whole + unit // tail] += step
+                pieces.append(block + unit // tail)
+                unit += step
+    assert len(set(pieces)) == len(pieces)
+    assert all(piece < blocks for piece in pieces)
     return done
 
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gemm_case import Case
+from gemm_case import Case, build
 from gemm_checks import check_exact
+from tolerance import assert_close
 
 from intlass_ops import config, matmul_int4_bf16_tn, pack_int4
 from intlass_ops.cuda import jit, launch
@@ -28,6 +29,9 @@ CASES = [
     replace(SIZES, x="fp16", w="s4", out=torch.float32, k=1344, groups=42),
     replace(SIZES, x="bf16", w="s8", bias=BF16),
     replace(SIZES, lead=(60,), w="s4", a_scale="token"),
+    replace(SIZES, lead=(300,), x="s4", w="s4", a_scale="token"),
+    replace(SIZES, lead=(300,), x="s4", w="u4", zero=BF16, k=1344, groups=42),
+    replace(SIZES, lead=(13,), x="bf16", w="s4", k=1280, groups=10, scale=BF16, out=BF16),
     replace(SIZES, lead=(100,), x="bf16", w="s4", scale=BF16, out=BF16, k=1280, groups=10),
 ]
 
@@ -47,7 +51,7 @@ def tiles_of(case: Case, device: config.Device) -> list[config.Hopper]:
         n=case.n,
         k=case.k,
         group_size=case.k // case.groups,
-    )
+    ).on(device)
     assert config.why_not_hopper(device, shape) is None
     return [c for c, _ in config.hopper_candidates(device, shape)]
 
@@ -63,6 +67,7 @@ def test_the_cases_meet_every_form_of_tile() -> None:
     assert {c.share_w for c in tiles} == {1, 2}
     assert {c.blocks_per_sm for c in tiles if c.consumers == 1} == {1, 2}
     assert any(c.needs_token_sums for c in tiles)
+    assert {c.block_m for c in tiles} >= {16, 32, 64, 128, 256}
 
 
 @pytest.mark.gpu
@@ -72,10 +77,32 @@ def test_every_tile_is_exact(case: Case) -> None:
     if device.arch != "sm_90a":
         pytest.skip(f"{device.arch} has no wgmma")
     tiles = tiles_of(case, device)
-    jit.warmup(tiles, progress=False)
+    widened = case.x == "s4"
+    run = [config.in_lane_order(tile, case.k, aligned=True) if widened else tile for tile in tiles]
+    jit.warmup(run, progress=False)
     for tile in tiles:
         with launch.forced(tile):
             check_exact(case, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [10, 40])
+def test_every_tile_takes_scales_of_any_size(groups: int) -> None:
+    """Those that one FMA a pair of weights cannot take (hopper_weights.cuh): of all rows, and of
+    one group of a few."""
+    device = device_of(0)
+    if device.arch != "sm_90a":
+        pytest.skip(f"{device.arch} has no wgmma")
+    case = replace(CASES[-1], groups=groups)
+    few = build(case, "cuda", numbers="random")
+    few.scales[[5, 300, 999], [0, groups // 2, groups - 1]] *= 2.0**14
+    expected = few.expected()
+    tiles = tiles_of(case, device)
+    jit.warmup(tiles, progress=False)
+    for tile in tiles:
+        with launch.forced(tile):
+            check_exact(replace(case, special=True), "cuda")
+            assert_close(few.run(), *expected)
 
 
 @pytest.mark.gpu

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from importlib.metadata import entry_points
+from typing import Any
+from unittest.mock import Mock
 
 import graph_zoo
 import pytest
 import torch
-from lowering_helpers import SWAPPED, fresh, outcomes
+from lowering_helpers import DENSE, SWAPPED, fresh, outcomes, relative_error
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 
 from intlass_ops import lowering
 from intlass_ops.lowering import editor, graph_pass, program, rules
@@ -40,13 +45,55 @@ def test_static_inputs_are_told_to_the_pass() -> None:
     assert seen == [3], "TracingContext.fw_metadata.static_input_indices lost the buffers"
 
 
+def test_linears_in_branches_are_found() -> None:
+    """Inductor runs the pass on branches first, whose inputs the static indices do not count."""
+    first, second = graph_zoo.SubMul(), graph_zoo.Int32Words()
+
+    class Branches(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.first, self.second = graph_zoo.Dense(), first, second
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cond(x.sum() > 0, self.first, self.second, (x,)) + self.before(x).sum()
+
+    def forward(fx: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        with torch._inductor.config.patch({graph_pass.HOOK: graph_pass.LOWERING}):
+            return torch._inductor.compile_fx._recursive_joint_graph_passes(fx).forward
+
+    backend = aot_autograd(
+        fw_compiler=forward, inference_compiler=forward, decompositions=select_decomp_table()
+    )
+    module, x = Branches(), torch.randn(2, graph_zoo.K).bfloat16()
+    with fresh(), torch.no_grad():
+        compiled = torch.compile(module, backend=backend, fullgraph=True)
+        for each in (x, -x):
+            assert relative_error(compiled(each), module(each)) < 2e-2
+    assert sorted(outcomes()) == [DENSE, SWAPPED, SWAPPED]
+
+
+def test_inductors_kernels_wait_before_they_touch_memory() -> None:
+    kernel: Any = torch._inductor.codegen.triton.TritonKernel
+    assert graph_pass.waiting_first()
+    code = torch._inductor.utils.IndentedBuffer()
+    with code.indent():
+        code.writelines(["load", kernel.GDC_WAIT, "load", kernel.GDC_WAIT, kernel.GDC_LAUNCH])
+    code.writeline("store")
+    self = Mock(GDC_WAIT=kernel.GDC_WAIT, GDC_LAUNCH=kernel.GDC_LAUNCH)
+    kernel._filter_pdl(self, code)
+    lines = [each.strip() for each in code.getvalue().splitlines()]
+    assert lines == [kernel.GDC_WAIT, "load", "load", kernel.GDC_LAUNCH, "store"]
+
+
 @pytest.mark.parametrize(("mode", "graphs"), [(None, False), ("reduce-overhead", True)])
 def test_mode_reaches_inductor(mode: str | None, graphs: bool) -> None:
     seen: list[bool] = []
 
     class Look(torch._inductor.custom_graph_pass.CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
-            seen.append(torch._inductor.config.triton.cudagraphs)
+            config = torch._inductor.config.triton
+            assert config.enable_pdl == config.cudagraphs
+            seen.append(config.cudagraphs)
 
         def uuid(self) -> str:
             return "look"

@@ -70,6 +70,36 @@ def test_library_model_is_packed_in_place(name: str) -> None:
         assert relative_error(model(x), expected) < max(TOLERANCE[x.dtype], 1e-2)
 
 
+class PerTensor(nn.Module):
+    """One activation scale in all, which is no scale a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 64, 32
+        self.register_buffer("w", torch.randint(-127, 128, (32, 64)).to(torch.int8))
+        self.register_buffer("s", torch.rand(32) * 0.01)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = x.float().abs().amax() / 127
+        q = (x.float() / a).round().clamp(-128, 127).to(torch.int8)
+        y = nn.functional.linear(q.float() * a, self.w.float() * self.s[:, None])
+        return y.to(x.dtype)
+
+
+def test_quantisers_like_ours_are_replaced_where_that_is_allowed() -> None:
+    linear, x, expected = module_zoo.MODULES["compressed-tensors: W8A8 dynamic"][0]()
+    others = [module_zoo.MODULES[f"compressed-tensors: {n}"][0]()[0] for n in ("W8A8 static",)]
+    model = nn.ModuleList([linear, *others, PerTensor()])
+    with warnings.catch_warnings(), fresh(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        decisions = prepare_(model, same_codes=False)
+        assert relative_error(model[0](x), expected.to(x.dtype)) < 2e-2
+    assert [each.outcome for each in decisions] == [SWAPPED] * len(model)
+    assert [isinstance(each, IntLinear) for each in model] == [True, False, False]
+    assert model[0].activation == "int8"
+    assert "with our own quantiser" in decisions[0].reason
+
+
 def test_originals_are_released_and_shared_modules_stay_shared() -> None:
     shared = module_zoo.GptFastInt8()
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(8, 8)})

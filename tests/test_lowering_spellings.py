@@ -98,6 +98,18 @@ def test_a_cache_that_is_written_between_calls_is_not_packed_each_time() -> None
         assert lowering.counters()["run.packed"] == packed + 1
 
 
+def test_a_result_divided_by_the_norm_of_its_weight() -> None:
+    """Its sum of squares is one of everything, which is no product of a vector."""
+    module, x = spelling_zoo.SPELLINGS["one-dimensional x"][0]()
+    normed = spelling_zoo.Spelled(
+        lambda m, x: functional.linear(x, w := spelling_zoo.int4(m.p, m.s)) / w.float().norm(),
+        **dict(module.named_buffers()),
+    )
+    with fresh(), torch.no_grad():
+        y = torch.compile(normed, backend=Counting(), fullgraph=True)(x)
+        assert relative_error(y, normed(x)) < 2e-2
+
+
 def test_a_weight_that_depends_on_what_it_multiplies_is_no_weight() -> None:
     """x has a fixed shape, as a closure's codes have; packing for each x would never pay."""
     module, x = spelling_zoo.SPELLINGS["one-dimensional x"][0]()

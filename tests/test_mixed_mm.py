@@ -162,8 +162,9 @@ def test_numerical_gradient() -> None:
         ({"b": torch.zeros(4, 4)}, "mixed_mm: b is torch.float32"),
         ({"group_size": 24}, "mixed_mm: K=32 is not a multiple of group_size=24"),
         ({"scales": torch.ones(3, 8)}, r"mixed_mm: scales is \(3, 8\); expected \(2, 8\)"),
-        ({"a": torch.zeros(2, 8)}, "a has 8 columns; K=32 needs 32"),
-        ({"transposed": True}, r"matmul_int4_nn: x is \(2, 32\); packed_w has N=8 rows"),
+        ({"a": torch.zeros(2, 8)}, r"mixed_mm: a is \(2, 8\); expected \[..., K=32\]"),
+        ({"transposed": True}, r"mixed_mm: a is \(2, 32\); expected \[..., N=8\]"),
+        ({"a": torch.zeros(2, 32, dtype=torch.int8)}, "mixed_mm: a has dtype int8"),
     ],
 )
 def test_refusals(change: dict[str, Any], message: str) -> None:

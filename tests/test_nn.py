@@ -9,7 +9,7 @@ import pytest
 import torch
 from gemm_case import Case, build
 from small_models import K, N, each_scheme, linears, quantized, tokens
-from strategies import FLOATS, FP16, FP32, SCHEMES
+from strategies import BF16, FLOATS, FP16, FP32, SCHEMES
 from tolerance import assert_close, assert_identical
 from torch import Tensor, nn
 
@@ -194,8 +194,8 @@ def test_a_layer_that_does_not_fit_is_named_and_nothing_changes(
 
 @pytest.mark.parametrize("group_size", [8, 24, 0, -16])
 def test_group_sizes_no_kernel_has_are_refused(group_size: int) -> None:
-    with pytest.raises(ValueError, match=f"^quantize_: group_size={group_size} "):
-        ia.quantize_(linears(), ia.Int4WeightOnly(group_size))
+    with pytest.raises(ValueError, match=f"^Scheme: group_size={group_size} "):
+        ia.Int4WeightOnly(group_size)
 
 
 def test_a_bare_linear_cannot_be_replaced_in_place() -> None:
@@ -234,6 +234,38 @@ def test_what_makes_no_layer_is_refused(
 ) -> None:
     with pytest.raises(error, match=f"^IntLinear: .*{message}"):
         ia.IntLinear(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((3, 16, True, None), "bits=3; expected 4 or 8"),
+        ((8, 16, False, None), "8-bit weights are symmetric"),
+        ((8, None, True, "int4"), "activation='int4' with bits=8"),
+    ],
+)
+def test_schemes_that_no_layer_has_are_refused(args: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^Scheme: {message}"):
+        ia.Scheme(*args)
+
+
+def test_a_configuration_that_was_not_called_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^quantize_: config is <function Int4WeightOnly"):
+        ia.quantize_(torch.nn.Sequential(), ia.Int4WeightOnly)
+
+
+def test_packed_activations_with_a_feature_too_few_are_refused() -> None:
+    layer = quantized("w4a4")[0]
+    with pytest.raises(ValueError, match=rf"^IntLinear: x is \(2, {K - 1}\), the layer has K={K}"):
+        layer(torch.ones(2, K - 1))
+
+
+def test_autocast_casts_the_input(device: str) -> None:
+    layer = quantized("w4a16", device=device)[0]
+    x = tokens(device=device)
+    with torch.autocast(device, BF16):
+        y = layer(x)
+    assert_identical(y, layer(x.to(BF16)))
 
 
 def test_odd_in_features(device: str) -> None:

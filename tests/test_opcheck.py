@@ -311,6 +311,22 @@ def test_gradients_that_do_not_exist_are_refused_by_name(name: str, device: str)
         y.float().sum().backward()
 
 
+@pytest.mark.parametrize("op", ["dequantize", "matmul_int4_nn"])
+def test_scales_that_require_a_gradient_are_refused_by_other_ops_too(op: str) -> None:
+    packed, s = oracle.pack(_codes(4, 32)), torch.ones(4, 2, requires_grad=True)
+    rest = (packed, s, None, 32)
+    y = OPS.dequantize(*rest, FP32) if op == "dequantize" else OPS.matmul_int4_nn(_x(3, 4), *rest)
+    with pytest.raises(RuntimeError, match=f"^{op}: scales requires a gradient"):
+        y.sum().backward()
+
+
+def test_none_for_a_tensor_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"^matmul_int4_bf16_tn: scales is None; expected a tensor"):
+        matmul_int4_bf16_tn(_x(3, 32), oracle.pack(_codes(4, 32)), None)
+    with pytest.raises(ValueError, match=r"^dequantize: scales is on meta, the input on cpu"):
+        intlass_ops.dequantize(oracle.pack(_codes(4, 32)), _x(4).to("meta"))
+
+
 def test_no_graph_is_kept_without_gradients(device: str) -> None:
     call = build(Case("bf16", "u4", bias=FP32), device)
     assert not call.run().requires_grad

@@ -132,6 +132,11 @@ def test_conversion_computes_the_same(config: QATConfig, device: str) -> None:
     assert torch.equal(model(x), before)
 
 
+def test_conversion_in_place_needs_a_model_around_the_layer() -> None:
+    with pytest.raises(TypeError, match=r"^convert_: the model is a QATLinear itself"):
+        convert_(QATLinear(nn.Linear(32, 8), QATConfig()))
+
+
 def test_compiles_without_graph_breaks() -> None:
     model = nn.Sequential(QATLinear(nn.Linear(64, 32), QATConfig("w8a8", 32, "quest", "float")))
     x = torch.randn(8, 64, requires_grad=True)

@@ -69,3 +69,11 @@ def test_orders_without_a_construction_are_refused(n: int) -> None:
 def test_rotate_names_the_shapes(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"rotate: a rotation \(\d+, \d+\) does not fit K=64"):
         rotate(torch.zeros(2, 64), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("x", [torch.ones(2, 64, dtype=torch.int8), torch.tensor(1.0)])
+def test_only_floating_tensors_are_rotated(x: torch.Tensor) -> None:
+    with pytest.raises(TypeError, match="rotate: x is torch"):
+        rotate(x, torch.eye(16))
+    with pytest.raises(TypeError, match="hadamard_transform: x is torch"):
+        hadamard_transform(x)

@@ -345,7 +345,7 @@ def test_no_rows(shape: tuple[int, ...]) -> None:
         (
             lambda: scales.int8_optimal_hessian(torch.zeros(4, 32), X=torch.zeros(5, 16)),
             ValueError,
-            "int8_optimal_hessian: X has 16 columns, dim=-1 of w has 32",
+            r"int8_optimal_hessian: X has shape \(5, 16\); dim=-1 of w has 32",
         ),
         (
             lambda: scales.int4_optimal_hessian(torch.zeros(4, 32), hessian=torch.zeros(2, 16, 16)),
@@ -363,9 +363,29 @@ def test_no_rows(shape: tuple[int, ...]) -> None:
             "nvfp4_optimal: global_scale=0.0 is not a positive number",
         ),
         (
-            lambda: scales.int4_dequantize(torch.zeros(2, 3), torch.zeros(2, 16)),
+            lambda: scales.int4_dequantize(torch.zeros(2, 3), torch.zeros(2, 16).int()),
             ValueError,
-            "3 blocks do not divide size 16 of dim=-1",
+            "int4_dequantize: 3 blocks do not divide size 16 of dim=-1",
+        ),
+        (
+            lambda: scales.int8_dequantize(torch.zeros(1, 2), torch.zeros(2, 16).int()),
+            ValueError,
+            r"int8_dequantize: scales has shape \(1, 2\), codes \(2, 16\); they must be the same",
+        ),
+        (
+            lambda: scales.mxfp4_dequantize(torch.zeros(2, 2), torch.zeros(2, 16)),
+            TypeError,
+            "mxfp4_dequantize: codes has dtype float32; expected one of int8",
+        ),
+        (
+            lambda: scales.int4_naive(torch.zeros(2, 16), dim=2),
+            ValueError,
+            r"int4_naive: dim=2 is none of a tensor of shape \(2, 16\)",
+        ),
+        (
+            lambda: scales.uint4_optimal(torch.zeros(2, 16), weights=torch.ones(3, 16)),
+            ValueError,
+            r"uint4_optimal: weights is \(3, 16\), w \(2, 16\); it must broadcast",
         ),
     ],
 )

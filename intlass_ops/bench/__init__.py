@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 
+from .. import arguments
+
 SHAPES = "6144x4096,4096x4096,28672x4096,4096x14336"
 TOKENS = "1,16,64,256,1024,4096"
 CPU_SHAPES = "1536x512,2048x2048"
@@ -24,11 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", help=f"layers as NxK,... ({SHAPES}; on a CPU {CPU_SHAPES})")
     parser.add_argument("--tokens", help=f"values of M ({TOKENS}; on a CPU {CPU_TOKENS})")
     parser.add_argument("--only", help="contenders, by parts of their names: w4a16,dense")
-    parser.add_argument("--layers", type=int, default=4, help="model: its layers (%(default)s)")
-    parser.add_argument("--hidden", type=int, help="model: its width (4096; on a CPU 512)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU, if there is one)")
     parser.add_argument(
-        "--seconds", type=float, default=0.2, help="at least so long for each figure (%(default)s)"
+        "--layers", type=arguments.positive, default=4, help="model: its layers (%(default)s)"
+    )
+    parser.add_argument(
+        "--hidden", type=arguments.positive, help="model: its width (4096; on a CPU 512)"
+    )
+    parser.add_argument(
+        "--device",
+        type=arguments.device,
+        help="cpu, cuda, cuda:1 (default: a GPU, if there is one)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=arguments.duration,
+        default=0.2,
+        help="at least so long for each figure (%(default)s)",
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--png", metavar="FILE", help="plot time against M (needs matplotlib)")

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 
+from .. import arguments
 from ..calibrated import METHODS
 from ..demo import quiet
 from ..errors import IntlassError
@@ -78,12 +79,16 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="gptq, awq: plain text like what the model will see (default: Python's documentation)",
     )  # fmt: skip
     command.add_argument(
-        "--samples", type=int, default=64, help="gptq, awq: windows of text (%(default)s)"
-    )
+        "--samples", type=arguments.positive, default=64,
+        help="gptq, awq: windows of text (%(default)s)",
+    )  # fmt: skip
     command.add_argument(
-        "--window", type=int, default=512, help="gptq, awq: tokens of each (%(default)s)"
+        "--window", type=arguments.positive, default=512,
+        help="gptq, awq: tokens of each (%(default)s)",
+    )  # fmt: skip
+    command.add_argument(
+        "--device", type=arguments.device, default="cpu", help="where to compute (%(default)s)"
     )
-    command.add_argument("--device", default="cpu", help="where to compute (%(default)s)")
     command.set_defaults(run=run_quantize)
 
     command = commands.add_parser(
@@ -103,8 +108,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description=EXPLAIN, formatter_class=raw,
     )  # fmt: skip
     command.add_argument("src", metavar="SRC", help="checkpoint directory or GGUF file")
-    command.add_argument("--tokens", type=int, default=1, help="M of the products (%(default)s)")
-    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (%(default)s)")
+    command.add_argument(
+        "--tokens", type=arguments.positive, default=1, help="M of the products (%(default)s)"
+    )
+    command.add_argument(
+        "--device", type=arguments.device, default="cpu", help="cpu, cuda, cuda:1 (%(default)s)"
+    )
     command.set_defaults(run=run_explain)
 
 

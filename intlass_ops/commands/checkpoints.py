@@ -75,8 +75,6 @@ def convert(options: argparse.Namespace) -> int:
 
 def explain(options: argparse.Namespace) -> int:
     """The kernels of one forward pass."""
-    if options.tokens < 1:
-        raise ValueError(f"--tokens {options.tokens}: at least one token is needed")
     logging.disable_progress_bar()
     model = load_pretrained(options.src, device_map=options.device)
     ids = torch.arange(options.tokens, device=options.device) % model.config.vocab_size

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import bench, config, provenance
+from .. import arguments, bench, config, provenance
 from ..bench import tuning
 from ..config import tuned
 from ..cuda import jit, plans
@@ -32,6 +32,7 @@ measured one take its configuration, everything else is predicted as before.
 Another configuration may sum in another order, so the last bits of results may change;
 batch_invariant() ignores tables. Deleting the file undoes it.
 """
+SCHEMES_HELP = "w4a16z: with zero points; w4a8c: one scale a row (%(default)s)"
 EPILOG = """\
 examples:
   intlass tune                                      six layers of Llama models, minutes
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schemes",
         default=",".join(tuning.SCHEMES),
-        help="w4a16z: with zero points; w4a8c: one scale a row (%(default)s)",
+        help=SCHEMES_HELP,
     )
     parser.add_argument(
         "--families",
@@ -53,12 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="portable: without the kernels of Hopper GPUs (%(default)s)",
     )
-    parser.add_argument("--device", default="cuda", help="which GPU (%(default)s)")
+    parser.add_argument("--device", type=arguments.device, help="which GPU (the current one)")
     parser.add_argument(
-        "--seconds", type=float, default=0.01, help="for each of the fastest few (%(default)s)"
+        "--seconds",
+        type=arguments.duration,
+        default=0.01,
+        help="for each of the fastest few (%(default)s)",
     )
     parser.add_argument(
-        "--minutes", type=float, help="begin no layer later than this (default: no limit)"
+        "--minutes",
+        type=arguments.duration,
+        help="begin no layer later than this (default: no limit)",
     )
     parser.add_argument(
         "--table", metavar="FILE", help="where to keep it (default: beside the compiled kernels)"
@@ -82,11 +88,11 @@ MeasureLayer = Callable[[Work, list[int]], Timings]
 def run(options: argparse.Namespace) -> int:
     """Returns 0, or 2 for arguments that make no sense."""
     try:
-        work, tokens = list(_work(options)), bench.parse_numbers(options.tokens)
-        device = torch.device(options.device)
+        work, tokens = list(work_of(options)), bench.parse_numbers(options.tokens)
+        device = torch.device(options.device or "cuda")
         if device.type != "cuda":
             raise ValueError(f"--device {options.device} is no GPU")
-    except (RuntimeError, ValueError) as error:
+    except ValueError as error:
         print(f"intlass tune: {error}", file=sys.stderr)
         return 2
     problem = availability().problem
@@ -111,7 +117,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _work(options: argparse.Namespace) -> Iterator[Work]:
+def work_of(options: argparse.Namespace) -> Iterator[Work]:
+    """Layers of ``--shapes``, each in all of ``--schemes``."""
     names = options.schemes.split(",")
     unknown = [name for name in names if name not in tuning.SCHEMES]
     if unknown:

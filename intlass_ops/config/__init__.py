@@ -9,6 +9,7 @@ kernels' own), shipped.py lists what is compiled ahead.
 from .choice import Config as Config
 from .choice import Matmul as Matmul
 from .choice import candidates as candidates
+from .choice import in_lane_order as in_lane_order
 from .choice import of_int4 as of_int4
 from .choice import pick as pick
 from .choice import predicted as predicted

@@ -96,6 +96,12 @@ def of_int4(c: Matmul, k: int) -> Matmul | None:
     return replace(c, x_kind="s4") if few_tokens and k < 1 << 17 else None
 
 
+def in_lane_order(c: Matmul, k: int, aligned: bool) -> Matmul:
+    """The same tile for activations that widen.cu orders for it, if rows are whole vectors."""
+    whole = aligned and k % 32 == 0
+    return replace(c, lane_order=True) if isinstance(c, Hopper) and whole else c
+
+
 def candidates(device: Device, shape: Shape) -> list[Matmul]:
     """All that the tuner measures and that a table may ask for, the predicted one first."""
     shape = shape.on(device)

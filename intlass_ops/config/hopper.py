@@ -13,6 +13,7 @@ from .epilogue import Activation, named
 from .problem import BITS, TYPE_BYTES, Device, Grouping, Shape
 
 HOPPER_BLOCK_K = 128
+_PIECE = 3.0  # k tiles that a helper could compute while it leaves its sums of one
 HALF_SM = (227 - 1) * 1024 // 2  # shared memory of each of two blocks; the system takes 1 KiB each
 
 
@@ -35,7 +36,7 @@ class Hopper:
     in_turns: bool  # a consumer computes all of a tile, while others write out theirs
     by_stages: bool  # the consumers share out a tile by k, one tile a block
     num_stages: int
-    stream_k: bool  # whether the blocks share out the last tiles by k
+    stream_k: bool  # whether blocks without a tile in the last round help the others
     split_k: int  # blocks of a cluster that share a tile
     share_x: int  # blocks of a cluster that load the same tokens, each a part for all
     share_w: int  # or the same rows of W
@@ -46,6 +47,7 @@ class Hopper:
     has_zeros: bool
     has_a_zero: bool = False
     blocked: bool = False  # FP4: scales in the order of fp4.to_blocked
+    lane_order: bool = False  # of each 32 k of X: widen.cu and decode_fp4.cu make it
     x_unit: int = 1  # what decoded activations were divided by
     activation: Activation = Activation.NONE
     residual: bool = False  # the output's type, added after the activation
@@ -108,13 +110,19 @@ class Hopper:
         places = sm_count * self.blocks_per_sm // self.sharing * self.sharing
         return min(places, work), 1, 1
 
-    def shares(self, m: int, n: int, k: int, blocks: int) -> tuple[int, int, int, int, int, int]:
-        """hopper.cu's Shares: tiles of m, n, k; tiles taken whole; k tiles of the rest a block."""
+    def shares(self, m: int, n: int, k: int, blocks: int) -> tuple[int, ...]:
+        """hopper.cu's Shares, of which the helpers' part is as large as lets all end together."""
         of_m, of_n = self._tiles(m, n)
         k_tiles = math.ceil(k / HOPPER_BLOCK_K)
         shared = of_m * of_n % blocks if self.stream_k else 0
-        each, extra = divmod(shared * k_tiles, blocks)
-        return of_m, of_n, k_tiles, of_m * of_n - shared, each, extra
+        helpers = blocks - shared
+        of_helper = shared / helpers if helpers else 0.0
+        cost = _PIECE * (of_helper + 1)  # of what a helper leaves, and of adding it
+        tail = max(0, min(k_tiles - 1, int((k_tiles - cost) / (1 + of_helper))))
+        if tail == 0:
+            shared, helpers = 0, blocks
+        each, extra = divmod(shared * tail, helpers)
+        return of_m, of_n, k_tiles, of_m * of_n - shared, helpers, tail, each, extra
 
     @property
     def values_per_block(self) -> int:

@@ -25,7 +25,8 @@ _HOPPER_TILES = {
     ),
     ("bf16", 4, "channel"): (
         (256, 1, 2, 814), (128, 2, 2, 757), (128, 1, 2, 728), (64, 2, 2, 531), (64, 1, 1, 521),
-        (32, 2, 2, 299), (32, 1, 1, 282), (64, 1, 4, 589), (32, 1, 4, 375),
+        (32, 2, 2, 299), (32, 1, 1, 282), (64, 1, 4, 589), (32, 1, 4, 375), (16, 2, 2, 195),
+        (16, 1, 4, 200),
     ),
     ("bf16", 4, "fp4"): (
         (256, 1, 2, 735), (128, 2, 2, 540), (128, 1, 2, 555), (64, 2, 2, 400), (64, 1, 1, 350),
@@ -68,7 +69,7 @@ _IN_TURNS_MAX_K = 8192
 _MOST_STAGES = 16
 _H200_SMS, _H200_BYTES_PER_US = 132, 4.01e6
 _LAUNCH_US = 1.2  # until the first product and after the last
-_SHARED_US = 6.1  # until a block has the sums of another, by stream_k
+_SHARED_US = 1.5  # until a block has found what helpers have left, by stream_k
 _CLUSTER_US = 1.0  # and of one of its cluster
 _EXCHANGED_PER_US = 15200  # sums that a block reads from others
 _ALONE = 0.58  # of its rate a block reaches that has no other one on its SM to hide latencies
@@ -77,7 +78,7 @@ _SHARE_X_US, _SHARE_X = 0.4, 0.95  # share_x: until a cluster is there; of a tim
 _SHARING = 1.025  # share_w, or share_x in turns or of 256 tokens: faster by how much, by two
 _PLACES_OF_FOUR = 0.9  # of an H200's SMs are found by clusters of four
 _DEEP = 0.92  # of its rate a single consumer reaches with all of an SM's shared memory
-_STREAMED = 0.12  # stream_k: slower over many rounds, in which tiles share less of what L2 holds
+_STREAMED = 0.06  # stream_k: slower over many rounds, in which tiles share less of what L2 holds
 
 
 def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
@@ -90,7 +91,9 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
     rounds = math.ceil(tiles * c.split_k / places) / c.split_k
     exchange = _CLUSTER_US * (c.split_k > 1)
     if c.stream_k:
-        rounds = tiles / places
+        blocks = c.grid(shape.m, shape.n, shape.k, device.sm_count)[0]
+        _, _, _, whole, _, tail, _, _ = c.shares(shape.m, shape.n, shape.k, blocks)
+        rounds = math.ceil(whole / places) + (1 - tail / k_tiles if tail else 0)
         rounds *= 1 + _STREAMED * max(0.0, 1 - 1 / rounds)
         exchange = _SHARED_US + max(1.0, places / tiles) * c.block_m * c.block_n / _EXCHANGED_PER_US
     blocks = c.grid(shape.m, shape.n, shape.k, device.sm_count)[0]
@@ -124,6 +127,8 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
     ways = [(False, 1, 1, 1), (True, 1, 1, 1), (False, 2, 1, 1)]
     if shape.x_kind == "s8" and whole:  # others are not bound by reading
         ways += [(False, 1, 4, 1), (False, 1, 2, 1), (False, 1, 1, 2)]
+    elif scaled:
+        ways.append((False, 1, 2, 1))
     if key == ("s8", 8, "channel") and shape.k <= _IN_TURNS_MAX_K:
         tiles += [(m, n, 2, "in_turns", rate) for m, n, rate in _TILES_IN_TURNS]
     groups_per_tile = max(1, HOPPER_BLOCK_K // min(shape.group_size, HOPPER_BLOCK_K))
@@ -143,8 +148,12 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
             continue  # a cluster has one tile; the others are never the fastest
         if by_stages and (stream_k or share_x * share_w > 1):
             continue
+        if scaled and share_x > 1 and block_m < 256:
+            continue  # gains nothing
+        if block_m == 16 and (shape.m > 16 or split_k > 1):
+            continue  # half of 16 tokens is less than what is staged at a time
         sums = shape.has_zeros and not scaled
-        if consumers == 4 and (stream_k or groups_per_tile > 1 or sums):
+        if consumers == 4 and (groups_per_tile > 1 or sums):
             continue  # 112 registers a thread are too few
         if consumers == 4 and not by_stages and split_k > 1:
             continue  # never the fastest

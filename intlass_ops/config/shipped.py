@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .choice import Config, of_int4, pick
+from .choice import Config, in_lane_order, of_int4, pick
 from .epilogue import with_epilogue
 from .fp4 import FP4_X, DecodeFp4, pick_fp4
 from .hopper import Hopper, TokenSums, why_not_hopper
@@ -47,7 +47,10 @@ def _shipped_hopper(
                     group_size=group_size,
                 )
                 if why_not_hopper(h200, shape) is None:
-                    yield pick_hopper(h200, shape), ("sm_90a",)
+                    picked = pick_hopper(h200, shape)
+                    yield picked, ("sm_90a",)
+                    if (x, group_size) == ("s8", 128):
+                        yield in_lane_order(picked, shape.k, aligned=True), ("sm_90a",)
                 # weights that take their scales, as 16-bit checkpoints mostly have them
                 own = {"bf16": "__nv_bfloat16", "fp16": "__half"}.get(x)
                 if own and group_size == 128:
@@ -236,8 +239,11 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
             if picked is not None:
                 yield picked, (arch,)
     for x in ("s4", "u4"):
-        for aligned in (True, False):
-            yield pick_widen(x, aligned), tuple(arch for arch in ARCHS if arch not in INT4_MMA)
+        for aligned, m in ((True, 16), (True, 4096), (False, 16)):
+            for arch in ARCHS:
+                if arch not in INT4_MMA:
+                    hopper = arch == "sm_90a" and aligned
+                    yield pick_widen(device_of(arch), x, aligned, m, 2048, hopper), (arch,)
     yield pick_store_rows("__nv_bfloat16"), ARCHS
     for turn, (scale_type, _) in enumerate(formats):
         yield DecodeFp4(scale_type, blocked=turn == 0), ARCHS

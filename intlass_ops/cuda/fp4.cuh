@@ -61,6 +61,12 @@ __device__ __forceinline__ u32 e4m3_factors(unsigned short codes) {
 #endif
 }
 
+// One factor: of the scale in one byte of a word
+__device__ __forceinline__ u32 e4m3_factor(u32 word, int byte) {
+  const u32 two = e4m3_factors(__byte_perm(word, 0, 0x4400 + byte * 0x11));
+  return __byte_perm(two, 0, 0x1010);
+}
+
 // A word of eight codes of one block: nibble j of each half word, as Int4Float16Pair orders them. Two
 // copies of a nibble by one product: the upper has the sign in place, the lower the rest.
 template <class Scale>

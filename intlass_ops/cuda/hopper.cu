@@ -11,9 +11,9 @@
 //     producer:   empty? -> TMA -> full          full/empty: one pair of mbarriers a stage
 //     consumer:   full?  -> fragments, wgmma -> empty
 //
-// Blocks are persistent: each takes tile after tile. What a last, partly filled round of tiles would
-// leave idle is shared out by k (`stream_k`): every block gets the same number of k tiles, and a
-// block that begins a tile which others go on with adds their sums, in order, to its own. Where
+// Blocks are persistent: each takes tile after tile. In the last round there may be fewer tiles than
+// blocks (`stream_k`): those without one help, they sum the last k tiles of the others' tiles, and
+// are done when the others have summed the rest and add what the helpers have left, in order. Where
 // there are few tiles at all, a cluster of blocks shares each (`split_k`).
 #include "hopper_out.cuh"
 
@@ -78,27 +78,48 @@ struct TileScales {
   Zero z[has_zeros ? tiles_n : 1][flushes][2];
 };
 
-// Where a thread's rows have their scales; groups come one after another.
+// Where a thread's rows have scales or zero points; groups come one after another.
+template <class T> struct GroupReader {
+  const char* rows[tiles_n][2];
+  i64 near, far;  // bytes to those of the next tile of K, and if it is one group further on
+
+  __device__ __forceinline__ void start(const void* values, i64 row_stride, i64 group_stride,
+                                        i64 row0, i64 last_row, int group, int whole) {
+    const i64 group_bytes = group_stride * i64(sizeof(T));
+    near = whole * group_bytes, far = near + flushes * group_bytes;
+    if constexpr (flushes == 1) pin(near), pin(far);  // else there are no registers for them
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        rows[i][h] = static_cast<const char*>(values) + group * group_bytes +
+                     min(row0 + i * 64 + h * 8, last_row) * row_stride * i64(sizeof(T));
+  }
+  __device__ __forceinline__ T read(int i, int h, i64 ahead) const {
+    return reinterpret_cast<const T*>(rows[i][h])[ahead];
+  }
+  __device__ __forceinline__ void move(i64 bytes) {
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i) rows[i][0] += bytes, rows[i][1] += bytes;
+  }
+};
 struct ScaleReader {
-  const Scale* scales[tiles_n][2];
-  const Zero* zeros[has_zeros ? tiles_n : 1][2];
-  int tiles_per_group, tiles_left;
+  GroupReader<Scale> scales;
+  GroupReader<Zero> zeros;
+  // Of K: tiles of a group, those left of this one, and those between a consumer's beyond whole groups
+  int tiles_per_group, tiles_left, tiles_beyond;
 
   __device__ __forceinline__ ScaleReader(const Params& p, i64 row0, int lane, int kt) {
     // whole groups per tile or whole tiles per group: config.why_not_hopper
     tiles_per_group = flushes > 1 ? 1 : int((min(p.group_size, p.k) + block_k - 1) / block_k);
     tiles_left = tiles_per_group - kt % tiles_per_group;
+    tiles_beyond = (stride - 1) % tiles_per_group + 1;
     const int group = kt / tiles_per_group * flushes;
-#pragma unroll
-    for (int i = 0; i < tiles_n; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const i64 row = min(row0 + lane / 4 + i * 64 + h * 8, p.n - 1);
-        scales[i][h] =
-            static_cast<const Scale*>(p.scales) + row * p.scale_row + group * p.scale_group;
-        if constexpr (has_zeros)
-          zeros[i][h] = static_cast<const Zero*>(p.zeros) + row * p.zero_row + group * p.zero_group;
-      }
+    const int whole = (stride - 1) / tiles_per_group * flushes;
+    row0 += lane / 4;
+    scales.start(p.scales, p.scale_row, p.scale_group, row0, p.n - 1, group, whole);
+    if constexpr (has_zeros)
+      zeros.start(p.zeros, p.zero_row, p.zero_group, row0, p.n - 1, group, whole);
   }
   // The groups of the tile of K that the reader is at
   __device__ __forceinline__ void read(const Params& p, TileScales& to, int groups_left) const {
@@ -110,23 +131,19 @@ struct ScaleReader {
         for (int f = 0; f < flushes; ++f) {
           // past the last group the sums are zero, and must meet a number
           const int group = min(f, groups_left - 1);
-          to.s[i][f][h] = scales[i][h][group * p.scale_group];
-          if constexpr (has_zeros) to.z[i][f][h] = zeros[i][h][group * p.zero_group];
+          to.s[i][f][h] = scales.read(i, h, group * p.scale_group);
+          if constexpr (has_zeros) to.z[i][f][h] = zeros.read(i, h, group * p.zero_group);
         }
   }
   // To the consumer's next tile of K
-  __device__ __forceinline__ void advance(const Params& p) {
-    int step = 0;
-#pragma unroll
-    for (int t = 0; t < stride; ++t)
-      if (--tiles_left == 0) tiles_left = tiles_per_group, step += flushes;
-#pragma unroll
-    for (int i = 0; i < tiles_n; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        scales[i][h] += step * p.scale_group;
-        if constexpr (has_zeros) zeros[i][h] += step * p.zero_group;
-      }
+  __device__ __forceinline__ void advance() {
+    tiles_left -= stride > 1 ? tiles_beyond : 1;
+    const bool ends = tiles_left <= 0;
+    if (ends) tiles_left += tiles_per_group;
+    if (ends || stride > 1) {  // else near is 0
+      scales.move(ends ? scales.far : scales.near);
+      if constexpr (has_zeros) zeros.move(ends ? zeros.far : zeros.near);
+    }
   }
 };
 
@@ -160,9 +177,8 @@ __device__ __forceinline__ void flush(float (&total)[values], const Acc (&acc)[v
 // very end of a stage, each thread for itself: racecheck sees no warp that is in step anyway.
 constexpr int arrivals_of_warp = needs_sums ? 32 : 1;
 static_assert(sharing == 1 || !needs_sums, "not both");
-__device__ __forceinline__ void release(u32 empty, bool filled = true) {
+__device__ __forceinline__ void release(u32 empty, int lane, bool filled = true) {
   __syncwarp();
-  const int lane = threadIdx.x % 32;
   if constexpr (sharing > 1) {  // every block of the cluster fills a part of the stage
     if (filled && lane < sharing) barrier_arrive_at(empty, lane);
   } else {
@@ -170,9 +186,47 @@ __device__ __forceinline__ void release(u32 empty, bool filled = true) {
   }
 }
 
+// What sum_fragments leaves in `acc`, for the 16 rows of a warp from row0 on and for scales of any size:
+// each weight rounded by itself, operands straight from global memory. Groups are whole steps of 16 k.
+template <class T>
+__device__ __forceinline__ void sum_again(const Params& p, const Segment& segment, i64 row0, int m0,
+                                          int lane, T (&acc)[values]) {
+#pragma unroll
+  for (int e = 0; e < values; ++e) acc[e] = 0;
+  const int quad = lane / 4, first_k = lane % 4 * 2;
+#pragma unroll 1
+  for (int kt = segment.begin; kt < segment.end; kt += stride)
+#pragma unroll 1
+    for (int k = kt * block_k; k < min((kt + 1) * block_k, int(p.k)); k += 16) {
+      u32 a[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const i64 row = min(row0 + quad + r % 2 * 8, p.n - 1);
+        const int codes = p.w[row * p.w_stride + (k + first_k + r / 2 * 8) / 2];
+        const float scale = as_float(static_cast<const Scale*>(
+            p.scales)[row * p.scale_row + k / int(p.group_size) * p.scale_group]);
+        a[r] = halves<X>(float(codes << 28 >> 28) * scale, float(codes << 24 >> 28) * scale);
+      }
+      int token = m0 + quad;
+      pin(token);  // else ptxas keeps an address a token, for which there are no registers
+#pragma unroll
+      for (int e = 0; e < values; e += 4) {
+        const i64 m = min(i64(token + e * 2), p.m - 1);
+        const u32* x = reinterpret_cast<const u32*>(p.x + m * p.x_stride + (k + first_k) * 2);
+        float d[4] = {float(acc[e]), float(acc[e + 1]), float(acc[e + 2]), float(acc[e + 3])};
+        mma_16816(d, a, {x[0], x[4]}, X{});
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[e + i] = T(d[i]);
+      }
+    }
+#pragma unroll
+  for (int e = 0; e < values; ++e) acc[e] *= 1 / weight_unit;
+}
+
 // Sum a segment's k tiles, both operands from shared memory
 __device__ __forceinline__ void sum_tiles(Ring& ring, const Segment& segment, int wg, int wg_row0,
                                           Sums& sum) {
+  const int lane = threadIdx.x % 32;
   u32 previous = 0;  // the stage before this one, which wgmma may still be reading
 #pragma unroll 1
   for (int kt = segment.begin; kt < segment.end; ++kt) {
@@ -190,27 +244,29 @@ __device__ __forceinline__ void sum_tiles(Ring& ring, const Segment& segment, in
               x + (s / 4 * x_column_bytes + s % 4 * 32) / 16, true);
     wgmma_commit();
     wgmma_wait<1>();
-    if (kt > segment.begin) release(previous);
+    if (kt > segment.begin) release(previous, lane);
     previous = ring.empty();
     ring.advance();
   }
   wgmma_wait<0>();
-  if (segment.end > segment.begin) release(previous);
+  if (segment.end > segment.begin) release(previous, lane);
 }
 
 // The same with fragments of W: into `sum` if there is one scale a row, else into `total`. While wgmma
 // works on a turn's fragments those of the next are made and the words of the one after it are
 // read, also across tiles of K and before an accumulator is emptied.
 __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const Segment& segment,
-                                              i64 row0, int wg_row0, int lane, int warp, Sums& sum,
-                                              Totals& total) {
+                                              int m0, i64 row0, int wg_row0, int lane, int warp,
+                                              Sums& sum, Totals& total) {
   if (segment.begin >= segment.end) return;
+  if constexpr (flushes == 1) pin(lane);
   const Lane own(wg_row0, lane, warp);
   ScaleReader reader(p, row0, lane, segment.begin);
   TileScales scales, next;
   BlockReader block_reader(p, row0, lane);
   BlockScales blocks, next_blocks;
   bool no_number[tiles_n][2] = {};
+  u32 lost = 0;
   const int groups = int((p.k - 1) / p.group_size) + 1;
   auto groups_left = [&](int kt) { return flushes > 1 ? groups - kt * flushes : 1; };
   constexpr bool in_groups = grouping != channel && !fp4;
@@ -230,7 +286,7 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
     for (int h = 0; h < 2; ++h) {
       const int f = c / chunks_per_flush;
       if constexpr (fp4)
-        blocks.factors(rows[i], i, h, c);
+        blocks.factors(rows[i], i, h, c, lane % 4);
       else if constexpr (scaled)
         rows[i][0][h] = RowScale(scales.s[i][f][h], scales.z[has_zeros ? i : 0][f][h]);
     }
@@ -240,6 +296,11 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
     if constexpr (!fp4 && flushes == 1)
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i) scale_rows(i, 0);
+    if constexpr (one_fma)
+#pragma unroll
+      for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+        for (int f = 0; f < flushes; ++f) lost |= lost_by_one_fma(scales.s[i][f]);
   };
   auto make_fragments = [&](int t) {
     const int c = chunk_of(t), i = tile_of(t);
@@ -249,11 +310,12 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
   auto load = [&](const char* tile, int t) {
     raw[t % ahead] = own.load(tile, tile_of(t), chunk_of(t));
   };
-  auto tile_at = [&] {
-    return static_cast<const char*>(__cvta_shared_to_generic(ring.data() + x_bytes));
-  };
+  // The addresses of the ring's stage move along with it: fewer instructions than making them anew
+  u32 data = ring.data(), full = ring.full();
+  u64 x_tile = tile_descriptor(data);
+  auto tile_at = [&] { return static_cast<const char*>(__cvta_shared_to_generic(data + x_bytes)); };
 
-  barrier_wait(ring.full(), ring.phase);
+  barrier_wait(full, ring.phase);
   const char* tile = tile_at();
 #pragma unroll
   for (int t = 0; t < ahead; ++t) load(tile, t);
@@ -265,7 +327,7 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
   for (int kt = segment.begin; kt < segment.end; kt += stride) {
     const int next_kt = kt + stride < segment.end ? kt + stride : kt;  // the last one is made twice
     if constexpr (in_groups) {
-      if (next_kt > kt) reader.advance(p);
+      if (next_kt > kt) reader.advance();
       reader.read(p, next, groups_left(next_kt));
     }
     if constexpr (fp4) {
@@ -275,10 +337,11 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
 #pragma unroll
         for (int h = 0; h < 2; ++h) no_number[i][h] |= blocks.no_number(i, h);
     }
-    const u32 x = ring.data(), empty = ring.empty();
-    const u64 x_tile = tile_descriptor(x);
-    auto x_step = [&](int s) { return x_tile + (s / 4 * x_column_bytes + s % 4 * 32) / 16; };
-    if (next_kt > kt) ring.advance(stride);
+    const u32 x = data, empty = full + num_stages * 8;
+    auto x_step = [x_tile](int s) { return x_tile + (s / 4 * x_column_bytes + s % 4 * 32) / 16; };
+    const int step = next_kt == kt ? 0 : ring.step(stride);
+    ring.move(step);
+    data += step * stage_bytes, full += step * 8, x_tile += i64(step * (stage_bytes / 16));
 #pragma unroll
     for (int t = 0; t < turns; ++t) {
       const int c = chunk_of(t), i = tile_of(t), f = c / chunks_per_flush;
@@ -290,9 +353,9 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
               direct || c % chunks_per_flush != 0 || s != 0);
       wgmma_commit();
       wgmma_wait<1>();
-      if (direct && t == 0) release(previous, kt > segment.begin);
+      if (direct && t == 0) release(previous, lane, kt > segment.begin);
       if (t + 1 + ahead == turns) {
-        barrier_wait(ring.full(), ring.phase);
+        barrier_wait(full, ring.phase);
         tile = tile_at();
       }
       [[maybe_unused]] const TileScales flushed = scales;
@@ -310,13 +373,20 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
     if constexpr (direct)
       previous = empty;
     else
-      release(empty);
+      release(empty, lane);
   }
   ring.advance(stride);
   if constexpr (direct) {
     wgmma_wait<0>();
-    release(previous);
+    release(previous, lane);
   }
+  if constexpr (one_fma)
+    if (__any_sync(~0u, (lost & 0x7fff7fff) != 0))
+#pragma unroll
+      for (int i = 0; i < tiles_n; ++i) {
+        pin_all(sum.acc[i]);
+        sum_again(p, segment, row0 + i * 64, m0, lane, sum.acc[i]);
+      }
   if constexpr (fp4)
 #pragma unroll
     for (int i = 0; i < acc_tiles; ++i)
@@ -398,7 +468,7 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
                                                      threadIdx.x % 128);
     if constexpr (in_turns) await_turn(wg);
     if constexpr (from_registers)
-      sum_fragments(p, ring, s, n0 + wg_row0 + warp * 16, wg_row0, lane, warp, sum, total);
+      sum_fragments(p, ring, s, m0, n0 + wg_row0 + warp * 16, wg_row0, lane, warp, sum, total);
     else
       sum_tiles(ring, s, wg, wg_row0, sum);
 #pragma unroll
@@ -413,7 +483,7 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
     }
     if constexpr (Config::stream_k) {
       if (s.begin > 0) {
-        leave(p, wg, result);
+        leave(p, shares, s.tile, result);
         continue;
       }
       if (s.end < shares.k_tiles) add_others(p, shares, s.tile, wg, result);

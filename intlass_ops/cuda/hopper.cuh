@@ -40,10 +40,14 @@ template <int stages, int stage_bytes> struct StageRing {
   __device__ __forceinline__ u32 full() const { return barriers + stage * 8; }
   __device__ __forceinline__ u32 empty() const { return barriers + (stages + stage) * 8; }
   __device__ __forceinline__ u32 data() const { return base + stage * stage_bytes; }
-  __device__ __forceinline__ void advance(int count = 1) {  // at most all of them
-    stage += count;
-    if (stage >= stages) stage -= stages, phase ^= 1;
+  __device__ __forceinline__ void advance(int count = 1) {
+    move(step(count));
+  }  // at most all of them
+  // The same in two: how far the stage moves, back to the start if less than 0
+  __device__ __forceinline__ int step(int count) const {
+    return stage >= stages - count ? count - stages : count;
   }
+  __device__ __forceinline__ void move(int step) { stage += step, phase ^= step < 0; }
   __device__ __forceinline__ void skip(int count) {
     stage += count;
     phase ^= stage / stages & 1, stage %= stages;
@@ -122,8 +126,8 @@ __device__ __forceinline__ void store_remote(u32 smem, int rank, const uint4& v)
 }
 
 // ---- memory -------------------------------------------------------------------------------------
-__device__ __forceinline__ void store_release(int* to, int v) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+__device__ __forceinline__ void add_release(int* to, int v) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
 }
 __device__ __forceinline__ int load_acquire(const int* from) {
   int v;
@@ -170,6 +174,9 @@ template <int pending> __device__ __forceinline__ void wgmma_wait() {
 // Registers an asynchronous wgmma writes or reads: no access may move across this point.
 __device__ __forceinline__ void pin(float& v) { asm volatile("" : "+f"(v)::"memory"); }
 __device__ __forceinline__ void pin(int& v) { asm volatile("" : "+r"(v)::"memory"); }
+// Numbers that ptxas must not make anew where they are used
+__device__ __forceinline__ void pin(u32& v) { asm volatile("" : "+r"(v)); }
+__device__ __forceinline__ void pin(i64& v) { asm volatile("" : "+l"(v)); }
 
 // A tile of 128-byte rows with TMA's 128-byte swizzle, rows along n or m, read along k. Eight rows
 // are 1024 bytes apart; a step along k adds its bytes to the start.

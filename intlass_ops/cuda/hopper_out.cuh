@@ -34,7 +34,7 @@ struct RowVectors {
       for (int h = 0; h < 2; ++h) {
         const i64 n = min(row0 + i * 64 + warp * 16 + h * 8 + lane / 4, p.n - 1);
         bias[i][h] = bias_of(p, n);
-        scale[i][h] = grouping == channel ? scale_of(p, n, 0) * code_unit : 1.f;
+        scale[i][h] = grouping == channel ? scale_of(p, n, 0) * code_unit : weight_unit;
       }
 #pragma unroll
     for (int t = 0; t < factors_of_thread; ++t) {
@@ -268,8 +268,9 @@ __device__ __forceinline__ void finish_tile(const Params& p, char* smem, int wg,
   }
 }
 
-// stream_k: every block of a shared tile but the first leaves what it has summed, a thread's values
-// `others` apart.
+// stream_k: a helper leaves what it has summed of a tile, a thread's values `others` apart. The pieces
+// lie in the order of their tiles and helpers, of which each piece has at least one new one. Whatever
+// a warp's threads do not all do costs the main loop its uniform registers: hence an arrival each.
 constexpr int others = team * 128;
 __device__ __forceinline__ int thread_of_team() { return (threadIdx.x - 128) % others; }
 __device__ __forceinline__ void team_sync(int wg) {
@@ -278,36 +279,34 @@ __device__ __forceinline__ void team_sync(int wg) {
   else
     consumers_sync<others>();
 }
+template <int tiles> __device__ __forceinline__ uint4* sums_of_piece(const Params& p, int piece) {
+  return reinterpret_cast<uint4*>(p.workspace) + i64(piece) * (tiles * values / 4 * others) +
+         thread_of_team();
+}
 
 template <class T, int tiles>
-__device__ __forceinline__ void leave(const Params& p, int wg, const T (&v)[tiles][values]) {
-  uint4* slot = reinterpret_cast<uint4*>(p.workspace) +
-                i64(place()) * (tiles * values / 4 * others) + thread_of_team();
+__device__ __forceinline__ void leave(const Params& p, const Shares& shares, int tile,
+                                      const T (&v)[tiles][values]) {
+  const int piece = int(blockIdx.x) + tile - shares.whole;
+  uint4* slot = sums_of_piece<tiles>(p, piece);
 #pragma unroll
   for (int i = 0; i < tiles; ++i)
 #pragma unroll
     for (int e = 0; e < values; e += 4)
       __stcg(slot + (i * values + e) / 4 * others, reinterpret_cast<const uint4&>(v[i][e]));
-  __threadfence();
-  team_sync(wg);
-  if (thread_of_team() == 0) store_release(p.arrivals + place(), 1);
+  add_release(p.arrivals + piece, 1);
 }
 
-// Its first block adds them, in the order of k.
+// The tile's own block adds them, in the order of k.
 template <class T, int tiles>
 __device__ __forceinline__ void add_others(const Params& p, const Shares& shares, int tile, int wg,
                                            T (&v)[tiles][values]) {
-  const int end = (tile - shares.whole + 1) * shares.k_tiles;
+  const int of_tile = tile - shares.whole, begin = of_tile * shares.tail;
+  const int last = shares.helper_of(begin + shares.tail - 1) + of_tile;
 #pragma unroll 1
-  for (int block = place() + 1; shares.first_unit(block) < end; ++block) {
-    if (shares.first_unit(block + 1) == shares.first_unit(block)) continue;
-    if (thread_of_team() == 0) {
-      while (!load_acquire(p.arrivals + block)) {}
-      p.arrivals[block] = 0;  // for the next launch
-    }
-    team_sync(wg);
-    const uint4* slot = reinterpret_cast<const uint4*>(p.workspace) +
-                        i64(block) * (tiles * values / 4 * others) + thread_of_team();
+  for (int piece = shares.helper_of(begin) + of_tile; piece <= last; ++piece) {
+    while (!__all_sync(~0u, load_acquire(p.arrivals + piece) == others)) {}
+    const uint4* slot = sums_of_piece<tiles>(p, piece);
 #pragma unroll
     for (int i = 0; i < tiles; ++i)
 #pragma unroll
@@ -317,5 +316,7 @@ __device__ __forceinline__ void add_others(const Params& p, const Shares& shares
 #pragma unroll
         for (int k = 0; k < 4; ++k) v[i][e + k] += t[k];
       }
+    team_sync(wg);
+    if (thread_of_team() == 0) p.arrivals[piece] = 0;  // for the next launch
   }
 }

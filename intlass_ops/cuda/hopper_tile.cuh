@@ -78,11 +78,18 @@ struct Segment { int tile, begin, end; };  // k tiles [begin, end) of a tile
 // How the tiles are shared out: config.Hopper.shares
 struct Shares {
   int of_m, of_n, k_tiles;
-  int whole;        // tiles that are shared out whole
-  int each, extra;  // k tiles of the others for every block; the first `extra` get one more
+  int whole;        // tiles that are computed whole, round by round
+  int helpers;      // blocks, the first ones, without a tile in the last round
+  int tail;         // k tiles, the last ones, that they take of each tile of that round
+  int each, extra;  // k tiles of a helper; the first `extra` get one more
 
-  __device__ __forceinline__ int first_unit(int block) const {
-    return block * each + min(block, extra);
+  // The helpers' k tiles, tail after tail
+  __device__ __forceinline__ int first_unit(int helper) const {
+    return helper * each + min(helper, extra);
+  }
+  __device__ __forceinline__ int helper_of(int unit) const {
+    const int of_more = extra * (each + 1);
+    return unit < of_more ? unit / (each + 1) : extra + (unit - of_more) / each;
   }
   __device__ __forceinline__ void locate(int tile, int& m0, int& n0) const {
     constexpr int raster = Config::raster;
@@ -93,33 +100,35 @@ struct Shares {
   }
 };
 
-// A block's place in the order of k of the shared tiles. The order of launch is the other way round: a
-// block waits only for such as were launched before it, so all get on, however few run at a time.
-__device__ __forceinline__ int place() { return gridDim.x - 1 - blockIdx.x; }
-
 // What a block does, one segment after another
 struct Schedule {
-  int tile = blockIdx.x / sharing;  // the next one to take whole
-  int done = 0;                     // k tiles of the shared ones
+  int at = blockIdx.x / sharing;  // the next tile; then what is done of the last round
 
   __device__ __forceinline__ bool next(const Shares& shares, Segment& s) {
     if constexpr (split_k > 1) {  // a cluster has one tile, each of its blocks a stripe of K
       const int each = (shares.k_tiles + split_k - 1) / split_k, rank = blockIdx.x % split_k;
       s = {int(blockIdx.x) / split_k, min(rank * each, shares.k_tiles),
            min((rank + 1) * each, shares.k_tiles)};
-      return done++ == 0;
+      return at++ == int(blockIdx.x);
     }
-    if (tile < shares.whole) {
-      s = {tile, 0, shares.k_tiles};
-      tile += gridDim.x / sharing;
+    if (at < shares.whole) {
+      s = {at, 0, shares.k_tiles};
+      at += gridDim.x / sharing;
       return true;
     }
-    if constexpr (!Config::stream_k) return false;
-    const int unit = shares.first_unit(place()) + done;
-    const int left = shares.first_unit(place() + 1) - unit;
-    s.tile = shares.whole + unit / shares.k_tiles, s.begin = unit % shares.k_tiles;
+    if (!Config::stream_k || shares.tail == 0) return false;
+    const int block = blockIdx.x, done = at - shares.whole - block;
+    if (block >= shares.helpers) {  // launched after all that it waits for
+      s = {shares.whole + block - shares.helpers, 0, shares.k_tiles - shares.tail};
+      return at++, done == 0;
+    }
+    const int unit = shares.first_unit(block) + done;
+    const int left = shares.first_unit(block + 1) - unit;
+    if (left <= 0) return false;
+    s.tile = shares.whole + unit / shares.tail;
+    s.begin = shares.k_tiles - shares.tail + unit % shares.tail;
     s.end = min(shares.k_tiles, s.begin + left);
-    done += s.end - s.begin;
-    return left > 0;
+    at += s.end - s.begin;
+    return true;
   }
 };

@@ -7,11 +7,21 @@
 #include "hopper_tile.cuh"
 
 constexpr bool fp4 = same<W, e2m1>::value;
-constexpr int row_scales = fp4 && block_size<Scale> == 16 ? 2 : 1;  // of a row in a chunk
+// X was INT4 or FP4, and the kernel that made it wider (widen.cu, decode_fp4.cu) changed the order of each
+// 32 k: what wgmma wants from a lane then lies in one word of W, as nibbles to mask out.
+constexpr bool lane_order = Config::lane_order;
+static_assert(!lane_order || W::bits == 4, "the order in which a word holds eight codes");
+constexpr int row_scales = fp4 && block_size<Scale> == 16 && !lane_order ? 2 : 1;  // in a chunk
 // What sums are too small by: FP4's scales, and what its activations were divided by
 constexpr float sum_unit = (fp4 ? block_unit<Scale> : 1.f) * Config::x_unit;
 // What a product of codes stands for, beside P::unit
 constexpr float code_unit = W::bits == 4 ? Nibbles<X>::unit : 1.f;
+// Signed codes in groups under bf16: a code as it lies, a subnormal's bits of code * 2^-133, times the
+// scale, less 8 scales, is (code - 8) * scale in one FMA, which rounds as dequantising does. The sums are
+// too small by `weight_unit`. It takes scales below 2^7 that keep all bits below 2^-12; the rows of a
+// warp that has others are summed again, slowly.
+constexpr bool one_fma = scaled && !has_zeros && same<X, bf16>::value && same<W, s4>::value;
+constexpr float weight_unit = one_fma ? 4096.f : 1.f;
 
 // How a lane finds its pieces of k in a word of W: four neighbours, or two
 template <class X, class W> struct Pieces {
@@ -25,9 +35,11 @@ template <class X, class W> struct Pieces {
                : whole_chunk  ? b | b << 8
                : W::bits == 4 ? (b + 4) | b << 4 | (b + 5) << 8 | (b + 1) << 12
                               : b | (b + 1) << 8;
+    if constexpr (!lane_order) pin(selector);  // else ptxas makes it anew in each tile of K
   }
-  // One register of wgmma's A. `offset`: minus what is to be a code of zero, of INT4 as 16-bit floats
-  __device__ __forceinline__ u32 fragment(u32 w, u32 offset) const {
+  // One register of wgmma's A. `offset`: minus what is to be a code of zero, of INT4 as 16-bit floats,
+  // times `scale` if one FMA does both
+  __device__ __forceinline__ u32 fragment(u32 w, u32 offset, u32 scale) const {
     if constexpr (fp4) {  // each code twice, at the top of a byte: sign and the rest come together
       const u32 twice = __byte_perm(w << 4, w, selector);
       return and_or(twice, 0x80008000, twice << 2 & 0x01c001c0);
@@ -39,7 +51,8 @@ template <class X, class W> struct Pieces {
     } else {
       using C = Nibbles<X>;
       constexpr u32 flip = C::magic ^ (same<W, s4>::value ? 0x00800008u : 0u);
-      return fma2<X>(and_xor(__byte_perm(w, w, selector), 0x00f0000f, flip), factors, offset);
+      return fma2<X>(and_xor(__byte_perm(w, w, selector), 0x00f0000f, flip),
+                     one_fma ? scale : factors, offset);
     }
   }
 };
@@ -52,6 +65,11 @@ struct RowScale {
   __device__ __forceinline__ RowScale() {}
   __device__ __forceinline__ RowScale(Scale s, Zero z) {
     scale = __byte_perm(reinterpret_cast<const unsigned short&>(s), 0, 0x1010);
+    if constexpr (one_fma) {
+      offset = mul2<X>(scale, 0xbb00bb00);  // -8 / weight_unit
+      scale = mul2<X>(scale, 0x7a007c00);   // 2^133 / weight_unit, for the nibble above 2^129
+      return;
+    }
     if constexpr (code_unit != 1.f) scale = mul2<X>(scale, halves<X>(code_unit, code_unit));
     if constexpr (has_zeros)
       offset = halves<X>(Nibbles<X>::bottom(as_float(z)), Nibbles<X>::above(as_float(z)));
@@ -61,9 +79,17 @@ struct RowScale {
     if constexpr (fp4)
       return scaled_codes<Scale>(codes, Factor{scale, true});
     else
-      return scaled ? mul2<X>(codes, scale) : codes;
+      return scaled && !one_fma ? mul2<X>(codes, scale) : codes;
   }
 };
+// Not zero, but for the signs, where one FMA is not exact for a thread's two rows: what a scale loses when
+// it becomes as large and then as small as the FMA needs it. NaN if there is nothing left.
+__device__ __forceinline__ u32 lost_by_one_fma(const Scale (&s)[2]) {
+  const u32 both = __byte_perm(reinterpret_cast<const unsigned short&>(s[0]),
+                               reinterpret_cast<const unsigned short&>(s[1]), 0x5410);
+  const u32 smallest = mul2<X>(mul2<X>(both, 0x7c007c00), 0x00010001);  // 2^121, 2^-133
+  return fma2<X>(smallest, 0xc580c580, both);                           // -weight_unit
+}
 
 // FP4: where a thread's rows have their scales, and those of a tile of K, as stored: four to a word.
 constexpr int block_words = block_k / block_size<Scale> / 4;
@@ -71,10 +97,12 @@ struct BlockScales {
   u32 words[tiles_n][2][block_words];
 
   // The factors of a row in a chunk
-  __device__ __forceinline__ void factors(RowScale (&rows)[row_scales][2], int i, int h,
-                                          int chunk) const {
-    if constexpr (row_scales == 1) {
+  __device__ __forceinline__ void factors(RowScale (&rows)[row_scales][2], int i, int h, int chunk,
+                                          int quarter) const {
+    if constexpr (block_size<Scale> == 32) {
       rows[0][h] = RowScale(e8m0_factor(words[i][h][0], chunk));
+    } else if constexpr (lane_order) {
+      rows[0][h] = RowScale(e4m3_factor(words[i][h][chunk / 2], chunk % 2 * 2 + quarter / 2));
     } else {
       const u32 two = e4m3_factors(words[i][h][chunk / 2] >> chunk % 2 * 16);
 #pragma unroll
@@ -115,7 +143,8 @@ struct BlockReader {
 };
 
 // One chunk of a lane's two rows, as stored, and the lane's place in a tile of W
-struct Chunk { u32 lo[2 * chunk_steps], hi[2 * chunk_steps]; };
+constexpr int chunk_words = lane_order ? 1 : 2 * chunk_steps;
+struct Chunk { u32 lo[chunk_words], hi[chunk_words]; };
 
 struct Lane {
   int row, quarter, swizzle;
@@ -123,7 +152,7 @@ struct Lane {
 
   __device__ __forceinline__ Lane(int first_row, int lane, int warp)
       : row(first_row + warp * 16 + lane / 4), quarter(lane % 4), pieces(lane % 4) {
-    swizzle = w_row_bytes == 64 ? row / 2 % 4 : row % 8;
+    swizzle = w_row_bytes == 64 ? lane / 8 : lane / 4;
   }
   __device__ __forceinline__ Chunk load(const char* tile, int i, int chunk) const {
     Chunk c;
@@ -132,23 +161,43 @@ struct Lane {
     load_row(c.hi, at + 8 * w_row_bytes);
     return c;
   }
-  __device__ __forceinline__ void load_row(u32 (&v)[2 * chunk_steps], const char* at) const {
-    if constexpr (Pieces<X, W>::whole_chunk) {
+  __device__ __forceinline__ void load_row(u32 (&v)[chunk_words], const char* at) const {
+    if constexpr (lane_order) {
+      v[0] = *reinterpret_cast<const u32*>(at + quarter * 4);
+    } else if constexpr (Pieces<X, W>::whole_chunk) {
       load_shared(v, at);
     } else {
       v[0] = *reinterpret_cast<const u32*>(at + quarter / 2 * 4);
       v[1] = *reinterpret_cast<const u32*>(at + quarter / 2 * 4 + 8);
     }
   }
+  // In lane_order, a row's: of INT8, even nibbles before odd ones; of 16 bits, nibble i with i + 4
+  __device__ __forceinline__ void fragments_of_word(u32 (&f)[2], u32 w, const RowScale&) const {
+    constexpr u32 flip = same<W, u4>::value ? 0x80808080 : 0;
+    f[0] = xor_and(w << 4, flip, 0xf0f0f0f0), f[1] = xor_and(w, flip, 0xf0f0f0f0);
+  }
+  __device__ __forceinline__ void fragments_of_word(u32 (&f)[4], u32 w, const RowScale& row) const {
+    eight_codes<Scale>(w, Factor{row.scale, true}, f);
+  }
   __device__ __forceinline__ void fragments(u32 (&a)[chunk_steps][4], const Chunk& c,
                                             const RowScale (&rows)[row_scales][2]) const {
+    if constexpr (lane_order) {
 #pragma unroll
-    for (int t = 0; t < chunk_steps; ++t)
+      for (int h = 0; h < 2; ++h) {
+        u32 f[2 * chunk_steps];
+        fragments_of_word(f, h ? c.hi[0] : c.lo[0], rows[0][h]);
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const RowScale& row = rows[t * row_scales / chunk_steps][r % 2];
-        a[t][r] = row.times(
-            pieces.fragment(r % 2 ? c.hi[2 * t + r / 2] : c.lo[2 * t + r / 2], row.offset));
+        for (int i = 0; i < 2 * chunk_steps; ++i) a[i / 2][i % 2 * 2 + h] = f[i];
       }
+    } else {
+#pragma unroll
+      for (int t = 0; t < chunk_steps; ++t)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const RowScale& row = rows[t * row_scales / chunk_steps][r % 2];
+          const u32 w = r % 2 ? c.hi[2 * t + r / 2] : c.lo[2 * t + r / 2];
+          a[t][r] = row.times(pieces.fragment(w, row.offset, row.scale));
+        }
+    }
   }
 };

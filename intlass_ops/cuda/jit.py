@@ -162,12 +162,14 @@ def warmup(
 ) -> WarmedUp:
     """Compile ``configs`` in parallel and load them on ``device`` (the current one by default).
 
+    They are configurations as `intlass_ops.config` makes and picks them; the command `intlass
+    warmup` compiles `config.shipped_configs()`, and the first call of a model compiles its own.
     With ``arch`` ("sm_90a") in place of a device they are only compiled, which needs no GPU. Shows
     a progress bar on a terminal if `rich` is installed. Returns how many NVRTC compiled, and how
     many it had compiled before.
 
     >>> from intlass_ops import config
-    >>> picked = config.pick_widen('s4', aligned=True)
+    >>> picked = config.pick_widen(config.device_of('sm_120'), 's4', True, 16, 2048, False)
     >>> warmup([picked], arch='sm_80').compiled in (0, 1)  # 0: it was in the cache
     True
     """

@@ -188,8 +188,10 @@ def make(
     c = config.with_epilogue(c, p.activation, residual is not None)
     prepare: Callable[..., Operands] | None = _operands if copies else None
     if widens:
-        prepare = functools.partial(_widened, p.x_kind, p.k)
-        x = widen(x, p.x_kind, p.k)
+        c = config.in_lane_order(c, p.k, aligned(x))
+        lane_order = isinstance(c, config.Hopper) and c.lane_order
+        prepare = functools.partial(_widened, p.x_kind, p.k, lane_order)
+        x = widen(x, p.x_kind, p.k, lane_order)
     rest = (
         p.group_size,
         *_row_and_group_strides(scales),
@@ -272,10 +274,10 @@ def _operands(
     )
 
 
-def _widened(x_kind: str, k: int, *operands: Any) -> Operands:
+def _widened(x_kind: str, k: int, lane_order: bool, *operands: Any) -> Operands:
     """As the kernels of GPUs without INT4 tensor cores read them."""
     a, w, zeros, a_scale, a_zero, bias, residual = _operands(*operands)
-    return widen(a, x_kind, k), w, zeros, a_scale, a_zero, bias, residual
+    return widen(a, x_kind, k, lane_order), w, zeros, a_scale, a_zero, bias, residual
 
 
 def _rows(a: Tensor) -> Tensor:

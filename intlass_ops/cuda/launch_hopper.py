@@ -16,7 +16,7 @@ from .plans import contiguous_strides, empty
 
 _SUMS_PARAMS = struct.Struct("=7q")
 _SUMS_WORDS = 2  # pointers, which come first
-_SHARES = struct.Struct("=6i")
+_SHARES = struct.Struct("=8i")
 _TAIL_BYTES = 2 * tensor_map.NUM_BYTES + 16
 
 

@@ -1,5 +1,6 @@
 // INT4 activations as INT8, for GPUs whose tensor cores take no INT4: codes[m, k] of packed [M, K/2], rows
-// of the result a multiple of 16 bytes. A thread writes the codes of `vector` bytes.
+// of the result a multiple of 16 bytes. A block has a row or a part of one, a thread the codes of `vector`
+// bytes.
 #include "memory.cuh"
 
 constexpr int vector = Config::vector, threads = Config::threads;
@@ -8,7 +9,7 @@ static_assert(vector == 16 || vector == 1, "rows that are whole vectors, or byte
 struct Params {
   const char* packed;
   char* codes;
-  i64 m, row_bytes, packed_stride, codes_stride;  // bytes
+  i64 row_vectors, packed_stride, codes_stride;  // bytes from row to row
 };
 
 // The low nibbles of a word's bytes, as bytes
@@ -17,14 +18,7 @@ __device__ __forceinline__ u32 low_codes(u32 v) {
   return Config::is_signed ? v | (v & 0x08080808) * 0x1e : v;  // 8 * 0x1e is 0xf0
 }
 
-extern "C" __global__ void __launch_bounds__(threads) widen(const __grid_constant__ Params p) {
-  wait_for_predecessors();
-  launch_dependents();
-  const i64 vectors = p.row_bytes / vector, at = i64(blockIdx.x) * threads + threadIdx.x;
-  if (at >= p.m * vectors) return;
-  const i64 row = at / vectors, i = (at - row * vectors) * vector;
-  const char* from = p.packed + row * p.packed_stride + i;
-  char* to = p.codes + row * p.codes_stride + 2 * i;
+__device__ __forceinline__ void widen_vector(const char* from, char* to) {
   if constexpr (vector == 16) {
     const uint4 q = *reinterpret_cast<const uint4*>(from);
     const u32 w[4] = {q.x, q.y, q.z, q.w};
@@ -32,11 +26,24 @@ extern "C" __global__ void __launch_bounds__(threads) widen(const __grid_constan
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const u32 even = low_codes(w[j]), odd = low_codes(w[j] >> 4);
-      v[2 * j] = __byte_perm(even, odd, 0x5140), v[2 * j + 1] = __byte_perm(even, odd, 0x7362);
+      if constexpr (Config::lane_order)
+        v[j] = even, v[4 + j] = odd;
+      else
+        v[2 * j] = __byte_perm(even, odd, 0x5140), v[2 * j + 1] = __byte_perm(even, odd, 0x7362);
     }
     store_global(to, v);
   } else {
     const u32 w = static_cast<unsigned char>(*from);
     to[0] = char(low_codes(w)), to[1] = char(low_codes(w >> 4));
   }
+}
+
+extern "C" __global__ void __launch_bounds__(threads) widen(const __grid_constant__ Params p) {
+  launch_dependents();
+  wait_for_predecessors();
+  const char* from = p.packed + blockIdx.x * p.packed_stride;
+  char* to = p.codes + blockIdx.x * p.codes_stride;
+#pragma unroll 1
+  for (i64 i = blockIdx.y * threads + threadIdx.x; i < p.row_vectors; i += gridDim.y * threads)
+    widen_vector(from + i * vector, to + i * (2 * vector));
 }

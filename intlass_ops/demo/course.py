@@ -81,13 +81,13 @@ def run(options: argparse.Namespace) -> int:
         prompt = _prompt(tokenizer, options.prompt)
         _check_fit(len(prompt), setting)
     except (IntlassError, OSError, RuntimeError, ValueError) as error:
-        show.problem(str(error))
+        show.problem(f"intlass demo: {error}")
         return 2
     try:
         with torch.inference_mode():
             return _course(options, show, setting, file, tokenizer, prompt)
     except IntlassError as error:
-        show.problem(f"\n{error}")
+        show.problem(f"\nintlass demo: {error}")
         return 2
 
 

@@ -38,26 +38,32 @@ def rotate_llama_(model: Any, *, seed: int = 0, rotate_heads: bool = True) -> No
     >>> rotate_llama_(model, seed=0)                                         # doctest: +SKIP
     >>> quantize_(model, Int4DynamicActivationInt4Weight(64))                # doctest: +SKIP
     """
-    body, head = model.model, model.lm_head
+    try:
+        body, head = model.model, model.lm_head
+        layers, embedding = body.layers, body.embed_tokens
+    except AttributeError as problem:
+        raise TypeError(
+            f"rotate_llama_: {type(model).__name__} has not the layers of a Llama: {problem}"
+        ) from None
     _require_linears(head)
     _require_rms_norm(body.norm)
-    for layer in body.layers:
+    for layer in layers:
         _require_linears(*_readers(layer), *_writers(layer))
         _require_rms_norm(layer.input_layernorm)
         _require_rms_norm(layer.post_attention_layernorm)
         if rotate_heads:
             hadamard_matrix(layer.self_attn.head_dim)  # an error comes before any change
-    hidden = body.embed_tokens.weight.shape[1]
-    device = body.embed_tokens.weight.device
+    hidden = embedding.weight.shape[1]
+    device = embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (hidden, 1), generator=generator).double() * 2 - 1
     q = (signs * hadamard_matrix(hidden, dtype=torch.float64)).to(device)
-    if head.weight is body.embed_tokens.weight:
+    if head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
         model.config.tie_word_embeddings = False
 
-    _set(body.embed_tokens.weight, body.embed_tokens.weight.double() @ q)
-    for layer in body.layers:
+    _set(embedding.weight, embedding.weight.double() @ q)
+    for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
         _read(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), q)
         _read(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), q)

@@ -45,7 +45,7 @@ class IntlassConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Importing this name is what makes ``from_pretrained`` know our checkpoints; without it,
     transformers warns of an unknown quantization type and takes the codes for weights.
 
-    Raises ValueError for a scheme or method that does not exist.
+    Raises ValueError for a scheme, method or group size that does not exist.
 
     >>> config = IntlassConfig("w4a16", group_size=64, method="mse")         # doctest: +SKIP
     >>> AutoModelForCausalLM.from_pretrained(path, quantization_config=config)  # doctest: +SKIP
@@ -73,7 +73,7 @@ class IntlassConfig(QuantizationConfigMixin):  # type: ignore[misc]
                     f"IntlassConfig: method={method!r}; while loading there are rtn, mse and hqq "
                     "(for gptq and awq load the model as it is and call intlass_ops.quantize_)"
                 )
-            wanted = scheme_named(scheme, symmetric=symmetric)
+            wanted = scheme_named(scheme, group_size=group_size, symmetric=symmetric)
             calibrated.check("IntlassConfig", method, wanted.bits, wanted.symmetric, None)
             self.scheme, self.group_size, self.symmetric = scheme, group_size, symmetric
             self.method, self.modules_to_not_convert = method, modules_to_not_convert
@@ -232,10 +232,15 @@ def save_pretrained(
     config.json that describes them; reading them back gives the same model bit for bit.
 
     Raises ValueError for a model without quantised layers, or with layers that have no file format:
-    `RotatedIntLinear`s and `QATLinear`s.
+    `RotatedIntLinear`s and `QATLinear`s; TypeError for one that is not transformers'.
 
     >>> save_pretrained(model, "llama-int4")                                  # doctest: +SKIP
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"save_pretrained: {type(model).__name__} is no model of transformers; torch.save its "
+            "state_dict()"
+        )
     for path, module in model.named_modules():
         if isinstance(module, (QATLinear, RotatedIntLinear)):
             raise ValueError(

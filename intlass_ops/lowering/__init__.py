@@ -36,8 +36,9 @@ def backend(
 ) -> Callable[..., Any]:
     """Compile with Inductor after swapping quantised linears for `torch.ops.intlass` GEMMs.
 
-    `mode` and `options` mean what they mean for `backend="inductor"`. A pass that is already
-    installed on the hook we use still runs, before ours.
+    `mode` and `options` mean what they mean for `backend="inductor"`, except that with CUDA graphs
+    `triton.enable_pdl` is on unless it is given: Inductor's kernels too start early on a GPU that
+    can. A pass that is already installed on the hook we use still runs, before ours.
     """
     return graph_pass.compile_with_pass(gm, example_inputs, mode=mode, options=options)
 
@@ -75,8 +76,8 @@ def refresh() -> None:
 def invalidate() -> None:
     """Forget every repacked weight.
 
-    Needed only after writing through `tensor.data` in place, which PyTorch's version counter
-    does not see; in-place ops on the tensor itself, `load_state_dict`, assigning a new parameter
-    and `tensor.data = other` are noticed without it.
+    Needed only after writing in place where PyTorch counts no versions: through `tensor.data`, or
+    to a tensor made under `torch.inference_mode()`. In-place ops on any other tensor,
+    `load_state_dict`, assigning a new parameter and `tensor.data = other` are noticed without it.
     """
     runtime.invalidate()

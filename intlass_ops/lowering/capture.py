@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from ..nn import IntLinear, PackedLinear
-from . import graph_pass, records, runtime
+from . import graph_pass, records, requantise, runtime
 from .gemms import shape_of
 from .siblings import LINEAR
 from .storage import BETWEEN, DENSE, INT4, INT8, Packed, recipes_of
@@ -61,8 +61,13 @@ class Session:
         self._seen: list[tuple[GraphModule, tuple[Any, ...]]] = []
         self._backend = graph_pass.recording_backend(self._seen)
 
-    def convert(self, module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
-        """A module with packed weights, and its scheme. x [1, M, K] or [M, K] is an example."""
+    def convert(
+        self, module: nn.Module, x: Tensor, *, same_codes: bool = True
+    ) -> tuple[nn.Module, str]:
+        """A module with packed weights, and its scheme. x [1, M, K] or [M, K] is an example.
+
+        same_codes: activations are quantised by the module's own arithmetic, never by ours.
+        """
         self._seen.clear()
         before = len(records.report())
         try:
@@ -71,7 +76,7 @@ class Session:
             if len(self._seen) != 1:
                 raise NotConverted(f"its forward is {len(self._seen)} graphs, not one")
             graph, arguments = self._seen[0]
-            return _rebuild(graph, arguments, x)
+            return _rebuild(graph, arguments, x, same_codes)
         except NotConverted as problem:
             declined = [d for d in records.report()[before:] if d.outcome == records.DECLINED]
             raise NotConverted(declined[0].reason if declined else str(problem)) from problem
@@ -88,7 +93,9 @@ def session() -> Iterator[Session]:
         yield Session()
 
 
-def _rebuild(source: GraphModule, arguments: tuple[Any, ...], x: Tensor) -> tuple[nn.Module, str]:
+def _rebuild(
+    source: GraphModule, arguments: tuple[Any, ...], x: Tensor, same_codes: bool
+) -> tuple[nn.Module, str]:
     graph = Graph()
     values: dict[Node, Any] = {}
     graph.graph_copy(source.graph, values)
@@ -111,12 +118,13 @@ def _rebuild(source: GraphModule, arguments: tuple[Any, ...], x: Tensor) -> tupl
     bits = [_as_module(owner, graph, node, tensors, i) for i, node in enumerate(products)]
     calls = [node for node in graph.nodes if node.op == "call_module"]
     integer = any(not node.args[0].meta["val"].dtype.is_floating_point for node in calls)
+    ours = not same_codes and len(calls) == 1 and _quantised_like_ours(owner, calls[0], tensors, x)
     graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure())
     _bind(owner, graph, entry, tensors, x)
     n, k = int(out.shape[-1]), x.shape[-1]
     graph.lint()
     scheme = f"w{max(bits)}a{8 if integer else 16}"
-    plain = _plain(owner, entry, result)
+    plain = _plain(owner, entry, result, "int8" if ours else None)
     return plain or GraphLinear(GraphModule(owner, graph), x.dim() - 2, k, n), scheme
 
 
@@ -204,8 +212,26 @@ def _bind(owner: nn.Module, graph: Graph, entry: Node, tensors: dict[Any, Any], 
         graph.erase_node(node)
 
 
-def _plain(owner: nn.Module, entry: Node, result: Node) -> nn.Module | None:
-    """The packed linear alone, if nothing but views and a bias is around it."""
+def _quantised_like_ours(owner: nn.Module, call: Node, tensors: dict[Any, Any], x: Tensor) -> bool:
+    codes, scale, zero, *_ = call.args
+    if scale is None or zero is not None:
+        return False
+    other = requantise.example(x)
+    values = {node: other if _is(each, x) else each for node, each in tensors.items()}
+    try:
+        found = [_evaluate(owner, each, values) for each in (codes, scale)]
+    except NotConverted:
+        return False
+    return requantise.like_ours(other, *found)
+
+
+def _plain(
+    owner: nn.Module, entry: Node, result: Node, activation: Literal["int8"] | None
+) -> nn.Module | None:
+    """The packed linear alone, if nothing but views and a bias is around it.
+
+    activation: our own quantiser stands for whatever is before it.
+    """
     node = result
     while str(node.target).startswith(_VIEWS):
         node = node.args[0]  # type: ignore[assignment]
@@ -214,7 +240,7 @@ def _plain(owner: nn.Module, entry: Node, result: Node) -> nn.Module | None:
     x, a_scale, a_zero, bias, dtype = node.args
     while isinstance(x, Node) and str(x.target).startswith(_VIEWS):
         x = x.args[0]
-    if x is not entry or a_scale is not None or a_zero is not None:
+    if activation is None and (x is not entry or a_scale is not None or a_zero is not None):
         return None
     if dtype is not None and dtype != entry.meta["val"].dtype:
         return None
@@ -225,7 +251,14 @@ def _plain(owner: nn.Module, entry: Node, result: Node) -> nn.Module | None:
     value = None if bias is None else getattr(owner, str(bias.target))
     if linear.kind in (INT4, INT8) and linear.order is None:
         return IntLinear(
-            linear.weight, linear.scales, linear.zeros, value, in_features=linear.in_features
+            linear.weight,
+            linear.scales,
+            linear.zeros,
+            value,
+            in_features=linear.in_features,
+            activation=activation,
         )
+    if activation is not None:
+        return None
     linear.bias = value
     return linear

@@ -118,7 +118,7 @@ def readings(node: Node) -> Iterator[Gemm]:
 def _vector_product(node: Node) -> Iterator[Gemm]:
     """(x[1, K, 1] * w[1, K, N]).sum(1): what Inductor makes of a one-row mm when it tunes."""
     product = node.args[0]
-    if list(node.args[1]) != [1] or len(node.args) > 2 or node.kwargs:  # type: ignore[arg-type]
+    if node.args[1:] != ([1],) or node.kwargs:
         return
     if not isinstance(product, Node) or product.target is not aten.mul.Tensor:
         return

@@ -8,9 +8,11 @@ Private APIs, checked on torch 2.11 and 2.13: `torch._inductor.config.joint_cust
 takes one callable, 2.13 also a list: we always install one callable and chain),
 `torch._inductor.custom_graph_pass.CustomGraphPass`, `torch._inductor.compile_fx.compile_fx` with
 `config_patches`, `torch._TorchCompileInductorWrapper` (mode and options, validated as Inductor
-does), `torch._guards.TracingContext.try_get().fw_metadata.static_input_indices`,
-`torch.utils._python_dispatch._disable_current_modes`; of Dynamo's graphs `_param_name_to_source`
-and of their inputs `_dynamo_source` and `meta["tensor_dict"]["_dynamo_static_input_type"]`;
+does), `torch._guards.TracingContext.try_get().fw_metadata.static_input_indices` and, of the inputs
+that these count, `meta["desc"]`; `torch.utils._python_dispatch._disable_current_modes`; of Dynamo's
+graphs `_param_name_to_source` and of their inputs `_dynamo_source` and
+`meta["tensor_dict"]["_dynamo_static_input_type"]`;
+`torch._inductor.codegen.triton.TritonKernel._filter_pdl`, the last step of a kernel's code;
 `torch._functorch._aot_autograd.subclass_codegen` (2.13: subclasses are taken apart by generated
 code, before that by functions that ask each of them).
 """
@@ -31,6 +33,7 @@ import torch._inductor.compile_fx as compile_module
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.source import AttrSource
 from torch._inductor import config as inductor_config
+from torch._inductor.codegen.triton import TritonKernel
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
@@ -40,6 +43,7 @@ from . import epilogues, linears, quantisers, records, runtime, siblings, spelli
 from .editor import Editor
 
 HOOK = "joint_custom_pre_pass"
+EARLY = "triton.enable_pdl"
 SUBCLASSES_ARE_ASKED = (
     importlib.util.find_spec("torch._functorch._aot_autograd.subclass_codegen") is None
 )
@@ -97,7 +101,9 @@ def _editor(graph: torch.fx.Graph) -> Editor:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     context = torch._guards.TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None
-    indices = metadata.static_input_indices if metadata is not None else ()
+    # The indices are those of the whole graph, not of a branch or a loop's body within it.
+    whole = any("desc" in node.meta for node in placeholders)
+    indices = metadata.static_input_indices if metadata is not None and whole else ()
     static = frozenset(placeholders[i] for i in indices if i < len(placeholders))
     training = any(node.name.startswith("tangents") for node in placeholders)
     return editor_for(graph, static, training=training)
@@ -195,15 +201,39 @@ def compile_with_pass(
 ) -> Callable[..., Any]:
     chosen = dict(torch._TorchCompileInductorWrapper(mode, dict(options or {}), None).config)
     chosen[HOOK] = _chained(chosen.get(HOOK, getattr(inductor_config, HOOK)))
+    graphs = chosen.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
+    if graphs and waiting_first():
+        # Without CUDA graphs it would cost the host more than the GPU gains.
+        chosen.setdefault(EARLY, True)
     gm, inputs, parts = apart(gm, list(example_inputs))
     with _seeing_every_graph():
         compiled: Any = records.watch(
             lambda: compile_module.compile_fx(gm, inputs, config_patches=chosen)
         )
     compiled = subclasses.given_whole(compiled, parts)
-    if chosen.get("triton.cudagraphs", inductor_config.triton.cudagraphs):
-        return _refreshing(compiled)
-    return cast(Callable[..., Any], compiled)
+    return _refreshing(compiled) if graphs else cast(Callable[..., Any], compiled)
+
+
+@functools.cache
+def waiting_first() -> bool:
+    """Make Inductor's kernels that start before their predecessors have ended (programmatic
+    dependent launch, Hopper and later) wait before they touch memory. False where none do.
+
+    Ours let the next one start at once, to read weights while theirs runs. Inductor's wait only for
+    results of the kernel just before, which must then have waited for all others.
+    """
+    original = getattr(TritonKernel, "_filter_pdl", None)
+    if original is None:
+        return False
+
+    def filtered(self: Any, code: Any) -> None:
+        original(self, code)
+        if self._enable_pdl_codegen():
+            lines = [each for each in code._lines if str(each).strip() != self.GDC_WAIT]
+            code._lines = [self.GDC_WAIT, *lines]
+
+    TritonKernel._filter_pdl = filtered  # type: ignore[method-assign]
+    return True
 
 
 class _Sources:

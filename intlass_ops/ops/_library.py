@@ -50,13 +50,15 @@ def define(
     if backward is not None:
         op = getattr(torch.ops.intlass, name).default
         differentiable = make_autograd_impl(op, Info(backward, setup_context))
-        kernel = _with_shortcut(differentiable, {_CPU: cpu, _CUDA: cuda})
+        kernel = _with_shortcut(op, differentiable, {_CPU: cpu, _CUDA: cuda})
         LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
     return f"{NAMESPACE}::{name}"
 
 
 def _with_shortcut(
-    differentiable: Callable[..., Any], kernels: dict[int, Callable[..., Any]]
+    op: torch._ops.OpOverload,
+    differentiable: Callable[..., Any],
+    kernels: dict[int, Callable[..., Any]],
 ) -> Callable[..., Any]:
     """``differentiable``, or the kernel itself where that comes to the same.
 
@@ -67,13 +69,25 @@ def _with_shortcut(
 
     def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         kernel = kernels.get(keyset.raw_repr() & _BELOW_AUTOGRAD)
-        if kernel is not None and not (
-            torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        ):
-            return kernel(*args)
-        return differentiable(keyset, *args)
+        try:
+            if kernel is not None and not (
+                torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args)
+            ):
+                return kernel(*args)
+            return differentiable(keyset, *args)
+        except AttributeError:
+            _require_tensors(op, args)
+            raise
 
     return autograd
+
+
+def _require_tensors(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
+    """PyTorch lets None pass for a tensor of the schema; here it is refused by name."""
+    for argument, value in zip(op._schema.arguments, args, strict=False):
+        if value is None and isinstance(argument.type, torch.TensorType):
+            name = op._schema.name.removeprefix(f"{NAMESPACE}::")
+            raise TypeError(f"{name}: {argument.name} is None; expected a tensor")
 
 
 def type_name(dtype: torch.dtype) -> str:

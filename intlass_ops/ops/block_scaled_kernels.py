@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import config, fp4, packing, reference
 from ..cuda import launch_fp4
 from ..explain import record
+from . import gradients
 from ._library import FLOATS, define, require_device, require_dtype
 
 _E4M3, _E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
@@ -55,7 +56,8 @@ def _check(
 ) -> Blocks:
     if format_ not in FORMATS:
         raise ValueError(f"matmul_block_scaled: format={format_!r}; expected one of {[*FORMATS]}")
-    op = f"matmul_{format_}_bf16_{'nn' if b_is_kn else 'tn'}"
+    ada = "ada_" if format_ == "mxf4" and not blocked else ""
+    op = f"matmul_{ada}{format_}_bf16_{'nn' if b_is_kn else 'tn'}"
     require_device(op, a, b=b, a_scale=a_scale, b_scale=b_scale, alpha=alpha)
     for name, t in (("b", b), ("a_scale", a_scale), ("b_scale", b_scale)):
         if t is not None:
@@ -128,7 +130,8 @@ def decode(codes: Tensor, scales: Tensor, blocked: bool, dtype: torch.dtype) -> 
     """Rows [R, K] of block-scaled ``codes``, in ``dtype``; ``scales`` plain [R, K/g] or blocked."""
     four_bits = codes.dtype == torch.uint8
     rows, k = codes.shape[0], codes.shape[1] * (2 if four_bits else 1)
-    groups = k // (32 if scales.dtype == _E8M0 else 16)
+    group = 32 if scales.dtype == _E8M0 else 16
+    groups = k // group
     plain = fp4.from_blocked(scales, rows, groups) if blocked else scales
     values = (
         fp4.decode_e2m1(packing.unpack(codes, k, signed=False), dtype)
@@ -136,7 +139,7 @@ def decode(codes: Tensor, scales: Tensor, blocked: bool, dtype: torch.dtype) -> 
         else codes.to(dtype)
     )
     factors = fp4.scale_values(plain, dtype)
-    return (values.reshape(rows, groups, -1) * factors[:, :, None]).view(rows, k)
+    return (values.reshape(rows, groups, group) * factors[:, :, None]).view(rows, k)
 
 
 def _cpu(
@@ -252,12 +255,16 @@ def _explain(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, b, a_scale, b_scale, *how = inputs
-    ctx.save_for_backward(a, b, b_scale, how[3] if len(how) > 3 else None)
+    alpha = how[3] if len(how) > 3 else None
+    ctx.refusal = gradients.refusal(f"matmul_{how[0]}", alpha=alpha)
+    ctx.save_for_backward(a, b, b_scale, alpha)
     ctx.how = how[:3]
     ctx.floating = a_scale is None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.refusal is not None:
+        raise RuntimeError(ctx.refusal)
     a, b, b_scale, alpha = ctx.saved_tensors
     grad_a = None
     if ctx.floating and ctx.needs_input_grad[0]:

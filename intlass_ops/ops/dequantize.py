@@ -6,25 +6,30 @@ On a GPU one Triton kernel (triton/dequantize.py).
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import packing, reference
-from ._library import FLOATS, define, require_dtype
-from .problem import check_parameters, rows_groups
+from . import gradients
+from ._library import FLOATS, INTEGERS, define, require_device, require_dtype
+from .problem import check_parameters, inputs_of, rows_groups
 
 
 def _dequantize_check(
     w: Tensor, scales: Tensor, zeros: Tensor | None, k: int, dtype: torch.dtype
 ) -> None:
     require_dtype("dequantize", "w", w.dtype, (torch.uint8, torch.int8))
+    require_device("dequantize", w, scales=scales, zeros=zeros)
     if w.dim() != 2:
         raise ValueError(f"dequantize: w has shape {tuple(w.shape)}; expected two dimensions")
     stored = packing.packed_size(k) if w.dtype == torch.uint8 else k
     if w.shape[1] != stored:
         raise ValueError(f"dequantize: w has {w.shape[1]} columns; K={k} needs {stored}")
     require_dtype("dequantize", "scales", scales.dtype, FLOATS)
+    if zeros is not None:
+        require_dtype("dequantize", "zeros", zeros.dtype, (*FLOATS, *INTEGERS))
     require_dtype("dequantize", "dtype", dtype, FLOATS)
     check_parameters("dequantize", "scales", scales, w.shape[0], k)
     check_parameters("dequantize", "zeros", zeros, w.shape[0], k)
@@ -60,11 +65,22 @@ def _dequantize_cuda(
     return kernels.dequantize(w, rows_groups(scales), z, k, dtype)
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, scales, zeros, *_ = inputs
+    ctx.refusal = gradients.refusal("dequantize", scales=scales, zeros=zeros)
+
+
+def _no_gradient(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError(ctx.refusal)
+
+
 define(
     "dequantize(Tensor w, Tensor scales, Tensor? zeros, SymInt k, ScalarType dtype) -> Tensor",
     fake=_dequantize_fake,
     cpu=_dequantize,
     cuda=_dequantize_cuda,
+    setup_context=_setup,
+    backward=_no_gradient,
 )
 
 
@@ -79,12 +95,14 @@ def dequantize(
     """Dense weight [N, K] = (q - zeros) * scales of packed INT4 (uint8) or INT8 codes.
 
     Computed in fp32, rounded to ``dtype`` once; arguments as in :func:`matmul_int4_bf16_tn`.
+    ``k``: K, needed when it is odd and ``w`` is packed. No gradient.
+    Raises TypeError or ValueError for dtypes, devices and shapes that do not fit.
 
     >>> import torch
     >>> dequantize(torch.tensor([[-1, 2]], dtype=torch.int8), torch.tensor([0.5]))
     tensor([[-0.5000,  1.0000]])
     """
     if k is None:
-        k = w.shape[-1] * (2 if w.dtype == torch.uint8 else 1)
+        k = inputs_of(w)
     dense: Tensor = torch.ops.intlass.dequantize(w, scales, zeros, k, dtype)
     return dense

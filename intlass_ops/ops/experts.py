@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import KernelLaunchError
 from . import gradients
 from ._library import define, require_device, require_dtype
-from .problem import INT4, INT8, Problem, check
+from .problem import INT4, INT8, Problem, check, inputs_of
 
 OP = "matmul_experts"
 
@@ -40,6 +40,8 @@ def _check(
         raise ValueError(f"{OP}: a has shape {tuple(a.shape)}; expected [tokens, K]")
     if w.dim() != 3 or not w.shape[0]:
         raise ValueError(f"{OP}: w has shape {tuple(w.shape)}; expected [experts, N, …]")
+    if zeros is not None and w.dtype == torch.int8:
+        raise ValueError(f"{OP}: zeros belong to INT4 weights (uint8), w is int8")
     experts = w.shape[0]
     if ends.shape != (experts,):
         raise ValueError(f"{OP}: ends has shape {tuple(ends.shape)}; expected ({experts},)")
@@ -49,7 +51,9 @@ def _check(
             raise ValueError(f"{OP}: {name} has shape {tuple(t.shape)}; expected {shape}")
     zero, shift = (None if t is None else t[0] for t in (zeros, bias))
     name = INT4 if w.dtype == torch.uint8 else INT8
-    return check(name, a, w[0], scales[0], zero, k, a_scale, None, None, shift, out_dtype)
+    return check(
+        name, a, w[0], scales[0], zero, k, a_scale, None, None, shift, out_dtype, called=OP
+    )
 
 
 def _runs(a: Tensor, ends: Tensor) -> Iterator[tuple[int, slice]]:
@@ -184,9 +188,9 @@ def matmul_experts(
 
     ``a`` [tokens, K], sorted by expert: rows ends[e - 1] to ends[e] - 1 belong to expert e, rows
     from the last of ``ends`` (int32 or int64 [experts]) on to none, and their result is 0. ``w``
-    uint8 [experts, N, ceil(K/2)] (INT4, see `pack_int4`) or int8 [experts, N, K]; ``scales`` and
-    ``zeros`` [experts, N, groups]; ``bias`` [experts, N]. The rest, dtypes and rounding as in
-    `matmul_int4_bf16_tn` and `matmul_int8_bf16_tn`, which it calls once for each expert with
+    uint8 [experts, N, ceil(K/2)] (INT4, see `pack_int4`) or int8 [experts, N, K]; ``scales`` and,
+    of INT4, ``zeros`` [experts, N, groups]; ``bias`` [experts, N]. The rest, dtypes and rounding
+    as in `matmul_int4_bf16_tn` and `matmul_int8_bf16_tn`, which it calls once for each expert with
     tokens. Has a gradient for ``a`` and ``bias``.
 
     Raises TypeError or ValueError for what does not fit, `KernelLaunchError` while a CUDA graph is
@@ -198,7 +202,7 @@ def matmul_experts(
     [[3.0], [3.0], [4.0]]
     """
     if k is None:
-        k = w.shape[-1] * (2 if w.dtype == torch.uint8 else 1)
+        k = inputs_of(w)
     y: Tensor = torch.ops.intlass.matmul_experts(
         a, w, scales, zeros, ends, k, a_scale, bias, out_dtype
     )

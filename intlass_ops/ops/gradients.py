@@ -16,6 +16,17 @@ from .problem import INT4
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
+def refusal(op: str, **constants: Tensor | None) -> str | None:
+    """What `backward` must say instead of leaving out the gradient of one of ``constants``."""
+    for name, t in constants.items():
+        if t is not None and t.requires_grad:
+            hint = ", or train with QATLinear" if name == "a_scale" else ""
+            return (
+                f"{op}: {name} requires a gradient, which this op does not define; detach it{hint}"
+            )
+    return None
+
+
 def setup(
     op: str,
     ctx: Any,
@@ -32,13 +43,9 @@ def setup(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    ctx.refusal = None
-    names = ("scales", "zeros", "a_scale", "a_zero", "alpha")
-    for name, t in zip(names, (scales, zeros, a_scale, a_zero, alpha), strict=True):
-        if t is not None and t.requires_grad:
-            ctx.refusal = (
-                f"{op}: {name} requires a gradient, which this op does not define; detach it"
-            )
+    ctx.refusal = refusal(
+        op, scales=scales, zeros=zeros, a_scale=a_scale, a_zero=a_zero, alpha=alpha
+    )
     again = (None,) * 4 if activation is None else (a, a_scale, a_zero, bias)
     ctx.save_for_backward(w, scales, zeros, alpha, *again)
     ctx.op, ctx.activation, ctx.given_k = op, activation, k

@@ -107,10 +107,10 @@ for _name in (INT4, INT8):
     )
 
 
-def _alpha(alpha: Tensor | float | None, device: torch.device) -> Tensor | None:
+def _alpha(alpha: Tensor | float | None, a: Tensor) -> Tensor | None:
     if alpha is None or isinstance(alpha, Tensor):
         return alpha
-    return torch.full((), alpha, dtype=torch.float32, device=device)
+    return torch.full((), alpha, dtype=torch.float32, device=a.device)
 
 
 def matmul_int4_bf16_tn(
@@ -157,7 +157,7 @@ def matmul_int4_bf16_tn(
     >>> matmul_int4_bf16_tn(torch.ones(1, 16), w, torch.tensor([0.5]))
     tensor([[-4.]])
     """
-    after = _alpha(alpha, a.device), bias, out_dtype, activation, residual
+    after = _alpha(alpha, a), bias, out_dtype, activation, residual
     y: Tensor = torch.ops.intlass.matmul_int4_bf16_tn(
         a, packed_w, scales, zeros, k, a_scale, a_zero, *after
     )
@@ -192,6 +192,6 @@ def matmul_int8_bf16_tn(
     >>> matmul_int8_bf16_tn(a, b, torch.tensor(1.0), torch.tensor([0.5]))
     tensor([[12.]], dtype=torch.bfloat16)
     """
-    after = _alpha(alpha, a.device), bias, out_dtype, activation, residual
+    after = _alpha(alpha, a), bias, out_dtype, activation, residual
     y: Tensor = torch.ops.intlass.matmul_int8_bf16_tn(a, b, a_scale, b_scale, a_zero, *after)
     return y

@@ -18,7 +18,15 @@ from .. import packing, reference
 from ..cuda import launch_transposed
 from ..explain import record
 from . import gradients
-from ._library import FLOATS, LIBRARY, NAMESPACE, define, require_device, require_dtype
+from ._library import (
+    FLOATS,
+    INTEGERS,
+    LIBRARY,
+    NAMESPACE,
+    define,
+    require_device,
+    require_dtype,
+)
 from .matmul import matmul_int4_bf16_tn
 from .problem import check_parameters, rows_groups
 
@@ -36,6 +44,8 @@ def _check(
     require_dtype(_OP, "x", x.dtype, FLOATS)
     require_dtype(_OP, "packed_w", packed_w.dtype, (torch.uint8,))
     require_dtype(_OP, "scales", scales.dtype, FLOATS)
+    if zeros is not None:
+        require_dtype(_OP, "zeros", zeros.dtype, (*FLOATS, *INTEGERS))
     require_device(_OP, x, packed_w=packed_w, scales=scales, zeros=zeros, alpha=alpha)
     if packed_w.dim() != 2 or packed_w.shape[1] != packing.packed_size(k):
         raise ValueError(
@@ -121,10 +131,14 @@ def _explain(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, packed_w, scales, zeros, ctx.k, *rest = inputs
-    ctx.save_for_backward(packed_w, scales, zeros, rest[0] if rest else None)
+    alpha = rest[0] if rest else None
+    ctx.refusal = gradients.refusal(_OP, scales=scales, zeros=zeros, alpha=alpha)
+    ctx.save_for_backward(packed_w, scales, zeros, alpha)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.refusal is not None:
+        raise RuntimeError(ctx.refusal)
     packed_w, scales, zeros, alpha = ctx.saved_tensors
     back = torch.ops.intlass.matmul_int4_bf16_tn
     grad_x = None
@@ -176,7 +190,11 @@ def mixed_mm(
     """
     if b.dim() != 2 or b.dtype != torch.uint8:
         raise TypeError(f"mixed_mm: b is {b.dtype} {tuple(b.shape)}; expected uint8 [K/2, N]")
+    require_dtype("mixed_mm", "a", a.dtype, FLOATS)
     k, n = 2 * b.shape[0], b.shape[1]
+    summed, name = (n, "N") if transposed else (k, "K")
+    if a.dim() == 0 or a.shape[-1] != summed:
+        raise ValueError(f"mixed_mm: a is {tuple(a.shape)}; expected [..., {name}={summed}]")
     if group_size < 1 or k % group_size:
         raise ValueError(f"mixed_mm: K={k} is not a multiple of group_size={group_size}")
     for name, t in (("scales", scales), ("zeros", zeros)):

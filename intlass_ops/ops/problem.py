@@ -92,10 +92,17 @@ def check(
     out_dtype: torch.dtype | None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    called: str | None = None,
 ) -> Problem:
-    """The problem of one call; raises TypeError or ValueError naming what does not fit."""
+    """The problem of one call; raises TypeError or ValueError naming what does not fit.
+
+    ``called``: the op that messages name, where it is another, with a weight of the name "w".
+    """
     int4 = op == INT4
     w_name, s_name = ("packed_w", "scales") if int4 else ("b", "b_scale")
+    gemm = op
+    if called is not None:
+        op, w_name, s_name = called, "w", "scales"
     integers = (torch.int8, torch.uint8) if int4 else (torch.int8,)
     require_dtype(op, "a", a.dtype, (torch.bfloat16, torch.float16, torch.float32, *integers))
     require_dtype(op, w_name, w.dtype, (torch.uint8,) if int4 else (torch.int8,))
@@ -162,7 +169,7 @@ def check(
     require_dtype(op, "out_dtype", out_dtype, FLOATS)
     check_epilogue(op, activation, residual, (*lead, n), out_dtype)
     return Problem(
-        op=op,
+        op=gemm,
         x_kind=("s4" if a_zero is None else "u4") if packed_a else _X_KIND[a.dtype],
         w_kind="s8" if not int4 else ("s4" if zeros is None else "u4"),
         n=n,
@@ -194,6 +201,12 @@ def check_epilogue(
         raise ValueError(
             f"{op}: residual has shape {tuple(residual.shape)}; expected the output's, {shape}"
         )
+
+
+def inputs_of(w: Tensor) -> int:
+    """K of a weight [..., K] that no one names: twice the bytes where they hold packed INT4."""
+    stored = w.shape[-1] if w.dim() else 0
+    return 2 * stored if w.dtype == torch.uint8 else stored
 
 
 def rows_groups(t: Tensor) -> Tensor:

@@ -61,9 +61,20 @@ def _product(sizes: Any) -> Any:
     return total
 
 
-def _codes_shape(x: Tensor, bits: int) -> tuple[Any, ...]:
+def codes_shape(x: Tensor, bits: int) -> tuple[Any, ...]:
     k = x.shape[-1]
     return (*x.shape[:-1], packing.packed_size(k) if bits == 4 else k)
+
+
+def empty_outputs(
+    x: Tensor, bits: int, scale_shape: tuple[Any, ...], symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zeros of ``x``, to be filled; no zeros where they are all 0."""
+    return (
+        x.new_empty(codes_shape(x, bits), dtype=torch.uint8 if bits == 4 else torch.int8),
+        x.new_empty(scale_shape, dtype=torch.float32),
+        x.new_empty((0,) if symmetric else scale_shape, dtype=torch.int32),
+    )
 
 
 def _codes(x: Tensor, q: Tensor, bits: int) -> Tensor:
@@ -80,11 +91,7 @@ def _dynamic_fake(
     seed: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, _, shape = _segments(_name(bits), x, granularity, group_size)
-    return (
-        x.new_empty(_codes_shape(x, bits), dtype=torch.uint8 if bits == 4 else torch.int8),
-        x.new_empty(shape, dtype=torch.float32),
-        x.new_empty((0,) if symmetric else shape, dtype=torch.int32),
-    )
+    return empty_outputs(x, bits, shape, symmetric)
 
 
 def _dynamic_cpu(
@@ -137,9 +144,8 @@ def _dynamic_cuda(
         bytewise = bits == 8 or granularity == "token" or (length % 2 == 0 and x.shape[-1] % 2 == 0)
         if granularity == "tensor" or not bytewise:
             return _dynamic_cpu(x, bits, granularity, group_size, symmetric, seed)
-        codes_shape = _codes_shape(x, bits)
         plan = launch_quantize.make(
-            key, x, number, length, codes_shape, shape, bits, symmetric, seed is not None
+            key, x, number, length, codes_shape(x, bits), shape, bits, symmetric, seed is not None
         )
     return plan.run(x, seed)
 
@@ -185,7 +191,7 @@ def _static_fake(
     seed: int | None,
 ) -> Tensor:
     _check_static(x, scale, zero, bits, granularity, group_size)
-    return x.new_empty(_codes_shape(x, bits), dtype=torch.uint8 if bits == 4 else torch.int8)
+    return x.new_empty(codes_shape(x, bits), dtype=torch.uint8 if bits == 4 else torch.int8)
 
 
 def _static(

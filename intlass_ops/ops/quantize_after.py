@@ -12,11 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from .. import packing
 from ..config import Before
 from ..cuda import launch_quantize, plans
 from ._library import FLOATS, define, require_device, require_dtype
-from .quantize import no_gradient, no_setup, quantize_tokens
+from .quantize import codes_shape, empty_outputs, no_gradient, no_setup, quantize_tokens
 
 Quantized = tuple[Tensor, Tensor, Tensor]
 
@@ -43,17 +42,8 @@ def _check_silu(gate: Tensor, up: Tensor, bits: int) -> None:
     _check("silu_mul_quantize", gate, "up", up, tuple(gate.shape), bits)
 
 
-def _codes_shape(x: Tensor, bits: int) -> tuple[int, ...]:
-    return (*x.shape[:-1], packing.packed_size(x.shape[-1]) if bits == 4 else x.shape[-1])
-
-
 def _empty(x: Tensor, bits: int, symmetric: bool) -> Quantized:
-    scale_shape = (*x.shape[:-1], 1)
-    return (
-        x.new_empty(_codes_shape(x, bits), dtype=torch.uint8 if bits == 4 else torch.int8),
-        x.new_empty(scale_shape, dtype=torch.float32),
-        x.new_empty((0,) if symmetric else scale_shape, dtype=torch.int32),
-    )
+    return empty_outputs(x, bits, (*x.shape[:-1], 1), symmetric)
 
 
 def _cuda(
@@ -88,7 +78,7 @@ def _cuda(
             x,
             math.prod(x.shape[:-1]),
             x.shape[-1],
-            _codes_shape(x, bits),
+            codes_shape(x, bits),
             (*x.shape[:-1], 1),
             bits,
             symmetric,

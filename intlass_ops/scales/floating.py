@@ -25,7 +25,8 @@ def nvfp4_dequantize(
     >>> nvfp4_dequantize(s, torch.tensor([[1, 7]], dtype=torch.uint8), global_scale=4.0)
     tensor([[0.2500, 3.0000]])
     """
-    return expand(scales, codes, dim) * fp4.decode_e2m1(codes) / global_scale
+    values = expand("nvfp4_dequantize", "scales", scales, codes, dim)
+    return values * fp4.decode_e2m1(codes) / global_scale
 
 
 def mxfp4_dequantize(scales: Tensor, codes: Tensor, dim: int = -1) -> Tensor:
@@ -35,7 +36,7 @@ def mxfp4_dequantize(scales: Tensor, codes: Tensor, dim: int = -1) -> Tensor:
     >>> mxfp4_dequantize(s, torch.tensor([[1, 7]], dtype=torch.uint8))
     tensor([[ 1., 12.]])
     """
-    return expand(scales, codes, dim) * fp4.decode_e2m1(codes)
+    return expand("mxfp4_dequantize", "scales", scales, codes, dim) * fp4.decode_e2m1(codes)
 
 
 def nvfp4_naive(

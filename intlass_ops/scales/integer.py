@@ -15,7 +15,7 @@ def int4_dequantize(scales: Tensor, codes: Tensor, dim: int = -1) -> Tensor:
     >>> int4_dequantize(torch.tensor([[0.5]]), torch.tensor([[7, -2]]))
     tensor([[ 3.5000, -1.0000]])
     """
-    return expand(scales, codes, dim) * codes
+    return expand("int4_dequantize", "scales", scales, codes, dim) * codes
 
 
 def int8_dequantize(scales: Tensor, codes: Tensor, dim: int = -1) -> Tensor:
@@ -24,7 +24,7 @@ def int8_dequantize(scales: Tensor, codes: Tensor, dim: int = -1) -> Tensor:
     >>> int8_dequantize(torch.tensor([[0.5, 2.0]]), torch.tensor([[100, -3]]))
     tensor([[50., -6.]])
     """
-    return expand(scales, codes, dim) * codes
+    return expand("int8_dequantize", "scales", scales, codes, dim) * codes
 
 
 def uint4_dequantize(scales: Tensor, zeros: Tensor, codes: Tensor, dim: int = -1) -> Tensor:
@@ -33,7 +33,9 @@ def uint4_dequantize(scales: Tensor, zeros: Tensor, codes: Tensor, dim: int = -1
     >>> uint4_dequantize(torch.tensor([[0.5]]), torch.tensor([[8]]), torch.tensor([[15, 0]]))
     tensor([[ 3.5000, -4.0000]])
     """
-    return expand(scales, codes, dim) * (codes.float() - expand(zeros, codes, dim))
+    op = "uint4_dequantize"
+    shifted = codes.float() - expand(op, "zeros", zeros, codes, dim)
+    return expand(op, "scales", scales, codes, dim) * shifted
 
 
 def int4_naive(
@@ -211,7 +213,7 @@ def _symmetric(
     scales, _, codes = bq.in_blocks(op, w, dim, group_size, solver, levels, goal)
     if not return_dequant:
         return scales, codes
-    return scales, codes, int4_dequantize(scales, codes, dim).to(w.dtype)
+    return scales, codes, (expand(op, "scales", scales, codes, dim) * codes).to(w.dtype)
 
 
 def _asymmetric(
