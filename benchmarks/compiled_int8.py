@@ -95,12 +95,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| linear | M | intlass, us | {', us | '.join(others)}, us | times as fast |"]
     lines.append("|---" * (len(others) + 4) + "|")
     for form, m in keys:
-        us = [found.get((form, m, way), {}).get("us") for way in ("intlass", *others)]
-        ran = [each for each in us[1:] if each]
-        ratio = f"{min(ran) / us[0]:.2f}" if us[0] and ran else ""
-        cells = " | ".join("failed" if each is None else f"{each:.1f}" for each in us)
+        each = [found.get((form, m, way), {}) for way in ("intlass", *others)]
+        us = [row["us"] for row in each[1:] if "us" in row]
+        ratio = f"{min(us) / each[0]['us']:.2f}" if us and "us" in each[0] else ""
+        cells = " | ".join(f"{row.get('us', 'failed')}" if row else "" for row in each)
         lines.append(f"| {form} | {m} | {cells} | {ratio} |")
     return "\n".join(lines)
+
+
+def write(out: str, environment: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """After every row: tuning takes minutes, and may be cut short."""
+    provenance.write_json(f"{out}.json", {**environment, "rows": rows})
+    head = f"{environment['device']}, torch {environment['torch']}, "
+    head += f"N=K={environment['size']}, commit {environment['commit']}: "
+    Path(f"{out}.md").write_text(f"{head}`{environment['command']}`\n\n{table(rows)}\n")
 
 
 def main() -> None:
@@ -114,7 +122,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
     parser.add_argument("--out", help="path without .json and .md")
     args = parser.parse_args()
-    rows = []
+    environment = {**provenance.environment(torch.device(args.device)), "size": args.size}
+    rows: list[dict[str, Any]] = []
     for way in args.ways:
         for form in args.forms:
             for m in args.rows:
@@ -126,14 +135,9 @@ def main() -> None:
                     row = {"form": form, "way": way, "M": m, "failed": failed}
                 rows.append(row)
                 print(row, flush=True)
-    environment = provenance.environment(torch.device(args.device))
-    text = table(rows)
-    print(text)
-    if args.out:
-        provenance.write_json(f"{args.out}.json", {**environment, "size": args.size, "rows": rows})
-        head = f"{environment['device']}, torch {environment['torch']}, N=K={args.size}, commit "
-        head += f"{environment['commit']}: `{environment['command']}`"
-        Path(f"{args.out}.md").write_text(f"{head}\n\n{text}\n")
+                if args.out:
+                    write(args.out, environment, rows)
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--thorough",
         action="store_true",
-        help="compile every CUDA kernel for every architecture (half an hour on two cores)",
+        help="every shipped CUDA kernel for every architecture, more damaged files",
     )
 
 

@@ -211,6 +211,16 @@ def _written_parts(m: Any, x: Tensor) -> Tensor:
     return functional.linear(x, w)
 
 
+def _ternary(m: Any, x: Tensor) -> Tensor:
+    q = ((m.t.unsqueeze(-1) // m.powers) % 3).flatten(-2).to(torch.int8) - 1
+    return functional.linear(x, q.to(x.dtype) * m.s.unsqueeze(-1))
+
+
+def _squares(m: Any, x: Tensor) -> Tensor:
+    s = m.t.repeat_interleave(32, 0)[:N].repeat_interleave(32, 1)
+    return functional.linear(x, (m.w.float() * s).to(x.dtype))
+
+
 def _padded_rows(m: Any, x: Tensor) -> Tensor:
     """torch._int_mm takes more than 16 rows on a GPU."""
     q, s = per_token(x)
@@ -417,6 +427,19 @@ SPELLINGS: dict[str, tuple[Any, list[str]]] = {
             p=torch.randint(0, 256, (N, 64), generator=_g).to(torch.uint8),
             h=torch.randint(0, 256, (N, 32), generator=_g).to(torch.uint8),
         ),
+        ["w8a16"],
+    ),
+    "five ternary digits to a byte": (
+        _int8(
+            _ternary,
+            (5, 160),
+            t=torch.randint(0, 243, (N, 32), generator=_g).to(torch.uint8),
+            powers=torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8),
+        ),
+        ["w4a16"],
+    ),
+    "one scale to a square, the last one cut off": (
+        _int8(_squares, t=torch.rand(2, 4, generator=_g) * 0.02 + 0.01),
         ["w8a16"],
     ),
     "int_mm, rows added and cut off": (_int8(_padded_rows), ["w8a8"]),

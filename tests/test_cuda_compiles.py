@@ -5,7 +5,8 @@ instructions it was written for. The cubins go through the kernel cache, so that
 the second test of an architecture, only read them.
 
 Tile sizes do not decide which instruction multiplies: of the configs with the same operand kinds
-and instructions, one is disassembled for each architecture.
+and instructions, one is disassembled for each architecture. What an architecture has in common with
+one close to it is compiled for it under --thorough alone, but for one config of each source.
 """
 
 from __future__ import annotations
@@ -27,19 +28,21 @@ REGISTERS_OF_A_BLOCK = 65536
 Chosen = dict[tuple[str, str], list[Any]]  # the configs of each (kernel source, architecture)
 
 
-# NVRTC makes the same code for both: only one kernel in common of each source is compiled for both.
+# NVRTC makes the same code for both.
 TWIN = {"sm_89": "sm_86"}
+CLOSE = {"sm_89": ("sm_86",), "sm_100": ("sm_90a", "sm_120")}
 
 
-def by_kernel_and_arch() -> Chosen:
+def by_kernel_and_arch(thorough: bool = False) -> Chosen:
     """What is shipped, without repetition."""
     found: dict[tuple[str, str], dict[Any, None]] = defaultdict(dict)
     for c, archs in config.shipped_configs():
         for arch in archs:
             found[c.source, arch][c] = None
     for (name, arch), configs in found.items():
-        shared = [c for c in configs if c in found.get((name, TWIN.get(arch, "")), ())]
-        for c in shared[1:]:
+        others = () if thorough else CLOSE.get(arch, ())
+        common = [c for c in configs if any(c in found.get((name, each), ()) for each in others)]
+        for c in common[1:]:
             del configs[c]
     return {key: list(configs) for key, configs in found.items()}
 
@@ -62,7 +65,7 @@ def to_disassemble(compiled: Chosen) -> Chosen:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "arch" not in metafunc.fixturenames:
         return
-    compiled = by_kernel_and_arch()
+    compiled = by_kernel_and_arch(metafunc.config.getoption("--thorough"))
     for names, chosen in (
         (("arch", "configs"), compiled),
         (("arch", "disassembled"), to_disassemble(compiled)),

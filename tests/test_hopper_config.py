@@ -115,3 +115,21 @@ def test_older_gpus_take_the_portable_kernel() -> None:
     assert isinstance(config.pick(config.device_of("sm_86"), shape), config.Gemm)
     assert isinstance(config.pick(config.without_wgmma(H200), shape), config.Gemm)
     assert "sm_86 has no wgmma" in config.reason(config.device_of("sm_86"), shape)
+
+
+def test_int4_activations_come_in_order_where_rows_are_whole_vectors() -> None:
+    c = config.pick(H200, a_shape("s8", "s4", 64, 4096, 4096, 128))
+    assert isinstance(c, config.Hopper)
+    for k, aligned, ordered in ((4096, True, True), (4112, True, False), (4096, False, False)):
+        same = config.in_lane_order(c, k, aligned)
+        assert same == dataclasses.replace(c, lane_order=ordered)
+    portable = config.pick(config.device_of("sm_86"), a_shape("s8", "s4", 64, 4096, 4096, 128))
+    assert config.in_lane_order(portable, 4096, True) is portable
+
+
+def test_few_int4_activations_are_widened_by_blocks_of_one_warp() -> None:
+    """For which there is room beside a tile of hopper.cu: its 1024 registers more."""
+    few, many = (config.pick_widen(H200, "s4", True, m, 2048, True) for m in (512, 1024))
+    assert few.threads == 32
+    assert few.grid(512, 2048) == (512, 4, 1)
+    assert many.threads == 128

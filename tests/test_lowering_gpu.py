@@ -16,12 +16,20 @@ from lowering_helpers import SWAPPED, TOLERANCE, fresh, outcomes, relative_error
 from test_side_by_side import SCHEMES, X, _swap, three
 from torch import Tensor, nn
 
-from intlass_ops import explain, lowering, quantize_int8
+from intlass_ops import (
+    Int4WeightOnly,
+    Int8DynamicActivationInt8Weight,
+    explain,
+    lowering,
+    quantize_,
+    quantize_int8,
+)
 from intlass_ops.cuda import launch_store_rows
 from intlass_ops.cuda.launch_store_rows import Planes, Stored
-from intlass_ops.lowering import blocks
+from intlass_ops.lowering import blocks, graph_pass
 from intlass_ops.lowering.storage import pack_all
 from intlass_ops.prepare import prepare_
+from intlass_ops.quantize import Scheme
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,6 +81,36 @@ def test_replayed_cuda_graphs_see_changed_weights(kind: str) -> None:
         for _ in range(2):
             assert close(compiled(x), module(x))
         assert lowering.counters().get("run.captured_cold", 0) == 0
+
+
+class Residuals(nn.Module):
+    """Kernels of Inductor's that read what others than the kernel just before have written."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.first, self.second = (nn.Linear(width, width, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.second(nn.functional.silu(self.first(y)) * y)
+
+
+@pytest.mark.parametrize("config", [Int4WeightOnly(128), Int8DynamicActivationInt8Weight()])
+def test_kernels_that_start_early_compute_the_same(config: Scheme) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Residuals(1024) for _ in range(4))).cuda().bfloat16()
+    quantize_(model.requires_grad_(False), config)
+    x = torch.randn(1, 1024, device="cuda").bfloat16()
+    results = []
+    for early in (False, True):
+        options = {"triton.cudagraphs": True, graph_pass.EARLY: early}
+        with fresh(), torch.no_grad():
+            compiled = torch.compile(model, backend=lowering.backend, options=options)
+            replays = [compiled(x).clone() for _ in range(60)]
+            assert all(torch.equal(each, replays[-1]) for each in replays[3:])
+            results.append(replays[-1])
+    assert relative_error(*results) < TOLERANCE[x.dtype]
 
 
 @pytest.mark.parametrize("name", ["GPTQ: 4-bit v1, act-order", "AWQ: GEMM"])

@@ -123,6 +123,35 @@ def test_a_weight_that_depends_on_what_it_multiplies_is_no_weight() -> None:
     assert SWAPPED not in outcomes()
 
 
+ASTRAY = {
+    "scales of activations on outputs": lambda acc, s, z, w: acc * s.t(),
+    "scales of other rows": lambda acc, s, z, w: acc * s.flip(0),
+    "zero points on outputs": lambda acc, s, z, w: (
+        (acc - z.int().t() * w.int().sum(1)[:, None]) * s
+    ),
+    "sums of columns": lambda acc, s, z, w: (acc - z.int() * w.int().sum(0)) * s,
+    "sums of another weight": lambda acc, s, z, w: (acc - z.int() * w.flip(0).int().sum(1)) * s,
+    "cut to 16 bits": lambda acc, s, z, w: acc.to(torch.int16) * s,
+}
+
+
+@pytest.mark.parametrize("name", ASTRAY)
+def test_what_only_looks_like_a_scale_or_a_zero_point(name: str) -> None:
+    """Of a square everything has the shape that the right one would have."""
+    torch.manual_seed(0)
+    size = 48
+    w, (x, _) = spelling_zoo.codes8(size, size), torch.randn(2, size, size)
+    x[0] *= 9
+
+    def product(x: Tensor) -> Tensor:
+        q, s, z = spelling_zoo.asymmetric(x)
+        return ASTRAY[name](torch._int_mm(q, w.t()), s, z, w)
+
+    with fresh(), torch.no_grad():
+        y = torch.compile(product, backend=Counting(), fullgraph=True)(x)
+        assert relative_error(y, product(x)) < 1e-5
+
+
 def test_what_only_values_can_refuse_is_told_and_strict() -> None:
     """Codes stored as int16 may be of any size: these need 12 bits."""
     torch.manual_seed(0)

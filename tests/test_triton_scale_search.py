@@ -67,7 +67,7 @@ def fp4_error(x: Tensor, s: Tensor, weights: Tensor | None) -> Tensor:
 def test_grid_search_is_the_float64_search(g: int, weighted: bool, grid_name: str) -> None:
     from intlass_ops.triton import scale_search as kernels
 
-    x = blocks(g, 4999 if CUDA else 40, g)
+    x = blocks(g, 4999 if CUDA else 16, g)
     weights = weights_for(x, weighted)
     grid = (fp4.e4m3_grid() if grid_name == "e4m3" else fp4.e8m0_grid()[:-2]).to(DEVICE)
     by = 1.37 if grid_name == "e4m3" else 1.0
@@ -122,7 +122,7 @@ def test_integer_search_is_as_good_as_the_float64_sweep(kind: str, g: int, weigh
     from intlass_ops.triton import integer_search as kernels
 
     bits, symmetric = (8 if kind == "int8" else 4), kind != "uint4"
-    x = blocks(g, 400 if CUDA else 9 if kind == "int4" else 2, g)
+    x = blocks(g, 400 if CUDA else 9 if g == 16 else 2, g)
     if kind == "int4" and g == 16:
         x[5:9] = torch.tensor([[0.0], [torch.nan], [torch.inf], [2.0**-149]], device=DEVICE)
     weights = weights_for(x, weighted)

@@ -34,7 +34,8 @@ class DecodeFp4:
     starts_early: ClassVar[bool] = True
     scale_type: str  # e8m0, e4m3
     blocked: bool  # scales in the order of fp4.to_blocked
-    threads: int = 256
+    lane_order: bool  # of each 32 k, as hopper.cu takes them
+    threads: int = 128
     rows: int = 4
 
     def grid(self, rows: int, k: int) -> tuple[int, int, int]:

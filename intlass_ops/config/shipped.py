@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .choice import Config, in_lane_order, of_int4, pick
+from .choice import Config, of_int4, pick
 from .epilogue import with_epilogue
-from .fp4 import FP4_X, DecodeFp4, pick_fp4
+from .fp4 import FP4_UNIT, FP4_X, DecodeFp4, pick_fp4
 from .hopper import Hopper, TokenSums, why_not_hopper
 from .hopper_tiles import pick_hopper
 from .problem import ARCHS, BITS, INT4_MMA, PAIRS, Shape, device_of, widens, without_wgmma
@@ -50,7 +50,7 @@ def _shipped_hopper(
                     picked = pick_hopper(h200, shape)
                     yield picked, ("sm_90a",)
                     if (x, group_size) == ("s8", 128):
-                        yield in_lane_order(picked, shape.k, aligned=True), ("sm_90a",)
+                        yield replace(picked, lane_order=True), ("sm_90a",)
                 # weights that take their scales, as 16-bit checkpoints mostly have them
                 own = {"bf16": "__nv_bfloat16", "fp16": "__half"}.get(x)
                 if own and group_size == 128:
@@ -238,6 +238,8 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
             picked = pick_fp4(device_of(arch), shape)
             if picked is not None:
                 yield picked, (arch,)
+            if isinstance(picked, Hopper):
+                yield replace(picked, lane_order=True, x_unit=FP4_UNIT[scale_type]), (arch,)
     for x in ("s4", "u4"):
         for aligned, m in ((True, 16), (True, 4096), (False, 16)):
             for arch in ARCHS:
@@ -246,4 +248,5 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
                     yield pick_widen(device_of(arch), x, aligned, m, 2048, hopper), (arch,)
     yield pick_store_rows("__nv_bfloat16"), ARCHS
     for turn, (scale_type, _) in enumerate(formats):
-        yield DecodeFp4(scale_type, blocked=turn == 0), ARCHS
+        yield DecodeFp4(scale_type, blocked=turn == 0, lane_order=False), ARCHS
+        yield DecodeFp4(scale_type, blocked=turn == 1, lane_order=True), ("sm_90a",)

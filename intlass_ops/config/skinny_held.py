@@ -36,6 +36,7 @@ class SkinnyHeld:
     split_k: int  # blocks of a cluster that share K
     num_stages: int
     x_staged: bool
+    blocks_per_sm: int
     resident_blocks: int  # of the whole GPU
     fixed_smem: int  # bytes without the sums that a cluster's blocks keep
     groups_per_chunk: int
@@ -102,12 +103,14 @@ def pick_held(device: Device, shape: Shape) -> SkinnyHeld | None:
         return None
     picked = next(held_candidates(device, shape), None)
     fp4 = shape.w_kind == "e2m1"
-    if picked is None or (fp4 and picked.split_k > 1):
+    # long rows of FP4 are faster in the other kernels, those of one token or two in the ring
+    if picked is None or (picked.split_k > 1 if fp4 else picked.split_k > 2 and shape.m <= 2):
         return None
-    if shape.k < 4096 or (shape.m > 8 if fp4 else 2 < shape.m <= 4):
+    if shape.k < 4096:
         fewest = 40
-    else:  # rows for each SM; fewer are as fast loaded at once (skinny.cu), if there are few tokens
-        fewest = 0 if shape.m > 2 else 28
+    else:  # rows for each SM; fewer are as fast loaded at once (skinny.cu)
+        at_once = shape.m <= 2 or shape.m > 8 if fp4 else shape.m <= 4
+        fewest = 28 if at_once else 0
     return picked if shape.n * picked.split_k >= fewest * device.sm_count else None
 
 
@@ -115,19 +118,23 @@ def held_candidates(device: Device, shape: Shape) -> Iterator[SkinnyHeld]:
     """What fits registers and shared memory, the best of what was measured first."""
     many_rows = shape.n >= 128 * device.sm_count
     for split_k in _PLACES if device.arch in WITH_CLUSTERS else (1,):
-        tiles = _tiles(shape, many_rows or split_k > 1)
+        tiles = _tiles(shape, many_rows, split_k)
         found = [_config(device, shape, split_k, *tile) for tile in dict.fromkeys(tiles)]
         yield from (c for c in found if c is not None)
         if any(found):  # more blocks would share less
             break
 
 
-def _tiles(shape: Shape, many_turns: bool) -> list[tuple[int, int, int]]:
+def _tiles(shape: Shape, many_rows: bool, split_k: int) -> list[tuple[int, ...]]:
     """(warps, warp_chunks, num_stages): 64 registers of x among 16 warps, 128 among eight.
 
-    Five stages have room for 16 tokens on their way to registers, three for eight: x is there
-    sooner, which few turns are worth. Where sums of x need registers too, eight warps.
+    Five stages have room for 16 tokens on their way to registers, three for eight, two for four: x
+    is there sooner, which few turns are worth. Where sums of x need registers too, eight warps. A
+    fourth number: so many blocks of an SM. Two are 5 % faster than two groups of a block for one
+    token of FP4.
     """
+    many_turns = many_rows or split_k > 1
+    tiles: list[tuple[int, ...]]
     if BITS[shape.x_kind] == 8:
         tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), (16, 4, 2)]
         if shape.m <= 2 or not many_turns:
@@ -136,29 +143,37 @@ def _tiles(shape: Shape, many_turns: bool) -> list[tuple[int, int, int]]:
         tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), (8, 4, 2), (8, 4, 5), (16, 2, 5)]
         if not many_turns and shape.x_kind != "e2m1":
             tiles = tiles[4:] + tiles[:4]
+        elif not many_rows or split_k > 1:
+            tiles.insert(0, (16, 2, 2))
     else:
         tiles = [(8, 4, 3), (8, 4, 2), (16, 4, 2), (16, 2, 3), (16, 2, 2), (8, 8, 2), (8, 8, 3)]
         if shape.m <= 4 and not many_turns:
             tiles.insert(0, (8, 4, 2))
-        elif shape.m <= 2 and shape.w_kind == "e2m1":
-            tiles.insert(0, (16, 4, 2))
+        elif shape.m <= 2 and shape.w_kind == "e2m1" and split_k == 1:
+            tiles[:0] = (8, 4, 2, 2), (16, 4, 2)
     return [tile for tile in tiles if tile[0] == 8] if shape.zeros_in_sums else tiles
 
 
 def _config(
-    device: Device, shape: Shape, split_k: int, warps: int, warp_chunks: int, num_stages: int
+    device: Device,
+    shape: Shape,
+    split_k: int,
+    warps: int,
+    warp_chunks: int,
+    num_stages: int,
+    blocks_per_sm: int = 1,
 ) -> SkinnyHeld | None:
     chunk_k = 512 // BITS[shape.w_kind]
     chunks = shape.k // chunk_k
     k_warps = math.ceil(chunks / (split_k * warp_chunks))
-    resident = int(device.sm_count * _PLACES[split_k]) // split_k * split_k
+    resident = int(device.sm_count * blocks_per_sm * _PLACES[split_k]) // split_k * split_k
     spills = warps == 16 and warp_chunks == 4 and k_warps > 8 and BITS[shape.x_kind] == 16
     if chunks % warp_chunks or k_warps > warps or not resident or spills:
         return None
     tokens = 1 << (shape.m - 1).bit_length()
     groups = warps // k_warps
     warps = groups * k_warps
-    x_stages = tokens // 4
+    x_stages = max(1, tokens // 4)
     c = SkinnyHeld(
         x_kind=shape.x_kind,
         w_kind=shape.w_kind,
@@ -172,7 +187,8 @@ def _config(
         warp_chunks=warp_chunks,
         split_k=split_k,
         num_stages=num_stages,
-        x_staged=BITS[shape.x_kind] == 16 and 1 < x_stages < num_stages,
+        x_staged=BITS[shape.x_kind] == 16 and x_stages < num_stages,
+        blocks_per_sm=blocks_per_sm,
         resident_blocks=resident,
         fixed_smem=warps * (num_stages * warp_chunks * 1024 + 2 * tokens * 20 * 4),
         groups_per_chunk=groups_of_chunk(shape),
@@ -181,4 +197,5 @@ def _config(
         has_zeros=shape.has_zeros,
         blocked=shape.blocked,
     )
-    return c if c.smem_of(shape.n, shape.k) <= device.smem_per_block - 1024 else None
+    room = min(device.smem_per_block, device.smem_per_sm // blocks_per_sm) - 1024
+    return c if c.smem_of(shape.n, shape.k) <= room else None

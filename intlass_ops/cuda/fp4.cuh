@@ -63,8 +63,7 @@ __device__ __forceinline__ u32 e4m3_factors(unsigned short codes) {
 
 // One factor: of the scale in one byte of a word
 __device__ __forceinline__ u32 e4m3_factor(u32 word, int byte) {
-  const u32 two = e4m3_factors(__byte_perm(word, 0, 0x4400 + byte * 0x11));
-  return __byte_perm(two, 0, 0x1010);
+  return __byte_perm(e4m3_factors(__byte_perm(word, 0, 0x4440 + byte)), 0, 0x1010);
 }
 
 // A word of eight codes of one block: nibble j of each half word, as Int4Float16Pair orders them. Two

@@ -16,6 +16,7 @@
 // are done when the others have summed the rest and add what the helpers have left, in order. Where
 // there are few tiles at all, a cluster of blocks shares each (`split_k`).
 #include "hopper_out.cuh"
+#include "hopper_scales.cuh"
 
 typedef StageRing<num_stages, stage_bytes> Ring;
 
@@ -71,108 +72,6 @@ template <class T> __device__ __forceinline__ void pin_all(T (&v)[values]) {
   for (int e = 0; e < values; ++e) pin(v[e]);
 }
 
-// Scales and zero points of a thread's rows for the groups of one tile of K, as stored: converting
-// them is left until they are used, so that nothing waits for their way from memory.
-struct TileScales {
-  Scale s[tiles_n][flushes][2];
-  Zero z[has_zeros ? tiles_n : 1][flushes][2];
-};
-
-// Where a thread's rows have scales or zero points; groups come one after another.
-template <class T> struct GroupReader {
-  const char* rows[tiles_n][2];
-  i64 near, far;  // bytes to those of the next tile of K, and if it is one group further on
-
-  __device__ __forceinline__ void start(const void* values, i64 row_stride, i64 group_stride,
-                                        i64 row0, i64 last_row, int group, int whole) {
-    const i64 group_bytes = group_stride * i64(sizeof(T));
-    near = whole * group_bytes, far = near + flushes * group_bytes;
-    if constexpr (flushes == 1) pin(near), pin(far);  // else there are no registers for them
-#pragma unroll
-    for (int i = 0; i < tiles_n; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        rows[i][h] = static_cast<const char*>(values) + group * group_bytes +
-                     min(row0 + i * 64 + h * 8, last_row) * row_stride * i64(sizeof(T));
-  }
-  __device__ __forceinline__ T read(int i, int h, i64 ahead) const {
-    return reinterpret_cast<const T*>(rows[i][h])[ahead];
-  }
-  __device__ __forceinline__ void move(i64 bytes) {
-#pragma unroll
-    for (int i = 0; i < tiles_n; ++i) rows[i][0] += bytes, rows[i][1] += bytes;
-  }
-};
-struct ScaleReader {
-  GroupReader<Scale> scales;
-  GroupReader<Zero> zeros;
-  // Of K: tiles of a group, those left of this one, and those between a consumer's beyond whole groups
-  int tiles_per_group, tiles_left, tiles_beyond;
-
-  __device__ __forceinline__ ScaleReader(const Params& p, i64 row0, int lane, int kt) {
-    // whole groups per tile or whole tiles per group: config.why_not_hopper
-    tiles_per_group = flushes > 1 ? 1 : int((min(p.group_size, p.k) + block_k - 1) / block_k);
-    tiles_left = tiles_per_group - kt % tiles_per_group;
-    tiles_beyond = (stride - 1) % tiles_per_group + 1;
-    const int group = kt / tiles_per_group * flushes;
-    const int whole = (stride - 1) / tiles_per_group * flushes;
-    row0 += lane / 4;
-    scales.start(p.scales, p.scale_row, p.scale_group, row0, p.n - 1, group, whole);
-    if constexpr (has_zeros)
-      zeros.start(p.zeros, p.zero_row, p.zero_group, row0, p.n - 1, group, whole);
-  }
-  // The groups of the tile of K that the reader is at
-  __device__ __forceinline__ void read(const Params& p, TileScales& to, int groups_left) const {
-#pragma unroll
-    for (int i = 0; i < tiles_n; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int f = 0; f < flushes; ++f) {
-          // past the last group the sums are zero, and must meet a number
-          const int group = min(f, groups_left - 1);
-          to.s[i][f][h] = scales.read(i, h, group * p.scale_group);
-          if constexpr (has_zeros) to.z[i][f][h] = zeros.read(i, h, group * p.zero_group);
-        }
-  }
-  // To the consumer's next tile of K
-  __device__ __forceinline__ void advance() {
-    tiles_left -= stride > 1 ? tiles_beyond : 1;
-    const bool ends = tiles_left <= 0;
-    if (ends) tiles_left += tiles_per_group;
-    if (ends || stride > 1) {  // else near is 0
-      scales.move(ends ? scales.far : scales.near);
-      if constexpr (has_zeros) zeros.move(ends ? zeros.far : zeros.near);
-    }
-  }
-};
-
-// total += s * (acc - z * xsum)
-__device__ __forceinline__ void flush(float (&total)[values], const Acc (&acc)[values],
-                                      const Scale (&scales)[2], const Zero (&zeros)[2], u32 sums,
-                                      int lane) {
-  float s[2], z[2] = {0, 0};
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    s[h] = in_units_of_scale(scales[h]) * code_unit;
-    if constexpr (has_zeros) z[h] = in_units_of_zero(zeros[h]) * (1 / code_unit);
-  }
-#pragma unroll
-  for (int j = 0; j < values / 4; ++j) {
-    float x[2] = {0, 0};
-    if constexpr (has_zeros) {
-      const float2 t = load_shared_float2(sums + (j * 8 + lane % 4 * 2) * 4);
-      x[0] = t.x, x[1] = t.y;
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      float v = value(acc[j * 4 + e]);
-      if constexpr (has_zeros) v -= z[e / 2] * x[e % 2];
-      total[j * 4 + e] += s[e / 2] * v;
-    }
-  }
-}
-
 // Done with a stage: tell the producer, one thread of every warp. Where plain loads read sums of x to the
 // very end of a stage, each thread for itself: racecheck sees no warp that is in step anyway.
 constexpr int arrivals_of_warp = needs_sums ? 32 : 1;
@@ -184,43 +83,6 @@ __device__ __forceinline__ void release(u32 empty, int lane, bool filled = true)
   } else {
     if (filled && lane < arrivals_of_warp) barrier_arrive(empty);
   }
-}
-
-// What sum_fragments leaves in `acc`, for the 16 rows of a warp from row0 on and for scales of any size:
-// each weight rounded by itself, operands straight from global memory. Groups are whole steps of 16 k.
-template <class T>
-__device__ __forceinline__ void sum_again(const Params& p, const Segment& segment, i64 row0, int m0,
-                                          int lane, T (&acc)[values]) {
-#pragma unroll
-  for (int e = 0; e < values; ++e) acc[e] = 0;
-  const int quad = lane / 4, first_k = lane % 4 * 2;
-#pragma unroll 1
-  for (int kt = segment.begin; kt < segment.end; kt += stride)
-#pragma unroll 1
-    for (int k = kt * block_k; k < min((kt + 1) * block_k, int(p.k)); k += 16) {
-      u32 a[4];
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const i64 row = min(row0 + quad + r % 2 * 8, p.n - 1);
-        const int codes = p.w[row * p.w_stride + (k + first_k + r / 2 * 8) / 2];
-        const float scale = as_float(static_cast<const Scale*>(
-            p.scales)[row * p.scale_row + k / int(p.group_size) * p.scale_group]);
-        a[r] = halves<X>(float(codes << 28 >> 28) * scale, float(codes << 24 >> 28) * scale);
-      }
-      int token = m0 + quad;
-      pin(token);  // else ptxas keeps an address a token, for which there are no registers
-#pragma unroll
-      for (int e = 0; e < values; e += 4) {
-        const i64 m = min(i64(token + e * 2), p.m - 1);
-        const u32* x = reinterpret_cast<const u32*>(p.x + m * p.x_stride + (k + first_k) * 2);
-        float d[4] = {float(acc[e]), float(acc[e + 1]), float(acc[e + 2]), float(acc[e + 3])};
-        mma_16816(d, a, {x[0], x[4]}, X{});
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[e + i] = T(d[i]);
-      }
-    }
-#pragma unroll
-  for (int e = 0; e < values; ++e) acc[e] *= 1 / weight_unit;
 }
 
 // Sum a segment's k tiles, both operands from shared memory

@@ -47,8 +47,8 @@ def run(
     if config.why_not_hopper(device_of(x.device.index), shape) is None:
         if x_scales is None:
             return _run(x, None, 1, *operands)
-        decoded, unit = decode(x, x_scales, blocked, torch.bfloat16)
-        return _run(decoded, None, int(unit), *operands)
+        decoded, unit = _decode_fp4(x.contiguous(), x_scales, blocked, lane_order=True)
+        return _run(decoded, None, int(unit), *operands, lane_order=True)
     if x.shape[0] > config.FP4_MAX_M:
         return None
     parts, name = [], ""
@@ -74,14 +74,16 @@ def _run(
     alpha: Tensor | None,
     k: int,
     out_dtype: torch.dtype,
+    lane_order: bool = False,
 ) -> tuple[Tensor, str] | None:
-    """One launch. ``x_unit``: what decoded activations were divided by."""
+    """One launch. ``x_unit``: what decoded activations were divided by; ``lane_order``: theirs."""
     key = (
         signature(x),
         signature(w),
         w_scales.dtype,
         blocked,
         x_unit,
+        lane_order,
         out_dtype,
         None if alpha is None else alpha.dtype,
         w.data_ptr() % ALIGNMENT,
@@ -96,7 +98,7 @@ def _run(
         planned = None
         if c is not None:
             if isinstance(c, config.Hopper):
-                c = replace(c, x_unit=x_unit)
+                c = replace(c, x_unit=x_unit, lane_order=lane_order)
             group = shape.group_size
             row = -(-k // group // 4) if blocked else k // group
             codes = map(launch.dtype_code, (None, alpha, None, None))
@@ -162,7 +164,7 @@ def decode(
     codes, scales = codes.contiguous(), _readable(scales)
     four_bits = codes.dtype == torch.uint8
     if four_bits and dtype == torch.bfloat16:
-        return _decode_fp4(codes, scales, blocked)
+        return _decode_fp4(codes, scales, blocked, lane_order=False)
     shift = 4.0 if scales.dtype == torch.float8_e8m0fnu else 1.0
     if importlib.util.find_spec("triton") is not None:
         from ..triton import decode_blocks
@@ -176,16 +178,19 @@ def decode(
     return (values.view(rows, groups, -1) * factors[:, :, None]).view(rows, k).to(dtype), shift
 
 
-def _decode_fp4(codes: Tensor, scales: Tensor, blocked: bool) -> tuple[Tensor, float]:
-    if codes.data_ptr() % 4:
+def _decode_fp4(
+    codes: Tensor, scales: Tensor, blocked: bool, *, lane_order: bool
+) -> tuple[Tensor, float]:
+    """`decode` by decode_fp4.cu. ``lane_order``: for hopper.cu, K a multiple of 32."""
+    if codes.data_ptr() % (ALIGNMENT if lane_order else 4):
         codes = codes.clone()
     rows, k = codes.shape[0], 2 * codes.shape[1]
     scale_type, group = _SCALES[scales.dtype]
     index = codes.device.index
-    key = "decode", rows, k, scale_type, blocked, index
+    key = "decode", rows, k, scale_type, blocked, lane_order, index
     launch_decode = _decoders.get(key)
     if launch_decode is None:
-        c = config.DecodeFp4(scale_type, blocked)
+        c = config.DecodeFp4(scale_type, blocked, lane_order)
         row = -(-k // group // 4) if blocked else k // group
         words = 0, 0, 0, rows, k // 8, codes.stride(0), row
         launch_decode = jit.get(c, index).bind(c.grid(rows, k), (c.threads, 1, 1), 0, words, 3)

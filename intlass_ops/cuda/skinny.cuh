@@ -90,7 +90,7 @@ template <class First, class Second> struct Select<false, First, Second> {
 using Sum = typename Select<grouped, float, Acc>::type;
 
 // An output from its sum over all of K and, for zero points, the sum of its activations.
-__device__ __forceinline__ void finish(const Params& p, i64 n, int m, Sum y, Acc sum_x,
+__device__ __forceinline__ void finish(const Params& p, u32 n, u32 m, Sum y, Acc sum_x,
                                        float factor) {
   float v = value(y);
   if constexpr (!grouped && zeros_in_sums)

@@ -64,8 +64,9 @@ struct Share {
     chunk = inside ? first_chunk : chunks - warp_chunks;
     codes = p.w + lane % 4 * 16 + chunk * 64;
   }
-  __device__ __forceinline__ i64 row(const Params& p, int tile, int i) const {
-    return min(tile * rows + i * 8 + lane / 4, int(p.n) - 1);  // a repeated one is never stored
+  // Unsigned, which takes fewer instructions to multiply. A repeated one is never stored.
+  __device__ __forceinline__ u64 row(const Params& p, int tile, int i) const {
+    return u32(min(tile * rows + i * 8 + lane / 4, int(p.n) - 1));
   }
   __device__ __forceinline__ void request(const Params& p, int tile, int stage) const {
     if (tile < tiles)
@@ -94,7 +95,7 @@ struct Share {
       for (int i = 0; i < quad_pieces; ++i) {
         const int piece = (i * 4 + lane % 4) % pieces;
         const int of_k = grouped ? (chunk + piece / row_pieces) / Config::chunks_per_group : 0;
-        const i64 n = row(p, tile, piece % row_pieces);
+        const u64 n = row(p, tile, piece % row_pieces);
         if constexpr (grouped)
           to.s[i] = static_cast<const Scale*>(p.scales)[n * p.scale_row + of_k * p.scale_group];
         if constexpr (has_zeros)
@@ -261,12 +262,14 @@ __device__ __forceinline__ void group_sync(int group) {
 #define CLUSTERS
 #endif
 
-extern "C" __global__ void CLUSTERS __launch_bounds__(threads, 1)
+extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_per_sm)
     skinny_held(const __grid_constant__ Params p) {
   launch_dependents();
   extern __shared__ __align__(16) char smem[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int group = warp / k_warps, k_warp = warp % k_warps;
+  // A shuffle, so that the compiler knows it for the same in all lanes: what is reckoned from it takes
+  // uniform registers, and no branch of the loop can part the lanes
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
+  const int group = groups > 1 ? warp / k_warps : 0, k_warp = warp - group * k_warps;
   const int rank = split > 1 ? cluster_rank() : 0;
   const int block_tile = int(blockIdx.x) / split * groups, step = int(gridDim.x) / split * groups;
   const int first_tile = block_tile + group;
@@ -330,15 +333,14 @@ extern "C" __global__ void CLUSTERS __launch_bounds__(threads, 1)
       }
     group_sync(group);
 #pragma unroll 1
-    for (int i = k_warp * 32 + lane; i < int(p.m) * rows; i += 32 * k_warps) {
-      const int m = i / rows, r = i % rows;
-      const i64 n = i64(tile) * rows + r;
+    for (u32 i = k_warp * 32 + lane; i < u32(p.m) * rows; i += 32 * k_warps) {
+      const int m = i / rows, r = i % rows, n = tile * rows + r;
       Sum y = 0;
 #pragma unroll
       for (int v = 0; v < k_warps; ++v) y += sums[v * slab + m * pitch + r];
       if constexpr (split > 1)
         kept[((turn * groups + group) * tokens + m) * rows + r] = y;
-      else if (n < p.n)
+      else if (n < int(p.n))
         finish(p, n, m, y, Acc(0), alpha * a_scale_of(p, m));
     }
   }

@@ -16,8 +16,9 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     skinny_ring(const __grid_constant__ Params p) {
   launch_dependents();
   extern __shared__ __align__(16) char smem[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quarter = lane % 4;
-  const int group = warp / group_warps;
+  // a shuffle: the same in all lanes, as in skinny_held.cu
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
+  const int group = groups > 1 ? warp / group_warps : 0, quarter = lane % 4;
   const int k = int(p.k), chunks = (k + chunk_k - 1) / chunk_k;
   const int segments = max(1, (chunks + segment_chunks - 1) / segment_chunks);
   const int tiles = int((p.n + rows - 1) / rows);
