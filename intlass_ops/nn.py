@@ -31,10 +31,10 @@ Activation = Literal["int8", "int4"] | None
 
 def as_autocast(x: Tensor) -> Tensor:
     """``x`` as `torch.autocast`, where it is on, hands it to a linear layer."""
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    device = "cuda" if x.is_cuda else "cpu"  # half the time of x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x
-    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+    return x.to(torch.get_autocast_dtype(device))
 
 
 class _Codes(nn.Module):

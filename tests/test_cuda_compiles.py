@@ -5,8 +5,8 @@ instructions it was written for. The cubins go through the kernel cache, so that
 the second test of an architecture, only read them.
 
 Tile sizes do not decide which instruction multiplies: of the configs with the same operand kinds
-and instructions, one is disassembled for each architecture. What an architecture has in common with
-one close to it is compiled for it under --thorough alone, but for one config of each source.
+and instructions, one is disassembled for each architecture. What sm_89 has in common with sm_86 is
+compiled for it under --thorough alone, but for one config of each source.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ Chosen = dict[tuple[str, str], list[Any]]  # the configs of each (kernel source,
 
 # NVRTC makes the same code for both.
 TWIN = {"sm_89": "sm_86"}
-CLOSE = {"sm_89": ("sm_86",), "sm_100": ("sm_90a", "sm_120")}
 
 
 def by_kernel_and_arch(thorough: bool = False) -> Chosen:
@@ -40,8 +39,8 @@ def by_kernel_and_arch(thorough: bool = False) -> Chosen:
         for arch in archs:
             found[c.source, arch][c] = None
     for (name, arch), configs in found.items():
-        others = () if thorough else CLOSE.get(arch, ())
-        common = [c for c in configs if any(c in found.get((name, each), ()) for each in others)]
+        twin = () if thorough else found.get((name, TWIN.get(arch, "")), ())
+        common = [c for c in configs if c in twin]
         for c in common[1:]:
             del configs[c]
     return {key: list(configs) for key, configs in found.items()}

@@ -122,7 +122,7 @@ def test_integer_search_is_as_good_as_the_float64_sweep(kind: str, g: int, weigh
     from intlass_ops.triton import integer_search as kernels
 
     bits, symmetric = (8 if kind == "int8" else 4), kind != "uint4"
-    x = blocks(g, 400 if CUDA else 9 if g == 16 else 2, g)
+    x = blocks(g, 400 if CUDA else 9 if (kind, g) == ("int4", 16) else 2, g)
     if kind == "int4" and g == 16:
         x[5:9] = torch.tensor([[0.0], [torch.nan], [torch.inf], [2.0**-149]], device=DEVICE)
     weights = weights_for(x, weighted)

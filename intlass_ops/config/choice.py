@@ -43,7 +43,7 @@ def predicted(device: Device, shape: Shape) -> Matmul:
     """The configuration without any table."""
     shape = shape.on(device)
     if why_not_skinny(shape) is None:
-        held = pick_held(device, shape) if _may_hold(shape) else None
+        held = pick_held(device, shape)
         if held is not None:
             return held
         ring = pick_ring(device, shape) if _streams(device, shape) else None
@@ -71,21 +71,6 @@ def _streams(device: Device, shape: Shape) -> bool:
     return fewest_tokens or shape.n >= 128 * device.sm_count
 
 
-def _may_hold(shape: Shape) -> bool:
-    """Whether skinny_held.cu may have a problem.
-
-    Not INT8 activations of up to 4 tokens and scales in groups. Alone it was 3 % faster at best
-    (the tuner's times, not kept), but a Llama's step of one token took .81 ms with it and .72
-    before it (W4A8 in results/h200-llama-decode.json and h200-llama.json): probably since its
-    blocks fill an SM, and so cannot start while the quantiser before them waits. Not measured
-    again since.
-    """
-    grouped = shape.group_size < shape.k
-    return why_not_held(shape) is None and not (
-        BITS[shape.x_kind] == 8 and grouped and shape.m <= 4
-    )
-
-
 def of_int4(c: Matmul, k: int) -> Matmul | None:
     """The same tile for INT4 activations that are INT8 to the GPU's tensor cores.
 
@@ -109,7 +94,7 @@ def candidates(device: Device, shape: Shape) -> list[Matmul]:
     if why_not_skinny(shape) is None:
         found += skinny_candidates(device, shape)
         found += ring_candidates(device, shape) if why_not_ring(shape) is None else ()
-        found += held_candidates(device, shape) if _may_hold(shape) else ()
+        found += held_candidates(device, shape) if why_not_held(shape) is None else ()
     else:
         found += gemm_candidates(device, shape)
     if why_not_hopper(device, shape) is None:
