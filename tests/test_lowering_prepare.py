@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import warnings
 import weakref
 
@@ -98,6 +100,18 @@ def test_quantisers_like_ours_are_replaced_where_that_is_allowed() -> None:
     assert [isinstance(each, IntLinear) for each in model] == [True, False, False]
     assert model[0].activation == "int8"
     assert "with our own quantiser" in decisions[0].reason
+
+
+def test_layers_of_equal_arithmetic_share_its_code_and_can_be_copied() -> None:
+    model = nn.ModuleList([PerTensor(), PerTensor()])
+    assert converted(model) == [(SWAPPED, "w8a8")] * 2
+    first, second = model
+    assert first.run is second.run
+    x = torch.randn(3, 5, 64)
+    for same in (copy.deepcopy(second), pickle.loads(pickle.dumps(second))):
+        assert torch.equal(same(x), second(x))
+        same.load_state_dict(first.state_dict())
+        assert torch.equal(same(x), first(x))
 
 
 def test_originals_are_released_and_shared_modules_stay_shared() -> None:
