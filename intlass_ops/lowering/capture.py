@@ -47,7 +47,7 @@ _UNUSED = {"fx_pytree", "pytree"}  # of graphs that take or give more than tenso
 @functools.cache
 def _function(text: str) -> Callable[[nn.Module, Tensor], Tensor]:
     scope: dict[str, Any] = dict(_NAMES)
-    exec(text, scope)
+    exec(compile(text, "<quantised linear>", "exec"), scope)
     return cast(Callable[[nn.Module, Tensor], Tensor], scope["run"])
 
 
