@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from .epilogue import Activation, named
 from .problem import BITS, TYPE_BYTES, Device, Grouping, Shape
@@ -15,6 +15,19 @@ from .problem import BITS, TYPE_BYTES, Device, Grouping, Shape
 HOPPER_BLOCK_K = 128
 _PIECE = 3.0  # k tiles that a helper could compute while it leaves its sums of one
 HALF_SM = (227 - 1) * 1024 // 2  # shared memory of each of two blocks; the system takes 1 KiB each
+
+
+class Shares(NamedTuple):
+    """How a problem's tiles are shared out among blocks: hopper_tile.cuh's struct."""
+
+    of_m: int
+    of_n: int
+    k_tiles: int
+    whole: int
+    helpers: int
+    tail: int
+    each: int
+    extra: int
 
 
 @dataclass(frozen=True)
@@ -110,8 +123,8 @@ class Hopper:
         places = sm_count * self.blocks_per_sm // self.sharing * self.sharing
         return min(places, work), 1, 1
 
-    def shares(self, m: int, n: int, k: int, blocks: int) -> tuple[int, ...]:
-        """hopper.cu's Shares, of which the helpers' part is as large as lets all end together."""
+    def shares(self, m: int, n: int, k: int, blocks: int) -> Shares:
+        """Of which the helpers' part is as large as lets all end together."""
         of_m, of_n = self._tiles(m, n)
         k_tiles = math.ceil(k / HOPPER_BLOCK_K)
         shared = of_m * of_n % blocks if self.stream_k else 0
@@ -122,7 +135,7 @@ class Hopper:
         if tail == 0:
             shared, helpers = 0, blocks
         each, extra = divmod(shared * tail, helpers)
-        return of_m, of_n, k_tiles, of_m * of_n - shared, helpers, tail, each, extra
+        return Shares(of_m, of_n, k_tiles, of_m * of_n - shared, helpers, tail, each, extra)
 
     @property
     def values_per_block(self) -> int:

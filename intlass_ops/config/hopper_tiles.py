@@ -93,8 +93,9 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
     exchange = _CLUSTER_US * (c.split_k > 1)
     if c.stream_k:
         blocks = c.grid(shape.m, shape.n, shape.k, device.sm_count)[0]
-        _, _, _, whole, _, tail, _, _ = c.shares(shape.m, shape.n, shape.k, blocks)
-        rounds = math.ceil(whole / places) + (1 - tail / k_tiles if tail else 0)
+        shares = c.shares(shape.m, shape.n, shape.k, blocks)
+        rounds = math.ceil(shares.whole / places)
+        rounds += 1 - shares.tail / k_tiles if shares.tail else 0
         rounds *= 1 + _STREAMED * max(0.0, 1 - 1 / rounds)
         exchange = _SHARED_US + max(1.0, places / tiles) * c.block_m * c.block_n / _EXCHANGED_PER_US
     blocks = c.grid(shape.m, shape.n, shape.k, device.sm_count)[0]
