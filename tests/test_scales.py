@@ -40,10 +40,10 @@ def gram(seed: int, g: int, rank: int | None = None) -> Tensor:
     return x.T @ x
 
 
-def brute_force_grid(
+def errors_of_grid(
     x: Tensor, grid: Tensor, weights: Tensor | None = None, hessian: Tensor | None = None
 ) -> Tensor:
-    """Index of the first best scale, every scale tried; written without scale_search."""
+    """[blocks, scales], the error of every scale; written without scale_search."""
     errors = []
     for s in grid:
         r = x.double() - s * fp4.decode_e2m1(fp4.encode_e2m1(x.double() / s), torch.float64)
@@ -51,7 +51,7 @@ def brute_force_grid(
             errors.append(((r @ hessian) * r).sum(-1))
         else:
             errors.append((r * r if weights is None else weights * r * r).sum(-1))
-    return torch.stack(errors, -1).argmin(-1)
+    return torch.stack(errors, -1)
 
 
 def stored_index(format_: str, stored: Tensor) -> Tensor:
@@ -69,17 +69,23 @@ def test_fp4_pruned_search_is_brute_force_on_every_block(
     x = blocks(seed, 60, g)
     if goal == "plain":
         stored, _ = OPTIMAL[format_](x)
-        best = brute_force_grid(x, grid)
+        errors = errors_of_grid(x, grid)
     elif goal == "weights":
         weights = torch.rand(g, generator=torch.Generator().manual_seed(seed)).double() ** 4
         weights[0] = 0
         stored, _ = OPTIMAL[format_](x, weights=weights)
-        best = brute_force_grid(x, grid, weights=weights)
+        errors = errors_of_grid(x, grid, weights=weights)
     else:
         h = gram(seed, g, rank=g // 2 if goal == "singular hessian" else None)
         stored, _ = HESSIAN[format_](x, hessian=h[None])
-        best = brute_force_grid(x, grid, hessian=h)
-    assert torch.equal(stored_index(format_, stored).squeeze(-1), best)
+        errors = errors_of_grid(x, grid, hessian=h)
+    chosen = stored_index(format_, stored)
+    if goal in ("plain", "weights"):
+        assert torch.equal(chosen.squeeze(-1), errors.argmin(-1))
+    else:  # of two equally good scales, a matrix product may round either up
+        least = errors.amin(-1, keepdim=True)
+        size = torch.einsum("bi,ij,bj->b", x.double().abs(), h.abs(), x.double().abs())
+        assert (errors.gather(-1, chosen) <= least + 2**-46 * size[:, None]).all()
 
 
 def test_fp4_pruning_prunes() -> None:
