@@ -6,7 +6,7 @@
 in a process of its own with empty caches, `--repeat` times in turn; then calls with other numbers
 of rows, which must not compile again. `pack`: `prepare_` on the linears of a whole Llama 3.1 8B
 (`--pack-scale` divides its width), with the most memory in use over that of the quantised weights.
-Weights are hand-written INT4 in groups of 128, or with `--library` those of torchao.
+Weights are hand-written INT4 in groups of 128, or with `--library` those of torchao or our own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from llama_block import Block
 
-from intlass_ops import lowering, prepare_
+from intlass_ops import Int4WeightOnly, lowering, prepare_, quantize_
+from intlass_ops.cuda import compiler
 from intlass_ops.lowering import graph_pass, runtime
 
 GROUP = 128
@@ -76,22 +77,35 @@ def torchao_int8(model: nn.Module, device: str) -> None:
     quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
 
 
+def torchao_int8_prepared(model: nn.Module, device: str) -> None:
+    torchao_int8(model, device)
+    prepare_(model)
+
+
+def our_w4a16(model: nn.Module, device: str) -> None:
+    quantize_(model, Int4WeightOnly(group_size=GROUP))
+
+
 LIBRARIES = {
     "hand-written": hand_written,
+    "intlass-w4a16": our_w4a16,
     "torchao-int4": torchao_int4,
     "torchao-int8": torchao_int8,
+    "torchao-int8-prepared": torchao_int8_prepared,
 }
 
 
 def compiled(args: argparse.Namespace) -> dict[str, Any]:
     """One process: the first call, and whether other numbers of rows compile again."""
     torch.manual_seed(0)
-    layers = [Block(args.width, args.width * 7 // 2, 128) for _ in range(args.layers)]
-    model = nn.Sequential(*layers).to(args.device, torch.bfloat16).eval().requires_grad_(False)
+    with torch.device(args.device):
+        layers = [Block(args.width, args.width * 7 // 2, 128) for _ in range(args.layers)]
+    model = nn.Sequential(*layers).bfloat16().eval().requires_grad_(False)
     LIBRARIES[args.library](model, args.device)
-    spent = {"rewrite": 0.0, "pack": 0.0}
+    spent = {"rewrite": 0.0, "pack": 0.0, "kernels": 0.0}
     _timed(graph_pass, "rewrite", spent, "rewrite")
     _timed(runtime, "pack_all", spent, "pack")
+    _timed(compiler, "compile_or_load", spent, "kernels")
     backend: Any = lowering.backend if args.backend == "intlass" else "inductor"
     call = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     inputs = [torch.randn(2, m, args.width, device=args.device).bfloat16() for m in (8, *ROWS)]
@@ -112,6 +126,7 @@ def compiled(args: argparse.Namespace) -> dict[str, Any]:
         "processor_s": round(ended[1] - started[1], 2),
         "of_it_rewriting_s": round(first["rewrite"], 2),
         "of_it_packing_s": round(first["pack"], 2),
+        "of_it_our_kernels_s": round(first["kernels"], 2),
         "graphs": before,
         "recompiles": after - before,
         "swapped": swapped,
@@ -170,7 +185,8 @@ def packed(args: argparse.Namespace) -> dict[str, Any]:
 def _fresh(arguments: list[str]) -> dict[str, Any]:
     """The last line of this script run again, in another process and with empty caches."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+        caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "INTLASS_CACHE_DIR": f"{folder}/kernels"}
+        environment = {**os.environ, **caches}
         if "cuda" not in sys.argv:
             # Threads that wait for one another count as work.
             environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}

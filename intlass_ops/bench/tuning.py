@@ -117,20 +117,23 @@ def compile_all(configs: Iterable[Matmul], arch: str) -> dict[Matmul, str]:
 
 
 class Layer:
-    """Random operands of one layer on a GPU, with copies of the weights that are cold."""
+    """Random operands of one layer on a GPU, in copies of weights and scales that are cold."""
 
     def __init__(self, scheme: Scheme, n: int, k: int, device: torch.device) -> None:
         self.scheme, self.n, self.k, self.device = scheme, n, k, device
         self.bits = config.BITS[scheme.w_kind]
         weights = self._codes(n, k, self.bits)
         self.copies = timing.copies_of(weights.numel())
-        self.weights = [weights, *(weights.clone() for _ in range(self.copies - 1))]
         groups = k // scheme.group_size if scheme.group_size else 1
         dtype = torch.float32 if scheme.scale_type == "float" else torch.bfloat16
-        self.scales = self._positive(n, groups).to(dtype)
-        self.zeros = None
+        scales = self._positive(n, groups).to(dtype)
+        zeros = None
         if scheme.w_kind == "u4":
-            self.zeros = torch.randint(0, 16, (n, groups), dtype=torch.uint8, device=device)
+            zeros = torch.randint(0, 16, (n, groups), dtype=torch.uint8, device=device)
+        self.weights = [(weights, scales, zeros)]
+        for _ in range(self.copies - 1):
+            copy = None if zeros is None else zeros.clone()
+            self.weights.append((weights.clone(), scales.clone(), copy))
 
     def _codes(self, rows: int, columns: int, bits: int) -> Tensor:
         if bits == 8:
@@ -153,11 +156,11 @@ class Layer:
         expected: list[Tensor] = []
 
         def call(i: int) -> Tensor:
-            w = self.weights[i]
+            w, scales, zeros = self.weights[i]
             if self.bits == 8:
-                return matmul_int8_bf16_tn(x, w, x_scale, self.scales, out_dtype=torch.bfloat16)
+                return matmul_int8_bf16_tn(x, w, x_scale, scales, out_dtype=torch.bfloat16)
             return matmul_int4_bf16_tn(
-                x, w, self.scales, self.zeros, a_scale=x_scale, out_dtype=torch.bfloat16
+                x, w, scales, zeros, a_scale=x_scale, out_dtype=torch.bfloat16
             )
 
         def measure(c: Matmul, give_up: float, seconds: float) -> float:
