@@ -105,6 +105,8 @@ def pick_quantize(
         loads = 1
     elif before == Before.SILU_MUL or not pairs:
         loads = 2
+    elif ahead and 512 < vectors <= 640:
+        loads = 5  # of four warps; of eight with three each a sixth would be idle
     else:
         loads = 2 if before == Before.NONE and 512 <= vectors <= 1024 else 4
     per_segment = _threads(vectors, loads) if cluster == 1 else _in_cluster(vectors)
@@ -117,7 +119,7 @@ def pick_quantize(
         vector=vector,
         threads_per_segment=per_segment,
         threads=per_segment * max(1, 128 // per_segment if cluster == 1 else 1),
-        chunks=chunks if chunks <= (_MAX_CHUNKS if pairs else _MAX_CHUNKS // 2) else 0,
+        chunks=chunks if chunks <= (max(loads, _MAX_CHUNKS) if pairs else _MAX_CHUNKS // 2) else 0,
         before=before,
         cluster=cluster,
     )
@@ -142,7 +144,9 @@ def _in_cluster(vectors: int) -> int:
 
 
 def _blocks_that_stay(c: Quantize) -> int:
-    """Of an SM, from a sweep on an H200: what registers and the latency of a segment allow."""
+    """Of an SM, from sweeps on an H200: what registers and the latency of a segment allow."""
+    if c.chunks > _MAX_CHUNKS:
+        return 4
     if Before(c.before).is_norm:
         return math.ceil(768 / c.threads)
     return 8 if c.threads <= 128 else 1280 // c.threads

@@ -155,6 +155,7 @@ def _shipped_quantisers(types: tuple[str, ...]) -> Iterator[tuple[Config, tuple[
                 yield pick_quantize(device_of(arch), *kind, before), (arch,)
     many = (
         ("sm_80", 4096, 4096),
+        ("sm_90a", 4096, 5120),
         ("sm_90a", 4096, 14336),
         ("sm_90a", 1, 14336),
         ("sm_120", 4096, 4096),
