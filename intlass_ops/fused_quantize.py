@@ -40,12 +40,20 @@ class Plan(NamedTuple):
     r: int
     group_size: int
     global_scale: float
-    packed: bool = True  # codes of int4, two a byte
+    layout: str = "packed"  # of int4: two codes a byte, "bytes" or "lanes" (packing.py)
 
     @property
     def bits(self) -> int:
         """That a code takes as it is stored."""
-        return 8 if self.format == "int8" or (self.format == "int4" and not self.packed) else 4
+        wide = self.format == "int4" and self.layout != "packed"
+        return 8 if self.format == "int8" or wide else 4
+
+    def stored(self, k: int) -> tuple[int, torch.dtype]:
+        """Columns and dtype of the codes of a row."""
+        if self.bits == 4:
+            return k // 2, torch.uint8
+        lanes = self.format == "int4" and self.layout == "lanes"
+        return (k // 4, torch.int32) if lanes else (k, torch.int8)
 
 
 def fused_quantize_int8(
@@ -92,7 +100,8 @@ def fused_quantize_int4(
     >>> codes[0, 0], scales.shape  # 119 is 7 and 7
     (tensor(119, dtype=torch.uint8), torch.Size([2, 1]))
     """
-    plan = plan_of("fused_quantize_int4", "int4", x, h, method, group_size, packed=packed)
+    layout = "packed" if packed else "bytes"
+    plan = plan_of("fused_quantize_int4", "int4", x, h, method, group_size, layout=layout)
     return _run(x, h, plan, return_mask)
 
 
@@ -144,7 +153,7 @@ def plan_of(
     method: str,
     group_size: int | None,
     global_scale: float = 1.0,
-    packed: bool = True,
+    layout: str = "packed",
 ) -> Plan:
     if not x.is_floating_point() or x.ndim == 0:
         raise TypeError(f"{op}: x is {x.dtype} {tuple(x.shape)}; expected floating [..., K]")
@@ -162,9 +171,11 @@ def plan_of(
         raise ValueError(f"{op}: K={k} is not a multiple of group_size={g}, or it is below 8")
     if max(g, r) % min(g, r):
         raise ValueError(f"{op}: of group_size={g} and R={r} one must divide the other")
+    if layout == "lanes" and k % 32:
+        raise ValueError(f"{op}: K={k} is not a multiple of 32, as lanes need")
     if not 0 < global_scale < float("inf"):
         raise ValueError(f"{op}: global_scale={global_scale} is not a positive number")
-    return Plan(format_, method == "quest", r, g, float(global_scale), packed)
+    return Plan(format_, method == "quest", r, g, float(global_scale), layout)
 
 
 def _run(x: Tensor, h: Tensor, plan: Plan, return_mask: bool) -> tuple[Tensor, ...]:
@@ -176,7 +187,7 @@ def _run(x: Tensor, h: Tensor, plan: Plan, return_mask: bool) -> tuple[Tensor, .
         plan.group_size,
         plan.global_scale,
         return_mask,
-        plan.packed,
+        plan.layout,
     )
     if plan.format == "mx":
         scales = scales.view(torch.float8_e8m0fnu)
@@ -208,6 +219,8 @@ def quantize_rotated(rotated: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tenso
         codes = fp4.encode_e2m1(y).reshape(shape)
     if plan.bits == 4:
         codes = packing.pack(codes)
+    elif plan.layout == "lanes":
+        codes = packing.to_lanes(codes)
     bits = mask.reshape(*shape[:-1], k // 8, 8).to(torch.uint8)
     places = torch.arange(8, dtype=torch.uint8, device=rotated.device)
     return codes, stored.squeeze(-1), (bits << places).sum(-1, dtype=torch.uint8)

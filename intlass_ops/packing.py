@@ -1,4 +1,4 @@
-"""Storage of INT4 codes: two per byte, row-major, the one layout every device and kernel reads.
+"""Storage of INT4 codes: two per byte, row-major, the layout every device and kernel reads.
 
 Here: packing and unpacking in plain PyTorch. The ops that wrap them are in ops/packing.py.
 
@@ -11,6 +11,15 @@ Here: packing and unpacking in plain PyTorch. The ops that wrap them are in ops/
 An odd K leaves the high nibble of the last byte zero. INT8 weights need no packing: int8 [N, K].
 The CUDA kernels read these bytes as they are: a lane takes a 32-bit word, i.e. eight consecutive k,
 and orders the activations to match (cuda/operands.cuh).
+
+Activations may have a byte each instead, for tensor cores that take no INT4: int8 [..., K], or
+
+    lanes   l[..., K/4]        int32      four bytes each, K a multiple of 32
+
+        of every 32 k the even ones, then the odd ones:   q[0] q[2] ... q[30] q[1] q[3] ... q[31]
+
+for hopper.cu: what a lane then wants of a word of W are its low or its high nibbles. The dtype says
+which of the two it is.
 """
 
 from __future__ import annotations
@@ -55,3 +64,16 @@ def unpack(packed: Tensor, k: int, signed: bool) -> Tensor:
     words = words.bitwise_or_(words * 16).bitwise_and_(0x0F0F)
     codes = words.view(torch.int8)[..., :k].contiguous()
     return codes.bitwise_xor_(8).sub_(8) if signed else codes
+
+
+def to_lanes(q: Tensor) -> Tensor:
+    """Lay int8 codes [..., K], K a multiple of 32, out as lanes, int32 [..., K/4]."""
+    pairs = q.view(*q.shape[:-1], q.shape[-1] // 32, 16, 2)
+    return pairs.transpose(-1, -2).reshape(q.shape).view(torch.int32)
+
+
+def from_lanes(lanes: Tensor) -> Tensor:
+    """Inverse of :func:`to_lanes`: int8 codes [..., K]."""
+    q = lanes.contiguous().view(torch.int8)
+    halves = q.view(*q.shape[:-1], q.shape[-1] // 32, 2, 16)
+    return halves.transpose(-1, -2).reshape(q.shape)

@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import packing
+from . import config, packing
 from .ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn
 
 SCHEMES = {"w4a4": (4, 4), "w4a8": (4, 8), "w8a8": (8, 8)}  # bits of weights and activations
 
 
 def quantise(
-    t: Tensor, h: Tensor, bits: int, method: str, *, packed: bool = True, mask: bool = True
+    t: Tensor, h: Tensor, bits: int, method: str, *, layout: str = "packed", mask: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, INT4 packed or not, scales [rows, 1], mask, empty if unwanted) of rows [R, K]."""
+    """(codes, of INT4 in a layout, scales [rows, 1], mask, empty if unwanted) of rows [R, K]."""
     with torch.autocast(t.device.type, enabled=False):  # would round the rotation on a CPU
         codes, scales, kept = torch.ops.intlass.fused_quantize(
-            t, h, f"int{bits}", method, t.shape[1], 1.0, mask, packed or bits == 8
+            t, h, f"int{bits}", method, t.shape[1], 1.0, mask, layout
         )
     return codes, scales, kept
 
@@ -31,9 +32,15 @@ def quantise(
 def quantise_activations(
     x: Tensor, h: Tensor, bits: int, method: str, *, mask: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in the form that a product takes fastest: GPUs from sm_90 on would widen INT4."""
-    wide = x.is_cuda and torch.cuda.get_device_properties(x.device).major >= 9
-    return quantise(x, h, bits, method, packed=not wide, mask=mask)
+    """The same in the form that a product takes fastest: GPUs from sm_90 on would widen INT4.
+
+    Where torch.compile leaves the number of tokens open, kernels that take bytes may be needed.
+    """
+    major = torch.cuda.get_device_properties(x.device).major if x.is_cuda else 0
+    lanes = config.makes_lanes(major, h.shape[0], mask)
+    lanes = lanes and statically_known_true(x.shape[0] > config.SKINNY_MAX_M)
+    layout = "packed" if major < 9 else "lanes" if lanes else "bytes"
+    return quantise(x, h, bits, method, layout=layout, mask=mask)
 
 
 def product(

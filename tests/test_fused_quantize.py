@@ -169,6 +169,26 @@ def test_int4_codes_may_have_a_byte_each(device: str, k: int, group: int, r: int
     assert all(map(torch.equal, same, rest))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("k", "group", "r"),
+    [(4096, 4096, 64), (5120, 5120, 128), (25600, 25600, 32), (96, 96, 16), (256, 32, 32)],
+)
+def test_int4_codes_may_lie_as_lanes(device: str, k: int, group: int, r: int) -> None:
+    x, h = integers(5, k).to(device, torch.bfloat16), signs(r).to(device)
+    quantize = torch.ops.intlass.fused_quantize
+    for method, mask in (("abs_max", True), ("abs_max", False), ("quest", False)):
+        options = "int4", method, group, 1.0, mask
+        codes, scales, kept = quantize(x, h, *options, "bytes")
+        lanes, same_scales, same_kept = quantize(x, h, *options, "lanes")
+        assert lanes.dtype == torch.int32
+        assert lanes.shape == (5, k // 4)
+        torch.testing.assert_close(same_scales, scales, rtol=1e-6, atol=0)  # sums of another order
+        differ = packing.from_lanes(lanes) != codes
+        assert differ.float().mean() < (0.01 if method == "quest" else 1e-9)
+        assert torch.equal(same_kept, kept)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("format_", list(OPS))
 def test_kernel_leaves_ragged_rows_and_strides_alone(format_: str) -> None:

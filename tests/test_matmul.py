@@ -7,6 +7,7 @@ test_opcheck.py. What only a GPU has: test_cuda_ops.py, test_cuda_streams.py.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import oracle
@@ -32,7 +33,7 @@ from strategies import (
 from tolerance import assert_identical
 from torch import Tensor
 
-from intlass_ops import dequantize, matmul_int4_bf16_tn, matmul_int8_bf16_tn
+from intlass_ops import dequantize, matmul_int4_bf16_tn, matmul_int8_bf16_tn, packing
 
 # ------------------------------------------------------------------------------------------- exact
 
@@ -139,6 +140,24 @@ def test_alpha_and_a_scale_join_before_the_rounding(x: str, device: str) -> None
 @pytest.mark.parametrize("w", ["s4", "s8"])
 def test_integer_sums_beyond_24_bits_are_rounded_once(w: str, m: int, n: int, device: str) -> None:
     check_large_sum(w, m, n, device)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "groups"), [(5, 24, 96, 3), (40, 264, 512, 1), (40, 8, 256, 2)]
+)
+def test_lanes_are_codes_in_another_order(m: int, n: int, k: int, groups: int, device: str) -> None:
+    codes = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+    w = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8).to(device)
+    scales, a_scale = torch.rand(n, groups, device=device), torch.rand(m, 1, device=device)
+    zeros = torch.randint(0, 16, (n, groups), dtype=torch.uint8).to(device)
+    lanes = packing.to_lanes(codes)
+    assert lanes.view(torch.int8)[:, :16].equal(codes[:, :32:2])
+    assert packing.from_lanes(lanes).equal(codes)
+    wide = torch.cat((lanes, lanes), 1)[:, : k // 4]
+    for z, same in itertools.product((None, zeros), (lanes, wide)):
+        expected = matmul_int4_bf16_tn(codes.to(device), w, scales, z, a_scale=a_scale)
+        y = matmul_int4_bf16_tn(same.to(device), w, scales, z, a_scale=a_scale)
+        assert torch.equal(y, expected)
 
 
 # ----------------------------------------------------------------------------------------- bounded

@@ -42,6 +42,7 @@ from .quantize import Before as Before
 from .quantize import Quantize as Quantize
 from .quantize import pick_quantize as pick_quantize
 from .rotate_hopper import RotateHopper as RotateHopper
+from .rotate_hopper import makes_lanes as makes_lanes
 from .rotate_quantize import RotateQuantize as RotateQuantize
 from .rotate_quantize import pick_rotate_quantize as pick_rotate_quantize
 from .shipped import shipped_configs as shipped_configs

@@ -46,6 +46,7 @@ class RotateHopper:
     group_size: int  # of quads, otherwise 0
     group_rows: int  # of x that a group has; 0: quads
     bits: int  # of a code as it is stored
+    lanes: bool  # codes of int4 in the order of packing.to_lanes
     tiles: int
     warpgroups: int
     teams: int
@@ -109,8 +110,14 @@ def rotate_hopper(
     scaled: bool,
     group_size: int,
     bits: int,
+    lanes: bool,
 ) -> RotateHopper | None:
-    """For groups of up to 32 values, and for longer ones that fill 8 rows or a unit."""
+    """For groups of up to 32 values, and for longer ones that fill 8 rows or a unit.
+
+    ``lanes`` need these longer ones, and no mask, whose bits would have to change places too.
+    """
+    if lanes and (group_size <= 32 or mask):
+        return None
     if device.arch != "sm_90a" or x_type not in _KIND or not 32 <= rotation <= 128:
         return None
     most = _VALUES // (64 * rotation)
@@ -135,11 +142,17 @@ def rotate_hopper(
         group_size=0 if group_rows else group_size,
         group_rows=group_rows,
         bits=bits,
+        lanes=lanes,
         tiles=tiles,
         warpgroups=warpgroups,
         teams=teams,
         stages=3 if warpgroups == _WARPGROUPS else 2,  # more only help a team that is alone
     )
+
+
+def makes_lanes(major: int, rotation: int, mask: bool) -> bool:
+    """Whether INT4 codes may come as lanes, and hopper.cu is there to take them."""
+    return major == 9 and 32 <= rotation <= 128 and not mask
 
 
 def _unit_of(group_rows: int, most: int) -> tuple[Scope, int, int] | None:

@@ -98,10 +98,13 @@ def pick_rotate_quantize(
     mask: bool,
     group_size: int,
     scaled: bool = False,
-    packed: bool = True,
+    layout: str = "packed",
 ) -> RotateQuantize | RotateHopper:
-    """Groups in a unit, or else a group as a unit, or, if it has no room, in several, twice."""
-    bits = 8 if format_ == "int8" or (format_ == "int4" and not packed) else 4
+    """Groups in a unit, or else a group as a unit, or, if it has no room, in several, twice.
+
+    ``layout`` of int4: of "lanes", a RotateQuantize makes "bytes".
+    """
+    bits = 8 if format_ == "int8" or (format_ == "int4" and layout != "packed") else 4
     width, piece = max(rotation, 32), min(rotation, 32)
     column_warps = width // 32
 
@@ -124,7 +127,8 @@ def pick_rotate_quantize(
         return replace(c, blocks_per_sm=max(1, _blocks_per_sm(device, c)))
 
     kernel = ROTATE_FORMATS.index(format_), quest, mask, scaled
-    hopper = rotate_hopper(device, x_type, rotation, *kernel, group_size, bits)
+    lanes = format_ == "int4" and layout == "lanes"
+    hopper = rotate_hopper(device, x_type, rotation, *kernel, group_size, bits, lanes)
     if hopper is not None:
         return hopper
 

@@ -140,6 +140,8 @@ def _shipped_rotations() -> Iterator[tuple[Config, tuple[str, ...]]]:
                 pick_rotate_quantize(device, x_type, rotation, format_, quest, mask, group_size),
                 (arch,),
             )
+    row = bf16, 64, "int4", True, False, 5120
+    yield pick_rotate_quantize(device_of("sm_90a"), *row, layout="lanes"), ("sm_90a",)
 
 
 def _shipped_quantisers(types: tuple[str, ...]) -> Iterator[tuple[Config, tuple[str, ...]]]:
@@ -212,8 +214,9 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
     for arch in ("sm_80", "sm_90a", "sm_120"):
         of_few = TRANSPOSED_MAX_M, 1024, 1024
         yield pick_transposed(device_of(arch), "bf16", False, False, *of_few), (arch,)
-    for x, m, group_size in (("bf16", 64, 128), ("fp16", 128, 32), ("bf16", 1024, 1024)):
-        problem = group_size == 128, m, 4096, 4096, group_size
+    few = ("bf16", 16, 128), ("fp16", 32, 64)
+    for x, m, group_size in (*few, ("bf16", 64, 128), ("fp16", 128, 32), ("bf16", 1024, 1024)):
+        problem = group_size != 32, m, 4096, 4096, group_size
         yield pick_transposed_wgmma(device_of("sm_90a"), x, *problem), ("sm_90a",)
     yield from _shipped_quantisers(types)
     formats = ("e8m0", 32), ("e4m3", 16)

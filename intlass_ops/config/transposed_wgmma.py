@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from .problem import Device
 
-TRANSPOSED_WGMMA_M = range(17, 1025)  # fewer: transposed.cu; more: dequantising once (H200)
+TRANSPOSED_WGMMA_M = range(9, 1025)  # fewer: transposed.cu; more: dequantising once (H200)
 _STAGE_N = 128  # rows of W in a stage of the ring
 _COLUMNS = 128  # of a block
 
@@ -81,15 +81,15 @@ def why_not_transposed_wgmma(
 
 
 # Microseconds on an H200: of a stage for a consumer, bound by latency, and of the rest of a block's
-# life. They predict most of 60 measured times within a tenth.
-_STAGE_US = {32: 0.65, 64: 1.05, 128: 1.4}
-_BLOCK_US = 5.0
-_PLACES_OF_FOUR = 0.75  # of the processors' places, clusters of four find so many
+# life. They predict most of 50 measured times of three layers within a tenth.
+_STAGE_US = {16: 0.76, 32: 0.85, 64: 1.02, 128: 1.42}
+_BLOCK_US = 3.3
+_PLACES = {3: 0.9, 4: 0.75}  # of the processors' places, clusters of so many find such a part
 
 
 def _time(device: Device, c: TransposedWgmma, m: int, n: int, k: int) -> float:
     x, y, _ = c.grid(m, k)
-    places = device.sm_count * c.blocks_per_sm * (_PLACES_OF_FOUR if c.split_n == 4 else 1)
+    places = device.sm_count * c.blocks_per_sm * _PLACES.get(c.split_n, 1)
     rounds = math.ceil(x * y / places)
     stages = math.ceil(n / (_STAGE_N * c.split_n * c.consumers))
     return rounds * (_BLOCK_US + stages * _STAGE_US[c.block_m])
@@ -111,8 +111,8 @@ def pick_transposed_wgmma(
             num_stages=consumers,
         )
         for block_m in _STAGE_US
-        if block_m == 32 or m > block_m // 2
-        for split_n in (1, 2, 4)
+        if m > block_m // 2
+        for split_n in (1, 2, 3, 4)
         for consumers in (2, 1)
     )
     return _with_ring(device, min(candidates, key=lambda c: _time(device, c, m, n, k)))

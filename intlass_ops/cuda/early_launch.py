@@ -5,9 +5,9 @@ under way as soon as every block of the one before it runs and has said so (``la
 memory.cuh). It may then read integer codes of weights, and must call ``wait_for_predecessors``
 before it touches anything else. CUDA graphs keep this.
 
-Of the kernels that say so only quantisers write integers, and each when all before it have ended.
+Of our kernels that say so only quantisers write integers, and each when all before it have ended.
 So the codes of the last quantiser on a stream are the only ones that may still be under way: a GEMM
-whose weights they are is launched in order.
+whose weights they are is launched in order. Inductor's kernels: lowering/under_way.py.
 
 CuPy has no binding of cuLaunchKernelEx.
 """
@@ -35,7 +35,7 @@ _under_way: dict[tuple[int, int], tuple[int, int]] = {}
 def quantised(device_index: int, stream: int, codes: Tensor) -> None:
     """A quantiser that lets others start has just been enqueued."""
     start = codes.data_ptr()
-    _under_way[device_index, stream] = start, start + codes.numel()
+    _under_way[device_index, stream] = start, start + codes.nbytes
 
 
 def may_be_under_way(device_index: int, stream: int, address: int) -> bool:
@@ -60,9 +60,13 @@ def launcher(
     head = struct.pack("=7I4x", *grid, *block, smem_bytes)
     tail = struct.pack("=QI4x", ctypes.addressof(_ATTRIBUTE), 1)
     launch = libcuda().cuLaunchKernelEx
+    configs: dict[int, bytes] = {}
 
     def enqueue(stream_ptr: int, table: int, extra: int) -> None:
-        status = launch(head + stream_ptr.to_bytes(8, "little") + tail, function, table, extra)
+        config = configs.get(stream_ptr)
+        if config is None:
+            config = configs[stream_ptr] = head + stream_ptr.to_bytes(8, "little") + tail
+        status = launch(config, function, table, extra)
         if status:
             name = ctypes.c_char_p()
             libcuda().cuGetErrorName(status, ctypes.byref(name))

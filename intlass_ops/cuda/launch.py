@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import batch_invariance, config
+from .. import batch_invariance, config, packing
 from ..explain import listening, record
 from . import jit, launch_hopper
 from .arrivals import arrival_counters
@@ -192,6 +192,10 @@ def make(
         lane_order = isinstance(c, config.Hopper) and c.lane_order
         prepare = functools.partial(_widened, p.x_kind, p.k, lane_order)
         x = widen(x, p.x_kind, p.k, lane_order)
+    elif x.dtype == torch.int32:  # lanes, packing.py
+        c = config.in_lane_order(c, p.k, aligned(x))
+        if not (isinstance(c, config.Hopper) and c.lane_order):
+            prepare, x = _in_bytes, packing.from_lanes(x)
     rest = (
         p.group_size,
         *_row_and_group_strides(scales),
@@ -278,6 +282,12 @@ def _widened(x_kind: str, k: int, lane_order: bool, *operands: Any) -> Operands:
     """As the kernels of GPUs without INT4 tensor cores read them."""
     a, w, zeros, a_scale, a_zero, bias, residual = _operands(*operands)
     return widen(a, x_kind, k, lane_order), w, zeros, a_scale, a_zero, bias, residual
+
+
+def _in_bytes(*operands: Any) -> Operands:
+    """As the kernels read them that take no lanes."""
+    a, w, zeros, a_scale, a_zero, bias, residual = _operands(*operands)
+    return packing.from_lanes(a), w, zeros, a_scale, a_zero, bias, residual
 
 
 def _rows(a: Tensor) -> Tensor:

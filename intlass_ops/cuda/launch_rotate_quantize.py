@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import config, fused_quantize
+from .. import config, fused_quantize, packing
 from . import jit, tensor_map
 from .early_launch import quantised
 from .kernel import Launch
@@ -28,6 +28,7 @@ class _Made(NamedTuple):
 
     launch: Launch | None  # None: nothing to compute
     outputs: tuple[tuple[_Shape, _Shape, torch.dtype], ...]  # shape, strides, dtype
+    lays_out: bool  # codes in their layout
     x_rows: tuple[int, int, int, int, int] | None  # a tensor map's, where the kernel wants one
 
 
@@ -52,18 +53,13 @@ def run(
         tail = b"" if made.x_rows is None else tensor_map.of_rows(words[0], *made.x_rows)
         made.launch(words, stream, tail)
         quantised(x.device.index, stream, codes)
-    return codes, scales, mask
+    return codes if made.lays_out else packing.to_lanes(codes), scales, mask
 
 
 def _make(x: Tensor, plan: fused_quantize.Plan, return_mask: bool) -> _Made:
     *lead, k = x.shape
     integers = plan.format in ("int8", "int4")
-    codes = (k, torch.int8) if plan.bits == 8 else (k // 2, torch.uint8)
-    stored = (
-        codes,
-        (k // plan.group_size, torch.float32 if integers else torch.uint8),
-        (k // 8 if return_mask else 0, torch.uint8),
-    )
+    lays_out, codes = True, plan.stored(k)
     launch = x_rows = None
     if x.numel():
         device = device_of(x.device.index)
@@ -76,7 +72,7 @@ def _make(x: Tensor, plan: fused_quantize.Plan, return_mask: bool) -> _Made:
             return_mask,
             plan.group_size,
             plan.format == "nv" and plan.global_scale != 1,
-            plan.packed,
+            plan.layout,
         )
         pieces, group_pieces = x.numel() // c.piece, max(1, plan.group_size // c.piece)
         spread = fused_quantize.QUEST_E2M1
@@ -88,11 +84,18 @@ def _make(x: Tensor, plan: fused_quantize.Plan, return_mask: bool) -> _Made:
             row = 2 * plan.r
             x_rows = x.numel() // plan.r, row, row, c.box_rows, min(row, 128)
             parameters += bytes(tensor_map.NUM_BYTES)
+        elif plan.layout == "lanes":
+            lays_out, codes = False, (k, torch.int8)
         kernel = jit.get(c, x.device.index)
         launch = kernel.bind((grid, 1, 1), (c.threads, 1, 1), c.smem_bytes, parameters, _WORDS)
+    stored = (
+        codes,
+        (k // plan.group_size, torch.float32 if integers else torch.uint8),
+        (k // 8 if return_mask else 0, torch.uint8),
+    )
     shapes = (((*lead, n), dtype) for n, dtype in stored)
     outputs = tuple((s, contiguous_strides(s), dtype) for s, dtype in shapes)
-    return _Made(launch, outputs, x_rows)
+    return _Made(launch, outputs, lays_out, x_rows)
 
 
 def _aligned(t: Tensor) -> Tensor:

@@ -75,6 +75,12 @@ __device__ __forceinline__ u64 step_of(int s, int panel_bytes) {
   return (s / 4 * panel_bytes + s % 4 * 32) >> 4;
 }
 
+// Where the product by a column of h goes, among those of a row of x: into `lanes` of 32 (packing.py)
+__device__ __forceinline__ constexpr int place_of(int column) {
+  const int in_32 = column % 32;
+  return Config::lanes ? column - in_32 + in_32 / 2 + in_32 % 2 * 16 : column;
+}
+
 // h's columns as rows along k. A thread takes two rows of k, eight columns of them.
 __device__ __forceinline__ void load_h(const Params& p, char* to) {
   const T* h = static_cast<const T*>(p.h);
@@ -85,7 +91,7 @@ __device__ __forceinline__ void load_h(const Params& p, char* to) {
     const u32 upper[4] = {a.x, a.y, a.z, a.w}, lower[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const int t = (n + e) / run, v = (n + e) % run, row = v / 2 * 8 + t * 2 + v % 2;
+      const int at = place_of(n + e), t = at / run, v = at % run, row = v / 2 * 8 + t * 2 + v % 2;
       *reinterpret_cast<u32*>(to + place(row, k / 8, h_panel) + k % 8 * 2) =
           __byte_perm(upper[e / 2], lower[e / 2], e % 2 ? 0x7632 : 0x5410);
     }

@@ -68,14 +68,17 @@ __device__ __forceinline__ void load_parameters(u32 (&v)[4], const unsigned shor
 }
 
 __device__ __forceinline__ void use(Sums& sums, const Step& step) {
+  u32 z[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) z[i] = prepared(step.z[i]);
 #pragma unroll
   for (int b = 0; b < lane_bytes; ++b) {
     u32 even[4], odd[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const u32 bytes = __byte_perm(step.w[2 * i], step.w[2 * i + 1], 0x4400 + 0x1111 * b);
-      even[i] = decoded(bytes, step.s[i], step.z[i]);
-      odd[i] = decoded(bytes >> 4, step.s[i], step.z[i]);
+      even[i] = decoded<false>(bytes, step.s[i], z[i]);
+      odd[i] = decoded<true>(bytes, step.s[i], z[i]);
     }
     const u32 first[4] = {even[0], odd[0], even[1], odd[1]};
     const u32 second[4] = {even[2], odd[2], even[3], odd[3]};
@@ -176,52 +179,59 @@ extern "C" __global__ void CLUSTER __launch_bounds__(threads, 1)
   const int n = int(p.n), all_steps = (n + step_n - 1) / step_n;
   const int steps = (all_steps + gridDim.z - 1) / gridDim.z, begin = blockIdx.z * steps;
   const int end = min(begin + steps, all_steps);
-  const char* w = p.w + column / 2;
+  // A lane's rows of the next step, and where it finds what belongs to them: pointers that move along,
+  // since a product by a stride is four instructions.
+  const int limit = inside_k ? min(end * step_n, n) : 0;
+  constexpr int stride = warps_n * step_n;
+  int row = (begin + warp_n) * step_n + quarter * 8;
+  const char* w = p.w + row * p.w_stride + column / 2;
   const char* x[tiles_m];
 #pragma unroll
   for (int j = 0; j < tiles_m; ++j)  // a repeated token is never stored
-    x[j] = p.x + min(token0 + j * 8 + row8, p.m - 1) * p.x_stride;
+    x[j] = p.x + min(token0 + j * 8 + row8, p.m - 1) * p.x_stride + row * 2;
   const unsigned short* scales =
-      static_cast<const unsigned short*>(p.scales) + group * p.scale_group;
-  const unsigned short* zeros = static_cast<const unsigned short*>(p.zeros) + group * p.zero_group;
+      static_cast<const unsigned short*>(p.scales) + group * p.scale_group + row * p.scale_row;
+  const unsigned short* zeros =
+      static_cast<const unsigned short*>(p.zeros) + group * p.zero_group + row * p.zero_row;
 
-  auto load_codes = [&](Step& step, int number) {
-    const int row = number * step_n + quarter * 8;
-    const bool inside = inside_k && number < end && row < n;
+  auto load_codes = [&](Step& step) {
+    const char* from = w;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 8; ++i, from += p.w_stride) {
       step.w[i] = 0;
-      if (inside) load(step.w[i], w + (row + i) * p.w_stride);
+      if (row < limit) load(step.w[i], from);
     }
+    w += stride * p.w_stride;
   };
-  auto load_rest = [&](Step& step, int number) {
-    const int row = number * step_n + quarter * 8;
-    const bool inside = number < end && row < n;
+  auto load_rest = [&](Step& step) {
     clear(step.s);
     clear(step.z);
-    if (inside) {
-      load_parameters(step.s, scales + row * p.scale_row, p.scale_row);
-      if constexpr (has_zeros) load_parameters(step.z, zeros + row * p.zero_row, p.zero_row);
+    if (row < limit) {
+      load_parameters(step.s, scales, p.scale_row);
+      if constexpr (has_zeros) load_parameters(step.z, zeros, p.zero_row);
     }
+    scales += stride * p.scale_row, zeros += stride * p.zero_row;
 #pragma unroll
     for (int j = 0; j < tiles_m; ++j) {
       clear(step.x[j]);
-      if (inside) load(step.x[j], x[j] + row * 2);
+      if (row < limit) load(step.x[j], x[j]);
+      x[j] += stride * 2;
     }
+    row += stride;
   };
 
   Sums sums = {};
   Step step[depth];
-  load_codes(step[0], begin + warp_n);
+  load_codes(step[0]);
   wait_for_predecessors();
-  load_rest(step[0], begin + warp_n);
+  load_rest(step[0]);
 #pragma unroll 1
   for (int first = begin + warp_n; first < end; first += depth * warps_n)
 #pragma unroll
     for (int d = 0; d < depth; ++d) {
       Step& next = step[(d + 1) % depth];
-      load_codes(next, first + (d + 1) * warps_n);
-      load_rest(next, first + (d + 1) * warps_n);
+      load_codes(next);
+      load_rest(next);
       use(sums, step[d]);
     }
 
@@ -234,7 +244,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(threads, 1)
     if (!add_stripes(p, all, warp_n, place)) return;
   }
   if (warp_n || !inside_k) return;
-  const float alpha = p.alpha ? load_as_float(p.alpha, 0, p.alpha_dtype) : 1.f;
+  const float alpha = unit * (p.alpha ? load_as_float(p.alpha, 0, p.alpha_dtype) : 1.f);
 #pragma unroll
   for (int j = 0; j < tiles_m; ++j)
 #pragma unroll

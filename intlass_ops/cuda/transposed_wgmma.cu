@@ -26,10 +26,10 @@ constexpr int consumer_registers = consumers == 1 ? 208 : 240;
 constexpr int producer_registers = consumers == 1 ? 40 : 24;
 constexpr int block_n = 128, steps = block_n / 16;  // rows of W in a stage
 constexpr int tiles = 2, lane_columns = 2 * tiles, columns = 64 * tiles;
-constexpr int values = block_m / 2;  // of a thread, for a tile of 64 columns
-constexpr int slots = block_m / 4;   // tokens of a thread
-constexpr int parts = split_n * consumers, own = slots / parts;  // sums of an output
-static_assert(slots % parts == 0, "each consumer adds up the same number of tokens");
+constexpr int values = block_m / 2;               // of a thread, for a tile of 64 columns
+constexpr int slots = block_m / 4;                // tokens of a thread
+constexpr int parts = split_n * consumers;        // sums of an output
+constexpr int own = (slots + parts - 1) / parts;  // tokens that a consumer adds up, at most
 static_assert(num_stages % consumers == 0,
               "a stage is always the same consumer's, in step with it");
 
@@ -97,13 +97,15 @@ struct Step {
   }
   __device__ __forceinline__ void fragments(u32 (&a)[tiles][4]) const {
 #pragma unroll
-    for (int i = 0; i < tiles; ++i)
+    for (int h = 0; h < 2; ++h) {
+      const u32 zeros = prepared(z[h]);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
+      for (int i = 0; i < tiles; ++i) {
         const u32 bytes = __byte_perm(w[h][0], w[h][1], 0x4400 + 0x1111 * i);
-        a[i][2 * h] = decoded(bytes, s[h], z[h]);
-        a[i][2 * h + 1] = decoded(bytes >> 4, s[h], z[h]);
+        a[i][2 * h] = decoded<false>(bytes, s[h], zeros);
+        a[i][2 * h + 1] = decoded<true>(bytes, s[h], zeros);
       }
+    }
   }
 };
 
@@ -212,12 +214,12 @@ extern "C" __global__ void __cluster_dims__(split_n, 1, 1) __launch_bounds__(thr
   take_registers<consumer_registers>();
   wait_for_predecessors();
   const int thread = int(threadIdx.x) - 128, lane = thread % 32, warp = thread / 32 % 4;
-  const int consumer = thread / 128;
+  const int consumer = __shfl_sync(~0u, thread / 128, 0);  // ptxas sees that a warp agrees
   Sums sums = {};
   ring.advance(consumer);
   multiply(ring, smem, Place(lane, warp, p.group_size), end - begin - consumer, lane, sums);
 
-  const float alpha = p.alpha ? load_as_float(p.alpha, 0, int(p.alpha_dtype)) : 1.f;
+  const float alpha = unit * (p.alpha ? load_as_float(p.alpha, 0, int(p.alpha_dtype)) : 1.f);
   const i64 column = column0 + (warp * 8 + lane / 4) * lane_columns;
   auto token_of = [&](int slot) { return token0 + slot / 2 * 8 + lane % 4 * 2 + slot % 2; };
   if constexpr (parts == 1) {
@@ -236,6 +238,7 @@ extern "C" __global__ void __cluster_dims__(split_n, 1, 1) __launch_bounds__(thr
 #pragma unroll
   for (int s = 0; s < own; ++s) {
     const int slot = (rank * consumers + consumer) * own + s;
+    if (slot >= slots) break;
     float4 found[parts];
 #pragma unroll
     for (int b = 0; b < parts; ++b)

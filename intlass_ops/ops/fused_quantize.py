@@ -16,6 +16,7 @@ from ..cuda import launch_rotate_quantize
 from ._library import define, require_device
 
 _FORMATS = ("int8", "int4", "mx", "nv")
+_LAYOUTS = ("packed", "bytes", "lanes")
 
 
 def _plan(
@@ -25,13 +26,15 @@ def _plan(
     method: str,
     group_size: int,
     global_scale: float,
-    packed: bool,
+    layout: str,
 ) -> fused_quantize.Plan:
     if format_ not in _FORMATS:
         raise ValueError(f"fused_quantize: format={format_!r}; expected one of {_FORMATS}")
+    if layout not in _LAYOUTS:
+        raise ValueError(f"fused_quantize: layout={layout!r}; expected one of {_LAYOUTS}")
     op = f"fused_quantize_{format_}"
     require_device(op, x, h=h)
-    return fused_quantize.plan_of(op, format_, x, h, method, group_size, global_scale, packed)
+    return fused_quantize.plan_of(op, format_, x, h, method, group_size, global_scale, layout)
 
 
 def _fake(
@@ -42,11 +45,11 @@ def _fake(
     group_size: int,
     global_scale: float = 1.0,
     mask: bool = False,
-    packed: bool = True,
+    layout: str = "packed",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _plan(x, h, format_, method, group_size, global_scale, packed)
+    plan = _plan(x, h, format_, method, group_size, global_scale, layout)
     *lead, k = x.shape
-    codes = (k, torch.int8) if plan.bits == 8 else (k // 2, torch.uint8)
+    codes = plan.stored(k)
     scales = torch.float32 if plan.format in ("int8", "int4") else torch.uint8
     return (
         x.new_empty((*lead, codes[0]), dtype=codes[1]),
@@ -63,9 +66,9 @@ def _cpu(
     group_size: int,
     global_scale: float = 1.0,
     mask: bool = False,
-    packed: bool = True,
+    layout: str = "packed",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _plan(x, h, format_, method, group_size, global_scale, packed)
+    plan = _plan(x, h, format_, method, group_size, global_scale, layout)
     codes, scales, bits = fused_quantize.reference(x, h, plan)
     return codes, scales, bits if mask else bits[..., :0].contiguous()
 
@@ -78,9 +81,9 @@ def _cuda(
     group_size: int,
     global_scale: float = 1.0,
     mask: bool = False,
-    packed: bool = True,
+    layout: str = "packed",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _plan(x, h, format_, method, group_size, global_scale, packed)
+    plan = _plan(x, h, format_, method, group_size, global_scale, layout)
     return launch_rotate_quantize.run(x, h, plan, mask)
 
 
@@ -96,7 +99,7 @@ def _backward(ctx: Any, *grads: Tensor) -> Any:
 
 define(
     "fused_quantize(Tensor x, Tensor h, str format, str method, SymInt group_size, "
-    "float global_scale=1.0, bool mask=False, bool packed=True) -> (Tensor, Tensor, Tensor)",
+    "float global_scale=1.0, bool mask=False, str layout='packed') -> (Tensor, Tensor, Tensor)",
     fake=_fake,
     cpu=_cpu,
     cuda=_cuda,

@@ -35,9 +35,8 @@ def _int4(kernel: Any) -> Any:
         activation: str | None = None,
         residual: Tensor | None = None,
     ) -> Any:
-        weight = packed_w, scales, zeros, k
         after = alpha, bias, out_dtype, activation, residual
-        return kernel(INT4, a, *weight, a_scale, a_zero, *after)
+        return kernel(INT4, a, packed_w, scales, zeros, k, a_scale, a_zero, *after)
 
     return call
 
@@ -55,9 +54,8 @@ def _int8(kernel: Any) -> Any:
         activation: str | None = None,
         residual: Tensor | None = None,
     ) -> Any:
-        weight = b, b_scale, None, None
         after = alpha, bias, out_dtype, activation, residual
-        return kernel(INT8, a, *weight, a_scale, a_zero, *after)
+        return kernel(INT8, a, b, b_scale, None, None, a_scale, a_zero, *after)
 
     return call
 
@@ -107,8 +105,12 @@ for _name in (INT4, INT8):
     )
 
 
-def _alpha(alpha: Tensor | float | None, a: Tensor) -> Tensor | None:
-    if alpha is None or isinstance(alpha, Tensor):
+_int4_op = torch.ops.intlass.matmul_int4_bf16_tn.default
+_int8_op = torch.ops.intlass.matmul_int8_bf16_tn.default
+
+
+def _on_device_of(a: Tensor, alpha: Tensor | float) -> Tensor:
+    if isinstance(alpha, Tensor):
         return alpha
     return torch.full((), alpha, dtype=torch.float32, device=a.device)
 
@@ -135,7 +137,8 @@ def matmul_int4_bf16_tn(
         y         = activation(v) + residual
 
     ``a``: bf16, fp16 (or fp32) [..., K]: W4A16; int8 [..., K]: W4A8; uint8 [..., ceil(K/2)], packed
-    INT4 (signed, or unsigned when ``a_zero`` is given): W4A4.
+    INT4 (signed, or unsigned when ``a_zero`` is given): W4A4; int32 [..., K/4]: the same codes as
+    int8's in another order (lanes, `intlass_ops.packing`).
     ``packed_w``: uint8 [N, ceil(K/2)] from :func:`pack_int4`; signed codes when ``zeros`` is None,
     else unsigned. ``scales``, ``zeros``: scalar, [N] or [N, K/group_size], group_size a multiple of
     16; zeros may be floating. ``k``: K, needed when it is odd and ``a`` is packed.
@@ -157,10 +160,10 @@ def matmul_int4_bf16_tn(
     >>> matmul_int4_bf16_tn(torch.ones(1, 16), w, torch.tensor([0.5]))
     tensor([[-4.]])
     """
-    after = _alpha(alpha, a), bias, out_dtype, activation, residual
-    y: Tensor = torch.ops.intlass.matmul_int4_bf16_tn(
-        a, packed_w, scales, zeros, k, a_scale, a_zero, *after
-    )
+    if alpha is not None:
+        alpha = _on_device_of(a, alpha)
+    weight = packed_w, scales, zeros, k
+    y: Tensor = _int4_op(a, *weight, a_scale, a_zero, alpha, bias, out_dtype, activation, residual)
     return y
 
 
@@ -192,6 +195,9 @@ def matmul_int8_bf16_tn(
     >>> matmul_int8_bf16_tn(a, b, torch.tensor(1.0), torch.tensor([0.5]))
     tensor([[12.]], dtype=torch.bfloat16)
     """
-    after = _alpha(alpha, a), bias, out_dtype, activation, residual
-    y: Tensor = torch.ops.intlass.matmul_int8_bf16_tn(a, b, a_scale, b_scale, a_zero, *after)
+    if alpha is not None:
+        alpha = _on_device_of(a, alpha)
+    y: Tensor = _int8_op(
+        a, b, a_scale, b_scale, a_zero, alpha, bias, out_dtype, activation, residual
+    )
     return y

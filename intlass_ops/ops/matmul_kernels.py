@@ -55,6 +55,8 @@ def run_on_cpu(
     za = None if a_zero is None else a_zero.reshape(-1, 1)
     if p.x_kind in ("s4", "u4"):
         rows = packing.unpack(rows, p.k, p.x_kind == "s4")
+    elif rows.dtype == torch.int32:
+        rows = packing.from_lanes(rows)
     if not rows.is_floating_point() and cpu_integers.is_exact():
         _explain(p, rows.shape[0], "cpu int8", "PyTorch's INT8 product, a group at a time")
         y = cpu_integers.matmul(p, rows, w, s, z, za)
@@ -133,9 +135,10 @@ def run_on_cuda(
     signature = plans.signature
     key = (
         op,
-        signature(a),
-        signature(w),
-        signature(scales),
+        # Of what every call has, written out: a tuple less to make and to hash.
+        a.dtype, a.shape, a.stride(), a.get_device(), a.data_ptr() % 16,
+        w.dtype, w.shape, w.stride(), w.get_device(), w.data_ptr() % 16,
+        scales.dtype, scales.shape, scales.stride(), scales.get_device(),
         zeros is None or signature(zeros),
         a_scale is None or signature(a_scale),
         a_zero is None or signature(a_zero),
@@ -145,10 +148,8 @@ def run_on_cuda(
         out_dtype,
         activation,
         None if residual is None else (signature(residual), residual.data_ptr() % 16),
-        a.data_ptr() % 16,
-        w.data_ptr() % 16,
         batch_invariance.enabled(),
-    )
+    )  # fmt: skip
     plan = launch.find(key)
     if plan is None:
         p = check(

@@ -41,7 +41,14 @@ class Problem:
         return f"w{bits[self.w_kind]}a{bits.get(self.x_kind, 16)}"
 
 
-_X_KIND = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "s8"}
+_X_KIND = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "s8",
+    torch.int32: "s8",  # as lanes, packing.py
+}
+_PER_COLUMN = {torch.uint8: 2, torch.int32: 4}  # codes, of `a`
 
 
 def check_parameters(op: str, name: str, t: Tensor | None, n: Any, k: Any) -> Any:
@@ -103,7 +110,7 @@ def check(
     gemm = op
     if called is not None:
         op, w_name, s_name = called, "w", "scales"
-    integers = (torch.int8, torch.uint8) if int4 else (torch.int8,)
+    integers = (torch.int8, torch.uint8, torch.int32) if int4 else (torch.int8,)
     require_dtype(op, "a", a.dtype, (torch.bfloat16, torch.float16, torch.float32, *integers))
     require_dtype(op, w_name, w.dtype, (torch.uint8,) if int4 else (torch.int8,))
     require_dtype(op, s_name, scales.dtype, FLOATS)
@@ -122,13 +129,15 @@ def check(
         raise ValueError(f"{op}: a is a scalar; expected [..., K]")
     if w.dim() != 2:
         raise ValueError(f"{op}: {w_name} has shape {tuple(w.shape)}; expected two dimensions")
-    packed_a = a.dtype == torch.uint8
+    packed_a, lanes = a.dtype == torch.uint8, a.dtype == torch.int32
     n = w.shape[0]
     if k is None:
-        k = 2 * a.shape[-1] if packed_a else a.shape[-1]
+        k = _PER_COLUMN.get(a.dtype, 1) * a.shape[-1]
     if k < 0:
         raise ValueError(f"{op}: k={k} is negative")
-    a_k = packing.packed_size(k) if packed_a else k
+    if lanes and k % 32:
+        raise ValueError(f"{op}: K={k} is not a multiple of 32, as lanes need")
+    a_k = packing.packed_size(k) if packed_a else k // _PER_COLUMN.get(a.dtype, 1)
     if a.shape[-1] != a_k:
         raise ValueError(f"{op}: a has {a.shape[-1]} columns; K={k} needs {a_k}")
     w_k = packing.packed_size(k) if int4 else k
