@@ -239,16 +239,14 @@ class IntExpertLinear(_Codes):
         return f"experts={self.weight.shape[0]}, {super().extra_repr()}"
 
 
-class PackedLinear(Movable):
-    """A weight in any form that lowering/storage.py knows: act-order, or 8 bits with zero points.
-
-    Called with activations and, if they are codes, their scale and zero point. `prepare_` makes
-    it; for plain weights it makes an `IntLinear` instead.
-    """
+class PackedWeight(Movable):
+    """A weight in any form that lowering/storage.py knows, and products with it."""
 
     weight: Tensor
     scales: Tensor
     zeros: Tensor | None
+    high: Tensor | None
+    high_scales: Tensor | None
     order: Tensor | None
     bias: Tensor | None
 
@@ -259,7 +257,7 @@ class PackedLinear(Movable):
         for name in ("weight", "scales", "zeros", "high", "high_scales", "order", "bias"):
             self.register_buffer(name, getattr(packed, name, None))
 
-    def forward(
+    def multiply(
         self,
         x: Tensor,
         a_scale: Tensor | None = None,
@@ -268,13 +266,34 @@ class PackedLinear(Movable):
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         from .lowering.runtime import multiply
-        from .lowering.storage import Packed
+        from .lowering.storage import INT4_PAIR, INT8, Packed
 
-        parts = (self.weight, self.scales, self.zeros, self.high, self.high_scales, self.order)
-        bias = self.bias if bias is None else bias
-        packed = Packed(self.kind, *parts)  # type: ignore[arg-type]
+        # torch.compile checks at every call what was read: here, only what the kind has.
+        packed = Packed(self.kind, self.weight, self.scales, order=self.order)
+        if self.kind != INT8:
+            packed.zeros = self.zeros
+        if self.kind == INT4_PAIR:
+            packed.high, packed.high_scales = self.high, self.high_scales
         dtype = out_dtype or x.dtype
         return multiply(x, packed, self.in_features, a_scale, a_zero, bias, dtype)
+
+
+class PackedLinear(PackedWeight):
+    """A linear of a weight that is act-order, or has 8 bits and zero points.
+
+    Called with activations and, if they are codes, their scale and zero point. `prepare_` makes
+    it; for plain weights it makes an `IntLinear` instead.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        a_scale: Tensor | None = None,
+        a_zero: Tensor | None = None,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        return self.multiply(x, a_scale, a_zero, self.bias if bias is None else bias, out_dtype)
 
     def extra_repr(self) -> str:
         groups = self.scales.shape[1] if self.scales.dim() == 2 else 1

@@ -16,7 +16,7 @@ from . import side_by_side
 from .formats import modules as formats
 from .lowering import capture
 from .lowering.records import DECLINED, SWAPPED, Decision
-from .nn import IntLinear, PackedLinear
+from .nn import IntLinear, PackedWeight
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -115,7 +115,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 def is_quantised(module: nn.Module) -> bool:
     """Whether a module itself holds an integer matrix or a quantised tensor, as linears do."""
     if (
-        isinstance(module, (IntLinear, PackedLinear, nn.Embedding))
+        isinstance(module, (IntLinear, PackedWeight, nn.Embedding))
         or "Embedding" in type(module).__name__
     ):
         return False

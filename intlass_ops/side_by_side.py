@@ -103,15 +103,13 @@ def as_one(tensors: Sequence[Tensor]) -> Tensor | None:
 
 def lay_siblings(model: nn.Module) -> None:
     """Lay the weights of like layers of each module side by side, in the order of the layers."""
-    from .nn import IntLinear, PackedLinear
+    from .nn import IntLinear, PackedWeight
 
     done: set[nn.Module] = set()
     for parent in model.modules():
         alike: dict[Any, list[Movable]] = {}
-        for child in parent.children():
-            # One behind a library's own activation arithmetic (lowering/capture.py) lies like it.
-            layer: Any = getattr(child, "packed_linear", child)
-            if type(layer) in (IntLinear, PackedLinear) and layer not in done:
+        for layer in parent.children():
+            if isinstance(layer, (IntLinear, PackedWeight)) and layer not in done:
                 alike.setdefault(_form(layer), []).append(layer)
                 done.add(layer)
         for form, layers in alike.items():

@@ -21,6 +21,7 @@ from intlass_ops import (
     Int8DynamicActivationInt8Weight,
     explain,
     lowering,
+    matmul_int8_bf16_tn,
     quantize_,
     quantize_int8,
 )
@@ -111,6 +112,21 @@ def test_kernels_that_start_early_compute_the_same(config: Scheme) -> None:
             assert all(torch.equal(each, replays[-1]) for each in replays[3:])
             results.append(replays[-1])
     assert relative_error(*results) < TOLERANCE[x.dtype]
+
+
+def test_a_weight_that_the_graph_computes_is_read_when_it_is_there() -> None:
+    def f(x: Tensor, x_scale: Tensor, w: Tensor) -> Tensor:
+        scales = w.abs().amax(-1) / 127
+        codes = (w / scales[:, None]).round().to(torch.int8)
+        return matmul_int8_bf16_tn(x, codes, x_scale, scales)
+
+    x = torch.ones(1, 4096, device="cuda", dtype=torch.int8)
+    x_scale = torch.ones(1, 1, device="cuda")
+    with fresh(), torch.no_grad():
+        compiled = torch.compile(f, backend=lowering.backend, options={"triton.cudagraphs": True})
+        for _ in range(20):
+            w = torch.randn(128, 4096, device="cuda")
+            assert close(compiled(x, x_scale, w), f(x, x_scale, w))
 
 
 @pytest.mark.parametrize("name", ["GPTQ: 4-bit v1, act-order", "AWQ: GEMM"])

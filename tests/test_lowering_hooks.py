@@ -14,7 +14,9 @@ import torch
 from lowering_helpers import SWAPPED, fresh, outcomes, relative_error
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import intlass_ops
 from intlass_ops import lowering
 from intlass_ops.lowering import editor, graph_pass, program, rules
 
@@ -74,7 +76,19 @@ def test_linears_in_branches_are_found() -> None:
     assert outcomes() == [SWAPPED, SWAPPED]
 
 
-def test_inductors_kernels_wait_before_they_touch_memory() -> None:
+def _gemm(*, computed: bool) -> torch.fx.Graph:
+    """Of a weight given to the graph, or computed by it."""
+
+    def f(x: torch.Tensor, w: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        codes = (w + 1 if computed else w).view(32, 64)
+        return intlass_ops.matmul_int8_bf16_tn(x, codes, None, s)
+
+    sizes: Any = ((2, 64), torch.bfloat16), ((64, 32), torch.int8), ((32,), torch.float32)
+    return make_fx(f)(*(torch.ones(shape, dtype=dtype) for shape, dtype in sizes)).graph
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_inductors_kernels_wait_before_they_touch_memory(computed: bool) -> None:
     kernel: Any = torch._inductor.codegen.triton.TritonKernel
     assert graph_pass.waiting_first()
     code = torch._inductor.utils.IndentedBuffer()
@@ -82,9 +96,12 @@ def test_inductors_kernels_wait_before_they_touch_memory() -> None:
         code.writelines(["load", kernel.GDC_WAIT, "load", kernel.GDC_WAIT, kernel.GDC_LAUNCH])
     code.writeline("store")
     self = Mock(GDC_WAIT=kernel.GDC_WAIT, GDC_LAUNCH=kernel.GDC_LAUNCH)
-    kernel._filter_pdl(self, code)
+    graph = Mock(module=Mock(graph=_gemm(computed=computed)))
+    with torch._inductor.virtualized.V.set_graph_handler(graph):
+        kernel._filter_pdl(self, code)
     lines = [each.strip() for each in code.getvalue().splitlines()]
-    assert lines == [kernel.GDC_WAIT, "load", "load", kernel.GDC_LAUNCH, "store"]
+    first = [kernel.GDC_WAIT] if computed else [kernel.GDC_WAIT, kernel.GDC_LAUNCH]
+    assert lines == [*first, "load", "load", "store"]
 
 
 @pytest.mark.parametrize(("mode", "graphs"), [(None, False), ("reduce-overhead", True)])

@@ -7,6 +7,8 @@ import gc
 import pickle
 import warnings
 import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import library_zoo
 import module_zoo
@@ -15,7 +17,7 @@ import torch
 from lowering_helpers import DECLINED, SWAPPED, TOLERANCE, fresh, relative_error
 from torch import nn
 
-from intlass_ops import IntLinear
+from intlass_ops import Int8DynamicActivationInt8Weight, IntLinear, quantize_
 from intlass_ops.nn import PackedLinear
 from intlass_ops.prepare import prepare_
 
@@ -75,11 +77,11 @@ def test_library_model_is_packed_in_place(name: str) -> None:
 class PerTensor(nn.Module):
     """One activation scale in all, which is no scale a token."""
 
-    def __init__(self) -> None:
+    def __init__(self, n: int = 32) -> None:
         super().__init__()
-        self.in_features, self.out_features = 64, 32
-        self.register_buffer("w", torch.randint(-127, 128, (32, 64)).to(torch.int8))
-        self.register_buffer("s", torch.rand(32) * 0.01)
+        self.in_features, self.out_features = 64, n
+        self.register_buffer("w", torch.randint(-127, 128, (n, 64)).to(torch.int8))
+        self.register_buffer("s", torch.rand(n) * 0.01)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a = x.float().abs().amax() / 127
@@ -112,6 +114,30 @@ def test_layers_of_equal_arithmetic_share_its_code_and_can_be_copied() -> None:
         assert torch.equal(same(x), second(x))
         same.load_state_dict(first.state_dict())
         assert torch.equal(same(x), first(x))
+
+
+def _checks_a_layer(layers: list[nn.Module], x: torch.Tensor) -> float:
+    """How much torch.compile checks at every call for each layer but the first."""
+    counted = []
+
+    def keep(guards: Sequence[Any]) -> list[bool]:
+        counted.append(len(guards))
+        return [True] * len(guards)
+
+    with fresh(), torch.no_grad():
+        for model in (layers[0], nn.Sequential(*layers)):
+            torch.compile(model, backend="eager", options={"guard_filter_fn": keep})(x)
+            torch.compiler.reset()
+    return (counted[1] - counted[0]) / (len(layers) - 1)
+
+
+def test_torch_compile_checks_no_more_of_a_prepared_layer_than_of_our_own() -> None:
+    prepared = nn.Sequential(PerTensor(64), PerTensor(64), PerTensor(64))
+    ours = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in prepared))
+    converted(prepared)
+    quantize_(ours, Int8DynamicActivationInt8Weight())
+    x = torch.randn(4, 64)
+    assert _checks_a_layer([*prepared], x) <= _checks_a_layer([*ours], x)
 
 
 def test_originals_are_released_and_shared_modules_stay_shared() -> None:

@@ -82,7 +82,7 @@ def test_codes_are_those_of_the_two_steps(
         found = torch.compile(step, backend=backend, fullgraph=True)(x)
     for got, want in zip(found, step(x), strict=True):
         if dtype == torch.float32 and "norm" in before.__name__:
-            # some CPUs' torch.rsqrt rounds the last bit another way than 1 / sqrt, which the op takes
+            # the op takes 1 / sqrt; torch.rsqrt rounds its last bit another way on some CPUs
             torch.testing.assert_close(got, want, rtol=2**-22, atol=0)
         else:
             assert torch.equal(got, want)

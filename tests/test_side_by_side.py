@@ -110,7 +110,7 @@ def test_prepared_linears_with_activations_of_their_own_are_one_gemm() -> None:
             backend = Counting()
             assert same(compiled(each, backend)(x), expected)
             assert joined(backend) == [3]
-            parts = [getattr(each, name).packed_linear.weight for name in "qkv"]
+            parts = [getattr(each, name).weight for name in "qkv"]
             assert as_one(parts) is not None
 
 

@@ -44,13 +44,14 @@ def remember(plans: dict[Key, Plan], key: Key, plan: Plan) -> Plan:
 _fast_empty: Callable[..., Tensor] | None = getattr(
     getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None
 )
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 
 
 def empty(
     shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """An uninitialised contiguous tensor."""
-    if _fast_empty is not None and torch._C._cuda_getDevice() == device.index:
+    if _fast_empty is not None and _current_device() == device.index:
         return _fast_empty(shape, strides, dtype)
     return torch.empty(shape, dtype=dtype, device=device)
 

@@ -9,9 +9,7 @@ torch.compile (graph_pass.py), matching and packing.
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -21,86 +19,13 @@ from torch.fx import Graph, GraphModule, Node
 from ..nn import IntLinear, PackedLinear
 from . import graph_pass, records, requantise, runtime
 from .gemms import shape_of
+from .graph_linear import GraphLinear
+from .graph_linear import NotConverted as NotConverted
 from .siblings import LINEAR
 from .storage import BETWEEN, DENSE, INT4, INT8, Packed, recipes_of
 
 INT8_GEMM: Any = torch.ops.intlass.matmul_int8_bf16_tn.default
-_OF_THE_OWNER = ("call_module", "get_attr")
 _VIEWS = ("aten.view.", "aten.reshape.", "aten._unsafe_view.", "aten.alias.")
-
-
-class NotConverted(Exception):
-    """The module stays as it is; the message says why."""
-
-
-# What the code of a graph may name.
-_NAMES = {
-    "torch": torch,
-    "device": torch.device,
-    "inf": math.inf,
-    "nan": math.nan,
-    "NoneType": type(None),
-}
-_UNUSED = {"fx_pytree", "pytree"}  # of graphs that take or give more than tensors
-
-
-@functools.cache
-def _function(text: str) -> Callable[[nn.Module, Tensor], Tensor]:
-    scope: dict[str, Any] = dict(_NAMES)
-    exec(compile(text, "<quantised linear>", "exec"), scope)
-    return cast(Callable[[nn.Module, Tensor], Tensor], scope["run"])
-
-
-# The graph was traced for x[1, M, K] or x[M, K]: some libraries' functions differ there.
-_RUN = """
-def run(self, x):
-    return forward(self, x.reshape({lead}-1, {k})).reshape(*x.shape[:-1], {n})
-"""
-
-
-class GraphLinear(nn.Module):
-    """y[..., N] = graph(x[..., K]): packed weights behind a library's own activation arithmetic.
-
-    Layers of equal code share one function: torch.compile checks at every call what it has seen,
-    and a GraphModule for each layer more than doubled that (docs/notes/lowering.md).
-    """
-
-    def __init__(
-        self, owner: nn.Module, graph: Graph, lead: int, in_features: int, out_features: int
-    ) -> None:
-        super().__init__()
-        code = graph.python_code("self")
-        unknown = code.globals.keys() - _NAMES.keys() - _UNUSED
-        if unknown:
-            raise NotConverted(f"its graph names {', '.join(sorted(unknown))}")
-        self.text = code.src + _RUN.format(lead="1, " * lead, k=in_features, n=out_features)
-        self.run = _function(self.text)
-        for name in dict.fromkeys(str(n.target) for n in graph.nodes if n.op in _OF_THE_OWNER):
-            value = getattr(owner, name)
-            if isinstance(value, nn.Module):
-                self.add_module(name, value)
-            else:
-                self.register_buffer(name, value)
-        self.in_features, self.out_features = in_features, out_features
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: each for name, each in self.__dict__.items() if name != "run"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.run = _function(self.text)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
-
-    @property
-    def packed_linear(self) -> nn.Module:
-        """Its weight's layer; of several, none that could lie beside others."""
-        inner = [each for each in self.children() if isinstance(each, PackedLinear)]
-        return inner[0] if len(inner) == 1 else self
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 class Session:
@@ -170,11 +95,16 @@ def _rebuild(
     ours = not same_codes and len(calls) == 1 and _quantised_like_ours(owner, calls[0], tensors, x)
     graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure())
     _bind(owner, graph, entry, tensors, x)
-    n, k = int(out.shape[-1]), x.shape[-1]
     graph.lint()
     scheme = f"w{max(bits)}a{8 if integer else 16}"
     plain = _plain(owner, entry, result, "int8" if ours else None)
-    return plain or GraphLinear(owner, graph, x.dim() - 2, k, n), scheme
+    if plain is not None:
+        return plain, scheme
+    if x.dim() == 3:  # traced for x[1, M, K], as some libraries' functions know no x[M, K]
+        with graph.inserting_after(entry):
+            batch = graph.call_function(torch.ops.aten.unsqueeze.default, (entry, 0))
+        entry.replace_all_uses_with(batch, lambda user: user is not batch)
+    return GraphLinear(owner, graph, int(out.shape[-1])), scheme
 
 
 def values_of_output(source: GraphModule, values: dict[Node, Any]) -> Any:

@@ -12,7 +12,8 @@ does), `torch._guards.TracingContext.try_get().fw_metadata.static_input_indices`
 that these count, `meta["desc"]`; `torch.utils._python_dispatch._disable_current_modes`; of Dynamo's
 graphs `_param_name_to_source` and of their inputs `_dynamo_source` and
 `meta["tensor_dict"]["_dynamo_static_input_type"]`;
-`torch._inductor.codegen.triton.TritonKernel._filter_pdl`, the last step of a kernel's code;
+`torch._inductor.codegen.triton.TritonKernel._filter_pdl`, the last step of a kernel's code, and
+`torch._inductor.virtualized.V.graph.module`, the graph it is of;
 `torch._functorch._aot_autograd.subclass_codegen` (2.13: subclasses are taken apart by generated
 code, before that by functions that ask each of them).
 """
@@ -36,10 +37,21 @@ from torch._inductor import config as inductor_config
 from torch._inductor.codegen.triton import TritonKernel
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..explain import is_strict
-from . import epilogues, linears, quantisers, records, runtime, siblings, spellings, subclasses
+from . import (
+    epilogues,
+    linears,
+    quantisers,
+    records,
+    runtime,
+    siblings,
+    spellings,
+    subclasses,
+    under_way,
+)
 from .editor import Editor
 
 HOOK = "joint_custom_pre_pass"
@@ -220,7 +232,8 @@ def waiting_first() -> bool:
     dependent launch, Hopper and later) wait before they touch memory. False where none do.
 
     Ours let the next one start at once, to read weights while theirs runs. Inductor's wait only for
-    results of the kernel just before, which must then have waited for all others.
+    results of the kernel just before, which must then have waited for all others. Having waited,
+    they too let the next one start, which may be a GEMM, unless the graph computes its weights.
     """
     original = getattr(TritonKernel, "_filter_pdl", None)
     if original is None:
@@ -229,8 +242,11 @@ def waiting_first() -> bool:
     def filtered(self: Any, code: Any) -> None:
         original(self, code)
         if self._enable_pdl_codegen():
-            lines = [each for each in code._lines if str(each).strip() != self.GDC_WAIT]
-            code._lines = [self.GDC_WAIT, *lines]
+            both = self.GDC_WAIT, self.GDC_LAUNCH
+            module: Any = V.graph.module
+            first = both[:1] if under_way.computes_codes(module.graph) else both
+            rest = [each for each in code._lines if str(each).strip() not in both]
+            code._lines = [*first, *rest]
 
     TritonKernel._filter_pdl = filtered  # type: ignore[method-assign]
     return True

@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 from ..nn import IntLinear, PackedLinear
 from . import joined, records
 from .editor import CAST, Editor, aten
+from .graph_linear import GraphLinear
 from .linears import path_of
 from .program import is_pure
 from .storage import BETWEEN
@@ -26,7 +27,7 @@ from .storage import BETWEEN
 LINEAR: Any = torch.ops.intlass.linear_from_leaves.default
 INT4: Any = torch.ops.intlass.matmul_int4_bf16_tn.default
 INT8: Any = torch.ops.intlass.matmul_int8_bf16_tn.default
-_LINEARS = (IntLinear.__name__, PackedLinear.__name__)
+_LINEARS = tuple(each.__name__ for each in (IntLinear, PackedLinear, GraphLinear))
 _SILU: Any = torch.ops.intlass.silu_mul_quantize.default
 
 
