@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --no-compile
 SETUP := pyproject.toml constraints.txt Makefile
 CUDA_SOURCES = $(shell find intlass_ops -name '*.cu' -o -name '*.cuh')
+# Where it is set, each of many processes compiles its libraries anew: 2 s for torch, 8 for all.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test lint format docs notebooks cuda13 clean
 help:

@@ -117,6 +117,16 @@ def test_older_gpus_take_the_portable_kernel() -> None:
     assert "sm_86 has no wgmma" in config.reason(config.device_of("sm_86"), shape)
 
 
+def test_many_tokens_in_groups_are_multiplied_part_by_part() -> None:
+    """Where registers allow: without zero points, and in groups of whole tiles of K."""
+    c = config.pick(H200, a_shape("s8", "s4", 2048, 28672, 4096, 128))
+    assert isinstance(c, config.Hopper)
+    assert (c.block_m, c.parts, c.wgmma) == (256, 4, ("s8", 64))
+    for w, group_size in (("u4", 128), ("s4", 64), ("s4", 4096)):
+        tiles = config.hopper_candidates(H200, a_shape("s8", w, 2048, 28672, 4096, group_size))
+        assert {c.parts for c, _ in tiles} == {1}
+
+
 def test_int4_activations_come_in_order_where_rows_are_whole_vectors() -> None:
     c = config.pick(H200, a_shape("s8", "s4", 64, 4096, 4096, 128))
     assert isinstance(c, config.Hopper)

@@ -24,6 +24,8 @@ CASES = [
     replace(SIZES, lead=(100,), bias=BF16),
     replace(SIZES, w="s4", a_scale="token"),
     replace(SIZES, w="u4", zero=torch.float32, k=1280, groups=10),
+    replace(SIZES, w="s4", a_scale="token", bias=BF16, k=1280, groups=10),
+    replace(SIZES, w="s4", lead=(2100,), scale=BF16, k=1408, groups=11),
     replace(SIZES, x="bf16", w="s4", scale=BF16, out=BF16, k=1280, groups=10),
     replace(SIZES, x="bf16", w="u4", scale=BF16, out=BF16, k=1344, groups=21),
     replace(SIZES, x="fp16", w="s4", out=torch.float32, k=1344, groups=42),
@@ -65,6 +67,7 @@ def test_the_cases_meet_every_form_of_tile() -> None:
     assert any(c.split_k > 1 for c in tiles)
     assert {c.share_x for c in tiles} == {1, 2, 4}
     assert {c.share_w for c in tiles} == {1, 2}
+    assert {c.parts for c in tiles} == {1, 4}
     assert {c.blocks_per_sm for c in tiles if c.consumers == 1} == {1, 2}
     assert any(c.needs_token_sums for c in tiles)
     assert {c.block_m for c in tiles} >= {16, 32, 64, 128, 256}

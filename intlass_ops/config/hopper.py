@@ -53,6 +53,7 @@ class Hopper:
     split_k: int  # blocks of a cluster that share a tile
     share_x: int  # blocks of a cluster that load the same tokens, each a part for all
     share_w: int  # or the same rows of W
+    parts: int  # of the tokens: two accumulators take turns, and are emptied behind one another
     raster: int
     slab: int  # tokens of the output in shared memory at a time
     grouping: int
@@ -105,7 +106,7 @@ class Hopper:
     @property
     def wgmma(self) -> tuple[str, int]:
         """Kind of the operands and tokens of its wgmma instructions."""
-        return self.x_kind, self.block_m
+        return self.x_kind, self.block_m // self.parts
 
     def tiles(self, m: int, n: int) -> int:
         """Tiles of the output, as many at a time as a cluster shares operands of."""
@@ -153,6 +154,8 @@ class Hopper:
             extra += f" share_x={self.share_x}"
         if self.share_w > 1:
             extra += f" share_w={self.share_w}"
+        if self.parts > 1:
+            extra += f" parts={self.parts}"
         return (
             f"hopper {self.x_kind}x{self.w_kind} "
             f"{self.block_m}x{self.block_n}x{HOPPER_BLOCK_K}/{self.num_stages}{extra}{named(self)}"

@@ -38,7 +38,8 @@ _HOPPER_TILES = {
         (32, 2, 2, 309), (32, 1, 1, 321), (64, 1, 4, 530), (32, 1, 4, 331),
     ),
     ("s8", 4, "groups"): (
-        (128, 2, 2, 980), (128, 1, 2, 975), (64, 2, 2, 711), (64, 1, 2, 677), (64, 1, 1, 680),
+        (256, 1, 2, 1080), (128, 2, 2, 980), (128, 1, 2, 975), (64, 2, 2, 711), (64, 1, 2, 677),
+        (64, 1, 1, 680),
         (32, 2, 2, 442), (32, 1, 1, 404), (64, 1, 4, 815), (32, 1, 4, 533),
     ),
     ("s8", 4, "channel"): (
@@ -122,6 +123,7 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
     kind = "s8" if shape.x_kind == "s8" else "bf16"
     scales = "fp4" if shape.w_kind == "e2m1" else "channel" if whole or scaled else "groups"
     key = kind, BITS[shape.w_kind], scales
+    emptied = key == ("s8", 4, "groups")
     tiles = [(m, n, consumers, "", rate) for m, n, consumers, rate in _HOPPER_TILES[key]]
     of_k = _TILES_BY_STAGES.get(key, ())
     tiles += [(m, 1, consumers, "by_stages", rate) for m, consumers, rate in of_k]
@@ -159,6 +161,9 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
             continue  # 112 registers a thread are too few
         if consumers == 4 and not by_stages and split_k > 1:
             continue  # never the fastest
+        parts = 4 if emptied and block_m == 256 else 1
+        if parts > 1 and split_k > 1:
+            continue  # not measured
         extra = stream_k + shape.has_zeros + (groups_per_tile > 1)
         if scaled:
             most = 1 if stream_k else 2
@@ -184,6 +189,7 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
             split_k=split_k,
             share_x=share_x,
             share_w=share_w,
+            parts=parts,
             raster=4096 // block_m if in_turns else 8,
             slab=math.gcd(64, block_m // split_k),
             grouping=grouping,

@@ -50,6 +50,9 @@ def _shipped_hopper(
                     picked = pick_hopper(h200, shape)
                     yield picked, ("sm_90a",)
                     if (x, group_size) == ("s8", 128):
+                        many = pick_hopper(h200, replace(shape, m=4096))
+                        for c in (many, replace(many, lane_order=True)):
+                            yield c, ("sm_90a",)
                         yield replace(picked, lane_order=True), ("sm_90a",)
                 # weights that take their scales, as 16-bit checkpoints mostly have them
                 own = {"bf16": "__nv_bfloat16", "fp16": "__half"}.get(x)
@@ -68,6 +71,7 @@ def _shipped_epilogues() -> Iterator[tuple[Config, tuple[str, ...]]]:
         ("bf16", 4, 32768, 128, "relu", True),
         ("bf16", 300, 4096, 128, "gelu", True),
         ("s8", 4096, 4096, 4096, "gelu_tanh", True),
+        ("s8", 4096, 4096, 128, "silu", True),
     )
     for x, m, n, group_size, activation, residual in cases:
         shape = Shape(

@@ -15,6 +15,7 @@ from .toolkit import OLDEST_ARCH, Compiler
 
 # NVRTC's defaults keep denormals, IEEE division and rounding ties: never a fast-math option here.
 _OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
+_EXPECTED = "(C7517)"  # a wait that ptxas puts into a loop: hopper_parts.cuh
 _ARCH = re.compile(r"(sm|compute)_(\d+)[af]?")
 
 _log = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ def _run_nvrtc(config: KernelConfig, program: Program, arch: str, tools: Compile
                 f"NVRTC {tools.version[0]}.{tools.version[1]} could not compile {config!r} for "
                 f"{arch}:\n{nvrtc.getProgramLog(handle).strip() or error}"
             ) from error
-        log = nvrtc.getProgramLog(handle).strip()
+        lines = nvrtc.getProgramLog(handle).splitlines()
+        log = "\n".join(line for line in lines if line.strip(" \0") and _EXPECTED not in line)
         if log:
             _log.warning("NVRTC on %r for %s:\n%s", config, arch, log)
         image = nvrtc.getPTX(handle) if arch.startswith("compute") else nvrtc.getCUBIN(handle)

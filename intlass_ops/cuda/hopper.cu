@@ -16,9 +16,7 @@
 // are done when the others have summed the rest and add what the helpers have left, in order. Where
 // there are few tiles at all, a cluster of blocks shares each (`split_k`).
 #include "hopper_out.cuh"
-#include "hopper_scales.cuh"
-
-typedef StageRing<num_stages, stage_bytes> Ring;
+#include "hopper_parts.cuh"
 
 // A tile into a stage: all of it, or a part of it into the stages of every block of the cluster
 template <int blocks, int rows, int bytes>
@@ -67,22 +65,9 @@ __device__ __forceinline__ void produce(const Shares& shares, const TensorMap& w
       barrier_wait(ring.empty(), ring.phase ^ 1);
 }
 
-template <class T> __device__ __forceinline__ void pin_all(T (&v)[values]) {
+template <class T> __device__ __forceinline__ void pin_all(T (&v)[acc_values]) {
 #pragma unroll
-  for (int e = 0; e < values; ++e) pin(v[e]);
-}
-
-// Done with a stage: tell the producer, one thread of every warp. Where plain loads read sums of x to the
-// very end of a stage, each thread for itself: racecheck sees no warp that is in step anyway.
-constexpr int arrivals_of_warp = needs_sums ? 32 : 1;
-static_assert(sharing == 1 || !needs_sums, "not both");
-__device__ __forceinline__ void release(u32 empty, int lane, bool filled = true) {
-  __syncwarp();
-  if constexpr (sharing > 1) {  // every block of the cluster fills a part of the stage
-    if (filled && lane < sharing) barrier_arrive_at(empty, lane);
-  } else {
-    if (filled && lane < arrivals_of_warp) barrier_arrive(empty);
-  }
+  for (int e = 0; e < acc_values; ++e) pin(v[e]);
 }
 
 // Sum a segment's k tiles, both operands from shared memory
@@ -253,7 +238,7 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
 #pragma unroll
     for (int i = 0; i < acc_tiles; ++i)
 #pragma unroll
-      for (int e = 0; e < values; ++e)
+      for (int e = 0; e < acc_values; ++e)
         if (no_number[i][e % 4 / 2]) sum.acc[i][e] = __uint_as_float(0x7fc00000);
 }
 
@@ -315,7 +300,7 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
 #pragma unroll
     for (int i = 0; i < acc_tiles; ++i)
 #pragma unroll
-      for (int e = 0; e < values; ++e) sum.acc[i][e] = s.begin == 0 ? first_sum : 0;
+      for (int e = 0; e < acc_values; ++e) sum.acc[i][e] = s.begin == 0 ? first_sum : 0;
     if constexpr (!direct)
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i)
@@ -329,12 +314,15 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
         prefetch_residual<tokens, tiles_n * 64, 128>(p, first_token, n0 + wg_row0,
                                                      threadIdx.x % 128);
     if constexpr (in_turns) await_turn(wg);
-    if constexpr (from_registers)
+    if constexpr (parts > 1)
+      sum_parts(p, ring, s, n0 + wg_row0 + warp * 16, wg_row0, lane, warp, sum, total);
+    else if constexpr (from_registers)
       sum_fragments(p, ring, s, m0, n0 + wg_row0 + warp * 16, wg_row0, lane, warp, sum, total);
     else
       sum_tiles(ring, s, wg, wg_row0, sum);
 #pragma unroll
-    for (int i = 0; i < acc_tiles; ++i) pin_all(sum.acc[i]);
+    for (int i = 0; i < acc_tiles; ++i)
+      if constexpr (parts == 1) pin_all(sum.acc[i]);
     auto& result = Select<direct, Sums, Totals>::of(sum, total).acc;
     if constexpr (by_stages) {
       add_up(smem, wg, result);

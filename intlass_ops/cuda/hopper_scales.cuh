@@ -80,7 +80,7 @@ struct ScaleReader {
 };
 
 // total += s * (acc - z * xsum)
-__device__ __forceinline__ void flush(float (&total)[values], const Acc (&acc)[values],
+__device__ __forceinline__ void flush(float (&total)[values], const Acc (&acc)[acc_values],
                                       const Scale (&scales)[2], const Zero (&zeros)[2], u32 sums,
                                       int lane) {
   float s[2], z[2] = {0, 0};
@@ -90,7 +90,7 @@ __device__ __forceinline__ void flush(float (&total)[values], const Acc (&acc)[v
     if constexpr (has_zeros) z[h] = in_units_of_zero(zeros[h]) * (1 / code_unit);
   }
 #pragma unroll
-  for (int j = 0; j < values / 4; ++j) {
+  for (int j = 0; j < acc_values / 4; ++j) {
     float x[2] = {0, 0};
     if constexpr (has_zeros) {
       const float2 t = load_shared_float2(sums + (j * 8 + lane % 4 * 2) * 4);
@@ -109,9 +109,9 @@ __device__ __forceinline__ void flush(float (&total)[values], const Acc (&acc)[v
 // each weight rounded by itself, operands straight from global memory. Groups are whole steps of 16 k.
 template <class T>
 __device__ __forceinline__ void sum_again(const Params& p, const Segment& segment, i64 row0, int m0,
-                                          int lane, T (&acc)[values]) {
+                                          int lane, T (&acc)[acc_values]) {
 #pragma unroll
-  for (int e = 0; e < values; ++e) acc[e] = 0;
+  for (int e = 0; e < acc_values; ++e) acc[e] = 0;
   const int quad = lane / 4, first_k = lane % 4 * 2;
 #pragma unroll 1
   for (int kt = segment.begin; kt < segment.end; kt += stride)
@@ -129,7 +129,7 @@ __device__ __forceinline__ void sum_again(const Params& p, const Segment& segmen
       int token = m0 + quad;
       pin(token);  // else ptxas keeps an address a token, for which there are no registers
 #pragma unroll
-      for (int e = 0; e < values; e += 4) {
+      for (int e = 0; e < acc_values; e += 4) {
         const i64 m = min(i64(token + e * 2), p.m - 1);
         const u32* x = reinterpret_cast<const u32*>(p.x + m * p.x_stride + (k + first_k) * 2);
         float d[4] = {float(acc[e]), float(acc[e + 1]), float(acc[e + 2]), float(acc[e + 3])};
@@ -139,5 +139,5 @@ __device__ __forceinline__ void sum_again(const Params& p, const Segment& segmen
       }
     }
 #pragma unroll
-  for (int e = 0; e < values; ++e) acc[e] *= 1 / weight_unit;
+  for (int e = 0; e < acc_values; ++e) acc[e] *= 1 / weight_unit;
 }

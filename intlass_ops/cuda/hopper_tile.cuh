@@ -44,6 +44,20 @@ constexpr int flushes = Config::groups_per_tile;  // in a tile of K, at least on
 constexpr int sum_bytes = needs_sums ? flushes * block_m * 4 : 0;
 constexpr int stage_bytes = (x_bytes + w_bytes + sum_bytes + 1023) / 1024 * 1024;
 constexpr int barriers_bytes = 1024;
+typedef StageRing<num_stages, stage_bytes> Ring;
+
+// Done with a stage: tell the producer, one thread of every warp. Where plain loads read sums of x to the
+// very end of a stage, each thread for itself: racecheck sees no warp that is in step anyway.
+constexpr int arrivals_of_warp = needs_sums ? 32 : 1;
+static_assert(sharing == 1 || !needs_sums, "not both");
+__device__ __forceinline__ void release(u32 empty, int lane, bool filled = true) {
+  __syncwarp();
+  if constexpr (sharing > 1) {  // every block of the cluster fills a part of the stage
+    if (filled && lane < sharing) barrier_arrive_at(empty, lane);
+  } else {
+    if (filled && lane < arrivals_of_warp) barrier_arrive(empty);
+  }
+}
 
 // Fragments come in chunks: 16 bytes of a row of W
 constexpr int steps = x_columns * 4, chunks = from_registers ? w_row_bytes / 16 : steps;
@@ -53,9 +67,13 @@ static_assert(steps % chunks == 0, "a chunk of W is one or two steps of wgmma");
 constexpr int ahead = direct ? 2 : 1;  // chunks that are read before they are needed
 
 // What a thread keeps of its rows and tokens: if not direct, an accumulator that is emptied into the
-// totals group by group
-constexpr int acc_tiles = direct ? tiles_n : 1;
-struct Sums { Acc acc[acc_tiles][values]; };
+// totals group by group, or two of a part of the tokens (hopper_parts.cuh)
+constexpr int parts = Config::parts, acc_values = values / parts;
+static_assert(parts == 1 || (!direct && !needs_sums && tiles_n == 1 && flushes == 1 && steps == 4 &&
+                             chunk_steps == 1 && parts % 2 == 0 && !by_stages),
+              "parts are for INT4 weights in groups of whole tiles of K under INT8 activations");
+constexpr int acc_tiles = direct ? tiles_n : parts > 1 ? 2 : 1;
+struct Sums { Acc acc[acc_tiles][acc_values]; };
 // Sums of integers with one scale a row start here, at 1.5 * 2^23 as a float: as long as they stay below
 // 2^22 they are floats as they stand, less that number.
 constexpr int first_sum = same<Acc, int>::value && direct ? 0x4b400000 : 0;
