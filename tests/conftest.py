@@ -12,6 +12,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from torch import Tensor
+
+from intlass_ops import cpu_integers
 
 # The first example of a property test may compile a kernel: no deadlines. CI draws the same
 # examples at every run, so a red run is the change's doing; locally each run explores anew.
@@ -19,6 +22,18 @@ hypothesis.settings.register_profile("dev", deadline=None, max_examples=30)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+# Without VNNI oneDNN adds INT8 products in 16 bits, and PyTorch's _int_mm is wrong. Our ops do not
+# call it there; the models of other libraries, which the tests compare with, do.
+if not cpu_integers.is_exact():
+    _aten = torch.library.Library("aten", "IMPL")
+
+    def _int_mm(a: Tensor, b: Tensor) -> Tensor:
+        return (a.double() @ b.double()).to(torch.int32)
+
+    _aten.impl("_int_mm", _int_mm, "CPU")
+    _aten.impl("_int_mm.out", lambda a, b, *, out: out.copy_(_int_mm(a, b)), "CPU")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -85,7 +85,7 @@ def test_silu_is_the_two_steps_in_turn(k: int, dtype: torch.dtype, device: str) 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("m", "k"), [(1200, 1000), (700, 14336), (3, 14336)])
+@pytest.mark.parametrize(("m", "k"), [(1200, 1000), (1200, 5120), (700, 14336), (3, 14336)])
 def test_codes_do_not_depend_on_how_many_rows_there_are(m: int, k: int, bits: int) -> None:
     """Blocks load ahead if there are many rows, and share a long one if there are few."""
     dtype, options = (

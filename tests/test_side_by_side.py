@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from lowering_helpers import TOLERANCE, Counting, fresh, relative_error
 from torch import Tensor, nn
 
 import intlass_ops
+from intlass_ops import cpu_integers
 from intlass_ops.prepare import prepare_
 from intlass_ops.side_by_side import as_one, lay_siblings
 
@@ -133,7 +135,9 @@ def test_a_quantised_swiglu_reads_the_halves_where_they_are() -> None:
     assert joined(backend) == [2]
     (graph,) = (each.graph for each in backend.graphs)
     assert not graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)
-    with fresh(), torch.no_grad(), intlass_ops.strict():
+    # without VNNI, INT8 products of a CPU are the reference's, which strict() would refuse
+    strict = intlass_ops.strict() if cpu_integers.is_exact() else contextlib.nullcontext()
+    with fresh(), torch.no_grad(), strict:
         explanation = intlass_ops.explain(compiled(model, Counting(real=True)), X)
     assert same((explanation.result,), expected)
     found = {d.path: (d.shape, d.scheme, d.group_size) for d in explanation.linears}
