@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from intlass_ops import cpu_integers
+from intlass_ops.cuda import jit
 
 # The first example of a property test may compile a kernel: no deadlines. CI draws the same
 # examples at every run, so a red run is the change's doing; locally each run explores anew.
@@ -34,6 +35,14 @@ if not cpu_integers.is_exact():
 
     _aten.impl("_int_mm", _int_mm, "CPU")
     _aten.impl("_int_mm.out", lambda a, b, *, out: out.copy_(_int_mm(a, b)), "CPU")
+
+
+# Test processes fill the machine's cores: more threads in each would fight for them.
+_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _processes > 1:
+    torch.set_num_threads(1)
+    _compilers = max(1, 2 * len(os.sched_getaffinity(0)) // _processes)
+    jit._MOST_COMPILERS = min(jit._MOST_COMPILERS, _compilers)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
