@@ -274,6 +274,7 @@ class PackedWeight(Movable):
             packed.zeros = self.zeros
         if self.kind == INT4_PAIR:
             packed.high, packed.high_scales = self.high, self.high_scales
+        bias = self.bias if bias is None else bias
         dtype = out_dtype or x.dtype
         return multiply(x, packed, self.in_features, a_scale, a_zero, bias, dtype)
 
@@ -285,15 +286,7 @@ class PackedLinear(PackedWeight):
     it; for plain weights it makes an `IntLinear` instead.
     """
 
-    def forward(
-        self,
-        x: Tensor,
-        a_scale: Tensor | None = None,
-        a_zero: Tensor | None = None,
-        bias: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        return self.multiply(x, a_scale, a_zero, self.bias if bias is None else bias, out_dtype)
+    forward = PackedWeight.multiply
 
     def extra_repr(self) -> str:
         groups = self.scales.shape[1] if self.scales.dim() == 2 else 1

@@ -186,6 +186,7 @@ def make(
         if of_int4 is not None:
             c, shape, widens = of_int4, shape.on(gpu), False
     c = config.with_epilogue(c, p.activation, residual is not None)
+    why = config.reason(gpu, shape)
     prepare: Callable[..., Operands] | None = _operands if copies else None
     if widens:
         c = config.in_lane_order(c, p.k, aligned(x))
@@ -196,6 +197,7 @@ def make(
         c = config.in_lane_order(c, p.k, aligned(x))
         if not (isinstance(c, config.Hopper) and c.lane_order):
             prepare, x = _in_bytes, packing.from_lanes(x)
+            why = f"lanes of activations put in order by PyTorch first; {why}"
     rest = (
         p.group_size,
         *_row_and_group_strides(scales),
@@ -208,7 +210,7 @@ def make(
         copies=prepare,
         out_shape=out_shape,
         out_strides=strides,
-        report=(p.op, p.scheme, (m, p.n, p.k, p.group_size), str(c), config.reason(gpu, shape)),
+        report=(p.op, p.scheme, (m, p.n, p.k, p.group_size), str(c), why),
         residual_row=0 if residual is None else residual.stride(0),
     )
     return remember(_plans, key, plan)

@@ -51,8 +51,8 @@ class GraphLinear(PackedWeight):
         """``graph`` is its owner's, from x [M, K] to y [..., M, N]."""
         first, *others = graph.find_nodes(op="call_module")
         linear = cast(PackedLinear, owner.get_submodule(first.target))
-        parts = {name: each for name, each in linear._buffers.items() if name != "bias"}
-        super().__init__(Packed(linear.kind, **parts), linear.in_features)  # type: ignore[arg-type]
+        parts: dict[str, Any] = {k: v for k, v in linear._buffers.items() if k != "bias"}
+        super().__init__(Packed(linear.kind, **parts), linear.in_features)
         self.out_features = out_features
         first.target = "multiply"  # this module's own
         for name in dict.fromkeys(str(node.target) for node in others):
