@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from .lowering.storage import Packed
 
-Activation = Literal["int8", "int4"] | None
+Activation = Literal["int8", "int8_full_range", "int4"] | None
+_BITS = {None: 16, "int8": 8, "int8_full_range": 8, "int4": 4}  # of each activation
 
 
 def as_autocast(x: Tensor) -> Tensor:
@@ -65,8 +66,9 @@ class _Codes(nn.Module):
             raise ValueError(
                 f"{name}: weight has {width} columns; in_features={self.in_features} needs {stored}"
             )
-        if activation not in (None, "int8", "int4"):
-            raise ValueError(f"{name}: activation={activation!r}; expected None, 'int8', 'int4'")
+        if activation not in _BITS:
+            names = ", ".join(map(repr, _BITS))
+            raise ValueError(f"{name}: activation={activation!r}; expected one of {names}")
         if activation == "int4" and self.bits == 8:
             raise ValueError(f"{name}: activation='int4' needs an INT4 weight, this one is INT8")
         if zeros is not None and self.bits == 8:
@@ -86,17 +88,20 @@ class _Codes(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: x is {tuple(x.shape)}, the layer has K={self.in_features}"
             )
-        quantize = quantize_int8 if self.activation == "int8" else quantize_int4
-        codes, scales, _ = quantize(x)
+        if self.activation == "int4":
+            codes, scales, _ = quantize_int4(x)
+        else:
+            codes, scales, _ = quantize_int8(x, full_range=self.activation == "int8_full_range")
         return codes, scales
 
     def extra_repr(self) -> str:
         groups = self.scales.shape[-1] if self.scales.dim() > 1 else 1
-        a_bits = {None: 16, "int8": 8, "int4": 4}[self.activation]
+        a_bits = _BITS[self.activation]
+        more = ", full_range=True" if self.activation == "int8_full_range" else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"scheme=w{self.bits}a{a_bits}, group_size={self.in_features // groups}, "
-            f"zeros={self.zeros is not None}, bias={self.bias is not None}"
+            f"zeros={self.zeros is not None}, bias={self.bias is not None}{more}"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -121,9 +126,10 @@ class IntLinear(Movable, _Codes):
     ``weight``: uint8 [N, ceil(K/2)] (INT4, see `pack_int4`) or int8 [N, K]; ``scales`` [N] or
     [N, K/group_size]; ``zeros`` likewise or None (INT4: None means signed codes). ``activation``:
     None keeps x as it is (W4A16, W8A16); "int8" or "int4" quantises x per token, symmetrically,
-    on every call. ``input_scale`` [K]: x is multiplied by it first (under torch.compile as part of
-    what makes x). x is fp32, bf16 or fp16 [..., K], and y of its dtype, or of autocast's where that
-    is on. All tensors are buffers, so that `state_dict` holds exactly the quantised layer.
+    on every call, "int8_full_range" in torchao's arithmetic (`quantize_int8`). ``input_scale`` [K]:
+    x is multiplied by it first (under torch.compile as part of what makes x). x is fp32, bf16 or
+    fp16 [..., K], and y of its dtype, or of autocast's where that is on. All tensors are buffers,
+    so that `state_dict` holds exactly the quantised layer.
 
     Raises ValueError or TypeError, from the op, for shapes and dtypes that do not fit.
 

@@ -18,6 +18,10 @@ from .lowering import capture
 from .lowering.records import DECLINED, SWAPPED, Decision
 from .nn import IntLinear, PackedWeight
 
+_QUANTISED = {  # by the activation of an `IntLinear`
+    "int8": ", with our own quantiser",
+    "int8_full_range": ", with our quantiser in the library's arithmetic (full_range)",
+}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -32,10 +36,12 @@ def prepare_(model: nn.Module, *, same_codes: bool = True) -> list[Decision]:
     each weight once. What a module computes is found by tracing it and proved on its own values, as
     under ``torch.compile(backend="intlass")``; a module that cannot be proved stays as it is.
 
-    ``same_codes=False`` lets `quantize_int8` take the place of int8 quantisers that give each token
-    a symmetric scale at every call. Libraries differ in what they divide by (torchao by 127.5) and
-    in what they round on the way, so codes may differ by 1; ours is computed together with an RMS
-    norm or SwiGLU before it, and lets the product start early.
+    Where the library's own arithmetic is that of ``quantize_int8(full_range=True)``, as that of
+    torchao's int8 is, the module is an `IntLinear` too, and the codes are the same bit for bit.
+    ``same_codes=False`` lets plain `quantize_int8` take the place of all int8 quantisers that give
+    each token a symmetric scale at every call. Libraries differ in what they divide by and in what
+    they round on the way, so codes may differ by 1; ours is computed together with an RMS norm or
+    SwiGLU before it, and lets the product start early.
 
     Returns one `Decision` per module looked at: ``path``, ``outcome`` ("swapped" or "declined"),
     ``scheme`` and ``reason``. Plain floating-point layers are not looked at.
@@ -91,8 +97,7 @@ def _convert(
             reason = reason or str(problem)
             continue
         new.train(module.training)
-        ours = isinstance(new, IntLinear) and new.activation is not None
-        reason = "packed in place" + (", with our own quantiser" if ours else "")
+        reason = "packed in place" + _QUANTISED.get(getattr(new, "activation", ""), "")
         return new, Decision(path, path, kind, SWAPPED, scheme, reason)
     return module, _declined(path, kind, reason)
 

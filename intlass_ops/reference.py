@@ -155,6 +155,21 @@ def quantization_parameters(x: Tensor, bits: int, symmetric: bool) -> tuple[Tens
     return scale, zero.to(torch.int32)
 
 
+def quantize_full_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 [S, L] and scales float32 [S, 1] of the rows of x, symmetric, as torchao has them.
+
+    scale = max(amax / 127.5, 2^-23), rounded to the dtype of x
+    q = round(x * (1 / scale)), saturated to [-128, 127], NaN to 0; float32
+
+    In PyTorch's arithmetic: a CUDA tensor is multiplied by the reciprocal of 127.5, which differs
+    in float32 only (tests/test_quantize_full_range.py).
+    """
+    amax = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
+    scale = (amax / 127.5).clamp(min=2.0**-23).float()
+    q = torch.mul(x, 1 / scale).round_().clamp_(-128, 127).nan_to_num_(0.0)
+    return q.to(torch.int8), scale
+
+
 def quantize(
     x: Tensor,
     scale: Tensor,

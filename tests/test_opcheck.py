@@ -55,6 +55,7 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "unpack": (OPS.unpack_int4.default, (oracle.pack(_codes(3, 5)), 5), {}),
     "unpack-u4": (OPS.unpack_int4.default, (oracle.pack(_codes(2, 3, 6)), 6), {"signed": False}),
     "quantize-token": (_DYNAMIC, (_x(3, 8), 8, "token", None, True, None), {}),
+    "quantize-full-range": (_DYNAMIC, (_x(3, 8), 8, "token", None, True, None, True), {}),
     "quantize-group": (_DYNAMIC, (_x(2, 3, 32, dtype=BF16), 4, "group", 16, False, None), {}),
     "quantize-channel": (_DYNAMIC, (_x(8, 3).T, 4, "channel", None, True, None), {}),
     "quantize-tensor": (_DYNAMIC, (_x(4, 6, dtype=FP16), 8, "tensor", None, False, 7), {}),

@@ -47,6 +47,7 @@ class Quantize:
     ahead: bool = False
     cluster: int = 1
     blocks_per_sm: int = 1
+    full_range: bool = False  # torchao's arithmetic (reference.quantize_full_range)
 
     @property
     def smem_bytes(self) -> int:
@@ -60,7 +61,8 @@ class Quantize:
     def __str__(self) -> str:
         name = "" if self.before == Before.NONE else f"{Before(self.before).name.lower()} "
         return (
-            f"{name}quantize int{self.bits} {self.threads_per_segment}x{self.vector}x{self.chunks} "
+            f"{name}quantize int{self.bits}{' full range' if self.full_range else ''} "
+            f"{self.threads_per_segment}x{self.vector}x{self.chunks} "
             f"{'ahead' if self.ahead else f'cluster={self.cluster}'}"
         )
 
@@ -85,6 +87,7 @@ def pick_quantize(
     segments: int,
     length: int,
     before: Before = Before.NONE,
+    full_range: bool = False,
 ) -> Quantize:
     """Blocks that load ahead for many segments of whole vectors, a cluster for few long ones.
 
@@ -122,6 +125,7 @@ def pick_quantize(
         chunks=chunks if chunks <= (max(loads, _MAX_CHUNKS) if pairs else _MAX_CHUNKS // 2) else 0,
         before=before,
         cluster=cluster,
+        full_range=full_range,
     )
     if not ahead or not c.chunks:
         return c

@@ -85,6 +85,7 @@ def make(
     before: config.Before = config.Before.NONE,
     other: Tensor | None = None,
     eps: float = 0.0,
+    full_range: bool = False,
 ) -> QuantizePlan:
     """The plan for segments [S, L] of x that have one scale each, remembered by ``key``.
 
@@ -107,6 +108,7 @@ def make(
             segments,
             max(length, 1),
             before,
+            full_range,
         )
         parameters = _PARAMS.pack(*[0] * _WORDS, segments, length, x_stride, other_stride, eps)
         blocks = math.ceil(segments / (c.threads // c.threads_per_segment))

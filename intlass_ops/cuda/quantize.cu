@@ -1,5 +1,5 @@
 // Symmetric and asymmetric quantisation of segments x[s, :] that share one scale (formulas in
-// reference.py: quantization_parameters, quantize), alone or behind what a transformer puts before
+// reference.py: quantization_parameters, quantize, quantize_full_range), alone or behind what a transformer puts before
 // it, rounded to x's type as the modules do:
 //
 //     none          x
@@ -43,13 +43,13 @@ __device__ __forceinline__ Divider divider(float d) {
 constexpr Divider by_levels = {float(1. / levels), float(1. / levels - double(float(1. / levels)))};
 
 // round(x / scale) + zero
-struct Coder {
+struct QuotientCoder {
   static constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer, ties to even
   float scale, zero = 0.f;
   Divider by_scale;
   bool plain;  // no NaN, infinity or subnormal anywhere near
 
-  __device__ __forceinline__ Coder(const Range& range) {
+  __device__ __forceinline__ QuotientCoder(const Range& range) {
     const float span = symmetric ? range.high : range.high - range.low;
     plain = span > 0x1p-90f && span < 0x1p100f;
     if (plain) {
@@ -99,6 +99,49 @@ struct Coder {
     }
   }
 };
+
+// round(x * (1 / scale)) of a scale in the type of x: each step rounds as PyTorch's own kernels do.
+// The largest quotients are 127.5, or about, which is 128; in fp16, whose smallest scales have a bit
+// or two, 159.
+struct FullRangeCoder {
+  static constexpr float magic = QuotientCoder::magic, zero = 0.f;
+  float scale, reciprocal;
+  u32 most, least;  // pairs of what has the codes 127 and -128, or is as good
+  bool plain;       // no NaN or infinity
+
+  __device__ __forceinline__ FullRangeCoder(const Range& range) {
+    const float quotient = range.high * float(1. / 127.5);  // a division by a number, in PyTorch
+    Vector in_type;
+    in_type.set(0, quotient, quotient);
+    scale = nan_max(in_type[0], 0x1p-23f);
+    reciprocal = __frcp_rn(scale);
+    in_type.set(0, 127.f * scale, 127.f * scale), most = in_type.w[0];
+    in_type.set(0, -128.f * scale, -128.f * scale), least = in_type.w[0];
+    plain = range.high <= 0x1.fffffep127f;
+  }
+  __device__ __forceinline__ void codes(u32 (&c)[vector], const Vector& x, unsigned long long,
+                                        i64) const {
+    Vector v = x;
+    if constexpr (paired) {
+#pragma unroll
+      for (u32& w : v.w) {
+        w = of_pairs<false>(w, most);
+        if constexpr (same<T, __half>::value) w = of_pairs<true>(w, least);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < vector; ++e) {
+      float y = __fmul_rn(v[e], reciprocal) + magic;
+      if constexpr (!paired) y = fminf(y, magic + 127.f);
+      c[e] = __float_as_uint(y);
+    }
+    if (plain) return;
+#pragma unroll
+    for (int e = 0; e < vector; ++e)
+      if (const float y = x[e] * reciprocal; y != y) c[e] = 0;
+  }
+};
+using Coder = Choose<full_range, FullRangeCoder, QuotientCoder>::type;
 
 __device__ __forceinline__ u32 four_bytes(int a, int b, int c, int d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);

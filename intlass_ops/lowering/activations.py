@@ -133,7 +133,7 @@ def _between(codes: Node, x: Node) -> tuple[list[Node], list[Node]]:
     return inner, list(leaves)
 
 
-def _small(value: Any, sizes: dict[Any, int]) -> int:
+def small(value: Any, sizes: dict[Any, int]) -> int:
     """A size with its symbols replaced by small numbers: structure does not depend on M."""
     if isinstance(value, int):
         return value
@@ -148,15 +148,15 @@ def _leaf(node: Node, seed: int, sizes: dict[Any, int]) -> Any:
     limits = span(node)
     if limits is not None and isinstance(value, Tensor):
         generator = torch.Generator().manual_seed(seed)
-        size = [_small(each, sizes) for each in value.shape]
+        size = [small(each, sizes) for each in value.shape]
         return torch.randint(limits[0], limits[1] + 1, size, generator=generator).to(value.dtype)
     if isinstance(value, (int, torch.SymInt)):
-        return _small(value, sizes)
+        return small(value, sizes)
     if isinstance(value, (float, bool)):
         return value
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         raise NotASlice("an input that is not a tensor")
-    shape = tuple(_small(size, sizes) for size in value.shape)
+    shape = tuple(small(size, sizes) for size in value.shape)
     strides = [1] * len(shape)
     for i in range(len(shape) - 2, -1, -1):
         strides[i] = strides[i + 1] * max(shape[i + 1], 1)
@@ -213,7 +213,7 @@ def _is_zero(node: Node, codes: Node, sizes: dict[Any, int]) -> bool:
         values: list[Any] = [
             getattr(e.graph.owning_module, str(e.target))
             if e.op == "get_attr"
-            else _small(e.meta["val"], sizes)
+            else small(e.meta["val"], sizes)
             for e in sources
         ]
         # The codes come first only to say where to compute.

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from ..nn import IntLinear, PackedLinear
-from . import graph_pass, records, requantise, runtime
+from ..nn import Activation, IntLinear, PackedLinear
+from . import full_range, graph_pass, records, requantise, runtime
 from .gemms import shape_of
 from .graph_linear import GraphLinear
 from .graph_linear import NotConverted as NotConverted
@@ -92,12 +92,14 @@ def _rebuild(
     bits = [_as_module(owner, graph, node, tensors, i) for i, node in enumerate(products)]
     calls = [node for node in graph.nodes if node.op == "call_module"]
     integer = any(not node.args[0].meta["val"].dtype.is_floating_point for node in calls)
-    ours = not same_codes and len(calls) == 1 and _quantised_like_ours(owner, calls[0], tensors, x)
+    activation = None
+    if len(calls) == 1:
+        activation = _activation(owner, calls[0], tensors, x, same_codes)
     graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure())
     _bind(owner, graph, entry, tensors, x)
     graph.lint()
     scheme = f"w{max(bits)}a{8 if integer else 16}"
-    plain = _plain(owner, entry, result, "int8" if ours else None)
+    plain = _plain(owner, entry, result, activation)
     if plain is not None:
         return plain, scheme
     if x.dim() == 3:  # traced for x[1, M, K], as some libraries' functions know no x[M, K]
@@ -191,10 +193,22 @@ def _bind(owner: nn.Module, graph: Graph, entry: Node, tensors: dict[Any, Any], 
         graph.erase_node(node)
 
 
-def _quantised_like_ours(owner: nn.Module, call: Node, tensors: dict[Any, Any], x: Tensor) -> bool:
+def _activation(
+    owner: nn.Module, call: Node, tensors: dict[Any, Any], x: Tensor, same_codes: bool
+) -> Activation:
+    """The quantiser of ours that may stand for what is before a product, if there is one."""
     codes, scale, zero, *_ = call.args
-    if scale is None or zero is not None:
-        return False
+    if not isinstance(codes, Node) or not isinstance(scale, Node) or zero is not None:
+        return None
+    if not same_codes and _quantised_like_ours(owner, codes, scale, tensors, x):
+        return "int8"
+    source = full_range.quantised(codes, scale)
+    return "int8_full_range" if source is not None and _is(tensors.get(source), x) else None
+
+
+def _quantised_like_ours(
+    owner: nn.Module, codes: Node, scale: Node, tensors: dict[Any, Any], x: Tensor
+) -> bool:
     other = requantise.example(x)
     values = {node: other if _is(each, x) else each for node, each in tensors.items()}
     try:
@@ -204,9 +218,7 @@ def _quantised_like_ours(owner: nn.Module, call: Node, tensors: dict[Any, Any], 
     return requantise.like_ours(other, *found)
 
 
-def _plain(
-    owner: nn.Module, entry: Node, result: Node, activation: Literal["int8"] | None
-) -> nn.Module | None:
+def _plain(owner: nn.Module, entry: Node, result: Node, activation: Activation) -> nn.Module | None:
     """The packed linear alone, if nothing but views and a bias is around it.
 
     activation: our own quantiser stands for whatever is before it.

@@ -91,6 +91,7 @@ def rewrite(graph: torch.fx.Graph, edit: Editor) -> None:
     if not edit.training:
         # Each linear wrote its own copy of the scale that it shares with its siblings.
         siblings.merge_equal(graph)
+        graph.eliminate_dead_code()  # quantisers that are our op now read x too
         records.count("quantisers", quantisers.fuse(edit))
         records.count("joined", siblings.join(edit))
     records.count("fused", siblings.fuse(edit))

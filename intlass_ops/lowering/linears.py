@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from . import activations, adapters, integer_sums
+from . import activations, adapters, full_range, integer_sums
 from .activations import Activation
 from .editor import CAST, Editor, aten, looks_quantised
 from .gemms import FLOATS, Gemm, epilogue, is_gemm, readings, shape_of
@@ -175,6 +175,11 @@ def _operands(edit: Editor, match: Match) -> Match:
                 if zero is None
                 else edit.call(aten.sub.Tensor, zero, 128)
             )
+    if scale is not None and zero is None and not edit.training:
+        source = full_range.source_of(edit, x, scale)
+        if source is not None:
+            x, scale = full_range.emit(edit, source, x, scale)
+            return replace(match, x=x, a_scale=scale, quantised_by_us=True)
     return replace(match, x=x, a_scale=scale, a_zero=zero)
 
 
@@ -219,7 +224,8 @@ def _apply(edit: Editor, match: Match) -> Decision:
         for view in match.tail.views:
             new = edit.call(view.target, new, *view.args[1:])
     last.replace_all_uses_with(new)
-    decision = _decide(gemm, SWAPPED, match.scheme, rule.why, rule.name, match.form.group_size)
+    why = rule.why + ("; " + full_range.WHY if match.quantised_by_us else "")
+    decision = _decide(gemm, SWAPPED, match.scheme, why, rule.name, match.form.group_size)
     recipe = match.form.recipe.text() if rule.packs else ""
     decision = replace(decision, bound=match.bound, recipe=recipe)
     made.meta[META] = decision

@@ -31,14 +31,14 @@ def fuse(edit: Editor) -> int:
     """Returns how many quantisers now start one step earlier."""
     fused = 0
     for node in edit.graph.find_nodes(op="call_function", target=QUANTIZE):
-        if len(node.args) != 6:
-            continue
-        x, bits, granularity, _, symmetric, seed = node.args
+        x, bits, granularity, _, symmetric, seed, *full_range = node.args
         # Somebody else needs the result too: it is computed anyway.
-        if granularity != "token" or seed is not None or len(x.users) != 1:
+        if node.kwargs or granularity != "token" or seed is not None or len(x.users) != 1:
             continue
         with edit.at(node):
-            new = _silu_mul(edit, x, bits, symmetric) or _norm(edit, x, bits, symmetric)
+            new = _silu_mul(edit, x, bits, symmetric, *full_range) or _norm(
+                edit, x, bits, symmetric, *full_range
+            )
         if new is not None:
             node.replace_all_uses_with(new)
             edit.graph.erase_node(node)
@@ -71,7 +71,9 @@ def _before_rounding(node: Any, dtype: torch.dtype) -> Any:
     return args[0] if args and _dtype(args[0]) == torch.float32 else node
 
 
-def _silu_mul(edit: Editor, x: Node, bits: Any, symmetric: Any) -> Node | None:
+def _silu_mul(
+    edit: Editor, x: Node, bits: Any, symmetric: Any, full_range: Any = False
+) -> Node | None:
     dtype, product = _dtype(x), _args(x, aten.mul.Tensor)
     if dtype not in FLOATS or product is None:
         return None
@@ -88,11 +90,11 @@ def _silu_mul(edit: Editor, x: Node, bits: Any, symmetric: Any) -> Node | None:
             and _dtype(up) == dtype
             and shape_of(up) == shape_of(gate)
         ):
-            return edit.call(_SILU, gate, up, bits, symmetric)
+            return edit.call(_SILU, gate, up, bits, symmetric, full_range)
     return None
 
 
-def _norm(edit: Editor, x: Node, bits: Any, symmetric: Any) -> Node | None:
+def _norm(edit: Editor, x: Node, bits: Any, symmetric: Any, full_range: Any = False) -> Node | None:
     dtype = _dtype(x)
     if dtype not in FLOATS:
         return None
@@ -117,7 +119,7 @@ def _norm(edit: Editor, x: Node, bits: Any, symmetric: Any) -> Node | None:
             if source is not None and eps is not None:
                 weight = None if weight is None else _narrow(weight, dtype)
                 first = rounded is not None
-                return edit.call(_NORM, source, weight, eps, bits, symmetric, first)
+                return edit.call(_NORM, source, weight, eps, bits, symmetric, first, full_range)
     return None
 
 

@@ -31,6 +31,7 @@ class Match:
     a_scale: Node | None = None
     a_zero: Node | None = None
     integer_bias: Node | None = None
+    quantised_by_us: bool = False  # x and a_scale are those of our op (full_range.py)
 
     @property
     def out_dtype(self) -> torch.dtype:

@@ -17,6 +17,8 @@ from ..cuda import launch_quantize, plans
 from ._library import FLOATS, INTEGERS, define, require_device, require_dtype
 
 Granularity = Literal["token", "tensor", "group", "channel"]
+# Elements that are quantised at a time on a CPU: what PyTorch computes on the way stays in a cache.
+_CACHED = 1 << 17
 
 
 def _name(bits: int) -> str:
@@ -82,6 +84,31 @@ def _codes(x: Tensor, q: Tensor, bits: int) -> Tensor:
     return packing.pack(q) if bits == 4 else q
 
 
+def require_full_range(
+    op: str, full_range: bool, bits: int, symmetric: bool, seed: int | None = None
+) -> None:
+    """Raise unless ``full_range`` is False or goes with the other options."""
+    if full_range and (bits, symmetric, seed) != (8, True, None):
+        raise ValueError(
+            f"{op}: full_range=True with bits={bits}, symmetric={symmetric}, seed={seed}; "
+            "it has 8 bits, is symmetric and rounds to nearest"
+        )
+
+
+def _check_dynamic(
+    x: Tensor,
+    bits: int,
+    granularity: str,
+    group_size: int | None,
+    symmetric: bool,
+    seed: int | None,
+    full_range: bool,
+) -> tuple[Any, Any, tuple[Any, ...]]:
+    op = _name(bits)
+    require_full_range(op, full_range, bits, symmetric, seed)
+    return _segments(op, x, granularity, group_size)
+
+
 def _dynamic_fake(
     x: Tensor,
     bits: int,
@@ -89,9 +116,22 @@ def _dynamic_fake(
     group_size: int | None,
     symmetric: bool,
     seed: int | None,
+    full_range: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, shape = _segments(_name(bits), x, granularity, group_size)
+    _, _, shape = _check_dynamic(x, bits, granularity, group_size, symmetric, seed, full_range)
     return empty_outputs(x, bits, shape, symmetric)
+
+
+def _quantize_rows(
+    rows: Tensor, bits: int, symmetric: bool, seed: int | None, full_range: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 [S, L], scales [S, 1] and zeros, [S, 1] or empty, of rows [S, L]."""
+    no_zero = rows.new_empty(0, dtype=torch.int32)
+    if full_range:
+        return *reference.quantize_full_range(rows), no_zero
+    scale, zero = reference.quantization_parameters(rows, bits, symmetric)
+    q = reference.quantize(rows, scale, zero, bits, seed)
+    return q, scale, no_zero if zero is None else zero
 
 
 def _dynamic_cpu(
@@ -101,22 +141,27 @@ def _dynamic_cpu(
     group_size: int | None,
     symmetric: bool,
     seed: int | None,
+    full_range: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    number, length, shape = _segments(_name(bits), x, granularity, group_size)
-    rows = x.reshape(number, length).contiguous()
-    scale, zero = reference.quantization_parameters(rows, bits, symmetric)
-    q = reference.quantize(rows, scale, zero, bits, seed)
-    no_zero = x.new_empty(0, dtype=torch.int32)
-    return (
-        _codes(x, q, bits),
-        scale.view(shape),
-        no_zero if zero is None else zero.view(shape),
+    number, length, shape = _check_dynamic(
+        x, bits, granularity, group_size, symmetric, seed, full_range
     )
+    rows = x.reshape(number, length).contiguous()
+    # A stochastic code depends on its place in the tensor.
+    at_once = number if seed is not None else _CACHED // max(length, 1)
+    parts = [
+        _quantize_rows(part, bits, symmetric, seed, full_range)
+        for part in rows.split(max(at_once, 1))
+    ]
+    q, scale, zero = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    return _codes(x, q, bits), scale.view(shape), zero if symmetric else zero.view(shape)
 
 
-def quantize_tokens(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_tokens(
+    x: Tensor, bits: int, symmetric: bool, full_range: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """What `quantize_dynamic` returns for one scale per token, computed in PyTorch."""
-    return _dynamic_cpu(x, bits, "token", None, symmetric, None)
+    return _dynamic_cpu(x, bits, "token", None, symmetric, None, full_range)
 
 
 def _dynamic_cuda(
@@ -126,6 +171,7 @@ def _dynamic_cuda(
     group_size: int | None,
     symmetric: bool,
     seed: int | None,
+    full_range: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     key = (
         plans.signature(x),
@@ -134,18 +180,30 @@ def _dynamic_cuda(
         group_size,
         symmetric,
         seed is None,
+        full_range,
         x.data_ptr() % 16,
     )
     plan = launch_quantize.find(key)
     if plan is None:
-        number, length, shape = _segments(_name(bits), x, granularity, group_size)
+        number, length, shape = _check_dynamic(
+            x, bits, granularity, group_size, symmetric, seed, full_range
+        )
         # The kernel packs within a segment, so INT4 segments must not share or straddle a byte; one
         # scale for the whole tensor is a reduction over all blocks, which PyTorch does well.
         bytewise = bits == 8 or granularity == "token" or (length % 2 == 0 and x.shape[-1] % 2 == 0)
         if granularity == "tensor" or not bytewise:
-            return _dynamic_cpu(x, bits, granularity, group_size, symmetric, seed)
+            return _dynamic_cpu(x, bits, granularity, group_size, symmetric, seed, full_range)
         plan = launch_quantize.make(
-            key, x, number, length, codes_shape(x, bits), shape, bits, symmetric, seed is not None
+            key,
+            x,
+            number,
+            length,
+            codes_shape(x, bits),
+            shape,
+            bits,
+            symmetric,
+            seed is not None,
+            full_range=full_range,
         )
     return plan.run(x, seed)
 
@@ -221,7 +279,7 @@ def no_gradient(ctx: Any, *_: Tensor) -> None:
 
 define(
     "quantize_dynamic(Tensor x, int bits, str granularity, int? group_size, bool symmetric, "
-    "SymInt? seed) -> (Tensor, Tensor, Tensor)",
+    "SymInt? seed, bool full_range=False) -> (Tensor, Tensor, Tensor)",
     fake=_dynamic_fake,
     cpu=_dynamic_cpu,
     cuda=_dynamic_cuda,
@@ -249,6 +307,7 @@ def _quantize(
     symmetric: bool,
     rounding: str,
     seed: int | None,
+    full_range: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     op = f"quantize_int{bits}"
     if rounding not in ("nearest", "stochastic"):
@@ -261,6 +320,8 @@ def _quantize(
     elif not -(2**63) <= seed < 2**63:
         raise ValueError(f"{op}: seed={seed} does not fit into 64 bits")
     if scale is not None:
+        if full_range:
+            raise ValueError(f"{op}: full_range=True computes the scale, and one is given")
         q: Tensor = torch.ops.intlass.quantize_static(
             x, scale, zero, bits, granularity, group_size, seed
         )
@@ -268,7 +329,7 @@ def _quantize(
     if zero is not None:
         raise ValueError(f"{op}: zero is given without a scale")
     q, scale, zero = torch.ops.intlass.quantize_dynamic(
-        x, bits, granularity, group_size, symmetric, seed
+        x, bits, granularity, group_size, symmetric, seed, full_range
     )
     return q, scale, None if symmetric else zero
 
@@ -283,12 +344,15 @@ def quantize_int8(
     symmetric: bool = True,
     rounding: Literal["nearest", "stochastic"] = "nearest",
     seed: int | None = None,
+    full_range: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """Quantise to INT8 so that x ~ (q - zero) * scale.
 
         symmetric    scale = amax / 127,  q = round(x / scale) in [-127, 127],  zero None
         asymmetric   scale = (max(x,0) - min(x,0)) / 255,  zero = round(-128 - min(x,0) / scale),
                      q = round(x / scale) + zero in [-128, 127]
+        full_range   scale = max(amax / 127.5, 2^-23), rounded to the dtype of x,
+                     q = round(x * (1 / scale)) in [-128, 127],  zero None: torchao's arithmetic
 
     ``x``: fp32, bf16 or fp16 [..., K], any strides. One scale (fp32) and zero (int32) per
     ``granularity``: "token" [..., 1]; "group" of ``group_size`` along K [..., K/group_size];
@@ -297,7 +361,8 @@ def quantize_int8(
 
     Returns (q, scale, zero or None); with ``scale`` given, only q int8 [..., K] (``zero`` None
     saturates to [-127, 127]; a floating zero is added before rounding, an integer one after).
-    Zeros give scale 1. NaN quantises to 0, but its scale is NaN, and so is whatever is made of it.
+    Zeros give scale 1 (``full_range``: 2^-23). NaN quantises to 0, but its scale is NaN, and so is
+    whatever is made of it.
 
     Raises TypeError for other dtypes, ValueError for shapes or options that do not fit.
 
@@ -306,7 +371,9 @@ def quantize_int8(
     >>> q, scale
     (tensor([[ -1,   0, 127]], dtype=torch.int8), tensor([[1.]]))
     """
-    return _quantize(8, x, scale, zero, granularity, group_size, symmetric, rounding, seed)
+    return _quantize(
+        8, x, scale, zero, granularity, group_size, symmetric, rounding, seed, full_range
+    )
 
 
 def quantize_int4(

@@ -15,7 +15,14 @@ from torch import Tensor
 from ..config import Before
 from ..cuda import launch_quantize, plans
 from ._library import FLOATS, define, require_device, require_dtype
-from .quantize import codes_shape, empty_outputs, no_gradient, no_setup, quantize_tokens
+from .quantize import (
+    codes_shape,
+    empty_outputs,
+    no_gradient,
+    no_setup,
+    quantize_tokens,
+    require_full_range,
+)
 
 Quantized = tuple[Tensor, Tensor, Tensor]
 
@@ -54,6 +61,7 @@ def _cuda(
     eps: float,
     bits: int,
     symmetric: bool,
+    full_range: bool,
 ) -> Quantized:
     key = (
         op,
@@ -63,6 +71,7 @@ def _cuda(
         eps,
         bits,
         symmetric,
+        full_range,
         x.data_ptr() % 16,
         0 if other is None else other.data_ptr() % 16,
     )
@@ -73,6 +82,7 @@ def _cuda(
         else:
             assert other is not None
             _check_silu(x, other, bits)
+        require_full_range(op, full_range, bits, symmetric)
         plan = launch_quantize.make(
             key,
             x,
@@ -85,70 +95,93 @@ def _cuda(
             before=before,
             other=other,
             eps=eps,
+            full_range=full_range,
         )
     return plan.run(x, None, other)
 
 
 def _norm_fake(
-    x: Tensor, weight: Tensor | None, eps: float, bits: int, symmetric: bool, round_first: bool
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    bits: int = 8,
+    symmetric: bool = True,
+    round_first: bool = False,
+    full_range: bool = False,
 ) -> Quantized:
     _check_norm(x, weight, bits)
+    require_full_range("rms_norm_quantize", full_range, bits, symmetric)
     return _empty(x, bits, symmetric)
 
 
 def _norm_cpu(
-    x: Tensor, weight: Tensor | None, eps: float, bits: int, symmetric: bool, round_first: bool
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    bits: int = 8,
+    symmetric: bool = True,
+    round_first: bool = False,
+    full_range: bool = False,
 ) -> Quantized:
     _check_norm(x, weight, bits)
+    require_full_range("rms_norm_quantize", full_range, bits, symmetric)
     v = x.float()
     y = v * (1 / (v.square().mean(-1, keepdim=True) + eps).sqrt())
     if weight is not None:
         y = (y.to(x.dtype) if round_first else y) * weight.float()
-    return quantize_tokens(y.to(x.dtype), bits, symmetric)
+    return quantize_tokens(y.to(x.dtype), bits, symmetric, full_range)
 
 
 def _norm_cuda(
-    x: Tensor, weight: Tensor | None, eps: float, bits: int, symmetric: bool, round_first: bool
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    bits: int = 8,
+    symmetric: bool = True,
+    round_first: bool = False,
+    full_range: bool = False,
 ) -> Quantized:
     before = Before.ROUNDED_NORM if round_first and weight is not None else Before.RMS_NORM
-    return _cuda("rms_norm_quantize", before, x, weight, eps, bits, symmetric)
+    return _cuda("rms_norm_quantize", before, x, weight, eps, bits, symmetric, full_range)
 
 
-def _silu_fake(gate: Tensor, up: Tensor, bits: int, symmetric: bool) -> Quantized:
+def _silu_fake(
+    gate: Tensor, up: Tensor, bits: int = 8, symmetric: bool = True, full_range: bool = False
+) -> Quantized:
     _check_silu(gate, up, bits)
+    require_full_range("silu_mul_quantize", full_range, bits, symmetric)
     return _empty(gate, bits, symmetric)
 
 
-def _silu_cpu(gate: Tensor, up: Tensor, bits: int, symmetric: bool) -> Quantized:
+def _silu_cpu(
+    gate: Tensor, up: Tensor, bits: int = 8, symmetric: bool = True, full_range: bool = False
+) -> Quantized:
     _check_silu(gate, up, bits)
-    return quantize_tokens(torch.nn.functional.silu(gate) * up, bits, symmetric)
+    require_full_range("silu_mul_quantize", full_range, bits, symmetric)
+    return quantize_tokens(torch.nn.functional.silu(gate) * up, bits, symmetric, full_range)
 
 
-def _silu_cuda(gate: Tensor, up: Tensor, bits: int, symmetric: bool) -> Quantized:
-    return _cuda("silu_mul_quantize", Before.SILU_MUL, gate, up, 0.0, bits, symmetric)
+def _silu_cuda(
+    gate: Tensor, up: Tensor, bits: int = 8, symmetric: bool = True, full_range: bool = False
+) -> Quantized:
+    return _cuda("silu_mul_quantize", Before.SILU_MUL, gate, up, 0.0, bits, symmetric, full_range)
 
 
 define(
     "rms_norm_quantize(Tensor x, Tensor? weight, float eps, int bits=8, bool symmetric=True, "
-    "bool round_first=False) -> (Tensor, Tensor, Tensor)",
-    fake=lambda x, weight, eps, bits=8, symmetric=True, round_first=False: _norm_fake(
-        x, weight, eps, bits, symmetric, round_first
-    ),
-    cpu=lambda x, weight, eps, bits=8, symmetric=True, round_first=False: _norm_cpu(
-        x, weight, eps, bits, symmetric, round_first
-    ),
-    cuda=lambda x, weight, eps, bits=8, symmetric=True, round_first=False: _norm_cuda(
-        x, weight, eps, bits, symmetric, round_first
-    ),
+    "bool round_first=False, bool full_range=False) -> (Tensor, Tensor, Tensor)",
+    fake=_norm_fake,
+    cpu=_norm_cpu,
+    cuda=_norm_cuda,
     setup_context=no_setup,
     backward=no_gradient,
 )
 define(
-    "silu_mul_quantize(Tensor gate, Tensor up, int bits=8, bool symmetric=True) "
-    "-> (Tensor, Tensor, Tensor)",
-    fake=lambda gate, up, bits=8, symmetric=True: _silu_fake(gate, up, bits, symmetric),
-    cpu=lambda gate, up, bits=8, symmetric=True: _silu_cpu(gate, up, bits, symmetric),
-    cuda=lambda gate, up, bits=8, symmetric=True: _silu_cuda(gate, up, bits, symmetric),
+    "silu_mul_quantize(Tensor gate, Tensor up, int bits=8, bool symmetric=True, "
+    "bool full_range=False) -> (Tensor, Tensor, Tensor)",
+    fake=_silu_fake,
+    cpu=_silu_cpu,
+    cuda=_silu_cuda,
     setup_context=no_setup,
     backward=no_gradient,
 )
@@ -162,6 +195,7 @@ def rms_norm_quantize(
     bits: int = 8,
     symmetric: bool = True,
     round_first: bool = False,
+    full_range: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """RMS norm and quantisation per token in one kernel.
 
@@ -169,8 +203,9 @@ def rms_norm_quantize(
         q, scale, zero = quantize_int8(y) or quantize_int4(y)
 
     ``round_first``: rounded before it is multiplied by ``weight`` too, as the Llama of transformers
-    does. ``x`` [..., K] fp32, bf16 or fp16, ``weight`` [K] of the same dtype or None, as
-    torch.nn.functional.rms_norm takes them. Returns (q, scale [..., 1], zero or None).
+    does. ``full_range``: as in :func:`quantize_int8`. ``x`` [..., K] fp32, bf16 or fp16, ``weight``
+    [K] of the same dtype or None, as torch.nn.functional.rms_norm takes them. Returns
+    (q, scale [..., 1], zero or None).
     Raises TypeError or ValueError for dtypes and shapes that do not fit; no gradient.
 
     >>> import torch
@@ -179,13 +214,18 @@ def rms_norm_quantize(
     tensor([[ 127, -127]], dtype=torch.int8)
     """
     q, scale, zero = torch.ops.intlass.rms_norm_quantize(
-        x, weight, eps, bits, symmetric, round_first
+        x, weight, eps, bits, symmetric, round_first, full_range
     )
     return q, scale, None if symmetric else zero
 
 
 def silu_mul_quantize(
-    gate: Tensor, up: Tensor, *, bits: int = 8, symmetric: bool = True
+    gate: Tensor,
+    up: Tensor,
+    *,
+    bits: int = 8,
+    symmetric: bool = True,
+    full_range: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """SwiGLU's product and its quantisation per token in one kernel.
 
@@ -193,12 +233,13 @@ def silu_mul_quantize(
         q, scale, zero = quantize_int8(y) or quantize_int4(y)
 
     ``gate``, ``up`` [..., K] of one dtype (fp32, bf16 or fp16), also the halves of one tensor.
-    Returns (q, scale [..., 1], zero or None); errors as in :func:`rms_norm_quantize`.
+    ``full_range``: as in :func:`quantize_int8`. Returns (q, scale [..., 1], zero or None); errors
+    as in :func:`rms_norm_quantize`.
 
     >>> import torch
     >>> q, scale, zero = silu_mul_quantize(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, -1.0]]))
     >>> q
     tensor([[   0, -127]], dtype=torch.int8)
     """
-    q, scale, zero = torch.ops.intlass.silu_mul_quantize(gate, up, bits, symmetric)
+    q, scale, zero = torch.ops.intlass.silu_mul_quantize(gate, up, bits, symmetric, full_range)
     return q, scale, None if symmetric else zero
