@@ -14,7 +14,7 @@ from gemm_case import X_DTYPE, Case
 from gemm_checks import check_bounded, check_exact
 
 from intlass_ops import config
-from intlass_ops.config.gemm import pick_gemm
+from intlass_ops.config.gemm_tiles import pick_gemm
 from intlass_ops.cuda import jit, launch
 
 A100 = config.device_of("sm_80")
@@ -43,7 +43,7 @@ def is_scaled(**change: Any) -> bool:
 
 def test_weights_take_scales_of_their_own_type_where_tiles_are_large() -> None:
     assert is_scaled()
-    assert is_scaled(group_size=64, m=1024)
+    assert is_scaled(group_size=64, m=4096)
     assert is_scaled(w_kind="s8", has_zeros=False)
     assert not is_scaled(m=64)
     assert not is_scaled(n=256)

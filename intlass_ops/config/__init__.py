@@ -22,7 +22,7 @@ from .fp4 import FP4_X as FP4_X
 from .fp4 import DecodeFp4 as DecodeFp4
 from .fp4 import pick_fp4 as pick_fp4
 from .gemm import Gemm as Gemm
-from .gemm import is_idle as is_idle
+from .gemm_tiles import is_idle as is_idle
 from .hopper import HOPPER_BLOCK_K as HOPPER_BLOCK_K
 from .hopper import Hopper as Hopper
 from .hopper import TokenSums as TokenSums
@@ -35,6 +35,7 @@ from .problem import TYPE_BYTES as TYPE_BYTES
 from .problem import Device as Device
 from .problem import Grouping as Grouping
 from .problem import Shape as Shape
+from .problem import decoded_fp4 as decoded_fp4
 from .problem import device_of as device_of
 from .problem import widens as widens
 from .problem import without_wgmma as without_wgmma

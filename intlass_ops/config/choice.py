@@ -7,7 +7,8 @@ from functools import lru_cache
 
 from . import tuned
 from .fp4 import DecodeFp4
-from .gemm import Gemm, gemm_candidates, pick_gemm
+from .gemm import Gemm
+from .gemm_tiles import gemm_candidates, pick_gemm
 from .hopper import Hopper, TokenSums, why_not_hopper
 from .hopper_tiles import hopper_candidates, pick_hopper
 from .problem import BITS, Device, Shape, widens, without_wgmma
@@ -42,7 +43,7 @@ def reason(device: Device, shape: Shape) -> str:
 def predicted(device: Device, shape: Shape) -> Matmul:
     """The configuration without any table."""
     shape = shape.on(device)
-    if why_not_skinny(shape) is None:
+    if why_not_skinny(shape) is None and not _few_tokens_for_hopper(device, shape):
         held = pick_held(device, shape)
         if held is not None:
             return held
@@ -59,16 +60,27 @@ def predicted(device: Device, shape: Shape) -> Matmul:
     return pick_gemm(device, shape)
 
 
+def _few_tokens_for_hopper(device: Device, shape: Shape) -> bool:
+    """Whether hopper.cu beats the kernels for few tokens: INT8 weights, which need no decoding.
+
+    By 6 % with INT8 activations and up to 8 tokens, by 25 and 12 % with more and under 16-bit ones
+    (20 layers, benchmarks/results/h200-layers.json).
+    """
+    if BITS[shape.w_kind] != 8 or why_not_hopper(device, shape) is not None:
+        return False
+    return BITS[shape.x_kind] == 8 or shape.m > 8
+
+
 def _streams(device: Device, shape: Shape) -> bool:
     """Whether W goes through a ring: much of it for an SM. Else every block loads its rows at once.
 
-    What was measured is in docs/notes/kernels.md: with one token a ring is faster from 6144x4096
-    on, with eight only where there are thousands of rows.
+    Few tokens of 21 layers (benchmarks/results/h200-layers.json): with one a ring is faster from
+    about 3584x3584 on, with four to sixteen where there are more than 8000 rows.
     """
     if why_not_ring(shape) is not None:
         return False
-    fewest_tokens = shape.m <= 2 and shape.n * shape.k >= 180_000 * device.sm_count
-    return fewest_tokens or shape.n >= 128 * device.sm_count
+    fewest_tokens = shape.m <= 2 and shape.n * shape.k >= 80_000 * device.sm_count
+    return fewest_tokens or shape.n >= 64 * device.sm_count
 
 
 def of_int4(c: Matmul, k: int) -> Matmul | None:
