@@ -9,6 +9,7 @@ of which is half an integer. There are few such pairs, and all are tried.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -49,6 +50,14 @@ def close_pairs() -> Iterator[tuple[int, int, Fraction]]:
                     yield x, d, middle
 
 
+def quotient(x: Fraction, d: Fraction | int, high: Fraction) -> Fraction:
+    """x / d as the kernels compute it."""
+    rest = 1 - high * d
+    low = rounded(rounded(abs(rest)) * high) * (1 if rest > 0 else -1) if rest else 0
+    product = rounded(abs(x * low)) * (1 if low > 0 else -1) if low else 0
+    return rounded(x * high + product)
+
+
 def test_quotients_round_as_division_does() -> None:
     """Below 256; but for one divisor, which quantize.cu excepts."""
     wrong, tried = [], 0
@@ -56,15 +65,20 @@ def test_quotients_round_as_division_does() -> None:
         tried += 1
         power = exponent_of(middle * d / x * Fraction(3, 2))
         scaled = x * Fraction(2) ** power
-        high = rounded(Fraction(1, d))
-        rest = 1 - high * d
-        low = rounded(rounded(abs(rest)) * high) * (1 if rest > 0 else -1) if rest else 0
-        product = rounded(abs(scaled * low)) * (1 if low > 0 else -1) if low else 0
-        quotient, exact = rounded(scaled * high + product), rounded(scaled / d)
-        if round(quotient) != round(exact):
+        found, exact = quotient(scaled, d, rounded(Fraction(1, d))), rounded(scaled / d)
+        if round(found) != round(exact):
             wrong.append((x, d))
     assert tried > 2000
     assert wrong == [(2**23, 2**24 - 1)]
+
+
+def test_quotients_by_e4m3_need_no_rounded_reciprocal() -> None:
+    """A d of four bits leaves every quotient a 30th of a unit from where rounding changes."""
+    draw = random.Random(0)
+    for d, off in itertools.product(range(8, 16), (-2, -1, 0, 1, 2)):
+        high = rounded(Fraction(1, d)) + off * Fraction(1, 2**26)
+        for x in (2**23, 2**24 - 1, *(draw.randrange(2**23, 2**24) for _ in range(200))):
+            assert quotient(Fraction(x), d, high) == rounded(Fraction(x, d)), (x, d, off)
 
 
 @pytest.mark.parametrize("rows", [1, 2000])

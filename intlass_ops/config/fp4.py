@@ -22,7 +22,7 @@ FP4_MAX_M = 64
 
 
 # What decoded numbers are divided by (fp4.cuh): bf16 has no room for 6 * 2^127.
-FP4_UNIT = {"e8m0": 32, "e4m3": 1}
+FP4_UNIT = {("bf16", "e8m0"): 32, ("bf16", "e4m3"): 1, ("fp16", "e4m3"): 1 << 14}
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class DecodeFp4:
     source: ClassVar[str] = "decode_fp4.cu"
     entry: ClassVar[str] = "decode_fp4"
     starts_early: ClassVar[bool] = True
+    x_kind: str  # what it makes: bf16, fp16
     scale_type: str  # e8m0, e4m3
     blocked: bool  # scales in the order of fp4.to_blocked
     lane_order: bool  # of each 32 k, as hopper.cu takes them
@@ -53,23 +54,32 @@ def pick_fp4(device: Device, shape: Shape) -> FewTokens | Hopper | None:
     """The configuration for a product with FP4 weights; None: no kernel takes it."""
     if why_not_skinny(shape) is None:
         held = pick_held(device, shape)
-        return held or _pick_ring(device, shape) or pick_skinny(device, shape)
+        ring = _pick_ring(device, shape, held)
+        return ring or held or pick_skinny(device, shape)
     return pick_hopper(device, shape) if why_not_hopper(device, shape) is None else None
 
 
-def _pick_ring(device: Device, shape: Shape) -> SkinnyRing | None:
+def _pick_ring(device: Device, shape: Shape, held: SkinnyHeld | None) -> SkinnyRing | None:
     """A ring for many rows, or for long ones that are a tile for each of its groups of warps.
 
-    H200, MXFP4, M = 1: 49 us instead of 60 for 8192 rows of 28672 k, but 12 instead of 6 for 4096
-    rows of 4096. M = 16: 34 us instead of 31 for 28672 rows, if the activations are FP4 too.
+    H200, MXFP4, M = 1: 36.5 us instead of 43.4 (held, in clusters) for 8192 rows of 28672 k, but
+    18.5 instead of 16.4 for 5120 rows of 13824, which leave a third of the groups idle.
     """
-    if shape.m > 8 and shape.x_kind == "e2m1" and device.arch.startswith("sm_90"):
+    candidates = ring_candidates(device, shape)
+    tiles, blocks = math.ceil(shape.n / 32), device.sm_count
+    if not device.arch.startswith("sm_90"):
+        if shape.n >= 128 * blocks:
+            return next(candidates, None)
+        if shape.k < 16384 or not blocks < tiles <= 2 * blocks:
+            return None
+        of_two_groups = (c for c in candidates if (c.groups, c.num_stages) == (2, 4))
+        return next((c for c in of_two_groups if c.segment_k >= shape.k), None)
+    if held is None:  # MXFP4 by MXFP4, M = 16, 28672 rows: 34 us instead of 31
+        few = shape.m <= 8 or shape.x_kind != "e2m1"
+        many_rows = few and shape.n >= 128 * blocks
+        return next(candidates, None) if many_rows else None
+    groups = 2 if tiles > blocks else 1
+    turns = tiles / (groups * blocks)
+    if shape.m > 2 or held.split_k == 1 or turns < 0.9 * math.ceil(turns):
         return None
-    if shape.n >= 128 * device.sm_count:
-        return next(ring_candidates(device, shape), None)
-    if shape.k < 16384 or not device.sm_count < math.ceil(shape.n / 32) <= 2 * device.sm_count:
-        return None
-    of_two_groups = (
-        c for c in ring_candidates(device, shape) if (c.groups, c.num_stages) == (2, 4)
-    )
-    return next((c for c in of_two_groups if c.segment_k >= shape.k), None)
+    return next((c for c in candidates if c.warps > 8 and c.groups == groups), None)

@@ -133,9 +133,14 @@ def weights_take_scales(shape: Shape) -> bool:
     )
 
 
+def decoded_fp4(scale_type: str) -> str:
+    """What FP4 activations become, to be multiplied (fp4.cuh)."""
+    return "fp16" if scale_type == "e4m3" else "bf16"
+
+
 def mma_sass(x_kind: str, int4_k: int = 32) -> tuple[str, ...]:
     """Regular expressions of the tensor-core instruction for activations of this kind."""
-    if x_kind in ("bf16", "fp16", "e2m1"):
+    if x_kind in ("bf16", "fp16"):
         return (r"HMMA\.16816\.F32" + (r"\b" if x_kind == "fp16" else r"\.BF16"),)
     int4 = x_kind in ("s4", "u4")
     return (rf"IMMA\.168{int4_k}\.S4\.S4" if int4 else r"IMMA\.16832\.S8\.S8",)

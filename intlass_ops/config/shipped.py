@@ -11,7 +11,17 @@ from .epilogue import with_epilogue
 from .fp4 import FP4_UNIT, FP4_X, DecodeFp4, pick_fp4
 from .hopper import Hopper, TokenSums, why_not_hopper
 from .hopper_tiles import pick_hopper
-from .problem import ARCHS, BITS, INT4_MMA, PAIRS, Shape, device_of, widens, without_wgmma
+from .problem import (
+    ARCHS,
+    BITS,
+    INT4_MMA,
+    PAIRS,
+    Shape,
+    decoded_fp4,
+    device_of,
+    widens,
+    without_wgmma,
+)
 from .quantize import Before, pick_quantize
 from .rotate_quantize import pick_rotate_quantize
 from .skinny import SKINNY_MAX_M
@@ -166,9 +176,14 @@ def _shipped_quantisers(types: tuple[str, ...]) -> Iterator[tuple[Config, tuple[
         ("sm_90a", 1, 14336),
         ("sm_120", 4096, 4096),
     )
-    for before, (arch, segments, length) in itertools.product(Before, many):
+    for before, (arch, segments, length), full_range in itertools.product(
+        Before, many, (False, True)
+    ):
         kind = "__nv_bfloat16", 8, True, False, 8, segments, length
-        yield pick_quantize(device_of(arch), *kind, before), (arch,)
+        yield pick_quantize(device_of(arch), *kind, before, full_range), (arch,)
+    for arch, x_type in itertools.product(ARCHS, types):
+        kind = x_type, 8, True, False, 2, 4, 4096
+        yield pick_quantize(device_of(arch), *kind, full_range=True), (arch,)
 
 
 def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
@@ -227,8 +242,9 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
     for turn, (x, (scale_type, group_size), m) in enumerate(
         itertools.product(FP4_X, formats, (1, 16, 4096))
     ):
+        decoded = x == "e2m1" and m > SKINNY_MAX_M
         shape = Shape(
-            x_kind=x,
+            x_kind=decoded_fp4(scale_type) if decoded else x,
             w_kind="e2m1",
             scale_type=scale_type,
             zero_type="float",
@@ -244,10 +260,11 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
         )
         for arch in ARCHS:
             picked = pick_fp4(device_of(arch), shape)
+            if isinstance(picked, Hopper) and decoded:
+                unit = FP4_UNIT[shape.x_kind, scale_type]
+                picked = replace(picked, lane_order=True, x_unit=unit)
             if picked is not None:
                 yield picked, (arch,)
-            if isinstance(picked, Hopper):
-                yield replace(picked, lane_order=True, x_unit=FP4_UNIT[scale_type]), (arch,)
     for x in ("s4", "u4"):
         for aligned, m in ((True, 16), (True, 4096), (False, 16)):
             for arch in ARCHS:
@@ -256,5 +273,6 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
                     yield pick_widen(device_of(arch), x, aligned, m, 2048, hopper), (arch,)
     yield pick_store_rows("__nv_bfloat16"), ARCHS
     for turn, (scale_type, _) in enumerate(formats):
-        yield DecodeFp4(scale_type, blocked=turn == 0, lane_order=False), ARCHS
-        yield DecodeFp4(scale_type, blocked=turn == 1, lane_order=True), ("sm_90a",)
+        yield DecodeFp4("bf16", scale_type, blocked=turn == 0, lane_order=False), ARCHS
+        x = decoded_fp4(scale_type)
+        yield DecodeFp4(x, scale_type, blocked=turn == 1, lane_order=True), ("sm_90a",)

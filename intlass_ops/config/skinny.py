@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .epilogue import Activation, named
-from .problem import BITS, Device, Grouping, Shape, mma_sass
+from .problem import BITS, Device, Grouping, Shape, decoded_fp4, mma_sass
 
 SKINNY_MAX_M = 16
+# (tiles_n, warps, unroll), by kind of W, for up to 8 tokens and for more; where a block of 32 rows
+# an SM is enough, where two are, and where more are needed. The best of 20 layers without zero
+# points on an H200 (benchmarks/results/h200-layers.json); None: by the rules of _direct_tile.
+_TILES = {
+    "s8": (((1, 16, 2), (2, 8, 2), (1, 8, 1)), ((1, 16, 2), (2, 8, 2), (1, 4, 2))),
+    "s4": ((None, (2, 8, 2), (2, 4, 2)), (None, None, (2, 4, 1))),
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Skinny:
         )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
+        if self.x_kind == "e2m1":
+            return mma_sass(decoded_fp4(self.scale_type))
         return mma_sass("s8" if self.x_kind == "s4" else self.x_kind)
 
 
@@ -96,24 +105,29 @@ def pick_skinny(device: Device, shape: Shape) -> Skinny:
 def skinny_candidates(device: Device, shape: Shape) -> Iterator[Skinny]:
     """What the tuner measures: as much in flight as registers hold, by few warps or many.
 
-    Registers bound the 16-byte pieces of W that a lane asks for at once. `limits` are what nearly
-    always compiles without spilling in the 64, 128 and 255 registers that so many threads leave
-    each other; the tuner refuses what spills all the same.
+    The tuner refuses what spills.
     """
     chunks = math.ceil(shape.k * BITS[shape.w_kind] / 512)
-    groups_per_chunk = groups_of_chunk(shape)
-    heavy = (shape.m > 8) + shape.zeros_in_sums
-    limits = ((_most_threads(device), 1 >> heavy), (512, 4 >> heavy), (256, 8))
     for tiles_n, unroll in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)):
-        if groups_per_chunk > 1:
+        if groups_of_chunk(shape) > 1:
             break
-        fits = (
-            t for t, pieces in limits if tiles_n * unroll <= pieces and (t == 256 or unroll < 4)
-        )
-        threads = next(fits)
+        threads = _threads(device, shape, tiles_n * unroll, unroll)
         for warps in (4, 8, 16):
             if 32 * warps <= threads and warps * unroll <= chunks:
                 yield _config(shape, (tiles_n, warps, unroll, threads // (32 * warps)))
+
+
+def _threads(device: Device, shape: Shape, pieces: int, unroll: int) -> int:
+    """Of an SM whose lanes ask for so many 16-byte pieces of W at once.
+
+    What nearly always compiles without spilling in the 64, 128 and 255 registers that so many
+    threads leave each other.
+    """
+    heavy = (shape.m > 8) + shape.zeros_in_sums
+    for threads, most in ((_most_threads(device), 1 >> heavy), (512, 4 >> heavy)):
+        if pieces <= most and unroll < 4:
+            return threads
+    return 256
 
 
 def _most_threads(device: Device) -> int:
@@ -175,7 +189,14 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
         return (1 if fewer else 2), warps, 1, min(4, 8 // warps)
     if chunks <= 16 and 2 * blocks <= sms:  # a small layer: each warp one chunk
         return 1, max(1, chunks), 1, 1
-    if shape.zeros_in_sums and blocks > sms:
+    measured = None
+    if not shape.has_zeros and shape.w_kind in ("s4", "s8"):
+        rounds = min(math.ceil(blocks / sms), 3)
+        measured = _TILES[shape.w_kind][shape.m > 8][rounds - 1]
+    if measured is not None:
+        tiles_n, warps, unroll = measured
+        tile = *measured, _threads(device, shape, tiles_n * unroll, unroll) // (32 * warps)
+    elif shape.zeros_in_sums and blocks > sms:
         tile = 1, 8, 2, 2
     elif shape.zeros_in_sums:
         tile = 2, 8, 4 if few_tokens else 2, 1

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .epilogue import Activation, named
-from .problem import BITS, Device, Shape, mma_sass
+from .problem import BITS, Device, Shape, decoded_fp4, mma_sass
 from .skinny import few_tokens_grouping, groups_of_chunk
 
 # Clusters of so many blocks that an H200 holds at once, of its SMs
 _PLACES = {1: 1.0, 2: 1.0, 4: 0.88, 8: 0.85}
+_FEWEST_WARPS = 6  # five, of K that has no better divisors, have too little under way
 WITH_CLUSTERS = ("sm_90a", "sm_100", "sm_120")
 
 
@@ -78,6 +79,8 @@ class SkinnyHeld:
         )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
+        if self.x_kind == "e2m1":
+            return mma_sass(decoded_fp4(self.scale_type))
         return mma_sass("s8" if self.x_kind == "s4" else self.x_kind)
 
 
@@ -102,15 +105,13 @@ def pick_held(device: Device, shape: Shape) -> SkinnyHeld | None:
     if why_not_held(shape) is not None or not device.arch.startswith("sm_90"):
         return None
     picked = next(held_candidates(device, shape), None)
-    fp4 = shape.w_kind == "e2m1"
-    # long rows of FP4 are faster in the other kernels, those of one token or two in the ring
-    if picked is None or (picked.split_k > 1 if fp4 else picked.split_k > 2 and shape.m <= 2):
+    if picked is None:
         return None
-    if shape.k < 4096:
-        fewest = 40
-    else:  # rows for each SM; fewer are as fast loaded at once (skinny.cu)
-        at_once = shape.m <= 2 or shape.m > 8 if fp4 else shape.m <= 4
-        fewest = 28 if at_once else 0
+    if shape.w_kind != "e2m1":
+        # long rows of one token or two are faster in the ring, where all warps share a row
+        return None if picked.split_k > 2 and shape.m <= 2 and BITS[shape.x_kind] == 16 else picked
+    # rows for each SM; fewer are as fast loaded at once (skinny.cu)
+    fewest = 40 if shape.k < 4096 else 28 if shape.m <= 2 or shape.m > 8 else 0
     return picked if shape.n * picked.split_k >= fewest * device.sm_count else None
 
 
@@ -119,9 +120,10 @@ def held_candidates(device: Device, shape: Shape) -> Iterator[SkinnyHeld]:
     many_rows = shape.n >= 128 * device.sm_count
     for split_k in _PLACES if device.arch in WITH_CLUSTERS else (1,):
         tiles = _tiles(shape, many_rows, split_k)
-        found = [_config(device, shape, split_k, *tile) for tile in dict.fromkeys(tiles)]
-        yield from (c for c in found if c is not None)
-        if any(found):  # more blocks would share less
+        configs = (_config(device, shape, split_k, *tile) for tile in dict.fromkeys(tiles))
+        found = [c for c in configs if c is not None]
+        yield from sorted(found, key=lambda c: c.warps < _FEWEST_WARPS)
+        if found:  # more blocks would share less
             break
 
 
@@ -130,8 +132,7 @@ def _tiles(shape: Shape, many_rows: bool, split_k: int) -> list[tuple[int, ...]]
 
     Five stages have room for 16 tokens on their way to registers, three for eight, two for four: x
     is there sooner, which few turns are worth. Where sums of x need registers too, eight warps. A
-    fourth number: so many blocks of an SM. Two are 5 % faster than two groups of a block for one
-    token of FP4.
+    fourth number: so many blocks of an SM. For FP4 two are 5 to 10 % faster than one.
     """
     many_turns = many_rows or split_k > 1
     tiles: list[tuple[int, ...]]
@@ -143,14 +144,18 @@ def _tiles(shape: Shape, many_rows: bool, split_k: int) -> list[tuple[int, ...]]
         tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), (8, 4, 2), (8, 4, 5), (16, 2, 5)]
         if not many_turns and shape.x_kind != "e2m1":
             tiles = tiles[4:] + tiles[:4]
-        elif not many_rows or split_k > 1:
+        elif not many_rows or split_k > 1 or shape.x_kind == "e2m1":
             tiles.insert(0, (16, 2, 2))
     else:
-        tiles = [(8, 4, 3), (8, 4, 2), (16, 4, 2), (16, 2, 3), (16, 2, 2), (8, 8, 2), (8, 8, 3)]
-        if shape.m <= 4 and not many_turns:
-            tiles.insert(0, (8, 4, 2))
-        elif shape.m <= 2 and shape.w_kind == "e2m1" and split_k == 1:
+        tiles = [(8, 4, 3), (8, 4, 2), (16, 2, 3), (16, 2, 2), (16, 4, 2), (8, 8, 2), (8, 8, 3)]
+        if shape.w_kind == "e2m1" and many_rows and split_k == 1:
             tiles[:0] = (8, 4, 2, 2), (16, 4, 2)
+        elif shape.x_kind == "e2m1" and split_k == 1:
+            tiles.insert(0, (8, 4, 2) if shape.blocked and shape.m <= 4 else (16, 2, 2))
+        elif shape.m <= 4 and not many_turns:
+            tiles.insert(0, (8, 4, 2))
+        elif shape.m > 4 and shape.w_kind != "e2m1":
+            tiles[:0] = (16, 2, 3), (8, 4, 3), (8, 8, 3)
     return [tile for tile in tiles if tile[0] == 8] if shape.zeros_in_sums else tiles
 
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .epilogue import Activation, named
-from .problem import BITS, Device, Shape, mma_sass
+from .problem import BITS, Device, Shape, decoded_fp4, mma_sass
 from .skinny import few_tokens_grouping, groups_of_chunk
 
 # (tiles_n, warps, most of them in a group, num_stages, blocks_per_sm)
+_LONG_ROWS = (2, 16, 16, 3, 1)
 _FEWEST_TOKENS = (
     (2, 8, 8, 3, 2),
     (2, 16, 8, 3, 1),
-    (2, 16, 16, 3, 1),
+    _LONG_ROWS,
     (2, 8, 8, 3, 1),
     (1, 8, 8, 3, 2),
     (2, 8, 2, 4, 2),
@@ -80,7 +81,7 @@ class SkinnyRing:
         )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
-        return mma_sass(self.x_kind)
+        return mma_sass(decoded_fp4(self.scale_type) if self.x_kind == "e2m1" else self.x_kind)
 
 
 def _ring_slab(tokens: int, tiles_n: int) -> int:
@@ -129,9 +130,14 @@ def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
     groups_per_chunk = groups_of_chunk(shape)
     zeros = shape.has_zeros and (shape.zeros_in_sums or shape.x_kind == "fp16")
     heavy = shape.m > 8 or zeros or groups_per_chunk > 1  # registers for 8 warps only
+    fewest: tuple[tuple[int, int, int, int, int], ...] = _FEWEST_TOKENS
+    if shape.k > 8192:
+        fewest = _LONG_ROWS, *_FEWEST_TOKENS
+    if shape.w_kind == "e2m1":  # others were not tried
+        fewest = _FEWEST_TOKENS[1:3] if device.arch.startswith("sm_90") and shape.k > 8192 else ()
     for tiles_n, warps, most, num_stages, blocks_per_sm in (
         # One token or two: so many warps on a row that x is of use to few rows, and soon read
-        *([] if heavy or tokens > 2 or shape.w_kind == "e2m1" else _FEWEST_TOKENS),
+        *([] if heavy or tokens > 2 else fewest),
         *([] if heavy or tokens > 4 else [(2, 8, 4, 3, 2)]),
         *([] if heavy else [(2, 16, 4, 3, 1), (2, 12, 4, 3, 1)]),
         (2, 8, 4, 4, 1),

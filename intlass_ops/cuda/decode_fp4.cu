@@ -1,7 +1,8 @@
-// Rows of FP4 codes and the scales of their blocks to bf16, exactly: with e8m0 a quarter of the numbers
-// (fp4.cuh). For products of many tokens, where decoding the activations costs little beside the product. A
-// thread takes eight numbers of a few rows at a time: neighbouring k, or in `lane_order` two of each
-// word of 32 k, as a lane of hopper.cu takes them.
+// Rows of FP4 codes and the scales of their blocks to bf16 or fp16, exactly: the numbers divided by
+// block_unit (fp4.cuh), or as bf16 with e4m3 the numbers. For products of many tokens, where decoding
+// the activations costs little beside the product. A thread takes eight numbers of a few rows at a
+// time: neighbouring k, or in `lane_order` two of each word of 32 k, as a lane of hopper.cu takes
+// them.
 #include "fp4.cuh"
 
 using Scale = Config::scale_type;
@@ -18,7 +19,10 @@ struct Params {
 
 // Nibbles i and i + 4 of a word
 __device__ __forceinline__ u32 two_codes(u32 w, int i, Factor factor) {
-  return scaled_codes<Scale>((w >> 4 * i & 0x000f000f) * 0x1040 & 0x81c081c0, factor);
+  w >>= 4 * i;
+  return scaled_codes<Scale>(of_fp16 ? and_or(w << 12, 0x80008000, w << 9 & 0x0e000e00)
+                                     : (w & 0x000f000f) * 0x1040 & 0x81c081c0,
+                             factor);
 }
 
 extern "C" __global__ void __launch_bounds__(threads) decode_fp4(const __grid_constant__ Params p) {
@@ -50,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(threads) decode_fp4(const __grid_co
         f[q] = two_codes(codes[r][q], int(word % 4), scales[r].factor(q * blocks / 4, true));
     else  // pairs k with k + 4
       eight_codes<Scale>(codes[r][0], scales[r].factor(0, true), f);
-    if constexpr (same<Scale, e4m3>::value)
+    if constexpr (same<Scale, e4m3>::value && !of_fp16)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         f[i] = fma2<bf16>(f[i], 0x43804380, minus_zeros);  // its unit, 256

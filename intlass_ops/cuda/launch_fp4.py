@@ -20,6 +20,9 @@ from .plans import ALIGNMENT, TYPE, Key, aligned, device_of, empty, remember, si
 
 _SCALES = {torch.float8_e8m0fnu: ("e8m0", 32), torch.float8_e4m3fn: ("e4m3", 16)}
 
+_KINDS = {torch.uint8: "e2m1", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_DTYPES = {kind: dtype for dtype, kind in _KINDS.items()}
+
 _plans: dict[Key, tuple[launch.MatmulPlan, str] | None] = {}
 _decoders: dict[Key, Launch] = {}
 
@@ -43,11 +46,12 @@ def run(
     few = config.SKINNY_MAX_M
     if x.shape[0] <= few:
         return _run(x, x_scales, 1, *operands)
-    shape = _shape("bf16", x.shape[0], w.shape, aligned(w), w_scales.dtype, out_dtype, blocked)
+    kind = "bf16" if x_scales is None else config.decoded_fp4(_SCALES[w_scales.dtype][0])
+    shape = _shape(kind, x.shape[0], w.shape, aligned(w), w_scales.dtype, out_dtype, blocked)
     if config.why_not_hopper(device_of(x.device.index), shape) is None:
         if x_scales is None:
             return _run(x, None, 1, *operands)
-        decoded, unit = _decode_fp4(x.contiguous(), x_scales, blocked, lane_order=True)
+        decoded, unit = _decode_fp4(x.contiguous(), x_scales, blocked, kind, lane_order=True)
         return _run(decoded, None, int(unit), *operands, lane_order=True)
     if x.shape[0] > config.FP4_MAX_M:
         return None
@@ -91,7 +95,7 @@ def _run(
     if key in _plans:
         planned = _plans[key]
     else:
-        kind = "e2m1" if x.dtype == torch.uint8 else "bf16"
+        kind = _KINDS[x.dtype]
         in_vectors = aligned(w) and w.stride(1) == 1
         shape = _shape(kind, x.shape[0], w.shape, in_vectors, w_scales.dtype, out_dtype, blocked)
         c = config.pick_fp4(device_of(x.device.index), shape)
@@ -164,7 +168,7 @@ def decode(
     codes, scales = codes.contiguous(), _readable(scales)
     four_bits = codes.dtype == torch.uint8
     if four_bits and dtype == torch.bfloat16:
-        return _decode_fp4(codes, scales, blocked, lane_order=False)
+        return _decode_fp4(codes, scales, blocked, "bf16", lane_order=False)
     shift = 4.0 if scales.dtype == torch.float8_e8m0fnu else 1.0
     if importlib.util.find_spec("triton") is not None:
         from ..triton import decode_blocks
@@ -179,26 +183,26 @@ def decode(
 
 
 def _decode_fp4(
-    codes: Tensor, scales: Tensor, blocked: bool, *, lane_order: bool
+    codes: Tensor, scales: Tensor, blocked: bool, kind: str, *, lane_order: bool
 ) -> tuple[Tensor, float]:
-    """`decode` by decode_fp4.cu. ``lane_order``: for hopper.cu, K a multiple of 32."""
+    """`decode` by decode_fp4.cu, to bf16 or fp16. ``lane_order``: for hopper.cu; whole 32 k."""
     if codes.data_ptr() % (ALIGNMENT if lane_order else 4):
         codes = codes.clone()
     rows, k = codes.shape[0], 2 * codes.shape[1]
     scale_type, group = _SCALES[scales.dtype]
     index = codes.device.index
-    key = "decode", rows, k, scale_type, blocked, lane_order, index
+    key = "decode", rows, k, scale_type, blocked, kind, lane_order, index
     launch_decode = _decoders.get(key)
     if launch_decode is None:
-        c = config.DecodeFp4(scale_type, blocked, lane_order)
+        c = config.DecodeFp4(kind, scale_type, blocked, lane_order)
         row = -(-k // group // 4) if blocked else k // group
         words = 0, 0, 0, rows, k // 8, codes.stride(0), row
         launch_decode = jit.get(c, index).bind(c.grid(rows, k), (c.threads, 1, 1), 0, words, 3)
         remember(_decoders, key, launch_decode)
-    out = empty((rows, k), (k, 1), torch.bfloat16, codes.device)
+    out = empty((rows, k), (k, 1), _DTYPES[kind], codes.device)
     if out.numel():
         launch_decode(
             (codes.data_ptr(), scales.data_ptr(), out.data_ptr()),
             torch._C._cuda_getCurrentRawStream(index),
         )
-    return out, float(config.FP4_UNIT[scale_type])
+    return out, float(config.FP4_UNIT[kind, scale_type])

@@ -34,19 +34,20 @@ __device__ __forceinline__ float share(const float (&v)[2], bool odd, C combine)
   return own;
 }
 
-// 1 / d to nearest, of what is neither subnormal nor near it
+// About 1 / d, of what is neither subnormal nor near it
 __device__ __forceinline__ float reciprocal_of(float d) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
-  return __fmaf_rn(__fmaf_rn(-r, d, 1.f), r, r);
+  return r;
 }
 
-// 1 / d in two parts, and with it x / d rounded to nearest
+// 1 / d in two parts, and with it x / d rounded to nearest. `first`: 1 / d to nearest, or about that if d
+// is as short as e4m3: quotients then keep a 30th of a unit away from where rounding changes.
 struct Reciprocal {
   float high, low;
 
-  __device__ __forceinline__ Reciprocal(float d, float rounded)
-      : high(rounded), low(__fmaf_rn(-rounded, d, 1.f) * rounded) {}
+  __device__ __forceinline__ Reciprocal(float d, float first)
+      : high(first), low(__fmaf_rn(-first, d, 1.f) * first) {}
   __device__ __forceinline__ float times(float x) const { return __fmaf_rn(x, high, x * low); }
 };
 template <int d> __device__ __forceinline__ float divided_by(float x) {
@@ -56,7 +57,7 @@ template <int d> __device__ __forceinline__ float divided_by(float x) {
 
 // A group's scale: codes round x * factor / divisor.
 struct Scale {
-  float divisor, reciprocal;
+  float divisor, reciprocal;  // of nv, the reciprocal of eight times that
   bool boosted;
 };
 
@@ -101,7 +102,9 @@ __device__ __forceinline__ Scale fp4_scale(const Params& p, float stat, u32& cod
     code = exponent >> 23;
     return {__uint_as_float(exponent), 0.f};
   } else {
-    float base = p.global_scale * (quest ? p.spread * stat : divided_by<6>(stat));
+    // infinity may become NaN here
+    float base = quest ? p.spread * stat : Reciprocal(6.f, 1.f / 6).times(stat);
+    if constexpr (Config::scaled) base *= p.global_scale;
     const float infinity = __int_as_float(0x7f800000);
     const bool finite = base < infinity;
 #if __CUDA_ARCH__ >= 900
@@ -121,7 +124,7 @@ __device__ __forceinline__ Scale fp4_scale(const Params& p, float stat, u32& cod
     code = finite ? code : 127;
     // a scale too small for e4m3 stands for a group of zeros
     const bool zero = value == 0.f;
-    return {finite ? (zero ? 1.f : value) : infinity, zero ? 0.f : reciprocal_of(value)};
+    return {finite ? (zero ? 1.f : value) : infinity, zero ? 0.f : reciprocal_of(8.f * value)};
   }
 }
 
@@ -207,8 +210,7 @@ __device__ __forceinline__ Codes codes_of(const Params& p, float (&x)[8],
 #pragma unroll
         for (int i = from; i < to; ++i) x[i] *= p.global_scale;
       }
-      Reciprocal reciprocal(s.divisor, s.reciprocal);
-      reciprocal.high *= .125f, reciprocal.low *= .125f;
+      const Reciprocal reciprocal(8.f * s.divisor, s.reciprocal);  // of an eighth
 #pragma unroll
       for (int i = from; i < to; ++i) {
         const float eighth = __saturatef(reciprocal.times(fabsf(x[i])));

@@ -23,6 +23,7 @@ constexpr int quad_pieces = (pieces + 3) / 4;     // whose scales a lane fetches
 constexpr int scales_ahead = num_stages > 2 ? 2 : 1;
 static_assert(warps % k_warps == 0 && groups < 16, "a group has a barrier of its own");
 static_assert(passes == 1, "a chunk lies in one group");
+static_assert(32 % rows == 0, "a tile of rows lies in one tile of blocked scales");
 static_assert(grouped || !zeros_in_sums, "one scale a row leaves sums of x to other kernels");
 
 // X of 16 bits comes through stages where no W is under way yet, in whole lines.
@@ -53,6 +54,7 @@ struct TurnScales {
 // A lane's part of the rows: of the chunks that its warp owns
 struct Share {
   const char* codes;
+  const unsigned char* blocks;  // FP4: blocked scales of row lane / 4
   u32 ring;
   int lane, chunk, tiles;
   bool inside;  // else past the end of K: the last chunks again, times zeros
@@ -63,6 +65,7 @@ struct Share {
     inside = first_chunk < chunks;
     chunk = inside ? first_chunk : chunks - warp_chunks;
     codes = p.w + lane % 4 * 16 + chunk * 64;
+    blocks = lane_scales(p.scales, lane / 4, p.scale_row, lane % 4) + i64(chunk) * chunk_scales;
   }
   // Unsigned, which takes fewer instructions to multiply. A repeated one is never stored.
   __device__ __forceinline__ u64 row(const Params& p, int tile, int i) const {
@@ -84,8 +87,11 @@ struct Share {
     if constexpr (scaled) {
 #pragma unroll
       for (int i = 0; i < row_pieces; ++i) {
-        const unsigned char* from = lane_scales(p.scales, row(p, tile, i), p.scale_row, lane % 4) +
-                                    i64(chunk) * chunk_scales;
+        // Blocked scales come in whole tiles of 128 rows, of which one holds all of these
+        const unsigned char* from =
+            Config::blocked ? blocks + scale_at<true>(tile * rows, p.scale_row, 0) + i * 128
+                            : lane_scales(p.scales, row(p, tile, i), p.scale_row, lane % 4) +
+                                  i64(chunk) * chunk_scales;
 #pragma unroll
         for (int c = 0; c < warp_chunks; ++c)
           to.blocks[c * row_pieces + i] = load_scales_of(from, c);
