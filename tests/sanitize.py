@@ -115,7 +115,8 @@ def main() -> None:
         x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
         torch.ops.intlass.rms_norm_quantize(x, x[0].clone(), 1e-6)
         torch.ops.intlass.silu_mul_quantize(x, x.clone())
-        launches += 2
+        intlass_ops.quantize_int8(x, full_range=True)
+        launches += 3
     for (format_, k, group_size), dtype, r in itertools.product(
         (("int8", 768, 8), ("int8", 768, 256), ("int4", 5120, 5120), ("int8", 69632, 69632)),
         (torch.bfloat16, torch.float32),

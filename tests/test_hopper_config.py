@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -41,23 +42,25 @@ def k_tiles_done(c: config.Hopper, m: int, n: int, k: int, sm_count: int) -> Cou
     done: Counter[int] = Counter()
     pieces = []
     for block in range(blocks):
-        if c.split_k > 1:
-            stripe = -(-k_tiles // c.split_k)
-            begin = min(block % c.split_k * stripe, k_tiles)
-            done[block // c.split_k] += min(begin + stripe, k_tiles) - begin
-            continue
-        first, rank = divmod(block, c.sharing)
-        for tile in range(first, whole, blocks // c.sharing):
-            done[tile * c.sharing + rank] += k_tiles
-        if tail and block >= helpers:
-            done[whole + block - helpers] += k_tiles - tail
+        own, rank = divmod(block, c.cluster)
+
+        def sum_up(tile: int, begin: int, end: int, rank: int = rank) -> None:
+            stripe = -(-(end - begin) // c.split_k)
+            first = min(begin + rank % c.split_k * stripe, end)
+            done[tile * c.sharing + rank // c.split_k] += min(first + stripe, end) - first
+
+        for tile in range(own, whole, blocks // c.cluster):
+            sum_up(tile, 0, k_tiles)
+        if tail and own >= helpers:
+            sum_up(whole + own - helpers, 0, k_tiles - tail)
         elif tail:
-            unit = block * each + min(block, extra)
-            end = (block + 1) * each + min(block + 1, extra)
+            unit = own * each + min(own, extra)
+            end = (own + 1) * each + min(own + 1, extra)
             while unit < end:
                 step = min(tail - unit % tail, end - unit)
-                done[whole + unit // tail] += step
-                pieces.append(block + unit // tail)
+                begin = k_tiles - tail + unit % tail
+                sum_up(whole + unit // tail, begin, begin + step)
+                pieces.append((own + unit // tail) * c.cluster + rank)
                 unit += step
     assert len(set(pieces)) == len(pieces)
     assert all(piece < blocks for piece in pieces)
@@ -67,7 +70,8 @@ def k_tiles_done(c: config.Hopper, m: int, n: int, k: int, sm_count: int) -> Cou
 @settings(max_examples=40)
 @given(st.integers(17, 3000), st.integers(1, 30000), st.integers(1, 9000), st.integers(4, 150))
 def test_every_k_tile_is_summed_once(m: int, n: int, k: int, sm_count: int) -> None:
-    for c, _ in config.hopper_candidates(H200, a_shape("s8", "s8", m, n, k, k)):
+    shapes = a_shape("s8", "s8", m, n, k, k), a_shape("bf16", "s4", m, n, k, 128)
+    for c, _ in itertools.chain(*(config.hopper_candidates(H200, shape) for shape in shapes)):
         done = k_tiles_done(c, m, n, k, sm_count)
         assert set(done) == set(range(c.tiles(m, n)))
         assert set(done.values()) == {-(-k // config.HOPPER_BLOCK_K)}

@@ -64,7 +64,8 @@ def test_the_cases_meet_every_form_of_tile() -> None:
     assert any(c.in_turns and c.stream_k for c in tiles)
     assert {c.consumers for c in tiles if c.by_stages} == {2, 4}
     assert {c.consumers for c in tiles if not c.by_stages} == {1, 2, 4}
-    assert any(c.split_k > 1 for c in tiles)
+    assert any(c.split_k > 1 and not c.stream_k for c in tiles)
+    assert any(c.split_k > 1 and c.stream_k for c in tiles)
     assert {c.share_x for c in tiles} == {1, 2, 4}
     assert {c.share_w for c in tiles} == {1, 2}
     assert {c.parts for c in tiles} == {1, 4}

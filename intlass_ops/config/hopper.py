@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from .epilogue import Activation, named
-from .problem import BITS, TYPE_BYTES, Device, Grouping, Shape
+from .problem import BITS, TYPE_BYTES, Device, Grouping, Shape, decoded_fp4
 
 HOPPER_BLOCK_K = 128
-_PIECE = 3.0  # k tiles that a helper could compute while it leaves its sums of one
+PIECE = 3.0  # k tiles that a helper could compute while it leaves its sums of one
 HALF_SM = (227 - 1) * 1024 // 2  # shared memory of each of two blocks; the system takes 1 KiB each
 
 
@@ -84,6 +84,11 @@ class Hopper:
         return self.share_x * self.share_w
 
     @property
+    def cluster(self) -> int:
+        """Blocks of a cluster, for one reason or another."""
+        return self.sharing * self.split_k
+
+    @property
     def stage_bytes(self) -> int:
         bits = self.block_m * BITS[self.x_kind] + self.block_n * BITS[self.w_kind]
         sums = 4 * self.groups_per_tile * self.block_m if self.needs_token_sums else 0
@@ -118,30 +123,44 @@ class Hopper:
 
     def grid(self, m: int, n: int, k: int, sm_count: int) -> tuple[int, int, int]:
         """A block for every place on the GPU, if there is work for it."""
-        if self.split_k > 1:
-            return self.tiles(m, n) * self.split_k, 1, 1
-        work = self.tiles(m, n) * (math.ceil(k / HOPPER_BLOCK_K) if self.stream_k else 1)
-        places = sm_count * self.blocks_per_sm // self.sharing * self.sharing
-        return min(places, work), 1, 1
+        tiles = math.prod(self._tiles(m, n))
+        if self.split_k > 1 and not self.stream_k:
+            return tiles * self.cluster, 1, 1
+        work = tiles * (math.ceil(k / HOPPER_BLOCK_K) if self.stream_k else 1)
+        places = sm_count * self.blocks_per_sm // self.cluster
+        if self.clusters_of_tile(m, n, sm_count) > 1:
+            places -= places % tiles
+        return min(places, work) * self.cluster, 1, 1
+
+    def clusters_of_tile(self, m: int, n: int, sm_count: int) -> int:
+        """How many share each tile by stream_k, where there are so few tiles; else 1.
+
+        A helper then has one piece to leave, and a tile as many pieces as any other.
+        """
+        places = sm_count * self.blocks_per_sm // self.cluster
+        return max(1, places // math.prod(self._tiles(m, n))) if self.stream_k else 1
 
     def shares(self, m: int, n: int, k: int, blocks: int) -> Shares:
         """Of which the helpers' part is as large as lets all end together."""
         of_m, of_n = self._tiles(m, n)
         k_tiles = math.ceil(k / HOPPER_BLOCK_K)
-        shared = of_m * of_n % blocks if self.stream_k else 0
-        helpers = blocks - shared
+        clusters = blocks // self.cluster
+        shared = of_m * of_n % clusters if self.stream_k else 0
+        helpers = clusters - shared
         of_helper = shared / helpers if helpers else 0.0
-        cost = _PIECE * (of_helper + 1)  # of what a helper leaves, and of adding it
+        cost = PIECE * (of_helper + 1)  # of what a helper leaves, and of adding it
         tail = max(0, min(k_tiles - 1, int((k_tiles - cost) / (1 + of_helper))))
+        if shared == of_m * of_n and helpers % shared == 0:
+            tail = k_tiles // (clusters // shared) * (helpers // shared)  # all the same
         if tail == 0:
-            shared, helpers = 0, blocks
+            shared, helpers = 0, clusters
         each, extra = divmod(shared * tail, helpers)
         return Shares(of_m, of_n, k_tiles, of_m * of_n - shared, helpers, tail, each, extra)
 
     @property
     def values_per_block(self) -> int:
         """Words a block leaves in the workspace of a shared tile."""
-        return self.block_m * self.block_n
+        return self.block_m * self.block_n // self.split_k
 
     def __str__(self) -> str:
         extra = " in_turns" if self.in_turns else ""
@@ -198,7 +217,7 @@ def why_not_hopper(device: Device, shape: Shape) -> str | None:
     if not shape.apart:
         return "rows overlap, which TMA does not take"
     if shape.w_kind == "e2m1":
-        if shape.x_kind != "bf16":
+        if shape.x_kind not in ("bf16", decoded_fp4(shape.scale_type)):
             return "FP4 activations are decoded before"
         whole_tiles = shape.k % HOPPER_BLOCK_K == 0
         return None if whole_tiles else f"K={shape.k} is not a multiple of {HOPPER_BLOCK_K}"

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .hopper import HALF_SM, HOPPER_BLOCK_K, Hopper
+from .hopper import HALF_SM, HOPPER_BLOCK_K, PIECE, Hopper
 from .problem import BITS, Device, Grouping, Shape, weights_take_scales
 
 # Tiles of hopper.cu: block_m, tiles_n, consumers, and the TOPS of an H200 full of them, by kinds
@@ -64,6 +64,12 @@ _TILES_BY_STAGES = {
     ("s8", 4, "channel"): ((128, 2, 1121), (64, 4, 475), (32, 4, 279)),
 }
 _TILES_BY_STAGES["bf16", 8, "groups"] = _TILES_BY_STAGES["bf16", 4, "groups"]
+# Few tiles and much of K: by stream_k some clusters share each, by split_k their blocks. Fits to
+# 4096x14336, W4A16's to 4096x4096 too.
+_TILES_OF_SEVERAL = {
+    ("bf16", 4, "channel"): ((128, 1, 2, 970), (64, 1, 2, 620), (32, 1, 2, 387), (16, 1, 2, 189)),
+    ("s8", 4, "groups"): ((64, 1, 2, 834), (32, 1, 2, 497)),
+}
 # W8A8 by two consumers in turns: block_m, tiles_n and TOPS. From 64 tiles of K on, writing out is
 # so little of the work that larger tiles win; weights that become fragments want larger ones too.
 _TILES_IN_TURNS = ((192, 2, 1686), (128, 2, 1614), (256, 1, 1564))
@@ -97,8 +103,10 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
         shares = c.shares(shape.m, shape.n, shape.k, blocks)
         rounds = math.ceil(shares.whole / places)
         rounds += 1 - shares.tail / k_tiles if shares.tail else 0
-        rounds *= 1 + _STREAMED * max(0.0, 1 - 1 / rounds)
-        exchange = _SHARED_US + max(1.0, places / tiles) * c.block_m * c.block_n / _EXCHANGED_PER_US
+        if c.clusters_of_tile(shape.m, shape.n, device.sm_count) > 1:
+            rounds += PIECE / k_tiles  # which is not in the tail there
+        rounds *= (1 + _STREAMED * max(0.0, 1 - 1 / rounds)) / c.split_k
+        exchange += _SHARED_US + max(1.0, places / tiles) * c.values_per_block / _EXCHANGED_PER_US
     blocks = c.grid(shape.m, shape.n, shape.k, device.sm_count)[0]
     speed = 2 * _ALONE if c.blocks_per_sm == 2 and blocks <= device.sm_count else 1.0
     if c.consumers == 1 and c.blocks_per_sm == 1:
@@ -127,8 +135,10 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
     tiles = [(m, n, consumers, "", rate) for m, n, consumers, rate in _HOPPER_TILES[key]]
     of_k = _TILES_BY_STAGES.get(key, ())
     tiles += [(m, 1, consumers, "by_stages", rate) for m, consumers, rate in of_k]
+    of_several = _TILES_OF_SEVERAL.get(key, ())
+    tiles += [(m, n, consumers, "several", rate) for m, n, consumers, rate in of_several]
     # stream_k, split_k, share_x, share_w
-    ways = [(False, 1, 1, 1), (True, 1, 1, 1), (False, 2, 1, 1)]
+    ways = [(False, 1, 1, 1), (True, 1, 1, 1), (False, 2, 1, 1), (True, 2, 1, 1)]
     if shape.x_kind == "s8" and whole:  # others are not bound by reading
         ways += [(False, 1, 4, 1), (False, 1, 2, 1), (False, 1, 1, 2)]
     elif scaled:
@@ -156,6 +166,11 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
             continue  # gains nothing
         if block_m == 16 and (shape.m > 16 or split_k > 1):
             continue  # half of 16 tokens is less than what is staged at a time
+        if how == "several":
+            if not stream_k or split_k != min(2, block_m // 16):
+                continue
+        elif stream_k and split_k > 1:
+            continue
         sums = shape.has_zeros and not scaled
         if consumers == 4 and (groups_per_tile > 1 or sums):
             continue  # 112 registers a thread are too few
@@ -197,6 +212,8 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
             has_zeros=shape.has_zeros,
             blocked=shape.blocked,
         )
+        if how == "several" and c.clusters_of_tile(shape.m, shape.n, device.sm_count) == 1:
+            continue  # a helper would have pieces of several tiles to leave
         if share_w > 1 and shape.m <= block_m:
             continue  # nobody to share with
         blocks = c.tiles(shape.m, shape.n) * split_k

@@ -14,7 +14,7 @@
 // Blocks are persistent: each takes tile after tile. In the last round there may be fewer tiles than
 // blocks (`stream_k`): those without one help, they sum the last k tiles of the others' tiles, and
 // are done when the others have summed the rest and add what the helpers have left, in order. Where
-// there are few tiles at all, a cluster of blocks shares each (`split_k`).
+// there are few tiles at all, a cluster of blocks shares each (`split_k`), or what both make of it.
 #include "hopper_out.cuh"
 #include "hopper_parts.cuh"
 
@@ -38,6 +38,7 @@ __device__ __forceinline__ void produce(const Shares& shares, const TensorMap& w
   for (Segment s; schedule.next(shares, s);) {
     int m0, n0;
     shares.locate(s.tile, m0, n0);
+    s = s.of_block();
 #pragma unroll 1
     for (int kt = s.begin; kt < s.end; ++kt, ring.advance()) {
       barrier_wait(ring.empty(), ring.phase ^ 1);
@@ -64,6 +65,8 @@ __device__ __forceinline__ void produce(const Shares& shares, const TensorMap& w
     for (int stage = 0; stage < num_stages; ++stage, ring.advance())
       barrier_wait(ring.empty(), ring.phase ^ 1);
 }
+
+constexpr bool in_groups = grouping != channel && !fp4;
 
 template <class T> __device__ __forceinline__ void pin_all(T (&v)[acc_values]) {
 #pragma unroll
@@ -116,7 +119,6 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
   u32 lost = 0;
   const int groups = int((p.k - 1) / p.group_size) + 1;
   auto groups_left = [&](int kt) { return flushes > 1 ? groups - kt * flushes : 1; };
-  constexpr bool in_groups = grouping != channel && !fp4;
   if constexpr (in_groups) reader.read(p, next, groups_left(segment.begin));
   if constexpr (fp4) block_reader.read(next_blocks, segment.begin);
 
@@ -258,6 +260,7 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
       barrier_init(ring.barriers + s * 8, 1);
       barrier_init(ring.barriers + (num_stages + s) * 8, sharing * team * 4 * arrivals_of_warp);
     }
+    if constexpr (split_k > 1) init_exchange(ring.barriers);
     publish_barriers();
   }
   if constexpr (sharing > 1)
@@ -270,9 +273,11 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
   if (threadIdx.x < 128) {
     give_registers<producer_registers>();
     if (threadIdx.x == 0) produce(shares, w_map, x_map, x_sums, x_sums_row, ring);
+    if constexpr (in_groups && parts == 1)
+      if (threadIdx.x >= 32) prefetch_scales(p, shares);
     __syncwarp();
     if constexpr (split_k > 1) cluster_wait();  // as the consumers do
-    if constexpr (split_k > 1) cluster_meet();
+    if constexpr (split_k > 1 && Config::stream_k) cluster_meet();
     return;
   }
   take_registers<consumer_registers>();
@@ -281,11 +286,12 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
   const int wg = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // ptxas sees that a warp agrees
   const int wg_row0 = in_turns || by_stages ? 0 : wg * tiles_n * 64;
   Schedule schedule;
-  int turn = 0;
+  int done = 0;
   if (in_turns && wg == 1) pass_turn(0);
 #pragma unroll 1
-  for (Segment s; schedule.next(shares, s);) {
-    if (in_turns && turn++ % consumers != wg) {
+  for (Segment all; schedule.next(shares, all); ++done) {
+    Segment s = all.of_block();
+    if (in_turns && done % consumers != wg) {
       ring.skip(s.end - s.begin);
       continue;
     }
@@ -310,7 +316,7 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
     const int first_token = m0 + (split_k > 1 ? cluster_rank() * tokens : 0);
     if constexpr (early_vectors) vectors.read(p, first_token, n0 + wg_row0, lane, warp);
     if constexpr (Config::residual)
-      if (s.begin == 0 || split_k > 1)
+      if (all.begin == 0)
         prefetch_residual<tokens, tiles_n * 64, 128>(p, first_token, n0 + wg_row0,
                                                      threadIdx.x % 128);
     if constexpr (in_turns) await_turn(wg);
@@ -327,18 +333,12 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
     if constexpr (by_stages) {
       add_up(smem, wg, result);
       if (wg > 0) {
-        if constexpr (split_k > 1) cluster_wait(), cluster_meet();  // as the first one does
+        if constexpr (split_k > 1) cluster_wait();  // as the first one does
         return;
       }
     }
-    if constexpr (Config::stream_k) {
-      if (s.begin > 0) {
-        leave(p, shares, s.tile, result);
-        continue;
-      }
-      if (s.end < shares.k_tiles) add_others(p, shares, s.tile, wg, result);
-    }
-    if constexpr (!early_vectors) vectors.read(p, first_token, n0 + wg_row0, lane, warp);
-    finish_tile(p, smem, wg, first_token, n0 + wg_row0, lane, warp, vectors, result);
+    finish(p, shares, all, smem, done, wg, first_token, n0 + wg_row0, lane, warp, vectors, result);
   }
+  if constexpr (split_k > 1 && Config::stream_k)
+    cluster_meet();  // the other tells what it has read
 }

@@ -188,18 +188,33 @@ __device__ __forceinline__ void write_out(const Params& p, char* staging, int wa
   }
 }
 
-// split_k: two blocks have summed half of K each, and write half of the tokens each. A thread sends the
-// other half of its sums to the thread of the other block that has the same rows, and adds what comes.
+// split_k: two blocks have summed half of a segment each, and go on with half of the tokens each. A thread
+// sends the other half of its sums to the thread of the other block that has the same rows, and adds what
+// comes.
 static_assert(split_k <= 2, "a block sends its sums to one other");
 constexpr int exchange_at = barriers_bytes + num_stages * stage_bytes + writers * staging_bytes;
 constexpr int exchange_threads = writers * 128;
+constexpr int exchange_bytes = exchange_threads * tiles_n * outputs * 4;
+// Barriers behind the ring's: the other's sums are here; the other has read those that were sent before
+constexpr int sums_here = num_stages * 16, sums_read = sums_here + 8;
 
+__device__ __forceinline__ void init_exchange(u32 barriers) {
+  barrier_init(barriers + sums_here, 1);
+  barrier_init(barriers + sums_read, exchange_threads);
+}
+
+// `done`: how many segments were exchanged before
 template <class T>
-__device__ __forceinline__ void exchange(char* smem, int rank, int thread,
-                                         const T (&all)[tiles_n][values],
+__device__ __forceinline__ void exchange(char* smem, int done, const T (&all)[tiles_n][values],
                                          T (&own)[tiles_n][outputs]) {
+  const int thread = threadIdx.x - 128, rank = cluster_rank();
+  const u32 barriers = smem_address(smem), here = barriers + sums_here;
   uint4* slot = reinterpret_cast<uint4*>(smem + exchange_at) + thread;
-  cluster_wait();  // until the other one runs
+  if (thread == 0) barrier_expect(here, exchange_bytes);
+  if (done == 0)
+    cluster_wait();  // until the other one runs
+  else
+    barrier_wait(barriers + sums_read, (done - 1) & 1);
 #pragma unroll
   for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
@@ -211,10 +226,10 @@ __device__ __forceinline__ void exchange(char* smem, int rank, int thread,
         sent[k] = rank ? first : second;
         own[i][e + k] = rank ? second : first;
       }
-      store_remote(smem_address(slot + (i * outputs + e) / 4 * exchange_threads), 1 - rank,
-                   reinterpret_cast<const uint4&>(sent));
+      send(smem_address(slot + (i * outputs + e) / 4 * exchange_threads), 1 - rank,
+           reinterpret_cast<const uint4&>(sent), here);
     }
-  cluster_sync();
+  barrier_wait(here, done & 1);
 #pragma unroll
   for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
@@ -223,6 +238,7 @@ __device__ __forceinline__ void exchange(char* smem, int rank, int thread,
 #pragma unroll
       for (int k = 0; k < 4; ++k) own[i][e + k] += reinterpret_cast<const T*>(&part)[k];
     }
+  if constexpr (Config::stream_k) barrier_arrive_at(barriers + sums_read, 1 - rank);
 }
 
 // by_stages: the first consumer adds the others' sums to its own, in order, where the ring was
@@ -253,21 +269,6 @@ __device__ __forceinline__ void add_up(char* smem, int wg, T (&sums)[tiles_n][va
       }
 }
 
-// All that is left to do for a tile, or for this block's part of it
-template <class T>
-__device__ __forceinline__ void finish_tile(const Params& p, char* smem, int wg, i64 first_token,
-                                            i64 row0, int lane, int warp, const RowVectors& vectors,
-                                            const T (&sums)[tiles_n][values]) {
-  char* staging = smem + barriers_bytes + num_stages * stage_bytes + wg * staging_bytes;
-  if constexpr (split_k > 1) {
-    T own[tiles_n][outputs];
-    exchange(smem, cluster_rank(), threadIdx.x - 128, sums, own);
-    write_out(p, staging, wg + 1, first_token, row0, lane, warp, vectors, own);
-  } else {
-    write_out(p, staging, wg + 1, first_token, row0, lane, warp, vectors, sums);
-  }
-}
-
 // stream_k: a helper leaves what it has summed of a tile, a thread's values `others` apart. The pieces
 // lie in the order of their tiles and helpers, of which each piece has at least one new one. Whatever
 // a warp's threads do not all do costs the main loop its uniform registers: hence an arrival each.
@@ -279,44 +280,82 @@ __device__ __forceinline__ void team_sync(int wg) {
   else
     consumers_sync<others>();
 }
-template <int tiles> __device__ __forceinline__ uint4* sums_of_piece(const Params& p, int piece) {
-  return reinterpret_cast<uint4*>(p.workspace) + i64(piece) * (tiles * values / 4 * others) +
+// A cluster leaves as many pieces as it has blocks
+__device__ __forceinline__ int piece_of(int of_clusters) {
+  return of_clusters * cluster + int(blockIdx.x) % cluster;
+}
+__device__ __forceinline__ uint4* sums_of_piece(const Params& p, int piece) {
+  return reinterpret_cast<uint4*>(p.workspace) + i64(piece) * (tiles_n * outputs / 4 * others) +
          thread_of_team();
 }
 
-template <class T, int tiles>
+template <class T>
 __device__ __forceinline__ void leave(const Params& p, const Shares& shares, int tile,
-                                      const T (&v)[tiles][values]) {
-  const int piece = int(blockIdx.x) + tile - shares.whole;
-  uint4* slot = sums_of_piece<tiles>(p, piece);
+                                      const T (&v)[tiles_n][outputs]) {
+  const int piece = piece_of(int(blockIdx.x) / cluster + tile - shares.whole);
+  uint4* slot = sums_of_piece(p, piece);
 #pragma unroll
-  for (int i = 0; i < tiles; ++i)
+  for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
-    for (int e = 0; e < values; e += 4)
-      __stcg(slot + (i * values + e) / 4 * others, reinterpret_cast<const uint4&>(v[i][e]));
+    for (int e = 0; e < outputs; e += 4)
+      __stcg(slot + (i * outputs + e) / 4 * others, reinterpret_cast<const uint4&>(v[i][e]));
   add_release(p.arrivals + piece, 1);
 }
 
-// The tile's own block adds them, in the order of k.
-template <class T, int tiles>
+// The tile's own block adds them, in the order of k, when all are there.
+template <class T>
 __device__ __forceinline__ void add_others(const Params& p, const Shares& shares, int tile, int wg,
-                                           T (&v)[tiles][values]) {
+                                           T (&v)[tiles_n][outputs]) {
   const int of_tile = tile - shares.whole, begin = of_tile * shares.tail;
+  const int first = shares.helper_of(begin) + of_tile;
   const int last = shares.helper_of(begin + shares.tail - 1) + of_tile;
+  for (int at = first + thread_of_team() % 32; at <= last; at += 32)
+    while (load_acquire(p.arrivals + piece_of(at)) != others) {}
+  __syncwarp();
 #pragma unroll 1
-  for (int piece = shares.helper_of(begin) + of_tile; piece <= last; ++piece) {
-    while (!__all_sync(~0u, load_acquire(p.arrivals + piece) == others)) {}
-    const uint4* slot = sums_of_piece<tiles>(p, piece);
+  for (int at = first; at <= last; ++at) {
+    const uint4* slot = sums_of_piece(p, piece_of(at));
 #pragma unroll
-    for (int i = 0; i < tiles; ++i)
+    for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
-      for (int e = 0; e < values; e += 4) {
-        const uint4 part = __ldcg(slot + (i * values + e) / 4 * others);
+      for (int e = 0; e < outputs; e += 4) {
+        const uint4 part = __ldcg(slot + (i * outputs + e) / 4 * others);
         const T* t = reinterpret_cast<const T*>(&part);
 #pragma unroll
         for (int k = 0; k < 4; ++k) v[i][e + k] += t[k];
       }
-    team_sync(wg);
-    if (thread_of_team() == 0) p.arrivals[piece] = 0;  // for the next launch
+  }
+  team_sync(wg);
+  for (int at = first + thread_of_team(); at <= last; at += others)
+    p.arrivals[piece_of(at)] = 0;  // for the next launch
+}
+
+// What is left to do for a segment when this block's sums of it are complete
+template <class T>
+__device__ __forceinline__ void finish_sums(const Params& p, const Shares& shares, const Segment& s,
+                                            char* smem, int wg, i64 first_token, i64 row0, int lane,
+                                            int warp, RowVectors& vectors,
+                                            T (&sums)[tiles_n][outputs]) {
+  if constexpr (Config::stream_k) {
+    if (s.begin > 0) return leave(p, shares, s.tile, sums);
+    if (s.end < shares.k_tiles) add_others(p, shares, s.tile, wg, sums);
+  }
+  if constexpr (!early_vectors) vectors.read(p, first_token, row0, lane, warp);
+  char* staging = smem + barriers_bytes + num_stages * stage_bytes + wg * staging_bytes;
+  write_out(p, staging, wg + 1, first_token, row0, lane, warp, vectors, sums);
+}
+
+// And before that: `s` is the cluster's segment, `done` how many others were before it
+template <class T>
+__device__ __forceinline__ void finish(const Params& p, const Shares& shares, const Segment& s,
+                                       char* smem, int done, int wg, i64 first_token, i64 row0,
+                                       int lane, int warp, RowVectors& vectors,
+                                       T (&sums)[tiles_n][values]) {
+  if constexpr (split_k > 1) {
+    T own[tiles_n][outputs];
+    exchange(smem, done, sums, own);
+    finish_sums(p, shares, s, smem, wg, first_token, row0, lane, warp, vectors, own);
+  } else {
+    finish_sums(p, shares, s, smem, wg, first_token, row0, lane, warp, vectors, sums);
   }
 }

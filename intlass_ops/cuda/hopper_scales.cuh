@@ -79,6 +79,41 @@ struct ScaleReader {
   }
 };
 
+// Scales or zero points of some rows' groups into L2, a sector at a time: many tiles of K take theirs from
+// one, and the wait for it from memory would be longer than the work on a tile.
+template <class T>
+__device__ __forceinline__ void prefetch_groups(const void* values, i64 row_stride, int row,
+                                                int end, int first, int last, int threads) {
+#pragma unroll 1
+  for (; row < end; row += threads) {
+    const T* at = static_cast<const T*>(values) + row * row_stride;
+    const T* to = at + last;
+#pragma unroll 1
+    for (at += first; at < to; at += 32 / sizeof(T)) prefetch_l2(at);
+    prefetch_l2(to);
+  }
+}
+// Those of all of a block's segments, by the warps beside the producer's
+__device__ __forceinline__ void prefetch_scales(const Params& p, const Shares& shares) {
+  constexpr int threads = 96;
+  Schedule schedule;
+#pragma unroll 1
+  for (Segment s; schedule.next(shares, s);) {
+    int m0, n0;
+    shares.locate(s.tile, m0, n0);
+    s = s.of_block();
+    const int group_size = int(p.group_size), end = min(n0 + block_n, int(p.n));
+    const int first = s.begin * block_k / group_size;
+    const int last = (min(s.end * block_k, int(p.k)) - 1) / group_size;
+    const int row = n0 + int(threadIdx.x) % 128 - (128 - threads);
+    if (p.scale_group == 1)
+      prefetch_groups<Scale>(p.scales, p.scale_row, row, end, first, last, threads);
+    if constexpr (has_zeros)
+      if (p.zero_group == 1)
+        prefetch_groups<Zero>(p.zeros, p.zero_row, row, end, first, last, threads);
+  }
+}
+
 // total += s * (acc - z * xsum)
 __device__ __forceinline__ void flush(float (&total)[values], const Acc (&acc)[acc_values],
                                       const Scale (&scales)[2], const Zero (&zeros)[2], u32 sums,

@@ -28,8 +28,9 @@ constexpr bool needs_sums = has_zeros && !scaled;
 // The launch gives all threads the same registers; the consumers then take what the producer leaves.
 // A single consumer may have two blocks on an SM, which hide each other's latencies.
 constexpr int threads = 128 * (consumers + 1), blocks_per_sm = consumers == 1 ? 2 : 1;
-constexpr int shares_of_consumer[] = {208, needs_sums ? 232 : 240, 160, 112};
-constexpr int shares_of_producer[] = {40, needs_sums ? 40 : 24, 32, 24};
+constexpr bool much_to_share = needs_sums || Config::stream_k;
+constexpr int shares_of_consumer[] = {208, much_to_share ? 232 : 240, 160, 112};
+constexpr int shares_of_producer[] = {40, much_to_share ? 40 : 24, 32, 32};
 static_assert(consumers <= 4, "the registers of an SM are shared out for no more");
 constexpr int consumer_registers = shares_of_consumer[consumers - 1];
 constexpr int producer_registers = shares_of_producer[consumers - 1];
@@ -91,13 +92,22 @@ template <class First, class Second> struct Select<false, First, Second> {
 
 // Tiles lie in a row, group by group of `raster` token tiles, so that blocks that run at the same time
 // share as many tiles of W and X as they can.
-struct Segment { int tile, begin, end; };  // k tiles [begin, end) of a tile
+struct Segment {
+  int tile, begin, end;  // k tiles [begin, end) of a tile
+
+  // What this block computes of it: all, or a stripe where a cluster shares it
+  __device__ __forceinline__ Segment of_block() const {
+    if constexpr (split_k == 1) return *this;
+    const int each = (end - begin + split_k - 1) / split_k, rank = int(blockIdx.x) % split_k;
+    return {tile, min(begin + rank * each, end), min(begin + (rank + 1) * each, end)};
+  }
+};
 
 // How the tiles are shared out: config.Hopper.shares
 struct Shares {
   int of_m, of_n, k_tiles;
   int whole;        // tiles that are computed whole, round by round
-  int helpers;      // blocks, the first ones, without a tile in the last round
+  int helpers;      // clusters, the first ones, without a tile in the last round
   int tail;         // k tiles, the last ones, that they take of each tile of that round
   int each, extra;  // k tiles of a helper; the first `extra` get one more
 
@@ -118,30 +128,24 @@ struct Shares {
   }
 };
 
-// What a block does, one segment after another
+// What a cluster does, of one block or more: one segment after another
 struct Schedule {
-  int at = blockIdx.x / sharing;  // the next tile; then what is done of the last round
+  int at = blockIdx.x / cluster;  // the next tile; then what is done of the last round
 
   __device__ __forceinline__ bool next(const Shares& shares, Segment& s) {
-    if constexpr (split_k > 1) {  // a cluster has one tile, each of its blocks a stripe of K
-      const int each = (shares.k_tiles + split_k - 1) / split_k, rank = blockIdx.x % split_k;
-      s = {int(blockIdx.x) / split_k, min(rank * each, shares.k_tiles),
-           min((rank + 1) * each, shares.k_tiles)};
-      return at++ == int(blockIdx.x);
-    }
     if (at < shares.whole) {
       s = {at, 0, shares.k_tiles};
-      at += gridDim.x / sharing;
+      at += gridDim.x / cluster;
       return true;
     }
     if (!Config::stream_k || shares.tail == 0) return false;
-    const int block = blockIdx.x, done = at - shares.whole - block;
-    if (block >= shares.helpers) {  // launched after all that it waits for
-      s = {shares.whole + block - shares.helpers, 0, shares.k_tiles - shares.tail};
+    const int own = blockIdx.x / cluster, done = at - shares.whole - own;
+    if (own >= shares.helpers) {  // launched after all that it waits for
+      s = {shares.whole + own - shares.helpers, 0, shares.k_tiles - shares.tail};
       return at++, done == 0;
     }
-    const int unit = shares.first_unit(block) + done;
-    const int left = shares.first_unit(block + 1) - unit;
+    const int unit = shares.first_unit(own) + done;
+    const int left = shares.first_unit(own + 1) - unit;
     if (left <= 0) return false;
     s.tile = shares.whole + unit / shares.tail;
     s.begin = shares.k_tiles - shares.tail + unit % shares.tail;
