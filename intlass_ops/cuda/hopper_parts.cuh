@@ -46,6 +46,9 @@ __device__ __forceinline__ void sum_parts(const Params& p, Ring& ring, const Seg
   make(own.load(tile, 0, 0), 0), make(own.load(tile, 0, 1), 1);
   u32 previous = 0;  // the stage before this one, which wgmma may still be reading
   int kt = segment.begin;
+  // 0, but ptxas does not know: were it certain that a part starts at zero, it would convert up to 31 sums in
+  // place before the first FMA. Now the two take turns. With a residual there are no registers for it.
+  const u32 goes_on = Config::residual ? 0 : blockIdx.z;
   auto multiply_tile = [&](bool first) {
     const bool real = first || kt < segment.end, more = kt + 1 < segment.end;
 #pragma unroll
@@ -63,37 +66,36 @@ __device__ __forceinline__ void sum_parts(const Params& p, Ring& ring, const Seg
     const int step = more ? ring.step(1) : 0;
     ring.move(step);
     data += step * stage_bytes, full += step * 8, x_tile += i64(step * (stage_bytes / 16));
+    auto multiply = [&](int t, int from, int to) {
+      wgmma_fence();
+#pragma unroll
+      for (int s = from; s < to; ++s) wgmma(sum.acc[t % 2], a[s], x_step(t, s), s > 0 || goes_on);
+      wgmma_commit();
+    };
+    // A part goes in halves: between those of the first one, and after the first half of the last one has
+    // ended, half of the fragments are made.
 #pragma unroll
     for (int t = 0; t < parts; ++t) {
-      auto multiply = [&](int from, int to) {
-        wgmma_fence();
-#pragma unroll
-        for (int s = from; s < to; ++s) wgmma(sum.acc[t % 2], a[s], x_step(t, s), s > 0);
-        wgmma_commit();
-      };
-      // The last part and the first one go in halves, between which half of the fragments are made.
       if (t == 0) {
-        multiply(0, 2);
-        if constexpr (Config::residual) {  // it needs the registers in which words wait
+        if constexpr (Config::residual) {  // which needs the registers that words wait in
+          multiply(t, 0, 2);
           if (!first) wgmma_wait<1>();
           make(own.load(this_tile, 0, 2), 2), make(own.load(this_tile, 0, 3), 3);
         } else {
           const Chunk third = own.load(this_tile, 0, 2), fourth = own.load(this_tile, 0, 3);
+          multiply(t, 0, 2);
           if (!first) wgmma_wait<1>();
           make(third, 2), make(fourth, 3);
         }
-        multiply(2, 4);
+        multiply(t, 2, 4);
         empty_part(parts - 1, before);
         release(previous, threadIdx.x % 32, kt > segment.begin && real);
-      } else if (t + 1 < parts) {
-        multiply(0, 4);
-        wgmma_wait<1>();
-        empty_part(t - 1, scale);
       } else {
-        multiply(0, 2);
-        multiply(2, 4);
+        multiply(t, 0, 2), multiply(t, 2, 4);
         wgmma_wait<2>();
         empty_part(t - 1, scale);
+      }
+      if (t + 1 == parts) {
         barrier_wait(full, ring.phase);
         tile = tile_at();
         wgmma_wait<1>();
