@@ -115,8 +115,16 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, int rank) {
       "r"(rank)
       : "memory");
 }
-// Four words to where another block of the cluster has this place of its shared memory, whose barrier
-// counts the bytes as they come
+// Four words to where another block of the cluster has this place of its shared memory
+__device__ __forceinline__ void store_remote(u32 smem, int rank, const uint4& v) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.u32 [remote], {%2, %3, %4, %5};\n}" ::"r"(smem),
+      "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
+}
+// The same, and a barrier there counts the bytes as they come
 __device__ __forceinline__ void send(u32 smem, int rank, const uint4& v, u32 barrier) {
   asm volatile(
       "{\n.reg .b32 to, counts;\n"
