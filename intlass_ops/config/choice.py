@@ -136,7 +136,8 @@ def _choose(device: Device, shape: Shape) -> tuple[Matmul, str]:
 def _measured(device: Device, shape: Shape) -> tuple[Matmul, str] | None:
     """The best configuration of the nearest M that was measured, if it fits this problem."""
     entries = tuned.nearest(device, shape)
-    if not entries and why_not_skinny(shape) is None:  # what wgmma has no part in
+    few_tokens = why_not_skinny(shape) is None and not _few_tokens_for_hopper(device, shape)
+    if not entries and few_tokens:  # what wgmma has no part in
         entries = tuned.nearest(without_wgmma(device), shape)
     if not entries:
         return None

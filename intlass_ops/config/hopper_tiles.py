@@ -77,7 +77,8 @@ _IN_TURNS_MAX_K = 8192
 _MOST_STAGES = 16
 _H200_SMS, _H200_BYTES_PER_US = 132, 4.01e6
 _LAUNCH_US = 1.2  # until the first product and after the last
-_SHARED_US = 1.5  # until a block has found what helpers have left, by stream_k
+# until a block has found what helpers have left, by stream_k; where all of them end together
+_SHARED_US, _SHARED_ALIKE_US = 4.5, 2.5
 _CLUSTER_US = 1.0  # and of one of its cluster
 _EXCHANGED_PER_US = 15200  # sums that a block reads from others
 _ALONE = 0.58  # of its rate a block reaches that has no other one on its SM to hide latencies
@@ -103,10 +104,12 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
         shares = c.shares(shape.m, shape.n, shape.k, blocks)
         rounds = math.ceil(shares.whole / places)
         rounds += 1 - shares.tail / k_tiles if shares.tail else 0
-        if c.clusters_of_tile(shape.m, shape.n, device.sm_count) > 1:
+        alike = c.clusters_of_tile(shape.m, shape.n, device.sm_count) > 1
+        if alike:
             rounds += PIECE / k_tiles  # which is not in the tail there
         rounds *= (1 + _STREAMED * max(0.0, 1 - 1 / rounds)) / c.split_k
-        exchange += _SHARED_US + max(1.0, places / tiles) * c.values_per_block / _EXCHANGED_PER_US
+        exchange += _SHARED_ALIKE_US if alike else _SHARED_US
+        exchange += max(1.0, places / tiles) * c.values_per_block / _EXCHANGED_PER_US
     blocks = c.grid(shape.m, shape.n, shape.k, device.sm_count)[0]
     speed = 2 * _ALONE if c.blocks_per_sm == 2 and blocks <= device.sm_count else 1.0
     if c.consumers == 1 and c.blocks_per_sm == 1:

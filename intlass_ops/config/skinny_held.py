@@ -13,6 +13,7 @@ from .skinny import few_tokens_grouping, groups_of_chunk
 
 # Clusters of so many blocks that an H200 holds at once, of its SMs
 _PLACES = {1: 1.0, 2: 1.0, 4: 0.88, 8: 0.85}
+_MOST_GROUPS = 15  # each has a named barrier, of which a block has 16, one for all
 _FEWEST_WARPS = 6  # five, of K that has no better divisors, have too little under way
 WITH_CLUSTERS = ("sm_90a", "sm_100", "sm_120")
 
@@ -107,11 +108,14 @@ def pick_held(device: Device, shape: Shape) -> SkinnyHeld | None:
     picked = next(held_candidates(device, shape), None)
     if picked is None:
         return None
-    if shape.w_kind != "e2m1":
-        # long rows of one token or two are faster in the ring, where all warps share a row
-        return None if picked.split_k > 2 and shape.m <= 2 and BITS[shape.x_kind] == 16 else picked
+    fp4 = shape.w_kind == "e2m1"
+    if picked.split_k > 2 and shape.m <= 2 and BITS[shape.x_kind] == 16 and not fp4:
+        return None  # long rows of few tokens are faster in the ring, where all warps share a row
     # rows for each SM; fewer are as fast loaded at once (skinny.cu)
-    fewest = 40 if shape.k < 4096 else 28 if shape.m <= 2 or shape.m > 8 else 0
+    if shape.k < (4096 if fp4 else 2048):
+        fewest = 40
+    else:
+        fewest = 28 if fp4 and (shape.m <= 2 or shape.m > 8) else 0
     return picked if shape.n * picked.split_k >= fewest * device.sm_count else None
 
 
@@ -177,6 +181,8 @@ def _config(
         return None
     tokens = 1 << (shape.m - 1).bit_length()
     groups = warps // k_warps
+    if groups > _MOST_GROUPS:
+        return None
     warps = groups * k_warps
     x_stages = max(1, tokens // 4)
     c = SkinnyHeld(
