@@ -67,7 +67,7 @@ def test_torchao_state_dict(tmp_path: Path, kind: str) -> None:
     weight = read(tmp_path, tensors, {"quant_method": "torchao"}, metadata)
     assert torch.equal(weight.dequantize(torch.bfloat16), model[0].weight.dequantize())
     reader = open_reader(Checkpoint(tmp_path))
-    assert reader.activation("0") == ("int8" if kind == "w8a8" else None)
+    assert reader.activation("0") == ("int8_full_range" if kind == "w8a8" else None)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -6,8 +6,8 @@
     metadata of the file         "<module>.weight" to JSON: _type, target_dtype, activations
 
 Read are IntxUnpackedToInt8Tensor (4 and 8 bits, weight only) and Int8Tensor (weight only, or with
-activations quantised symmetrically per row, which our own op does: amax / 127 where torchao has
-amax / 127.5). The other types are layouts of one kernel; `prepare_` reads several from a model.
+activations quantised symmetrically per row, by our op in torchao's arithmetic). The other types are
+layouts of one kernel; `prepare_` reads several from a model.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Torchao:
             and found.get("granularity") == _PER_ROW
             and found.get("mapping_type") == _SYMMETRIC
         ):
-            return "int8"
+            return "int8_full_range"
         raise layer.fail(
             f"activations {scheme!r} are not read (symmetric INT8 per row are); load the model "
             "with torchao and call intlass_ops.prepare_ on it"
