@@ -11,12 +11,19 @@ from .epilogue import Activation, named
 from .problem import BITS, Device, Grouping, Shape, decoded_fp4, mma_sass
 
 SKINNY_MAX_M = 16
-# (tiles_n, warps, unroll), by kind of W, for up to 8 tokens and for more; where a block of 32 rows
-# an SM is enough, where two are, and where more are needed. The best of 20 layers without zero
-# points on an H200 (benchmarks/results/h200-layers.json); None: by the rules of _direct_tile.
+# (tiles_n, warps, unroll), by kind of W, for up to 8 tokens and for more; where a block of 16 rows
+# an SM is enough, where one of 32 is, where two are, and where more are needed. The best of 20
+# layers without zero points on an H200 (benchmarks/results/h200-layers.json); None: by the rules of
+# _direct_tile.
 _TILES = {
-    "s8": (((1, 16, 2), (2, 8, 2), (1, 8, 1)), ((1, 16, 2), (2, 8, 2), (1, 4, 2))),
-    "s4": ((None, (2, 8, 2), (2, 4, 2)), (None, None, (2, 4, 1))),
+    "s8": (
+        ((1, 16, 2), (1, 16, 2), (2, 8, 2), (1, 8, 1)),
+        ((1, 16, 2), (1, 16, 2), (2, 8, 2), (1, 4, 2)),
+    ),
+    "s4": (
+        ((1, 16, 2), (2, 16, 2), (2, 8, 2), (2, 4, 2)),
+        ((1, 16, 2), None, None, (2, 4, 1)),
+    ),
 }
 
 
@@ -191,8 +198,8 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
         return 1, max(1, chunks), 1, 1
     measured = None
     if not shape.has_zeros and shape.w_kind in ("s4", "s8"):
-        rounds = min(math.ceil(blocks / sms), 3)
-        measured = _TILES[shape.w_kind][shape.m > 8][rounds - 1]
+        rounds = 0 if 2 * blocks <= sms else min(math.ceil(blocks / sms), 3)
+        measured = _TILES[shape.w_kind][shape.m > 8][rounds]
     if measured is not None:
         tiles_n, warps, unroll = measured
         tile = *measured, _threads(device, shape, tiles_n * unroll, unroll) // (32 * warps)
