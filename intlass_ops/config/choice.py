@@ -15,7 +15,7 @@ from .problem import BITS, Device, Shape, widens, without_wgmma
 from .quantize import Quantize
 from .rotate_hopper import RotateHopper
 from .rotate_quantize import RotateQuantize
-from .skinny import Skinny, pick_skinny, skinny_candidates, why_not_skinny
+from .skinny import Skinny, groups_of_chunk, pick_skinny, skinny_candidates, why_not_skinny
 from .skinny_held import SkinnyHeld, held_candidates, pick_held, why_not_held
 from .skinny_ring import SkinnyRing, pick_ring, ring_candidates, why_not_ring
 from .store_rows import StoreRows
@@ -79,8 +79,10 @@ def _streams(device: Device, shape: Shape) -> bool:
     """
     if why_not_ring(shape) is not None:
         return False
-    fewest_tokens = shape.m <= 2 and shape.n * shape.k >= 80_000 * device.sm_count
-    return fewest_tokens or shape.n >= 64 * device.sm_count
+    # groups within 128 k are not among them, and short of registers
+    size, rows = (80_000, 64) if groups_of_chunk(shape) == 1 else (180_000, 128)
+    fewest_tokens = shape.m <= 2 and shape.n * shape.k >= size * device.sm_count
+    return fewest_tokens or shape.n >= rows * device.sm_count
 
 
 def of_int4(c: Matmul, k: int) -> Matmul | None:
