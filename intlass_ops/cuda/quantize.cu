@@ -1,6 +1,6 @@
 // Symmetric and asymmetric quantisation of segments x[s, :] that share one scale (formulas in
-// reference.py: quantization_parameters, quantize, quantize_full_range), alone or behind what a transformer puts before
-// it, rounded to x's type as the modules do:
+// reference.py: quantization_parameters, quantize, quantize_full_range), alone or behind what a
+// transformer puts before it, rounded to x's type as the modules do:
 //
 //     none          x
 //     rms_norm      x / sqrt(mean(x^2) + eps) * weight, computed in fp32, rounded once
