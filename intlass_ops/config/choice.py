@@ -63,8 +63,8 @@ def predicted(device: Device, shape: Shape) -> Matmul:
 def _few_tokens_for_hopper(device: Device, shape: Shape) -> bool:
     """Whether hopper.cu beats the kernels for few tokens: INT8 weights, which need no decoding.
 
-    By 6 % with INT8 activations and up to 8 tokens, by 25 and 12 % with more and under 16-bit ones
-    (20 layers, benchmarks/results/h200-layers.json).
+    With INT8 activations by 0, 3, 9 and 20 % at 1, 4, 8 and 16 tokens, under 16-bit ones by 6 % at
+    16 (beside the pick without wgmma, on 17 to 19 layers of benchmarks/results/h200-layers.json).
     """
     if BITS[shape.w_kind] != 8 or why_not_hopper(device, shape) is not None:
         return False

@@ -13,9 +13,10 @@ from .gemm import Gemm, grouping_of, why_illegal
 from .problem import BITS, Device, Grouping, Shape, weights_take_scales
 
 # TOPS of an H200 full of blocks, by bits of activations and weights, block_m and block_n. These and
-# the times below are fits to 539 problems, M = 32..2048 on 21 layers that no table holds
+# the times below are fits to 511 problems, M = 32..2048 on 21 layers that no table holds
 # (benchmarks/results/h200-layers.json): picking by them loses 1 % to the best tile of 16-bit
-# activations and 3 % of INT8, 37 % at most. Tiles of 8 tokens are in the proportions of the others.
+# activations and 3 % of INT8, 37 % at most (benchmarks/pick_loss.py). Estimates: tiles of 8 tokens,
+# in the proportions of the others, and 128x128 of INT8 times INT4, timed with eight warps only.
 _RATES = {
     (16, 4): {
         (8, 64): 135, (8, 128): 110, (16, 64): 270, (16, 128): 214, (32, 64): 278,

@@ -13,7 +13,7 @@ from .skinny import few_tokens_grouping, groups_of_chunk
 
 # (tiles_n, warps, most of them in a group, num_stages, blocks_per_sm)
 _LONG_ROWS = (2, 16, 16, 3, 1)
-_FEWEST_TOKENS = (
+_FEWEST_TOKENS: tuple[tuple[int, int, int, int, int], ...] = (
     (2, 8, 8, 3, 2),
     (2, 16, 8, 3, 1),
     _LONG_ROWS,
@@ -130,11 +130,10 @@ def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
     groups_per_chunk = groups_of_chunk(shape)
     zeros = shape.has_zeros and (shape.zeros_in_sums or shape.x_kind == "fp16")
     heavy = shape.m > 8 or zeros or groups_per_chunk > 1  # registers for 8 warps only
-    fewest: tuple[tuple[int, int, int, int, int], ...] = _FEWEST_TOKENS
-    if shape.k > 8192:
-        fewest = _LONG_ROWS, *_FEWEST_TOKENS
     if shape.w_kind == "e2m1":  # others were not tried
         fewest = _FEWEST_TOKENS[1:3] if device.arch.startswith("sm_90") and shape.k > 8192 else ()
+    else:
+        fewest = (_LONG_ROWS, *_FEWEST_TOKENS) if shape.k > 8192 else _FEWEST_TOKENS
     for tiles_n, warps, most, num_stages, blocks_per_sm in (
         # One token or two: so many warps on a row that x is of use to few rows, and soon read
         *([] if heavy or tokens > 2 else fewest),
