@@ -160,7 +160,7 @@ def test_results_are_those_of_the_graph(dtype: torch.dtype, device: str) -> None
     linear, x = Linear(torchao).to(device), numbers(2, 12, dtype=dtype).to(device)
     x[0, 3, 5], x[1, 2, 7] = torch.nan, torch.inf
     with fresh(), torch.no_grad():
-        y = torch.compile(linear, backend="intlass", fullgraph=True)(x)
+        y = torch.compile(linear, backend=lowering.backend, fullgraph=True)(x)
         expected = linear(x)
     assert torch.equal(y.isnan(), expected.isnan())
     torch.testing.assert_close(y, expected, equal_nan=True)
@@ -223,7 +223,7 @@ def test_prepared_linears_are_our_own_with_the_same_codes(dtype: torch.dtype, de
         torch.testing.assert_close(model(x), expected)
         for same in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
             assert torch.equal(same(x), linear(x))
-        compiled = torch.compile(model, backend="intlass", fullgraph=True)
+        compiled = torch.compile(model, backend=lowering.backend, fullgraph=True)
         assert torch.equal(compiled(x), model(x))
         assert "full_range=True" in repr(linear)
     if dtype == torch.bfloat16:
@@ -254,5 +254,5 @@ def test_what_is_between_input_and_quantiser_stays_a_graph() -> None:
         prepare_(model)
         assert "quantize_dynamic" in model[0].text
         torch.testing.assert_close(model(x), expected)
-        compiled = torch.compile(model, backend="intlass", fullgraph=True)
+        compiled = torch.compile(model, backend=lowering.backend, fullgraph=True)
         torch.testing.assert_close(compiled(x), expected)
