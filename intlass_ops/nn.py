@@ -38,6 +38,12 @@ def as_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
+def _require_tensors(layer: str, **values: Tensor) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{layer}: {name} is a {type(value).__name__}; expected a tensor")
+
+
 class _Codes(nn.Module):
     """What layers of INT4 or INT8 codes share: their buffers, and that these keep their dtypes."""
 
@@ -153,6 +159,7 @@ class IntLinear(Movable, _Codes):
         activation: Activation = None,
         input_scale: Tensor | None = None,
     ) -> None:
+        _require_tensors("IntLinear", weight=weight, scales=scales)
         if weight.dim() != 2 or weight.dtype not in (torch.uint8, torch.int8):
             raise TypeError(
                 f"IntLinear: weight is {weight.dtype} {tuple(weight.shape)}; expected uint8 "
@@ -208,6 +215,7 @@ class IntExpertLinear(_Codes):
         in_features: int | None = None,
         activation: Activation = None,
     ) -> None:
+        _require_tensors("IntExpertLinear", weight=weight, scales=scales)
         if weight.dim() != 3 or weight.dtype not in (torch.uint8, torch.int8):
             raise TypeError(
                 f"IntExpertLinear: weight is {weight.dtype} {tuple(weight.shape)}; expected uint8 "

@@ -17,6 +17,7 @@ from .formats import modules as formats
 from .lowering import capture
 from .lowering.records import DECLINED, SWAPPED, Decision
 from .nn import IntLinear, PackedWeight
+from .ops._library import require_module
 
 _QUANTISED = {  # by the activation of an `IntLinear`
     "int8": ", with our own quantiser",
@@ -50,6 +51,7 @@ def prepare_(model: nn.Module, *, same_codes: bool = True) -> list[Decision]:
     >>> prepare_(torch.nn.Sequential(torch.nn.Linear(64, 64)))
     []
     """
+    require_module("prepare_", model)
     found: list[tuple[nn.Module, str, str, nn.Module]] = []
     for parent_path, parent in model.named_modules():
         for name, child in parent._modules.items():

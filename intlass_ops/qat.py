@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from . import side_by_side
 from .nn import IntLinear, as_autocast
+from .ops._library import require_module
 from .rotation import hadamard_matrix
 from .straight_through import (
     SCHEMES,
@@ -245,6 +246,7 @@ def convert_(model: nn.Module) -> None:
     >>> model[0]
     IntLinear(in_features=32, out_features=8, scheme=w8a8, group_size=32, zeros=False, bias=True)
     """
+    require_module("convert_", model)
     if isinstance(model, QATLinear):
         raise TypeError("convert_: the model is a QATLinear itself; use its convert()")
     made: dict[nn.Module, nn.Module] = {}

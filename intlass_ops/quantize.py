@@ -20,7 +20,7 @@ from .calibrated import Method
 from .integrations import conv1d, experts
 from .nn import Activation, IntExpertLinear, IntLinear
 from .ops import quantize_int4, quantize_int8
-from .ops._library import FLOATS
+from .ops._library import FLOATS, require_module
 from .ops.problem import GROUP_STEP
 from .qat import QATConfig, prepare_qat_
 
@@ -46,9 +46,13 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ValueError(f"Scheme: bits={self.bits}; expected 4 or 8")
+        if type(self.symmetric) is not bool:
+            raise TypeError(f"Scheme: symmetric={self.symmetric!r}; expected True or False")
         g = self.group_size
         if g is not None and (type(g) is not int or g < GROUP_STEP or g % GROUP_STEP):
-            raise ValueError(f"Scheme: group_size={g!r} is not a multiple of {GROUP_STEP}")
+            raise ValueError(
+                f"Scheme: group_size={g!r} is not a multiple of {GROUP_STEP}, or None (a whole row)"
+            )
         if self.bits == 8 and not self.symmetric:
             raise ValueError("Scheme: 8-bit weights are symmetric, symmetric=False has no kernel")
         if self.activation not in ((None, "int8") if self.bits == 8 else (None, "int8", "int4")):
@@ -152,6 +156,7 @@ def quantize_(
     >>> model[0]
     IntLinear(in_features=256, out_features=64, scheme=w4a16, group_size=128, zeros=True, bias=True)
     """
+    require_module("quantize_", model)
     if isinstance(config, QATConfig):
         prepare_qat_(model, config, filter_fn)
         return

@@ -202,6 +202,35 @@ def _gpt_fast() -> Case:
     return module, x, x.double() @ (module.weight.double() * module.scales.double()[:, None]).t()
 
 
+class SinqLinear(nn.Module):
+    """SINQ's product in PyTorch: groups along K, halves of them in one byte, a second scale along
+    K."""
+
+    def __init__(self, **state: Tensor) -> None:
+        super().__init__()
+        self.in_features, self.out_features = K, N
+        for name, value in state.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = torch.cat([self.W_q >> 4, self.W_q & 15]).to(x.dtype)
+        w = ((q - self.zero) * self.scale).view(N, K) * self.scale2
+        return torch.matmul(x, w.t()) + self.bias
+
+
+def _sinq() -> Case:
+    g = torch.Generator().manual_seed(9)
+    q = torch.randint(0, 16, (N * K // GROUP, GROUP), generator=g).to(torch.uint8)
+    high, low = q.chunk(2)
+    s, z, c, bias = (
+        torch.rand(shape, generator=g).half() for shape in (((len(q), 1),) * 2 + ((1, K), (N,)))
+    )
+    module = SinqLinear(W_q=(high << 4) | low, scale=s / 50, zero=z * 15, scale2=c + 0.5, bias=bias)
+    x = torch.randn(5, K, generator=g).half()
+    w = ((q - module.zero.double()) * module.scale.double()).view(N, K) * module.scale2.double()
+    return module, x, x.double() @ w.t() + bias.double()
+
+
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
 _INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
 _TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
@@ -234,5 +263,6 @@ MODULES: dict[str, tuple[Callable[[], Case], str]] = {
     "transformers: BitLinear": (_bitlinear, "w4a8"),
     "transformers: gemma int4": (_gemma(4), "w4a16"),
     "transformers: gemma int8": (_gemma(8), "w8a16"),
+    "SINQ: 4-bit": (_sinq, "w4a16"),
     "gpt-fast: int8 weight-only": (_gpt_fast, "w8a16"),
 }

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import graph_zoo
 import pytest
+import rare_zoo
 import spelling_zoo
 import torch
-from lowering_helpers import SWAPPED, Counting, fresh, outcomes, relative_error
+from lowering_helpers import DECLINED, DENSE, SWAPPED, Counting, fresh, outcomes, relative_error
 from torch import Tensor, nn
 from torch.nn import functional
 
 import intlass_ops
 from intlass_ops import lowering
 from intlass_ops.lowering import runtime
+from intlass_ops.lowering.program import device_of
+
+SPELLINGS = {**spelling_zoo.SPELLINGS, **rare_zoo.SPELLINGS}
 
 
-@pytest.mark.parametrize("name", spelling_zoo.SPELLINGS)
+@pytest.mark.parametrize("name", SPELLINGS)
 def test_spelling_is_swapped(name: str) -> None:
-    make, schemes = spelling_zoo.SPELLINGS[name]
+    make, schemes = SPELLINGS[name]
     module, x = make()
     reference, backend = copy.deepcopy(module), Counting()
     with fresh(), torch.no_grad():
@@ -108,6 +113,7 @@ def test_a_result_divided_by_the_norm_of_its_weight() -> None:
     with fresh(), torch.no_grad():
         y = torch.compile(normed, backend=Counting(), fullgraph=True)(x)
         assert relative_error(y, normed(x)) < 2e-2
+    assert outcomes() == [SWAPPED]
 
 
 def test_a_weight_that_depends_on_what_it_multiplies_is_no_weight() -> None:
@@ -121,6 +127,67 @@ def test_a_weight_that_depends_on_what_it_multiplies_is_no_weight() -> None:
         y = torch.compile(gated, backend=Counting(), fullgraph=True)(x)
         assert relative_error(y, gated(x)) < 2e-2
     assert SWAPPED not in outcomes()
+
+
+def test_experts_that_are_gathered_for_each_token_are_told() -> None:
+    def product(m: Any, x: Tensor) -> Tensor:
+        chosen = (x @ m.gate).argmax(-1)
+        w = (m.w.to(x.dtype) * m.s.unsqueeze(-1))[chosen]
+        return torch.einsum("mk,mnk->mn", x, w)
+
+    sizes = (3, spelling_zoo.N, spelling_zoo.K)
+    buffers = {"w": spelling_zoo.codes8(*sizes), "s": spelling_zoo.scales(*sizes[:2])}
+    gate = torch.randn(spelling_zoo.K, 3).bfloat16()
+    module = spelling_zoo.Spelled(product, gate=gate, **buffers)
+    x = torch.randn(5, spelling_zoo.K).bfloat16()
+    with fresh(), torch.no_grad():
+        y = torch.compile(module, backend=Counting(), fullgraph=True)(x)
+        assert relative_error(y, module(x)) < 2e-2
+    assert outcomes() == [DENSE, DECLINED]
+    assert "index picks its weight" in lowering.report()[1].reason
+
+
+def test_a_weight_that_is_unpacked_one_column_after_the_other_is_told() -> None:
+    def product(m: Any, x: Tensor) -> Tensor:
+        w = torch.zeros(spelling_zoo.N, spelling_zoo.K)
+        for k in range(spelling_zoo.K):
+            w[:, k] = (m.p[:, k // 2] >> (4 * (k % 2))) & 15
+        return functional.linear(x, w.to(x.dtype) * m.s)
+
+    packed = spelling_zoo.packed4(spelling_zoo.N, spelling_zoo.K)
+    module = spelling_zoo.Spelled(product, p=packed, s=spelling_zoo.scales(spelling_zoo.N, 1))
+    x = torch.randn(5, spelling_zoo.K).bfloat16()
+    with fresh(), torch.no_grad():
+        y = torch.compile(module, backend=Counting(), fullgraph=True)(x)
+        assert relative_error(y, module(x)) < 2e-2
+    assert outcomes() == [DECLINED]
+    assert "more than 400 operations" in lowering.report()[0].reason
+
+
+def test_a_cache_that_is_written_in_the_graph_is_no_weight_that_an_index_picks() -> None:
+    def attend(m: Any, x: Tensor, at: Tensor, pages: Tensor) -> Tensor:
+        m.w[at] = x.to(torch.int8)
+        return x @ (m.w[pages].to(x.dtype) * m.s).t()
+
+    sizes = (spelling_zoo.N, spelling_zoo.K)
+    module = spelling_zoo.Spelled(
+        lambda m, x: attend(m, x, x[:, 0].long() % 7, x[:, 1].long() % 7),
+        w=spelling_zoo.codes8(*sizes),
+        s=spelling_zoo.scales(1),
+    )
+    x = torch.randint(0, 100, (5, spelling_zoo.K)).bfloat16()
+    with fresh(), torch.no_grad():
+        expected = copy.deepcopy(module)(x)
+        y = torch.compile(module, backend=Counting(), fullgraph=True)(x)
+        assert relative_error(y, expected) < 2e-2
+    assert outcomes() == []
+
+
+def test_a_slice_is_computed_where_its_weight_is() -> None:
+    """A scalar beside a weight on a GPU may be on the host."""
+    scalar, weight = torch.ones(()), torch.empty(2, device="meta")
+    assert device_of([scalar, weight]).type == device_of([2.0, weight, scalar]).type == "meta"
+    assert device_of([2.0, scalar]).type == device_of([]).type == "cpu"
 
 
 ASTRAY = {
@@ -172,9 +239,16 @@ def test_what_only_values_can_refuse_is_told_and_strict() -> None:
             compiled(x)
 
 
-@pytest.mark.parametrize("name", ["bias before the scale", "activation codes that stay floats"])
+BOUNDED = (
+    "bias before the scale",
+    "activation codes that stay floats",
+    "divided by scales of columns",
+)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
 def test_the_error_bound_of_a_decision_holds(name: str) -> None:
-    module, x = spelling_zoo.SPELLINGS[name][0]()
+    module, x = SPELLINGS[name][0]()
     with fresh(), torch.no_grad():
         y = torch.compile(module, backend=Counting(), fullgraph=True)(x)
         (decision,) = lowering.report()
@@ -186,5 +260,6 @@ def test_the_error_bound_of_a_decision_holds(name: str) -> None:
         else:
             codes = spelling_zoo.unpack(module.p).double() + 8
             scale = module.s.double().repeat_interleave(spelling_zoo.G, 1)
+            scale = scale / module.c.double() if name.startswith("divided") else scale
             terms = x.double().abs() @ (codes * scale).t()
         assert bool(((y - module(x)).abs() <= decision.bound * terms).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import oracle
@@ -252,6 +253,21 @@ def test_schemes_that_no_layer_has_are_refused(args: tuple[Any, ...], message: s
 def test_a_configuration_that_was_not_called_is_refused() -> None:
     with pytest.raises(TypeError, match=r"^quantize_: config is <function Int4WeightOnly"):
         ia.quantize_(torch.nn.Sequential(), ia.Int4WeightOnly)
+
+
+@pytest.mark.parametrize("call", [ia.prepare_, lambda m: ia.quantize_(m, ia.Int4WeightOnly())])
+@pytest.mark.parametrize("model", [None, torch.ones(3), {}])
+def test_what_is_no_module_is_refused(call: Callable[[Any], Any], model: Any) -> None:
+    name = "prepare_" if call is ia.prepare_ else "quantize_"
+    with pytest.raises(TypeError, match=f"^{name}: model is a {type(model).__name__}; expected"):
+        call(model)
+
+
+def test_a_layer_without_its_tensors_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^IntLinear: scales is a NoneType; expected a tensor"):
+        ia.IntLinear(torch.ones(4, 16, dtype=torch.int8), None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^Scheme: symmetric='yes'; expected True or False"):
+        ia.Int4WeightOnly(symmetric="yes")  # type: ignore[arg-type]
 
 
 def test_packed_activations_with_a_feature_too_few_are_refused() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from . import rowwise
-from .program import Evaluation, dependents, needed_for
+from .program import Evaluation, dependents, device_of, needed_for
 from .weights import Measured, NotGrouped, Recipe, evaluate_real, measure
 
 # A proof takes up to 90 bytes an element.
@@ -73,7 +73,7 @@ def measured(
 def _elements(leaves: Sequence[Tensor], start: int, take: Take | None) -> int:
     if take is not None:
         return TAKEN_ELEMENTS if start else FIRST_ELEMENTS
-    return GPU_BLOCK_ELEMENTS if leaves[0].is_cuda else BLOCK_ELEMENTS
+    return GPU_BLOCK_ELEMENTS if device_of(leaves).type == "cuda" else BLOCK_ELEMENTS
 
 
 def whole(recipe: Recipe, leaves: Sequence[Tensor], take: Take | None = None) -> Iterator[Measured]:

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from .gemms import Gemm, column_like, shape_of, static_shape
 from .leaves import LeafMeta, synthetic
 from .probing import WeightForm, probe
-from .program import Evaluation, NotASlice, Program, extract, walk
+from .program import MAX_CONSTANT, Evaluation, NotASlice, Program, device_of, extract, walk
 from .weights import NotAffine, Recipe
 
 aten: Any = torch.ops.aten
@@ -30,6 +30,7 @@ _INDEXING = (
     aten.index_select.default,
     aten.gather.default,
     aten.embedding.default,
+    aten.index_put.default,
 )
 _TRANSPARENT = (
     CAST,
@@ -47,14 +48,44 @@ _TRANSPARENT = (
 )
 
 
+_SHAPES = (
+    *_TRANSPARENT,
+    aten._unsafe_view.default,
+    aten.permute.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.cat.default,
+)
+
+
+def _is_pointwise(node: Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
 _INTEGERS = ("quantize", "round", "floor", "trunc", "ceil", "bitwise", "shift")
 
 
-def looks_quantised(leaves: Iterable[torch.dtype], operations: Iterable[str]) -> bool:
+def looks_quantised(leaves: Iterable[Node], inner: Iterable[Node]) -> bool:
     """Whether a slice has integers in it at all: a plain float weight needs no probing."""
-    if any(not dtype.is_floating_point and dtype != torch.bool for dtype in leaves):
-        return True
-    return any(any(word in name for word in _INTEGERS) for name in operations)
+    return any(leaf.op != "get_attr" and _integers(leaf) for leaf in leaves) or any(
+        any(word in str(node.target) for word in _INTEGERS) or _made_integers(node)
+        for node in inner
+    )
+
+
+def _integers(node: Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dtype == torch.bool:
+        return False
+    return not value.dtype.is_floating_point and not value.dtype.is_complex
+
+
+def _made_integers(node: Node) -> bool:
+    """Whether a cast makes integers of floats."""
+    source = node.args[0] if node.target in (CAST, aten._to_copy.default) else None
+    if not isinstance(source, Node) or not _integers(node):
+        return False
+    return bool(source.meta["val"].dtype.is_floating_point)
 
 
 @dataclass(frozen=True)
@@ -124,9 +155,38 @@ class Editor:
         """Whether a node depends on weights and constants alone, and integers among them."""
         if not self.is_static(node):
             return False
-        leaves, inner = walk(node, self.certain_leaf)
-        dtypes = [leaf.meta["val"].dtype for leaf in leaves if "val" in leaf.meta]
-        return looks_quantised(dtypes, [str(each.target) for each in inner])
+        return looks_quantised(*walk(node, self.certain_leaf))
+
+    def quantised_at_length(self, node: Node) -> bool:
+        """`quantised` of what is too long for a slice."""
+        stack, seen = [node], {node}
+        leaves: list[Node] = []
+        while stack:
+            each = stack.pop()
+            if each.op != "call_function":
+                leaves.append(each)
+                continue
+            stack.extend(source for source in each.all_input_nodes if source not in seen)
+            seen.update(each.all_input_nodes)
+        return all(map(self.certain_leaf, leaves)) and looks_quantised(leaves, ())
+
+    def picked(self, node: Node) -> bool:
+        """Whether a computed index picks a node out of quantised weights: experts of each token."""
+        by_index = quantised = False
+        stack, seen = [node], {node}
+        while stack:
+            each = stack.pop()
+            if self.is_static(each):
+                quantised |= self.quantised(each)
+                continue
+            sources = each.all_input_nodes
+            if each.target in _INDEXING and each.target is not aten.index_put.default:
+                by_index, sources = True, sources[:1]
+            elif each.target not in _SHAPES and not _is_pointwise(each):
+                return False
+            stack.extend(source for source in sources if source not in seen)
+            seen.update(sources)
+        return by_index and quantised
 
     def slice_of(
         self, gemm: Gemm, column_scales: Sequence[tuple[Node, bool]], zero: Node | None = None
@@ -148,7 +208,12 @@ class Editor:
                 made.append(root)
         try:
             leaves, inner = walk(root, self.is_leaf)
-            program, nodes = extract(leaves, inner)
+            constants = self._constants(leaves)
+            leaves = [leaf for leaf in leaves if leaf not in constants]
+            if not leaves:
+                raise NotASlice("its weight is made of constants alone")
+            with self.undisturbed():
+                program, nodes = extract(leaves, inner, constants)
             if not inner:
                 program, nodes = _identity(leaves)
             uncertain = {leaf for leaf in leaves if not self.certain_leaf(leaf)}
@@ -162,6 +227,20 @@ class Editor:
         nodes = {node: i for node, i in nodes.items() if node not in made}
         return Slice(program, tuple(leaves), metas, nodes)
 
+    def _constants(self, leaves: Sequence[Node]) -> dict[Node, torch.Tensor]:
+        """The leaves that the graph itself holds, which Inductor lets no op of ours read."""
+        found: dict[Node, torch.Tensor] = {}
+        for leaf in leaves:
+            if leaf.op != "get_attr":
+                continue
+            value = getattr(leaf.graph.owning_module, str(leaf.target), None)
+            if not isinstance(value, torch.Tensor) or value.dtype.is_complex:
+                raise NotASlice(f"constant {leaf.name} is not a real tensor")
+            if value.numel() > MAX_CONSTANT:
+                raise NotASlice(f"a constant of {value.numel()} numbers that is no buffer")
+            found[leaf] = value
+        return found
+
     def values_of(self, *nodes: Node) -> tuple[torch.Tensor, ...]:
         """Static nodes evaluated on one common set of synthetic leaves (CPU)."""
         known: dict[Node, torch.Tensor] = {}
@@ -169,7 +248,9 @@ class Editor:
         with self.undisturbed(), torch.no_grad():
             for node in nodes:
                 leaves, inner = walk(node, self.is_leaf)
-                program, _ = extract(leaves, inner) if inner else _identity(leaves)
+                constants = self._constants(leaves) if inner else {}
+                leaves = [leaf for leaf in leaves if leaf not in constants]
+                program, _ = extract(leaves, inner, constants) if inner else _identity(leaves)
                 for leaf in leaves:
                     if leaf not in known:
                         meta = _leaf_meta(leaf, None)
@@ -193,7 +274,7 @@ class Editor:
 
     def probe(self, gemm: Gemm, piece: Slice) -> WeightForm:
         recipe = Recipe(piece.program, 0, gemm.layout, gemm.batch, gemm.n, gemm.k)
-        device = piece.leaves[0].meta["val"].device if piece.leaves else torch.device("cpu")
+        device = device_of([leaf.meta["val"] for leaf in piece.leaves])
         # Synthetic values may be indices out of range.
         risky = piece.program.indexes
         if device.type == "cuda" and (risky or not torch.cuda.is_available()):
@@ -260,7 +341,7 @@ def _index_sizes(inner: Sequence[Node]) -> dict[Node, int]:
         data, *rest = node.args
         shape = shape_of(data) if isinstance(data, Node) else ()
         pairs: list[tuple[Any, Any]]
-        if node.target is aten.index.Tensor:
+        if node.target in (aten.index.Tensor, aten.index_put.default):
             pairs = [(index, dim) for dim, index in enumerate(list(rest[0]))]  # type: ignore[arg-type]
         elif node.target is aten.embedding.default:
             pairs = [(rest[0], 0)]

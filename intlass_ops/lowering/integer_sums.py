@@ -85,11 +85,29 @@ def _one(
         unsigned = gemm.x.meta["val"].dtype == torch.uint8 and not found.unshifted
         if subtracts and unsigned and _is_row_sum(edit, gemm, other, 128):
             return replace(found, last=user, unshifted=True)
-        if not subtracts:
-            return None if found.bias is not None else replace(found, last=user, bias=other)
+        corrected = _corrected(edit, gemm, found, user, other) if subtracts else None
+        return corrected or _biased(edit, found, user, other, subtracts)
     if not subtracts and not found.crossed and _is_cross(gemm, found, other):
         return replace(found, last=user, crossed=True)
-    if other.target is not aten.mul.Tensor or not subtracts:
+    return _corrected(edit, gemm, found, user, other) if subtracts else None
+
+
+def _biased(
+    edit: Editor, found: IntegerTail, user: Node, other: Node, subtracts: bool
+) -> IntegerTail:
+    """With one more static integer a column."""
+    with edit.at(user):
+        bias = edit.call(aten.neg.default, other) if subtracts else other
+        if found.bias is not None:
+            bias = edit.call(aten.add.Tensor, found.bias, bias)
+    return replace(found, last=user, bias=bias)
+
+
+def _corrected(
+    edit: Editor, gemm: Gemm, found: IntegerTail, user: Node, other: Node
+) -> IntegerTail | None:
+    """With what is subtracted if it is a zero point times sums of rows."""
+    if other.target is not aten.mul.Tensor:
         return None
     for zero, sums in (other.args, other.args[::-1]):
         if (

@@ -29,7 +29,8 @@ def synthetic(
     """Random contents for a leaf: full-range integers, weight-like or scale-like floats.
 
     small: wide integers too few to be packed codes are zero points, and as many as the weight has
-    elements are codes that nobody packed: in [0, 15] both.
+    elements are codes that nobody packed: in [0, 15] both. Bytes too few to be packed codes are
+    exponents of scales that float16 holds too, where 127 is 1.
     """
     generator = torch.Generator().manual_seed(seed)
     extent = 1 + sum((s - 1) * t for s, t in zip(meta.shape, meta.stride, strict=True) if s)
@@ -46,6 +47,8 @@ def synthetic(
             flat = (torch.rand(extent, generator=generator) + 0.5).to(meta.dtype)
     elif small and _wide_but_small(meta, numel):
         flat = torch.randint(0, 16, (extent,), generator=generator).to(meta.dtype)
+    elif small and meta.dtype == torch.uint8 and 16 * math.prod(meta.shape) <= numel:
+        flat = torch.randint(120, 136, (extent,), dtype=torch.uint8, generator=generator)
     else:
         bytes_ = torch.randint(
             0, 256, (extent * meta.dtype.itemsize,), dtype=torch.uint8, generator=generator
@@ -58,4 +61,5 @@ def synthetic(
 
 def _wide_but_small(meta: LeafMeta, numel: int) -> bool:
     few = meta.dtype.itemsize >= 4 and 16 * math.prod(meta.shape) <= numel
-    return few or (meta.dtype.itemsize >= 2 and math.prod(meta.shape) >= numel)
+    # int8 stays what it is: a weight of 8 bits.
+    return few or (meta.dtype != torch.int8 and math.prod(meta.shape) >= numel)

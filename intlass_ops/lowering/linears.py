@@ -8,17 +8,19 @@ what is emitted for the product itself (rules.py).
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from . import activations, adapters, full_range, integer_sums
+from . import activations, adapters, columns, full_range, integer_sums
 from .activations import Activation
-from .editor import CAST, Editor, aten, looks_quantised
-from .gemms import FLOATS, Gemm, epilogue, is_gemm, readings, shape_of
-from .program import NotASlice, walk
+from .editor import CAST, Editor, Slice, aten, looks_quantised
+from .gemms import FLOATS, Epilogue, Gemm, epilogue, is_gemm, readings, shape_of
+from .probing import WeightForm
+from .program import NotASlice, TooLong, walk
 from .records import DECLINED, DENSE, META, SWAPPED, Decision
 from .rules import RULES, Match
 from .weights import NotAffine
@@ -26,6 +28,7 @@ from .weights import NotAffine
 # The unsigned detour was recognised and undone: signed codes, no zero point.
 SHIFTED = "shifted"
 INTERNAL = "internal error"
+PICKED = "a computed index picks its weight (experts of each token?)"
 
 # Dynamo names a module as the frame found it: L['self'].layers.0, or ._modules['0'].
 _ROOT = re.compile(r"^L\['\w+'\]\.?")
@@ -41,6 +44,7 @@ def path_of(node: Node) -> str:
 def lower(edit: Editor, node: Node) -> Decision | None:
     """Rewrite `node` if it is a quantised linear; None if it is no GEMM of a static weight."""
     dense: Decision | None = None
+    picked: Decision | None = None
     opaque = adapters.opaque_reason(node)
     if opaque is not None:
         return _declined(node, opaque)
@@ -56,12 +60,17 @@ def lower(edit: Editor, node: Node) -> Decision | None:
         if edit.is_static(gemm.x):
             continue  # a weight made of two others: no activations to multiply
         try:
-            walk(gemm.weight, edit.is_leaf)
+            leaves, inner = walk(gemm.weight, edit.is_leaf)
             piece = edit.slice_of(gemm, ())
-        except NotASlice:
+        except TooLong as problem:
+            if edit.quantised_at_length(gemm.weight):
+                return _decide(gemm, DECLINED, "quantised", str(problem))
             continue
-        operations = [op.target for op in piece.program.operations]
-        if not looks_quantised([meta.dtype for meta in piece.metas], operations):
+        except NotASlice:
+            if edit.picked(gemm.weight):
+                picked = _decide(gemm, DECLINED, "quantised", PICKED)
+            continue
+        if not looks_quantised(leaves, inner):
             if all(edit.certain_leaf(leaf) for leaf in piece.leaves):
                 dense = dense or _decide(gemm, DENSE, "dense", "a floating-point weight")
             continue
@@ -74,7 +83,7 @@ def lower(edit: Editor, node: Node) -> Decision | None:
             # A compile must not fail for want of a rewrite; tests fail on this reason.
             reason = f"{INTERNAL}: {type(problem).__name__}: {str(problem).splitlines()[:1]}"
             return _decide(gemm, DECLINED, "quantised", reason)
-    return dense
+    return dense or picked
 
 
 def _declined(node: Node, reason: str) -> Decision:
@@ -122,17 +131,29 @@ def _match(edit: Editor, gemm: Gemm) -> Match:
             raise NotAffine("the activations have two zero points")
         activation = replace(activation, zero=sums.zero)
     start = None if sums is None else sums.last
-    tail = epilogue(gemm, rows=gemm.integer, is_static=edit.is_static, start=start)
+    weight_zero = None if sums is None else sums.weight_zero
+
+    def read(is_static: Callable[[Node], bool]) -> tuple[Epilogue, Slice, WeightForm]:
+        tail = epilogue(gemm, rows=gemm.integer, is_static=is_static, start=start)
+        piece = edit.slice_of(gemm, tail.column_scales, weight_zero)
+        return tail, piece, edit.probe(gemm, piece)
+
+    try:
+        tail, piece, form = read(edit.is_static)
+    except NotAffine:
+        # What follows may be no scale of codes but made of them, as the norm of the weight is.
+        tail, piece, form = read(lambda _: False)
     if not tail.last.meta["val"].dtype.is_floating_point:
         user = next(iter(tail.last.users), None)
         onto = "an output" if user is None or user.op == "output" else str(user.target)
         raise NotAffine(f"the integer product goes on as integers, to {onto}")
-    weight_zero = None if sums is None else sums.weight_zero
     both = weight_zero is not None and activation is not None and activation.zero is not None
     if both and not (sums is not None and sums.crossed):
         raise NotAffine("zero points of activations and weight without their product")
-    piece = edit.slice_of(gemm, tail.column_scales, weight_zero)
-    form = edit.probe(gemm, piece)
+    if form.columns is not None and activation is not None:
+        if dtype not in FLOATS:
+            raise NotAffine("scales per column, of activations that are codes")
+        activation = None
     if edit.training and not any(
         not meta.dtype.is_floating_point and meta.dtype != torch.bool for meta in piece.metas
     ):
@@ -151,6 +172,12 @@ def _many(node: Node) -> bool:
 def _operands(edit: Editor, match: Match) -> Match:
     """Emit what the op takes as x, a_scale and a_zero."""
     gemm, found = match.gemm, match.activation
+    if match.form.columns is not None:
+        c = match.piece.node_of(match.form.columns.index)
+        assert c is not None
+        flipped = gemm.flipped
+        x = columns.of_activations(edit, match.form.columns, c, match.x, flipped=flipped)
+        match = replace(match, x=x)
     if gemm.flipped:
         return replace(match, x=_transposed(edit, match.x))
     if found is None:

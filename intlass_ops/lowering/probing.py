@@ -8,6 +8,7 @@ synthetic leaves (leaves.py), the measuring (weights.py), codes in several tenso
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import blocks, parts
+from . import blocks, columns, parts
+from .columns import Columns
 from .leaves import LeafMeta, synthetic
 from .program import Evaluation, NotASlice, Program, dependents
 from .weights import Measured, NotAffine, NotGrouped, Recipe, evaluate_real, measure
@@ -42,6 +44,7 @@ class WeightForm:
     # lack a clamp that synthetic scales do not reach
     scale_values: tuple[int, ...]
     eps: float  # of the least precise floating type on the way from the codes to the weight
+    columns: Columns | None = None  # of the graph's slice: scales that go to the activations
 
     @property
     def bits(self) -> int:
@@ -94,13 +97,39 @@ def _probe(
     try:
         evaluation = Evaluation(shape.program, leaves)
     except Exception as problem:
-        raise NotAffine(f"the slice cannot be evaluated on its own: {problem}") from problem
+        why = f"cannot be evaluated on its own: {problem}"
+        if "out of bounds" in str(problem):
+            why = "is put in order by indices whose values compiling does not know"
+        raise NotAffine(f"the slice {why}") from problem
     if evaluation.weight().dtype.is_complex or evaluation.weight().dtype == torch.bool:
         raise NotAffine(f"the weight is {evaluation.weight().dtype}")
     found = _nearest(evaluation, shape, _candidates(evaluation, numel))
     if isinstance(found, str):
+        freed = _probe_columns(evaluation, leaves, shape, whole)
+        if freed is not None:
+            return freed
         return _probe_parts(evaluation, leaves, shape, whole, found)
     return _form(evaluation, found, replace(whole, codes=found.recipe.codes))
+
+
+def _probe_columns(
+    evaluation: Evaluation, leaves: Sequence[Tensor], shape: Recipe, whole: Recipe
+) -> WeightForm | None:
+    """The same for a weight whose columns have scales of their own."""
+    for found in itertools.islice(columns.candidates(evaluation, shape.k), MAX_CANDIDATES):
+        c = evaluation.values[found.index]
+        freed = replace(shape, program=columns.without(shape.program, found, c))
+        again = Evaluation(freed.program, leaves)
+        codes = _nearest(again, freed, _candidates(again, shape.rows * shape.k))
+        if isinstance(codes, str) or not columns.proved(evaluation, shape, found):
+            continue
+        program = columns.without(whole.program, found, c)
+        form = _form(again, codes, replace(whole, program=program, codes=codes.recipe.codes))
+        coarsest = evaluation.coarsest(found.index)
+        eps = max(form.eps, 0.0 if coarsest is None else coarsest.eps)
+        # Its values are no longer those of the graph's slice.
+        return replace(form, scale_values=(), eps=eps, columns=found)
+    return None
 
 
 def _probe_parts(

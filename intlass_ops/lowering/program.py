@@ -20,6 +20,9 @@ from torch import Tensor
 from torch.fx import Node
 
 MAX_OPERATIONS = 400
+# Constants that a graph itself holds (torch.tensor([0, 4]) in a forward) are part of the program.
+MAX_CONSTANT = 1024
+_CONSTANT = "constant"
 _BIT_CASTS = frozenset({"aten.view.dtype"})
 _BY_INDEX = (
     "aten._unsafe_index",
@@ -34,6 +37,10 @@ _UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty
 
 class NotASlice(Exception):
     """The weight is not a pure function of static leaves; the message says why."""
+
+
+class TooLong(NotASlice):
+    """Nobody looked at all of what the weight is computed from."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +100,15 @@ def target_name(target: Any) -> str:
 def resolve(name: str) -> Callable[..., Any]:
     if name == "getitem":
         return operator.getitem
+    if name == _CONSTANT:
+        return _constant
     namespace, packet, overload = name.split(".", 2)
     found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     return found
+
+
+def _constant(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def is_pure(target: Any) -> bool:
@@ -136,20 +149,28 @@ def walk(root: Node, is_leaf: Callable[[Node], bool]) -> tuple[list[Node], list[
         if not is_pure(node.target):
             raise NotASlice(f"{target_name(node.target)} is not a pure operation")
         if len(seen) > MAX_OPERATIONS:
-            raise NotASlice(f"more than {MAX_OPERATIONS} operations")
+            raise TooLong(f"more than {MAX_OPERATIONS} operations make the weight")
         stack.append((node, True))
         stack.extend((each, False) for each in reversed(node.all_input_nodes))
     return list(leaves), list(inner)
 
 
-def extract(leaves: Sequence[Node], inner: Sequence[Node]) -> tuple[Program, dict[Node, int]]:
+def extract(
+    leaves: Sequence[Node], inner: Sequence[Node], constants: Mapping[Node, Tensor] | None = None
+) -> tuple[Program, dict[Node, int]]:
     """The program of a walked slice and the value index of each node."""
-    index = {node: i for i, node in enumerate((*leaves, *inner))}
-    operations = [
+    constants = constants or {}
+    index = {node: i for i, node in enumerate((*leaves, *constants, *inner))}
+    operations = [_encoded_constant(each) for each in constants.values()]
+    operations += [
         (target_name(n.target), _encode(list(n.args), index), _encode(dict(n.kwargs), index))
         for n in inner
     ]
     return Program(as_text(len(leaves), operations)), index
+
+
+def _encoded_constant(value: Tensor) -> tuple[str, Any, Any]:
+    return _CONSTANT, [value.tolist(), _encode(value.dtype, {}), {"dev": 1}], {"k": {}}
 
 
 def as_text(leaves: int, operations: Sequence[tuple[str, Any, Any]]) -> str:
@@ -276,6 +297,13 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
 _QUICK: dict[str, Callable[..., Tensor]] = {"prims.convert_element_type.default": _cast}
 
 
+def device_of(leaves: Sequence[Any]) -> torch.device:
+    """Where a slice is computed; scalars beside a weight on a GPU may be on the host."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors.sort(key=lambda leaf: leaf.dim() == 0)
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
 def _apply(op: Operation, values: Sequence[Any], device: torch.device, wide: bool) -> Any:
     args = _decode(op.args, values, device, wide)
     kwargs = _decode(op.kwargs, values, device, wide)
@@ -293,7 +321,7 @@ class Evaluation:
     def __init__(self, program: Program, leaves: Sequence[Tensor], keep: set[int] | None = None):
         """`keep` None keeps every value (probing); a set drops the others early (packing)."""
         self.program = program
-        self.device = leaves[0].device if leaves else torch.device("cpu")
+        self.device = device_of(leaves)
         self.values: list[Any] = [*leaves, *([None] * len(program.operations))]
         self._dtypes: list[Any] = [getattr(value, "dtype", None) for value in self.values]
         inputs = inputs_of(program)

@@ -164,6 +164,10 @@ def _made(op: Operation, dim: int, out: tuple[int, ...], shapes: Shapes) -> Need
     return []
 
 
+def _constant(op: Operation, dim: int, out: tuple[int, ...], shapes: Shapes) -> Needs:
+    raise NotRowwise("a constant of all rows")
+
+
 def _per_channel(op: Operation, dim: int, out: tuple[int, ...], shapes: Shapes) -> Needs:
     own = 0 if op.args[3] % len(out) == dim else ALL
     parameters = [each["v"] for each in op.args[1:3] if isinstance(each, dict)]
@@ -192,6 +196,7 @@ _RULES: dict[str, Callable[[Operation, int, tuple[int, ...], Shapes], Needs]] = 
     **dict.fromkeys(("aten.split_with_sizes.default", "aten.split.Tensor"), _along(2)),
     "aten.expand.default": lambda op, dim, out, shapes: _broadcast(op.args[:1], dim, out, shapes),
     "aten.copy.default": _elementwise,
+    "constant": _constant,
     "aten.view.dtype": _bits,
     "aten.cat.default": _along(1, lists=True),
     "aten.slice.Tensor": _slice,

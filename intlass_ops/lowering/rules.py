@@ -55,6 +55,9 @@ class Match:
         dtype = self.gemm.x.meta["val"].dtype
         if self.activation is not None and dtype.is_floating_point:
             eps += torch.finfo(dtype).eps
+        if self.form.columns is not None:
+            # The activations are rounded once more, and so may be a scale on either side.
+            eps += (torch.finfo(dtype).eps + self.form.eps) / 2
         steps = 3 + len(tail.column_scales) + len(tail.row_scales) + 2 * (tail.bias is not None)
         dtypes = [each.meta["val"].dtype for each in (self.gemm.node, tail.last)]
         coarsest = max(torch.finfo(each).eps for each in dtypes if each.is_floating_point)

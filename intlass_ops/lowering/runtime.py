@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import reference
 from ..explain import record as record_dispatch
 from . import records
+from .program import device_of
 from .storage import (
     BETWEEN,
     DENSE,
@@ -42,10 +43,10 @@ from .weights import Recipe
 def _pack_off_pool(recipes: Sequence[Recipe], leaves: Sequence[Tensor]) -> list[Packed]:
     """Pack in a thread of its own: CUDA-graph warm-up redirects the allocations of the calling
     thread into a pool that a later capture may overwrite."""
-    if not leaves[0].is_cuda:
+    device = device_of(leaves)
+    if device.type != "cuda":
         return pack_all(recipes, leaves)
     result: list[list[Packed] | BaseException] = []
-    device = leaves[0].device
     caller = torch.cuda.current_stream(device)
 
     def work() -> None:
@@ -123,7 +124,7 @@ def _look_up(text: str, leaves: Sequence[Tensor]) -> list[Packed] | None:
     """The packed weight; None if it must be computed here: it is cold inside a capture, where
     nothing can be measured, or packing it would not pay."""
     key = (text, *(id(leaf) for leaf in leaves))
-    capturing = leaves[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    capturing = any(leaf.is_cuda for leaf in leaves) and torch.cuda.is_current_stream_capturing()
     entry = _MEMO.get(key)
     if entry is not None and entry.packed is not None and entry.fresh(leaves):
         if capturing:

@@ -129,6 +129,36 @@ def _joined_weights(edit: Editor, node: Node) -> Node | None:
     return edit.call(aten.add.Tensor, y, node.args[0])
 
 
+def _pointwise_convolution(edit: Editor, node: Node) -> Node | None:
+    """convolution(x[B, K, ..], w[N, K, 1, ..]): a linear of the channels at each point."""
+    if node.target is not aten.convolution.default:
+        return None
+    found: Any = node.args
+    x, weight, bias, stride, padding, dilation, transposed, _, groups = found
+    shape, (first, k, *points) = static_shape(weight), shape_of(x)
+    if shape is None or shape[2:] != (1,) * len(points) or not edit.quantised(weight):
+        return None
+    plain = {*stride, *dilation} == {1} and not any(padding) and (transposed, groups) == (False, 1)
+    if not plain or k != shape[1]:
+        return None
+    rank = 1 + len(points)
+    sizes = [
+        size if isinstance(size, int) else edit.call(aten.sym_size.int, x, dim)
+        for dim, size in ((0, first), *enumerate(points, start=2))
+    ]
+    rows = edit.call(aten.permute.default, x, [0, *range(2, rank + 1), 1])
+    rows = edit.call(aten.reshape.default, rows, [-1, k])
+    weight = edit.call(aten.reshape.default, weight, shape[:2])
+    weight = edit.call(aten.permute.default, weight, [1, 0])
+    product = [aten.mm.default] if bias is None else [aten.addmm.default, bias]
+    y = edit.call(*product, rows, weight)
+    y = edit.call(aten.reshape.default, y, [*sizes, shape[0]])
+    y = edit.call(aten.permute.default, y, [0, rank, *range(1, rank)])
+    if not node.meta["val"].is_contiguous():
+        return y  # channels last, as these are
+    return edit.call(aten.clone.default, y, memory_format=torch.contiguous_format)
+
+
 _FAKE_QUANTIZERS = {
     "aten.fake_quantize_per_tensor_affine_cachemask.default": ("scale", "zero", "low", "high"),
     "aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default": (
@@ -165,7 +195,8 @@ def _fake_quantize(edit: Editor, node: Node) -> Node | None:
             inverse = float(1 / torch.tensor(scale, dtype=torch.float32))
     codes = edit.call(aten.mul.Tensor, edit.call(CAST, x, torch.float32), inverse)
     codes = edit.call(aten.add.Tensor, edit.call(aten.round.default, codes), zero)
-    codes = edit.call(aten.clamp.default, codes, found["low"], found["high"])
+    codes = edit.call(aten.clamp_min.default, codes, found["low"])  # Inductor knows no clamp
+    codes = edit.call(aten.clamp_max.default, codes, found["high"])
     if found["low"] >= -128 and found["high"] <= 127:
         codes = edit.call(CAST, edit.call(CAST, codes, torch.int8), torch.float32)
     shifted = edit.call(aten.sub.Tensor, codes, zero)
@@ -177,6 +208,7 @@ SPELLINGS: dict[str, Callable[[Editor, Node], Node | None]] = {
     "addmm with alpha or beta": _scaled_sum,
     "experts repeated over a batch": _repeated_experts,
     "weights joined along N": _joined_weights,
+    "convolution with a kernel of 1": _pointwise_convolution,
     "fake_quantize": _fake_quantize,
 }
 
@@ -187,6 +219,7 @@ _TARGETS = (
     aten.addmm.default,
     aten.baddbmm.default,
     aten.bmm.default,
+    aten.convolution.default,
 )
 
 

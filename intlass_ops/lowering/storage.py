@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cuda import launch_store_rows
 from . import blocks
-from .program import Evaluation
+from .program import Evaluation, device_of
 from .weights import Measured, NotAffine, Recipe, as_nk, evaluate_real, planes
 
 INT4 = "int4"
@@ -105,7 +105,7 @@ def _by_rows(
     """Rows are stored as they are measured, in the form that the first ones need; if others need a
     wider one, all of them again. A GPU stores the others unmeasured, and asks once if that held."""
     form: Form | None = None
-    quick = launch_store_rows.can_store(leaves[0].device)
+    quick = launch_store_rows.can_store(device_of(leaves))
     while True:
         rows = _Rows(recipe.n * recipe.batch)
         for found in measured(recipe, leaves, rows.take if quick else None):

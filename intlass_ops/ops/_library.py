@@ -100,6 +100,11 @@ def require_dtype(op: str, name: str, dtype: torch.dtype, allowed: tuple[torch.d
         raise TypeError(f"{op}: {name} has dtype {type_name(dtype)}; expected one of {names}")
 
 
+def require_module(op: str, model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{op}: model is a {type(model).__name__}; expected a torch.nn.Module")
+
+
 def require_device(op: str, first: torch.Tensor, **others: torch.Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
