@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 
 import intlass_ops
 from intlass_ops import config
 from intlass_ops.config import PAIRS
-from intlass_ops.cuda import jit, launch
+from intlass_ops.config.skinny_mx import mx_candidates
+from intlass_ops.cuda import jit, launch, launch_fp4
 from intlass_ops.cuda.plans import TYPE, device_of
 
 # (M, N, K, group_size): skinny and tiled, tails of every kind, K split, groups inside a span
@@ -30,6 +32,7 @@ SHAPES = (
 )
 # The same, for every way in which the threads of a kernel share the work, picked or not
 SHARED = ((12, 1100, 4096, 128), (60, 1100, 1280, 128), (300, 600, 1408, 1408))
+WITH_REST = ((20, 11000, 384, 128), (20, 22000, 384, 128), (20, 26000, 384, 128))  # rows left over
 SHARING = "split_k", "stream_k", "by_stages", "consumers", "in_turns", "share_x", "share_w"
 
 
@@ -38,7 +41,7 @@ def shared(
 ) -> Iterator[tuple[config.Matmul, tuple[str, str], tuple[int, int, int, int], torch.dtype]]:
     """One configuration of each kernel, way of sharing and shape."""
     pairs = ("bf16", "s4"), ("s8", "s4"), ("s8", "s8")
-    for (x, w), (m, n, k, group_size) in itertools.product(pairs, SHARED):
+    for (x, w), (m, n, k, group_size) in itertools.product(pairs, SHARED + WITH_REST):
         g = k if w == "s8" else group_size
         dtype = torch.bfloat16 if x == "bf16" and g < k else torch.float32
         shape = config.Shape(
@@ -57,6 +60,8 @@ def shared(
         )
         found: dict[object, config.Matmul] = {}
         for c in config.candidates(device, shape):
+            if (m, n, k, group_size) in WITH_REST and not getattr(c, "rest_by_k", False):
+                continue
             way = [getattr(c, name, 0) for name in (*SHARING, "x_staged", "grouping")]
             found.setdefault((type(c), *way), c)
         for c in found.values():
@@ -144,6 +149,20 @@ def main() -> None:
         x = torch.randn(m, n, dtype=torch.bfloat16, device="cuda")
         for zeros in (s, None):
             intlass_ops.mixed_mm(x, packed.T, s, zeros, g, transposed=True)
+            launches += 1
+    w = torch.randint(0, 256, (17000, 1024), dtype=torch.uint8, device="cuda")
+    for m, blocked, last in itertools.product((5, 16), (True, False), (131, 200)):  # skinny_mx.cu
+        scales = torch.randint(124, last, (17000, 64), dtype=torch.uint8, device="cuda")
+        scales = scales.view(torch.float8_e8m0fnu)
+        x_scales = intlass_ops.to_blocked(scales[:m]) if blocked else scales[:m]
+        w_scales = intlass_ops.to_blocked(scales) if blocked else scales
+        shape = launch_fp4._shape(
+            "e2m1", m, w.shape, True, scales.dtype, torch.bfloat16, blocked=blocked
+        )
+        for c in mx_candidates(device_of(0), shape):
+            launch_fp4._plans.clear()
+            with mock.patch.object(config, "pick_fp4", return_value=c):
+                launch_fp4.run(w[:m], w, x_scales, w_scales, blocked, None, 2048, torch.bfloat16)
             launches += 1
     torch.cuda.synchronize()
     print(f"{launches} launches on {torch.cuda.get_device_name()}, {jit.arch_of(0)}")

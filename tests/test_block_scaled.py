@@ -17,6 +17,7 @@ from torch import Tensor
 
 import intlass_ops as ia
 from intlass_ops import config, fp4, fused_quantize, packing
+from intlass_ops.config.skinny_mx import mx_candidates
 from intlass_ops.cuda import launch_fp4
 from intlass_ops.ops import block_scaled_kernels
 from intlass_ops.reference import round_once
@@ -246,6 +247,67 @@ def test_kernel_of_a_product(
     shape = launch_fp4._shape(x_kind, m, w_shape, True, E4M3, BF16, True)
     picked = config.pick_fp4(config.device_of(arch), shape)
     assert (picked and picked.entry) == kernel
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "blocked", "kernel"),
+    [
+        (16, 28672, 4096, True, "skinny_mx"),
+        (16, 8192, 28672, False, "skinny_mx"),
+        (8, 8192, 28672, True, "skinny_mx"),
+        (8, 28672, 4096, True, "skinny_held"),
+        (1, 8192, 28672, True, "skinny_mx"),
+        (1, 8192, 28672, False, "skinny_ring"),
+        (16, 4096, 4096, True, "skinny_held"),
+        (16, 28672, 3840, True, "skinny_mx"),
+        (16, 28672, 3840, False, "skinny_held"),
+    ],
+)
+def test_kernel_of_an_mx_product(m: int, n: int, k: int, blocked: bool, kernel: str) -> None:
+    shape = launch_fp4._shape("e2m1", m, torch.Size((n, k // 2)), True, E8M0, BF16, blocked)
+    picked = config.pick_fp4(config.device_of("sm_90a"), shape)
+    assert picked is not None
+    assert picked.entry == kernel
+    without = config.pick_fp4(config.device_of("sm_90"), shape)
+    assert without is not None
+    assert without.entry != "skinny_mx"
+
+
+MX_SHAPES = [(1, 72, 2048), (9, 1000, 4096), (16, 256, 6144), (7, 4160, 4608), (13, 17000, 1024)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocked", [True, False])
+@pytest.mark.parametrize("apart", [False, True])
+def test_tiles_of_mx_products(apart: bool, blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every split of K, tails of rows and tokens, and activations whose scales do not fit e5m2."""
+    gpu = config.device_of("sm_90a")
+    if launch_fp4.device_of(0).arch != gpu.arch:
+        pytest.skip("skinny_mx.cu is for sm_90a")
+    for m, n, k in MX_SHAPES:
+        (a, a_scale), (b, b_scale) = (
+            quantized("mx", rows, k, "abs_max", seed) for seed, rows in enumerate((m, n))
+        )
+        if apart:  # zeros under the largest scales, so that sums stay exact
+            a.view(m, -1, 16)[:, 1::5] = 0
+            a_scale.view(torch.uint8)[:, 1::5] = 200
+            a_scale.view(torch.uint8)[0, :] += 20
+            a.view(m, -1, 16)[0, 3] = a.view(m, -1, 16)[0, 2]
+            a_scale.view(torch.uint8)[0, 3:5] = 100
+        operands = [t.cuda() for t in (a, b, ordered(a_scale, blocked), ordered(b_scale, blocked))]
+        x, w = exact(a, a_scale), exact(b, b_scale)
+        shape = launch_fp4._shape("e2m1", m, b.shape, True, E8M0, BF16, blocked)
+        tiles = list(mx_candidates(launch_fp4.device_of(0), shape))
+        assert tiles
+        for c in tiles:
+            monkeypatch.setattr(config, "pick_fp4", lambda *_, c=c: c)
+            launch_fp4._plans.clear()
+            y = op_of("mx", blocked)(*operands).cpu()
+            if apart:
+                assert_close(y, x @ w.T, x.abs() @ w.abs().T)
+            else:
+                assert torch.equal(y, round_once(x @ w.T, BF16)), (m, n, k, str(c))
+    launch_fp4._plans.clear()
 
 
 def test_gradient_and_compile(device: str) -> None:

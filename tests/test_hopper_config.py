@@ -40,6 +40,15 @@ def k_tiles_done(c: config.Hopper, m: int, n: int, k: int, sm_count: int) -> Cou
     (blocks, _, _) = c.grid(m, n, k, sm_count)
     _, _, k_tiles, whole, helpers, tail, each, extra = c.shares(m, n, k, blocks)
     done: Counter[int] = Counter()
+    if c.rest_by_k:  # 64 rows each
+        team = c.block_n // c.rest_rows
+        for share in range(blocks):
+            first = share * each + min(share, extra)
+            end = (share + 1) * each + min(share + 1, extra)
+            assert end - first <= k_tiles  # so it leaves no more than one piece
+            done.update(whole * team + unit // k_tiles for unit in range(first, end))
+        done.update(dict.fromkeys(range(whole * team), k_tiles))
+        return done
     pieces = []
     for block in range(blocks):
         own, rank = divmod(block, c.cluster)
@@ -70,10 +79,12 @@ def k_tiles_done(c: config.Hopper, m: int, n: int, k: int, sm_count: int) -> Cou
 @settings(max_examples=40)
 @given(st.integers(17, 3000), st.integers(1, 30000), st.integers(1, 9000), st.integers(4, 150))
 def test_every_k_tile_is_summed_once(m: int, n: int, k: int, sm_count: int) -> None:
+    device = dataclasses.replace(H200, sm_count=sm_count)
     shapes = a_shape("s8", "s8", m, n, k, k), a_shape("bf16", "s4", m, n, k, 128)
-    for c, _ in itertools.chain(*(config.hopper_candidates(H200, shape) for shape in shapes)):
+    for c, _ in itertools.chain(*(config.hopper_candidates(device, shape) for shape in shapes)):
         done = k_tiles_done(c, m, n, k, sm_count)
-        assert set(done) == set(range(c.tiles(m, n)))
+        tiles = -(-n // c.rest_rows) if c.rest_by_k else c.tiles(m, n)
+        assert set(done) == set(range(tiles))
         assert set(done.values()) == {-(-k // config.HOPPER_BLOCK_K)}
 
 
@@ -87,7 +98,7 @@ def test_the_pick_is_close_to_the_best_tile_measured() -> None:
         c = config.pick(H200, shape)
         assert isinstance(c, config.Hopper)
         how = ["block_m", "tiles_n", "consumers", "stream_k", "split_k", "num_stages", "in_turns"]
-        how += ["share_x", "share_w", "by_stages"]
+        how += ["share_x", "share_w", "by_stages"]  # before there was rest_by_k
         places = [columns.index(name) for name in how]
         times = {tuple(t[i] for i in places): t[0] for t in p["tiles"]}
         tile = tuple(int(getattr(c, name)) for name in how)

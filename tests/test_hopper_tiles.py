@@ -18,7 +18,9 @@ from intlass_ops.cuda.plans import TYPE, device_of
 BF16 = torch.bfloat16
 # Some tiles a block, and ends of rows, tokens and K that no tile divides
 SIZES = Case(x="s8", w="s8", lead=(1300,), n=1000, k=1376)
+SMALL = replace(SIZES, lead=(100,), x="bf16", w="s4", scale=BF16, out=BF16, k=1280, groups=10)
 CASES = [
+    SMALL,
     replace(SIZES, a_scale="token", bias=torch.float32),
     replace(SIZES, lead=(2100,), n=1100),
     replace(SIZES, lead=(100,), bias=BF16),
@@ -34,7 +36,26 @@ CASES = [
     replace(SIZES, lead=(300,), x="s4", w="s4", a_scale="token"),
     replace(SIZES, lead=(300,), x="s4", w="u4", zero=BF16, k=1344, groups=42),
     replace(SIZES, lead=(13,), x="bf16", w="s4", k=1280, groups=10, scale=BF16, out=BF16),
-    replace(SIZES, lead=(100,), x="bf16", w="s4", scale=BF16, out=BF16, k=1280, groups=10),
+    # runs of four groups, in vectors or one by one: hopper_staged.cuh
+    replace(SIZES, lead=(30,), x="bf16", w="s4", scale=BF16, out=BF16, k=1536, groups=12),
+    replace(SIZES, lead=(300,), x="bf16", w="u4", scale=BF16, out=BF16, k=1536, groups=12),
+    replace(SIZES, lead=(60,), x="bf16", w="u4", zero=BF16, scale=BF16, out=BF16, k=1536, groups=6),
+    replace(SIZES, lead=(30,), x="bf16", w="u4", zero=torch.int32, scale=BF16, k=1536, groups=12),
+    replace(
+        SIZES, lead=(60,), x="fp16", w="s4", scale=torch.half, scale_layout="transposed",
+        k=1536, groups=24,
+    ),
+    replace(SIZES, lead=(60,), x="bf16", w="s8", scale=BF16, k=1536, groups=12),
+]  # fmt: skip
+# Rows left over, which all SMs share by K: about 40, 80 and 40 tiles of 64 rows, by 10 to 12 of K
+WITH_REST = [
+    replace(SIZES, lead=(30,), n=11000, x="bf16", w="s4", scale=BF16, out=BF16, k=1408, groups=11),
+    replace(SIZES, lead=(60,), n=22000, x="bf16", w="u4", scale=BF16, out=BF16, k=1344, groups=21),
+    replace(SIZES, lead=(60,), n=28000, x="bf16", w="s4", scale=BF16, out=BF16, k=1280, groups=5),
+    replace(SIZES, lead=(30,), n=28000, x="bf16", w="u4", scale=BF16, out=BF16, k=1536, groups=12),
+    replace(SIZES, lead=(60,), n=22000, w="s4", scale=BF16, a_scale="token", k=1280, groups=10),
+    replace(SIZES, lead=(100,), n=22000, w="s4", a_scale="token", residual=True),
+    replace(SIZES, lead=(100,), n=22000, x="bf16", w="s8", bias=BF16),
 ]
 
 
@@ -59,11 +80,12 @@ def tiles_of(case: Case, device: config.Device) -> list[config.Hopper]:
 
 
 def test_the_cases_meet_every_form_of_tile() -> None:
-    tiles = [c for case in CASES for c in tiles_of(case, config.device_of("sm_90a"))]
+    tiles = [c for case in CASES + WITH_REST for c in tiles_of(case, config.device_of("sm_90a"))]
     assert {c.grouping for c in tiles} == set(config.Grouping) - {config.Grouping.STRADDLING}
     assert any(c.in_turns and c.stream_k for c in tiles)
     assert {c.consumers for c in tiles if c.by_stages} == {2, 4}
-    assert {c.consumers for c in tiles if not c.by_stages} == {1, 2, 4}
+    assert {c.consumers for c in tiles if not c.by_stages} == {1, 2, 3, 4}
+    assert {c.consumers for c in tiles if c.rest_by_k} == {2, 3, 4}
     assert any(c.split_k > 1 and not c.stream_k for c in tiles)
     assert any(c.split_k > 1 and c.stream_k for c in tiles)
     assert {c.share_x for c in tiles} == {1, 2, 4}
@@ -75,12 +97,13 @@ def test_the_cases_meet_every_form_of_tile() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + WITH_REST, ids=str)
 def test_every_tile_is_exact(case: Case) -> None:
     device = device_of(0)
     if device.arch != "sm_90a":
         pytest.skip(f"{device.arch} has no wgmma")
-    tiles = tiles_of(case, device)
+    tiles = [c for c in tiles_of(case, device) if c.rest_by_k or case not in WITH_REST]
+    assert tiles
     widened = case.x == "s4"
     run = [config.in_lane_order(tile, case.k, aligned=True) if widened else tile for tile in tiles]
     jit.warmup(run, progress=False)
@@ -90,18 +113,21 @@ def test_every_tile_is_exact(case: Case) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("groups", [10, 40])
-def test_every_tile_takes_scales_of_any_size(groups: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "k", "groups"),
+    [(1000, 1280, 10), (1000, 1280, 40), (1000, 1536, 12), (22000, 1280, 10)],
+)
+def test_every_tile_takes_scales_of_any_size(rows: int, k: int, groups: int) -> None:
     """Those that one FMA a pair of weights cannot take (hopper_weights.cuh): of all rows, and of
     one group of a few."""
     device = device_of(0)
     if device.arch != "sm_90a":
         pytest.skip(f"{device.arch} has no wgmma")
-    case = replace(CASES[-1], groups=groups)
+    case = replace(SMALL, n=rows, k=k, groups=groups)
     few = build(case, "cuda", numbers="random")
-    few.scales[[5, 300, 999], [0, groups // 2, groups - 1]] *= 2.0**14
+    few.scales[[5, 300, rows - 1], [0, groups // 2, groups - 1]] *= 2.0**14
     expected = few.expected()
-    tiles = tiles_of(case, device)
+    tiles = [c for c in tiles_of(case, device) if c.rest_by_k or rows == 1000]
     jit.warmup(tiles, progress=False)
     for tile in tiles:
         with launch.forced(tile):

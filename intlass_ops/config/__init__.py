@@ -50,6 +50,7 @@ from .shipped import shipped_configs as shipped_configs
 from .skinny import SKINNY_MAX_M as SKINNY_MAX_M
 from .skinny import Skinny as Skinny
 from .skinny_held import SkinnyHeld as SkinnyHeld
+from .skinny_mx import SkinnyMx as SkinnyMx
 from .skinny_ring import SkinnyRing as SkinnyRing
 from .store_rows import StoreRows as StoreRows
 from .store_rows import pick_store_rows as pick_store_rows

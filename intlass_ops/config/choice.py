@@ -17,13 +17,14 @@ from .rotate_hopper import RotateHopper
 from .rotate_quantize import RotateQuantize
 from .skinny import Skinny, groups_of_chunk, pick_skinny, skinny_candidates, why_not_skinny
 from .skinny_held import SkinnyHeld, held_candidates, pick_held, why_not_held
+from .skinny_mx import SkinnyMx
 from .skinny_ring import SkinnyRing, pick_ring, ring_candidates, why_not_ring
 from .store_rows import StoreRows
 from .transposed import Transposed
 from .transposed_wgmma import TransposedWgmma
 from .widen import Widen
 
-Matmul = Gemm | Skinny | SkinnyRing | SkinnyHeld | Hopper
+Matmul = Gemm | Skinny | SkinnyRing | SkinnyHeld | SkinnyMx | Hopper
 Tools = TokenSums | Quantize | RotateQuantize | RotateHopper | DecodeFp4 | Widen | StoreRows
 Config = Matmul | Transposed | TransposedWgmma | Tools
 

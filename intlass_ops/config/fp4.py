@@ -12,9 +12,10 @@ from .hopper_tiles import pick_hopper
 from .problem import Device, Shape
 from .skinny import Skinny, pick_skinny, why_not_skinny
 from .skinny_held import SkinnyHeld, pick_held
+from .skinny_mx import SkinnyMx, pick_mx
 from .skinny_ring import SkinnyRing, ring_candidates
 
-FewTokens = Skinny | SkinnyRing | SkinnyHeld
+FewTokens = Skinny | SkinnyRing | SkinnyHeld | SkinnyMx
 FP4_X = ("e2m1", "bf16")
 # Where there is no wgmma, so many tokens go through the kernels for few tokens slice by slice; more
 # are faster as a dense product of operands that were decoded before.
@@ -55,7 +56,7 @@ def pick_fp4(device: Device, shape: Shape) -> FewTokens | Hopper | None:
     if why_not_skinny(shape) is None:
         held = pick_held(device, shape)
         ring = _pick_ring(device, shape, held)
-        return ring or held or pick_skinny(device, shape)
+        return pick_mx(device, shape) or ring or held or pick_skinny(device, shape)
     return pick_hopper(device, shape) if why_not_hopper(device, shape) is None else None
 
 

@@ -49,6 +49,7 @@ class Hopper:
     in_turns: bool  # a consumer computes all of a tile, while others write out theirs
     by_stages: bool  # the consumers share out a tile by k, one tile a block
     num_stages: int
+    rest_by_k: bool  # the last consumer takes a share of the rows that are left over, by k
     stream_k: bool  # whether blocks without a tile in the last round help the others
     split_k: int  # blocks of a cluster that share a tile
     share_x: int  # blocks of a cluster that load the same tokens, each a part for all
@@ -68,7 +69,13 @@ class Hopper:
 
     @property
     def block_n(self) -> int:
-        return 64 * self.tiles_n * (1 if self.in_turns or self.by_stages else self.consumers)
+        team = 1 if self.in_turns or self.by_stages else self.consumers - self.rest_by_k
+        return 64 * self.tiles_n * team
+
+    @property
+    def rest_rows(self) -> int:
+        """Rows of the last consumer's tiles, if it has its own."""
+        return 64 * self.tiles_n * self.rest_by_k
 
     @property
     def threads(self) -> int:
@@ -90,9 +97,21 @@ class Hopper:
 
     @property
     def stage_bytes(self) -> int:
-        bits = self.block_m * BITS[self.x_kind] + self.block_n * BITS[self.w_kind]
+        rows = self.block_n + self.rest_rows
+        bits = self.block_m * BITS[self.x_kind] + rows * BITS[self.w_kind]
         sums = 4 * self.groups_per_tile * self.block_m if self.needs_token_sums else 0
-        return math.ceil((bits * HOPPER_BLOCK_K // 8 + sums) / 1024) * 1024
+        scales = 8 * self.groups_per_tile * rows if self.stages_scales else 0
+        return math.ceil((bits * HOPPER_BLOCK_K // 8 + sums + scales) / 1024) * 1024
+
+    @property
+    def stages_scales(self) -> bool:
+        """Whether what weights take their scales by goes through the ring (hopper_staged.cuh)."""
+        return self.grouping == Grouping.SCALED_WEIGHTS and self.w_kind != "e2m1"
+
+    @property
+    def w_rows(self) -> int:
+        """Rows of W that are loaded at a time."""
+        return self.rest_rows or self.block_n // self.share_w
 
     @property
     def needs_token_sums(self) -> bool:
@@ -140,11 +159,25 @@ class Hopper:
         places = sm_count * self.blocks_per_sm // self.cluster
         return max(1, places // math.prod(self._tiles(m, n))) if self.stream_k else 1
 
+    def whole_and_rest(self, n: int, blocks: int) -> tuple[int, int]:
+        """rest_by_k: tiles, as many for each block, and tiles of the last consumers' rows."""
+        whole = n // self.block_n // blocks * blocks
+        return whole, math.ceil((n - whole * self.block_n) / self.rest_rows)
+
+    def leaves_a_rest(self, m: int, n: int, sm_count: int) -> bool:
+        """Whether last consumers have as much to do as the others of one tile, or less."""
+        whole, rest = self.whole_and_rest(n, sm_count)
+        return m <= self.block_m and whole > 0 and 0 < rest <= sm_count
+
     def shares(self, m: int, n: int, k: int, blocks: int) -> Shares:
         """Of which the helpers' part is as large as lets all end together."""
         of_m, of_n = self._tiles(m, n)
         k_tiles = math.ceil(k / HOPPER_BLOCK_K)
         clusters = blocks // self.cluster
+        if self.rest_by_k:
+            whole, rest = self.whole_and_rest(n, blocks)
+            each, extra = divmod(rest * k_tiles, blocks)
+            return Shares(1, whole, k_tiles, whole, blocks, k_tiles, each, extra)
         shared = of_m * of_n % clusters if self.stream_k else 0
         helpers = clusters - shared
         of_helper = shared / helpers if helpers else 0.0
@@ -160,12 +193,18 @@ class Hopper:
     @property
     def values_per_block(self) -> int:
         """Words a block leaves in the workspace of a shared tile."""
-        return self.block_m * self.block_n // self.split_k
+        return self.block_m * (self.rest_rows or self.block_n) // self.split_k
+
+    @property
+    def shares_tiles(self) -> bool:
+        """Whether blocks leave sums for others in a workspace."""
+        return self.stream_k or self.rest_by_k
 
     def __str__(self) -> str:
         extra = " in_turns" if self.in_turns else ""
         if self.consumers == 4 or self.by_stages:
             extra = f" {'by_stages' if self.by_stages else 'consumers'}={self.consumers}"
+        extra += " rest_by_k" if self.rest_by_k else ""
         extra += " stream_k" if self.stream_k else ""
         if self.split_k > 1:
             extra += f" split_k={self.split_k}"

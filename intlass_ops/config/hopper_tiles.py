@@ -27,7 +27,7 @@ _HOPPER_TILES = {
     ("bf16", 4, "channel"): (
         (256, 1, 2, 773), (128, 2, 2, 757), (128, 1, 2, 728), (64, 2, 2, 614), (64, 1, 1, 492),
         (32, 2, 2, 373), (32, 1, 1, 357), (64, 1, 4, 649), (32, 1, 4, 394), (16, 2, 2, 215),
-        (16, 1, 4, 220),
+        (16, 1, 4, 220), (128, 1, 3, 750), (64, 1, 3, 540), (32, 1, 3, 350), (16, 1, 3, 245),
     ),
     ("bf16", 4, "fp4"): (
         (256, 1, 2, 735), (128, 2, 2, 540), (128, 1, 2, 555), (64, 2, 2, 400), (64, 1, 1, 350),
@@ -35,21 +35,24 @@ _HOPPER_TILES = {
     ),
     ("bf16", 8, "channel"): (
         (256, 1, 2, 703), (128, 2, 2, 719), (128, 1, 2, 715), (64, 2, 2, 530), (64, 1, 1, 504),
-        (32, 2, 2, 309), (32, 1, 1, 321), (64, 1, 4, 530), (32, 1, 4, 331),
+        (32, 2, 2, 309), (32, 1, 1, 321), (64, 1, 4, 530), (32, 1, 4, 331), (128, 1, 3, 750),
+        (64, 1, 3, 535), (32, 1, 3, 420),
     ),
     ("s8", 4, "groups"): (
         (256, 1, 2, 1080), (128, 2, 2, 980), (128, 1, 2, 975), (64, 2, 2, 711), (64, 1, 2, 677),
         (64, 1, 1, 680),
-        (32, 2, 2, 442), (32, 1, 1, 404), (64, 1, 4, 815), (32, 1, 4, 533),
+        (32, 2, 2, 442), (32, 1, 1, 404), (64, 1, 4, 815), (32, 1, 4, 533), (64, 1, 3, 735),
+        (32, 1, 3, 500),
     ),
     ("s8", 4, "channel"): (
         (256, 1, 2, 1575), (128, 2, 2, 1532), (128, 1, 2, 1507), (64, 2, 2, 1092), (64, 1, 1, 981),
-        (32, 2, 2, 723), (32, 1, 1, 552), (64, 1, 4, 1131), (32, 1, 4, 841),
+        (32, 2, 2, 723), (32, 1, 1, 552), (64, 1, 4, 1131), (32, 1, 4, 841), (128, 1, 3, 1600),
+        (64, 1, 3, 1225), (32, 1, 3, 720),
     ),
     ("s8", 8, "channel"): (
         (256, 1, 2, 1602), (128, 2, 2, 1587), (128, 1, 2, 1543), (128, 1, 1, 1404),
         (64, 2, 2, 1262), (64, 1, 2, 1263), (64, 1, 1, 913), (32, 2, 2, 811), (32, 1, 2, 815),
-        (32, 1, 1, 484),
+        (32, 1, 1, 484), (128, 1, 3, 1587), (64, 1, 3, 1210), (32, 1, 3, 815),
     ),
 }  # fmt: skip
 _HOPPER_TILES["bf16", 8, "groups"] = _HOPPER_TILES["bf16", 4, "groups"]
@@ -70,6 +73,17 @@ _TILES_OF_SEVERAL = {
     ("bf16", 4, "channel"): ((128, 1, 2, 970), (64, 1, 2, 620), (32, 1, 2, 387), (16, 1, 2, 189)),
     ("s8", 4, "groups"): ((64, 1, 2, 834), (32, 1, 2, 497)),
 }
+# Rows that do not fill all SMs alike, few tokens: the last consumer has a share of the K of those
+# that are left over. block_m, consumers, TOPS
+_TILES_WITH_REST = {
+    ("bf16", 4, "channel"): (
+        (128, 3, 690), (64, 2, 485), (64, 3, 490), (64, 4, 560), (32, 2, 295), (32, 3, 305),
+        (32, 4, 345), (16, 3, 215), (16, 4, 205),
+    ),
+    ("bf16", 8, "channel"): ((128, 3, 635), (64, 3, 450), (32, 3, 435)),
+    ("s8", 4, "groups"): ((64, 3, 680), (32, 3, 410)),
+    ("s8", 4, "channel"): ((128, 3, 1180), (64, 3, 895), (32, 3, 510)),
+}  # fmt: skip
 # W8A8 by two consumers in turns: block_m, tiles_n and TOPS. From 64 tiles of K on, writing out is
 # so little of the work that larger tiles win; weights that become fragments want larger ones too.
 _TILES_IN_TURNS = ((192, 2, 1686), (128, 2, 1614), (256, 1, 1564))
@@ -99,6 +113,9 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
         places *= _PLACES_OF_FOUR
     rounds = math.ceil(tiles * c.split_k / places) / c.split_k
     exchange = _CLUSTER_US * (c.split_k > 1)
+    if c.rest_by_k:  # the last consumer's share is as long as such a part of a tile
+        shares = c.shares(shape.m, shape.n, shape.k, device.sm_count)
+        rounds = shares.whole / places + shares.each / k_tiles * c.rest_rows / c.block_n
     if c.stream_k:
         blocks = c.grid(shape.m, shape.n, shape.k, device.sm_count)[0]
         shares = c.shares(shape.m, shape.n, shape.k, blocks)
@@ -140,6 +157,8 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
     tiles += [(m, 1, consumers, "by_stages", rate) for m, consumers, rate in of_k]
     of_several = _TILES_OF_SEVERAL.get(key, ())
     tiles += [(m, n, consumers, "several", rate) for m, n, consumers, rate in of_several]
+    with_rest = _TILES_WITH_REST.get(key, ())
+    tiles += [(m, 1, consumers, "rest", rate) for m, consumers, rate in with_rest]
     # stream_k, split_k, share_x, share_w
     ways = [(False, 1, 1, 1), (True, 1, 1, 1), (False, 2, 1, 1), (True, 2, 1, 1)]
     if shape.x_kind == "s8" and whole:  # others are not bound by reading
@@ -159,7 +178,7 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
         grouping = Grouping.SPAN if groups_per_tile > 1 else Grouping.TILE
     for tile, way in itertools.product(tiles, ways):
         block_m, tiles_n, consumers, how, rate = tile
-        in_turns, by_stages = how == "in_turns", how == "by_stages"
+        in_turns, by_stages, rest_by_k = (how == w for w in ("in_turns", "by_stages", "rest"))
         stream_k, split_k, share_x, share_w = way
         if in_turns and (split_k > 1 or share_x > 2 or share_w > 1):
             continue  # a cluster has one tile; the others are never the fastest
@@ -175,10 +194,14 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
         elif stream_k and split_k > 1:
             continue
         sums = shape.has_zeros and not scaled
+        if rest_by_k and (sums or way != (False, 1, 1, 1)):
+            continue  # a stage has the rows left over where others have sums of x
+        if rest_by_k and block_m == 128 and groups_per_tile > 1:
+            continue  # spills
         if consumers == 4 and (groups_per_tile > 1 or sums):
             continue  # 112 registers a thread are too few
-        if consumers == 4 and not by_stages and split_k > 1:
-            continue  # never the fastest
+        if consumers > 2 and not by_stages and split_k * share_x * share_w > 1:
+            continue  # never the fastest, or not measured
         parts = 4 if emptied and block_m == 256 else 1
         if parts > 1 and split_k > 1:
             continue  # not measured
@@ -203,6 +226,7 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
             in_turns=in_turns,
             by_stages=by_stages,
             num_stages=1,
+            rest_by_k=rest_by_k,
             stream_k=stream_k,
             split_k=split_k,
             share_x=share_x,
@@ -217,6 +241,8 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
         )
         if how == "several" and c.clusters_of_tile(shape.m, shape.n, device.sm_count) == 1:
             continue  # a helper would have pieces of several tiles to leave
+        if rest_by_k and not c.leaves_a_rest(shape.m, shape.n, device.sm_count):
+            continue
         if share_w > 1 and shape.m <= block_m:
             continue  # nobody to share with
         blocks = c.tiles(shape.m, shape.n) * split_k

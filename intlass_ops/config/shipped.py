@@ -10,7 +10,7 @@ from .choice import Config, of_int4, pick
 from .epilogue import with_epilogue
 from .fp4 import FP4_UNIT, FP4_X, DecodeFp4, pick_fp4
 from .hopper import Hopper, TokenSums, why_not_hopper
-from .hopper_tiles import pick_hopper
+from .hopper_tiles import hopper_candidates, pick_hopper
 from .problem import (
     ARCHS,
     BITS,
@@ -25,6 +25,7 @@ from .problem import (
 from .quantize import Before, pick_quantize
 from .rotate_quantize import pick_rotate_quantize
 from .skinny import SKINNY_MAX_M
+from .skinny_mx import mx_candidates
 from .store_rows import pick_store_rows
 from .transposed import TRANSPOSED_MAX_M, pick_transposed
 from .transposed_wgmma import pick_transposed_wgmma
@@ -72,6 +73,37 @@ def _shipped_hopper(
         if x in ("bf16", "fp16", "s8") and w == "u4":
             for span in (128, 64, 32):
                 yield TokenSums(x, span), ("sm_90a",)
+
+
+def _shipped_rest() -> Iterator[tuple[Hopper, tuple[str, ...]]]:
+    """Tiles of hopper.cu by two, three and four consumers whose last one takes rows left over."""
+    cases = (
+        ("bf16", "s4", 60, 11008, 128),
+        ("bf16", "u4", 128, 22016, 128),
+        ("fp16", "s4", 32, 28672, 128),
+        ("s8", "s4", 64, 18944, 128),
+        ("s8", "s4", 64, 37888, 4096),
+        ("bf16", "s8", 128, 18944, 4096),
+    )
+    for x, w, m, n, group_size in cases:
+        own = {"bf16": "__nv_bfloat16", "fp16": "__half", "s8": "float"}[x]
+        shape = Shape(
+            x_kind=x,
+            w_kind=w,
+            scale_type=own,
+            zero_type="unsigned char",
+            out_type="__nv_bfloat16" if x == "s8" else own,
+            has_zeros=w == "u4",
+            has_a_zero=False,
+            aligned=True,
+            m=m,
+            n=n,
+            k=4096,
+            group_size=group_size,
+        )
+        h200 = device_of("sm_90a")
+        tiles = [c for c, _ in hopper_candidates(h200, shape) if c.rest_by_k]
+        yield min(tiles, key=lambda c: (-c.consumers, c.block_m)), ("sm_90a",)
 
 
 def _shipped_epilogues() -> Iterator[tuple[Config, tuple[str, ...]]]:
@@ -225,6 +257,7 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
                     many_rows = replace(shape, n=32768, aligned=True)
                     yield pick(device, many_rows), (arch,)
     yield from _shipped_hopper(types, zero_types)
+    yield from _shipped_rest()
     yield from _shipped_scaled()
     yield from _shipped_epilogues()
     yield from _shipped_rotations()
@@ -265,6 +298,24 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
                 picked = replace(picked, lane_order=True, x_unit=unit)
             if picked is not None:
                 yield picked, (arch,)
+    for turn, m in enumerate((1, 16)):
+        shape = Shape(
+            x_kind="e2m1",
+            w_kind="e2m1",
+            scale_type="e8m0",
+            zero_type="float",
+            out_type=types[turn],
+            has_zeros=False,
+            has_a_zero=False,
+            aligned=True,
+            m=m,
+            n=8192,
+            k=8192,
+            group_size=32,
+            blocked=turn == 1,
+        )
+        for mx in mx_candidates(device_of("sm_90a"), shape):
+            yield mx, ("sm_90a",)
     for x in ("s4", "u4"):
         for aligned, m in ((True, 16), (True, 4096), (False, 16)):
             for arch in ARCHS:

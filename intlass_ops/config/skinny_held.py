@@ -12,7 +12,7 @@ from .problem import BITS, Device, Shape, decoded_fp4, mma_sass
 from .skinny import few_tokens_grouping, groups_of_chunk
 
 # Clusters of so many blocks that an H200 holds at once, of its SMs
-_PLACES = {1: 1.0, 2: 1.0, 4: 0.88, 8: 0.85}
+PLACES = {1: 1.0, 2: 1.0, 4: 0.88, 8: 0.85}
 _MOST_GROUPS = 15  # each has a named barrier, of which a block has 16, one for all
 _FEWEST_WARPS = 6  # five, of K that has no better divisors, have too little under way
 WITH_CLUSTERS = ("sm_90a", "sm_100", "sm_120")
@@ -122,7 +122,7 @@ def pick_held(device: Device, shape: Shape) -> SkinnyHeld | None:
 def held_candidates(device: Device, shape: Shape) -> Iterator[SkinnyHeld]:
     """What fits registers and shared memory, the best of what was measured first."""
     many_rows = shape.n >= 128 * device.sm_count
-    for split_k in _PLACES if device.arch in WITH_CLUSTERS else (1,):
+    for split_k in PLACES if device.arch in WITH_CLUSTERS else (1,):
         tiles = _tiles(shape, many_rows, split_k)
         configs = (_config(device, shape, split_k, *tile) for tile in dict.fromkeys(tiles))
         found = [c for c in configs if c is not None]
@@ -175,7 +175,7 @@ def _config(
     chunk_k = 512 // BITS[shape.w_kind]
     chunks = shape.k // chunk_k
     k_warps = math.ceil(chunks / (split_k * warp_chunks))
-    resident = int(device.sm_count * blocks_per_sm * _PLACES[split_k]) // split_k * split_k
+    resident = int(device.sm_count * blocks_per_sm * PLACES[split_k]) // split_k * split_k
     spills = warps == 16 and warp_chunks == 4 and k_warps > 8 and BITS[shape.x_kind] == 16
     if chunks % warp_chunks or k_warps > warps or not resident or spills:
         return None

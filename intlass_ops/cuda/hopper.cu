@@ -1,12 +1,14 @@
 // The GEMM (formula in gemm.cu) on Hopper's own units: TMA fills a ring, wgmma empties it (sm_90a).
 //
 // A block is a few warpgroups. The first one's first thread is the producer: it copies tiles of W
-// and X into the ring. The others are consumers: each owns 64 * tiles_n rows of W and all
-// block_m tokens of the block's tile, with W as wgmma's A operand. INT8 weights under INT8
-// activations go from shared memory straight to the tensor cores; all others become fragments in
-// registers on the way, while the tensor cores work on the fragments before. Or (`in_turns`) each consumer
-// owns all of a tile and takes every second one, so that one computes while the other writes out; or
-// (`by_stages`) all own the same rows and tokens, and each sums up some of the tiles of K.
+// and X into the ring; its other warps add the scales that weights take (hopper_staged.cuh). The
+// others are consumers: each owns 64 * tiles_n rows of W and all block_m tokens of the block's tile,
+// with W as wgmma's A operand. INT8 weights under INT8 activations go from shared memory straight to
+// the tensor cores; all others become fragments in registers on the way, while the tensor cores work
+// on the fragments before. Or (`in_turns`) each consumer owns all of a tile and takes every second
+// one, so that one computes while the other writes out; or (`by_stages`) all own the same rows and
+// tokens, and each sums up some of the tiles of K; or (`rest_by_k`) the last one owns other rows than
+// those of the block's tile, for a part of K.
 //
 //     producer:   empty? -> TMA -> full          full/empty: one pair of mbarriers a stage
 //     consumer:   full?  -> fragments, wgmma -> empty
@@ -17,6 +19,7 @@
 // there are few tiles at all, a cluster of blocks shares each (`split_k`), or what both make of it.
 #include "hopper_out.cuh"
 #include "hopper_parts.cuh"
+#include "hopper_staged.cuh"
 
 // A tile into a stage: all of it, or a part of it into the stages of every block of the cluster
 template <int blocks, int rows, int bytes>
@@ -30,22 +33,42 @@ __device__ __forceinline__ void load_tile(u32 to, const TensorMap& map, int colu
                          full);
 }
 
+// rest_by_k: the rows of a tile of K, and those left over that the last consumer takes, if there are more
+__device__ __forceinline__ void load_rows(u32 to, const TensorMap& map, int kt, int row,
+                                          int rest_row, bool more, const Ring& ring) {
+  constexpr int bytes = rest_rows * w_row_bytes;
+  barrier_expect(ring.full(), x_bytes + w_bytes - (more ? 0 : bytes));
+  if (more)
+    tma_load(to + team * bytes, map, kt * w_row_bytes, rest_row, ring.full());
+  else
+    barrier_arrive_times(ring.empty(), 4 * arrivals_of_warp);  // the last consumer is done
+#pragma unroll
+  for (int i = 0; i < team; ++i)
+    tma_load(to + i * bytes, map, kt * w_row_bytes, row + i * rest_rows, ring.full());
+}
+
 __device__ __forceinline__ void produce(const Shares& shares, const TensorMap& w_map,
                                         const TensorMap& x_map, const char* x_sums, i64 x_sums_row,
                                         Ring ring) {
   Schedule schedule;
+  [[maybe_unused]] int rest_row = shares.first_row_of_rest(), rest_left = shares.units_of_block();
   bool waited = false;
   for (Segment s; schedule.next(shares, s);) {
     int m0, n0;
     shares.locate(s.tile, m0, n0);
     s = s.of_block();
 #pragma unroll 1
-    for (int kt = s.begin; kt < s.end; ++kt, ring.advance()) {
+    for (int count = s.begin; count < s.end; ++count, ring.advance()) {
+      const int kt = place_of(count, shares.k_tiles);
       barrier_wait(ring.empty(), ring.phase ^ 1);
-      barrier_expect(ring.full(), x_bytes + w_bytes + sum_bytes);
+      if constexpr (!rest_by_k) barrier_expect(ring.full(), x_bytes + w_bytes + sum_bytes);
       const u32 data = ring.data();
-      load_tile<share_w, block_n, w_bytes>(data + x_bytes, w_map, kt * w_row_bytes, n0,
-                                           ring.full());
+      if constexpr (rest_by_k)
+        load_rows(data + x_bytes, w_map, kt, n0, rest_row, rest_left-- > 0, ring);
+      else
+        load_tile<share_w, block_n, w_bytes>(data + x_bytes, w_map, kt * w_row_bytes, n0,
+                                             ring.full());
+      if (rest_by_k && kt + 1 == shares.k_tiles) rest_row += rest_rows;
       if (!waited) wait_for_predecessors(), waited = true;
 #pragma unroll
       for (int c = 0; c < x_columns; ++c)
@@ -65,8 +88,6 @@ __device__ __forceinline__ void produce(const Shares& shares, const TensorMap& w
     for (int stage = 0; stage < num_stages; ++stage, ring.advance())
       barrier_wait(ring.empty(), ring.phase ^ 1);
 }
-
-constexpr bool in_groups = grouping != channel && !fp4;
 
 template <class T> __device__ __forceinline__ void pin_all(T (&v)[acc_values]) {
 #pragma unroll
@@ -105,9 +126,9 @@ __device__ __forceinline__ void sum_tiles(Ring& ring, const Segment& segment, in
 // The same with fragments of W: into `sum` if there is one scale a row, else into `total`. While wgmma
 // works on a turn's fragments those of the next are made and the words of the one after it are
 // read, also across tiles of K and before an accumulator is emptied.
-__device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const Segment& segment,
-                                              int m0, i64 row0, int wg_row0, int lane, int warp,
-                                              Sums& sum, Totals& total) {
+__device__ __forceinline__ void sum_fragments(const Params& p, int k_tiles, Ring& ring,
+                                              const Segment& segment, int m0, i64 row0, int wg_row0,
+                                              int lane, int warp, Sums& sum, Totals& total) {
   if (segment.begin >= segment.end) return;
   if constexpr (flushes == 1) pin(lane);
   const Lane own(wg_row0, lane, warp);
@@ -116,93 +137,91 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
   BlockReader block_reader(p, row0, lane);
   BlockScales blocks, next_blocks;
   bool no_number[tiles_n][2] = {};
-  u32 lost = 0;
   const int groups = int((p.k - 1) / p.group_size) + 1;
   auto groups_left = [&](int kt) { return flushes > 1 ? groups - kt * flushes : 1; };
-  if constexpr (in_groups) reader.read(p, next, groups_left(segment.begin));
+  if constexpr (!direct) reader.read(p, next, groups_left(segment.begin));
   if constexpr (fp4) block_reader.read(next_blocks, segment.begin);
 
-  constexpr int turns = chunks * tiles_n;
+  constexpr int turns = chunks / turn_chunks * tiles_n;
   static_assert(turns % 2 == 0, "the first turn of a tile of K finds its fragments in a[0]");
   // an accumulator each: the row tiles take turns at each chunk; else a row tile runs to its end
-  auto chunk_of = [](int t) { return direct ? t / tiles_n : t % chunks; };
+  auto chunk_of = [](int t) { return direct ? t / tiles_n * turn_chunks : t % chunks; };
   auto tile_of = [](int t) { return direct ? t % tiles_n : t / chunks; };
-  u32 a[2][chunk_steps][4];
-  RowScale rows[tiles_n][row_scales][2];
+  u32 a[2][turn_steps][4];
+  RowScale rows[tiles_n][kept_scales][row_scales][2];
   Chunk raw[ahead];
-  auto scale_rows = [&](int i, int c) {  // as they are for a chunk
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int f = c / chunks_per_flush;
-      if constexpr (fp4)
-        blocks.factors(rows[i], i, h, c, lane % 4);
-      else if constexpr (scaled)
-        rows[i][0][h] = RowScale(scales.s[i][f][h], scales.z[has_zeros ? i : 0][f][h]);
-    }
-  };
-  auto take_scales = [&] {
-    scales = next, blocks = next_blocks;
-    if constexpr (!fp4 && flushes == 1)
-#pragma unroll
-      for (int i = 0; i < tiles_n; ++i) scale_rows(i, 0);
-    if constexpr (one_fma)
+  auto take_scales = [&] { scales = next, blocks = next_blocks; };
+  const int scales_of_lane = (wg_row0 / 2 + warp * 8 + lane / 4) * 16;
+  auto load_staged = [&](const char* tile) {
+    if constexpr (staged_scales)
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
-        for (int f = 0; f < flushes; ++f) lost |= lost_by_one_fma(scales.s[i][f]);
+        for (int f = 0; f < flushes; ++f)
+          load_row_scales(rows[i][f][0], tile + scales_at(f, i * 64) + scales_of_lane);
   };
   auto make_fragments = [&](int t) {
     const int c = chunk_of(t), i = tile_of(t);
-    if constexpr (fp4 || flushes > 1) scale_rows(i, c);
-    own.fragments(a[t % 2], raw[t % ahead], rows[i]);
+    const int f = staged_scales ? c / chunks_per_flush : 0;
+    if constexpr (fp4)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) blocks.factors(rows[i][0], i, h, c, lane % 4);
+    own.fragments(a[t % 2], raw[t % ahead], rows[i][f]);
   };
   auto load = [&](const char* tile, int t) {
-    raw[t % ahead] = own.load(tile, tile_of(t), chunk_of(t));
+    raw[t % ahead] = own.load(tile + x_bytes, tile_of(t), chunk_of(t));
   };
   // The addresses of the ring's stage move along with it: fewer instructions than making them anew
   u32 data = ring.data(), full = ring.full();
-  u64 x_tile = tile_descriptor(data);
-  auto tile_at = [&] { return static_cast<const char*>(__cvta_shared_to_generic(data + x_bytes)); };
+  constexpr int to_empty = num_stages * 8;
+  const u64 no_tile = tile_descriptor(0);
+  u32 x_tile = u32(tile_descriptor(data));
+  auto tile_at = [&] { return static_cast<const char*>(__cvta_shared_to_generic(data)); };
 
   barrier_wait(full, ring.phase);
   const char* tile = tile_at();
 #pragma unroll
   for (int t = 0; t < ahead; ++t) load(tile, t);
   take_scales();
+  load_staged(tile);
   make_fragments(0);
   load(tile, ahead);
-  u32 previous = 0;  // the stage before this one, which wgmma may still be reading
+  // The barrier of the stage before this one, which wgmma may still be reading
+  u32 previous = ring.barriers + no_stage - to_empty;
 #pragma unroll 1
   for (int kt = segment.begin; kt < segment.end; kt += stride) {
     const int next_kt = kt + stride < segment.end ? kt + stride : kt;  // the last one is made twice
-    if constexpr (in_groups) {
+    if constexpr (!direct) {
       if (next_kt > kt) reader.advance();
-      reader.read(p, next, groups_left(next_kt));
+      if (rest_by_k && kt + 1 == k_tiles) reader.rewind(k_tiles);
+      reader.read(p, next, groups_left(place_of(next_kt, k_tiles)));
     }
     if constexpr (fp4) {
-      block_reader.read(next_blocks, next_kt);
+      block_reader.read(next_blocks, place_of(next_kt, k_tiles));
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
         for (int h = 0; h < 2; ++h) no_number[i][h] |= blocks.no_number(i, h);
     }
-    const u32 x = data, empty = full + num_stages * 8;
-    auto x_step = [x_tile](int s) { return x_tile + (s / 4 * x_column_bytes + s % 4 * 32) / 16; };
+    const u32 x = data, this_full = full;
+    auto x_step = [x_tile, no_tile](int s) {
+      return (no_tile | x_tile) + (s / 4 * x_column_bytes + s % 4 * 32) / 16;
+    };
     const int step = next_kt == kt ? 0 : ring.step(stride);
     ring.move(step);
-    data += step * stage_bytes, full += step * 8, x_tile += i64(step * (stage_bytes / 16));
+    data += step * stage_bytes, full += step * 8, x_tile += step * (stage_bytes / 16);
 #pragma unroll
     for (int t = 0; t < turns; ++t) {
       const int c = chunk_of(t), i = tile_of(t), f = c / chunks_per_flush;
       const bool empties = !direct && (c + 1) % chunks_per_flush == 0;
       wgmma_fence();
 #pragma unroll
-      for (int s = 0; s < chunk_steps; ++s)
+      for (int s = 0; s < turn_steps; ++s)
         wgmma(sum.acc[direct ? i : 0], a[t % 2][s], x_step(c * chunk_steps + s),
               direct || c % chunks_per_flush != 0 || s != 0);
       wgmma_commit();
       wgmma_wait<1>();
-      if (direct && t == 0) release(previous, lane, kt > segment.begin);
+      if (direct && t == 0) release(previous + to_empty, lane, sharing == 1 || kt > segment.begin);
       if (t + 1 + ahead == turns) {
         barrier_wait(full, ring.phase);
         tile = tile_at();
@@ -210,6 +229,7 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
       [[maybe_unused]] const TileScales flushed = scales;
       if (t + 1 == turns) take_scales();
       make_fragments((t + 1) % turns);
+      if (t + 2 == turns) load_staged(tile);
       if (empties) {
         wgmma_wait<0>();
         pin_all(sum.acc[0]);
@@ -220,22 +240,22 @@ __device__ __forceinline__ void sum_fragments(const Params& p, Ring& ring, const
       load(tile, (t + 1 + ahead) % turns);
     }
     if constexpr (direct)
-      previous = empty;
+      previous = this_full;
     else
-      release(empty, lane);
+      release(this_full + to_empty, lane);
   }
   ring.advance(stride);
   if constexpr (direct) {
     wgmma_wait<0>();
-    release(previous, lane);
+    release(previous + to_empty, lane);
   }
   if constexpr (one_fma)
-    if (__any_sync(~0u, (lost & 0x7fff7fff) != 0))
 #pragma unroll
-      for (int i = 0; i < tiles_n; ++i) {
-        pin_all(sum.acc[i]);
-        sum_again(p, segment, row0 + i * 64, m0, lane, sum.acc[i]);
-      }
+    for (int i = 0; i < tiles_n; ++i) {
+      pin_all(sum.acc[i]);
+      if (__any_sync(~0u, rows_are_nan(sum.acc[i])))
+        sum_again(p, k_tiles, segment, row0 + i * 64, m0, lane, sum.acc[i]);
+    }
   if constexpr (fp4)
 #pragma unroll
     for (int i = 0; i < acc_tiles; ++i)
@@ -257,9 +277,11 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
     prefetch(x_map);
 #pragma unroll 1
     for (int s = 0; s < num_stages; ++s) {
-      barrier_init(ring.barriers + s * 8, 1);
-      barrier_init(ring.barriers + (num_stages + s) * 8, sharing * team * 4 * arrivals_of_warp);
+      barrier_init(ring.barriers + s * 8, 1 + (staged_scales ? 32 : 0));
+      barrier_init(ring.barriers + (num_stages + s) * 8,
+                   (team + rest_by_k) * 4 * (arrivals_of_warp + sharing - 1));
     }
+    barrier_init(ring.barriers + no_stage, 4 * arrivals_of_warp);
     if constexpr (split_k > 1) init_exchange(ring.barriers);
     publish_barriers();
   }
@@ -273,8 +295,12 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
   if (threadIdx.x < 128) {
     give_registers<producer_registers>();
     if (threadIdx.x == 0) produce(shares, w_map, x_map, x_sums, x_sums_row, ring);
-    if constexpr (in_groups && parts == 1)
-      if (threadIdx.x >= 32) prefetch_scales(p, shares);
+    if (threadIdx.x >= 32) {
+      if constexpr (!direct && parts == 1) prefetch_scales(p, shares);
+      if constexpr (!direct && rest_by_k)
+        prefetch_scales(p, shares, Schedule{int(blockIdx.x), true}, rest_rows);
+      if constexpr (staged_scales) make_row_scales(p, shares, ring);
+    }
     __syncwarp();
     if constexpr (split_k > 1) cluster_wait();  // as the consumers do
     if constexpr (split_k > 1 && Config::stream_k) cluster_meet();
@@ -286,6 +312,7 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
   const int wg = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // ptxas sees that a warp agrees
   const int wg_row0 = in_turns || by_stages ? 0 : wg * tiles_n * 64;
   Schedule schedule;
+  if constexpr (rest_by_k) schedule.of_rest = wg == team;
   int done = 0;
   if (in_turns && wg == 1) pass_turn(0);
 #pragma unroll 1
@@ -297,6 +324,7 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
     }
     int m0, n0;
     shares.locate(s.tile, m0, n0);
+    const int row0 = rest_by_k && wg == team ? n0 : n0 + wg_row0;
     if constexpr (by_stages) {
       s.begin += wg;
       ring.advance(wg);
@@ -306,7 +334,8 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
 #pragma unroll
     for (int i = 0; i < acc_tiles; ++i)
 #pragma unroll
-      for (int e = 0; e < acc_values; ++e) sum.acc[i][e] = s.begin == 0 ? first_sum : 0;
+      for (int e = 0; e < acc_values; ++e)
+        sum.acc[i][e] = s.is_owned(shares.k_tiles) ? first_sum : 0;
     if constexpr (!direct)
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i)
@@ -314,16 +343,16 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
         for (int e = 0; e < values; ++e) total.acc[i][e] = 0;
     RowVectors vectors;
     const int first_token = m0 + (split_k > 1 ? cluster_rank() * tokens : 0);
-    if constexpr (early_vectors) vectors.read(p, first_token, n0 + wg_row0, lane, warp);
+    if constexpr (early_vectors) vectors.read(p, first_token, row0, lane, warp);
     if constexpr (Config::residual)
-      if (all.begin == 0)
-        prefetch_residual<tokens, tiles_n * 64, 128>(p, first_token, n0 + wg_row0,
-                                                     threadIdx.x % 128);
+      if (all.is_owned(shares.k_tiles))
+        prefetch_residual<tokens, tiles_n * 64, 128>(p, first_token, row0, threadIdx.x % 128);
     if constexpr (in_turns) await_turn(wg);
     if constexpr (parts > 1)
-      sum_parts(p, ring, s, n0 + wg_row0 + warp * 16, wg_row0, lane, warp, sum, total);
+      sum_parts(p, ring, s, row0 + warp * 16, wg_row0, lane, warp, sum, total);
     else if constexpr (from_registers)
-      sum_fragments(p, ring, s, m0, n0 + wg_row0 + warp * 16, wg_row0, lane, warp, sum, total);
+      sum_fragments(p, shares.k_tiles, ring, s, m0, row0 + warp * 16, wg_row0, lane, warp, sum,
+                    total);
     else
       sum_tiles(ring, s, wg, wg_row0, sum);
 #pragma unroll
@@ -337,7 +366,7 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
         return;
       }
     }
-    finish(p, shares, all, smem, done, wg, first_token, n0 + wg_row0, lane, warp, vectors, result);
+    finish(p, shares, all, smem, done, wg, first_token, row0, lane, warp, vectors, result);
   }
   if constexpr (split_k > 1 && Config::stream_k)
     cluster_meet();  // the other tells what it has read

@@ -18,6 +18,10 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+__device__ __forceinline__ void barrier_arrive_times(u32 barrier, int times) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(times)
+               : "memory");
+}
 // Wait until the phase of this parity is over
 __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
   asm volatile(

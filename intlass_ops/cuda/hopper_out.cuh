@@ -44,7 +44,8 @@ struct RowVectors {
   }
 };
 // Read before the main loop, whose registers they take, or after it
-constexpr bool early_vectors = direct && !in_turns && !by_stages && !Config::stream_k;
+constexpr bool early_vectors = direct && !in_turns && !by_stages && !Config::stream_k &&
+                               !(rest_by_k && (Config::residual || block_m == 128));
 
 // Tokens that are staged at a time, and how the threads of a warpgroup share out their outputs. With a
 // residual, which a thread asks for one such part ahead, they are so few that it stays in registers.
@@ -270,18 +271,20 @@ __device__ __forceinline__ void add_up(char* smem, int wg, T (&sums)[tiles_n][va
 }
 
 // stream_k: a helper leaves what it has summed of a tile, a thread's values `others` apart. The pieces
-// lie in the order of their tiles and helpers, of which each piece has at least one new one. Whatever
+// lie in the order of their tiles and helpers, of which each piece has at least one new one. (rest_by_k:
+// a share ends with the beginning of a tile, if at all, so each block leaves no more than one.) Whatever
 // a warp's threads do not all do costs the main loop its uniform registers: hence an arrival each.
-constexpr int others = team * 128;
+constexpr int others = rest_by_k ? 128 : team * 128;
 __device__ __forceinline__ int thread_of_team() { return (threadIdx.x - 128) % others; }
 __device__ __forceinline__ void team_sync(int wg) {
-  if constexpr (in_turns)
+  if constexpr (in_turns || rest_by_k)
     warpgroup_sync(wg + 1);
   else
     consumers_sync<others>();
 }
 // A cluster leaves as many pieces as it has blocks
 __device__ __forceinline__ int piece_of(int of_clusters) {
+  if constexpr (rest_by_k) return of_clusters;
   return of_clusters * cluster + int(blockIdx.x) % cluster;
 }
 __device__ __forceinline__ uint4* sums_of_piece(const Params& p, int piece) {
@@ -292,7 +295,8 @@ __device__ __forceinline__ uint4* sums_of_piece(const Params& p, int piece) {
 template <class T>
 __device__ __forceinline__ void leave(const Params& p, const Shares& shares, int tile,
                                       const T (&v)[tiles_n][outputs]) {
-  const int piece = piece_of(int(blockIdx.x) / cluster + tile - shares.whole);
+  const int piece = rest_by_k ? shares.share_of_block()
+                              : piece_of(int(blockIdx.x) / cluster + tile - shares.whole);
   uint4* slot = sums_of_piece(p, piece);
 #pragma unroll
   for (int i = 0; i < tiles_n; ++i)
@@ -307,8 +311,8 @@ template <class T>
 __device__ __forceinline__ void add_others(const Params& p, const Shares& shares, int tile, int wg,
                                            T (&v)[tiles_n][outputs]) {
   const int of_tile = tile - shares.whole, begin = of_tile * shares.tail;
-  const int first = shares.helper_of(begin) + of_tile;
-  const int last = shares.helper_of(begin + shares.tail - 1) + of_tile;
+  const int first = shares.helper_of(begin) + (rest_by_k ? 1 : of_tile);
+  const int last = shares.helper_of(begin + shares.tail - 1) + (rest_by_k ? 0 : of_tile);
   for (int at = first + thread_of_team() % 32; at <= last; at += 32)
     while (load_acquire(p.arrivals + piece_of(at)) != others) {}
   __syncwarp();
@@ -336,8 +340,8 @@ __device__ __forceinline__ void finish_sums(const Params& p, const Shares& share
                                             char* smem, int wg, i64 first_token, i64 row0, int lane,
                                             int warp, RowVectors& vectors,
                                             T (&sums)[tiles_n][outputs]) {
-  if constexpr (Config::stream_k) {
-    if (s.begin > 0) return leave(p, shares, s.tile, sums);
+  if constexpr (leaves_sums) {
+    if (!s.is_owned(shares.k_tiles)) return leave(p, shares, s.tile, sums);
     if (s.end < shares.k_tiles) add_others(p, shares, s.tile, wg, sums);
   }
   if constexpr (!early_vectors) vectors.read(p, first_token, row0, lane, warp);

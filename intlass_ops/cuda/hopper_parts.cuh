@@ -28,7 +28,7 @@ __device__ __forceinline__ void sum_parts(const Params& p, Ring& ring, const Seg
   u64 x_tile = tile_descriptor(data);
   auto tile_at = [&] { return static_cast<const char*>(__cvta_shared_to_generic(data + x_bytes)); };
   auto make = [&](const Chunk& raw, int c) {
-    u32 made[chunk_steps][4];
+    u32 made[turn_steps][4];
     own.fragments(made, raw, unscaled);
 #pragma unroll
     for (int r = 0; r < 4; ++r) a[c][r] = made[0][r];

@@ -1,5 +1,6 @@
 // Scales and zero points of hopper.cu in groups: how a consumer reads them, and what becomes of an
-// accumulator with them. What weights do with theirs in registers is in hopper_weights.cuh.
+// accumulator with them. What weights do with theirs in registers is in hopper_weights.cuh, how they come
+// there in hopper_staged.cuh.
 #pragma once
 #include "hopper_weights.cuh"
 
@@ -10,6 +11,11 @@ struct TileScales {
   Zero z[has_zeros ? tiles_n : 1][flushes][2];
 };
 
+// Where a tile of K lies that is counted on beyond the last one
+__device__ __forceinline__ int place_of(int kt, int k_tiles) {
+  return rest_by_k && kt >= k_tiles ? kt - k_tiles : kt;
+}
+
 // Where a thread's rows have scales or zero points; groups come one after another.
 template <class T> struct GroupReader {
   const char* rows[tiles_n][2];
@@ -19,7 +25,8 @@ template <class T> struct GroupReader {
                                         i64 row0, i64 last_row, int group, int whole) {
     const i64 group_bytes = group_stride * i64(sizeof(T));
     near = whole * group_bytes, far = near + flushes * group_bytes;
-    if constexpr (flushes == 1) pin(near), pin(far);  // else there are no registers for them
+    if constexpr (flushes == 1 && !direct)
+      pin(near), pin(far);  // else there are no registers for them
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
@@ -67,6 +74,13 @@ struct ScaleReader {
           if constexpr (has_zeros) to.z[i][f][h] = zeros.read(i, h, group * p.zero_group);
         }
   }
+  // From behind the last tile of K to the first
+  __device__ __forceinline__ void rewind(int k_tiles) {
+    const int groups = k_tiles / tiles_per_group;
+    tiles_left = tiles_per_group;
+    scales.move(-groups * scales.far);
+    if constexpr (has_zeros) zeros.move(-groups * zeros.far);
+  }
   // To the consumer's next tile of K
   __device__ __forceinline__ void advance() {
     tiles_left -= stride > 1 ? tiles_beyond : 1;
@@ -94,15 +108,16 @@ __device__ __forceinline__ void prefetch_groups(const void* values, i64 row_stri
   }
 }
 // Those of all of a block's segments, by the warps beside the producer's
-__device__ __forceinline__ void prefetch_scales(const Params& p, const Shares& shares) {
+__device__ __forceinline__ void prefetch_scales(const Params& p, const Shares& shares,
+                                                Schedule schedule = {}, int rows = block_n) {
   constexpr int threads = 96;
-  Schedule schedule;
 #pragma unroll 1
   for (Segment s; schedule.next(shares, s);) {
     int m0, n0;
     shares.locate(s.tile, m0, n0);
     s = s.of_block();
-    const int group_size = int(p.group_size), end = min(n0 + block_n, int(p.n));
+    if (rest_by_k && s.end > shares.k_tiles) s.begin = 0, s.end = shares.k_tiles;  // once round
+    const int group_size = int(p.group_size), end = min(n0 + rows, int(p.n));
     const int first = s.begin * block_k / group_size;
     const int last = (min(s.end * block_k, int(p.k)) - 1) / group_size;
     const int row = n0 + int(threadIdx.x) % 128 - (128 - threads);
@@ -140,18 +155,26 @@ __device__ __forceinline__ void flush(float (&total)[values], const Acc (&acc)[a
   }
 }
 
+// Whether one of a thread's two rows is NaN, as a scale that was none makes all of it: for two tokens, as
+// one may be NaN itself
+template <class T> __device__ __forceinline__ bool rows_are_nan(const T (&acc)[acc_values]) {
+  const float low = fminf(acc[0], acc[acc_values - 4]), high = fminf(acc[2], acc[acc_values - 2]);
+  return low != low || high != high;
+}
+
 // What sum_fragments leaves in `acc`, for the 16 rows of a warp from row0 on and for scales of any size:
 // each weight rounded by itself, operands straight from global memory. Groups are whole steps of 16 k.
 template <class T>
-__device__ __forceinline__ void sum_again(const Params& p, const Segment& segment, i64 row0, int m0,
-                                          int lane, T (&acc)[acc_values]) {
+__device__ __forceinline__ void sum_again(const Params& p, int k_tiles, const Segment& segment,
+                                          i64 row0, int m0, int lane, T (&acc)[acc_values]) {
 #pragma unroll
   for (int e = 0; e < acc_values; ++e) acc[e] = 0;
   const int quad = lane / 4, first_k = lane % 4 * 2;
 #pragma unroll 1
   for (int kt = segment.begin; kt < segment.end; kt += stride)
 #pragma unroll 1
-    for (int k = kt * block_k; k < min((kt + 1) * block_k, int(p.k)); k += 16) {
+    for (int k = place_of(kt, k_tiles) * block_k, end = min(k + block_k, int(p.k)); k < end;
+         k += 16) {
       u32 a[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {

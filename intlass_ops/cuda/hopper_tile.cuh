@@ -15,49 +15,71 @@ constexpr int consumers = Config::consumers, block_k = 128;
 // Consumers share a tile's rows, or its k (by_stages): each takes every so many-th stage, and the first one
 // adds up. Or they take turns: while one writes its tile out, the next computes another.
 constexpr bool in_turns = Config::in_turns, by_stages = Config::by_stages;
-constexpr int team = in_turns || by_stages ? 1 : consumers;  // warpgroups that divide a tile's rows
-constexpr int stride = by_stages ? consumers : 1;            // from a consumer's k tile to its next
-constexpr int writers = by_stages ? 1 : consumers;           // warpgroups that write at a time
+// Or (rest_by_k) the last one has rows of its own: of those left over when each block has as many tiles,
+// each block takes a share by k. It begins its tiles at the same k, and goes round.
+constexpr bool rest_by_k = Config::rest_by_k;
+// Warpgroups that divide a tile's rows
+constexpr int team = in_turns || by_stages ? 1 : consumers - rest_by_k;
+constexpr int stride = by_stages ? consumers : 1;   // from a consumer's k tile to its next
+constexpr int writers = by_stages ? 1 : consumers;  // warpgroups that write at a time
 static_assert(num_stages % stride == 0, "a stage is always the same consumer's, in step with it");
-constexpr int block_n = team * tiles_n * 64;
+constexpr int block_n = team * tiles_n * 64, rest_rows = rest_by_k ? tiles_n * 64 : 0;
+constexpr int stage_rows = block_n + rest_rows;  // of W
 constexpr bool from_registers = !(same<X, s8>::value && same<W, s8>::value);
 constexpr int values = block_m / 2;  // of a thread, for one row tile of 64
 // One accumulator a row tile, for all of K: one scale a row, or weights that have taken theirs
 constexpr bool scaled = grouping == scaled_weights, direct = grouping == channel || scaled;
 constexpr bool needs_sums = has_zeros && !scaled;
+// What weights take their scales by lies in the stage, made by the warps beside the producer's
+// (hopper_staged.cuh)
+constexpr bool staged_scales = scaled && !same<W, e2m1>::value;
 // The launch gives all threads the same registers; the consumers then take what the producer leaves.
 // A single consumer may have two blocks on an SM, which hide each other's latencies.
 constexpr int threads = 128 * (consumers + 1), blocks_per_sm = consumers == 1 ? 2 : 1;
-constexpr bool much_to_share = needs_sums || Config::stream_k;
-constexpr int shares_of_consumer[] = {208, much_to_share ? 232 : 240, 160, 112};
-constexpr int shares_of_producer[] = {40, much_to_share ? 40 : 24, 32, 32};
+constexpr bool leaves_sums = Config::stream_k || rest_by_k;  // for other blocks
+constexpr bool much_to_share = needs_sums || leaves_sums;
+constexpr int of_two = staged_scales ? 56 : much_to_share ? 40 : 24;  // what the producer keeps
+constexpr int of_three = staged_scales ? 56 : 32;
+constexpr int of_four = staged_scales && stage_rows >= 256 ? 64 : 32;
+constexpr int shares_of_producer[] = {40, of_two, of_three, of_four};
+constexpr int shares_of_consumer[] = {208, (504 - of_two) / 2, (512 - of_three) / 3,
+                                      (480 - of_four) / 4};
+static_assert(!rest_by_k || (from_registers && cluster == 1 && !needs_sums && !Config::stream_k &&
+                             !in_turns && !by_stages && consumers > 1),
+              "the rows that are left over are shared in one way only");
 static_assert(consumers <= 4, "the registers of an SM are shared out for no more");
 constexpr int consumer_registers = shares_of_consumer[consumers - 1];
 constexpr int producer_registers = shares_of_producer[consumers - 1];
 static_assert(block_m % 16 == 0 && block_m <= 256, "wgmma takes up to 256 tokens");
 static_assert(!has_a_zero, "a zero point of the activations needs row sums, which gemm.cu forms");
 
-// A stage: X in columns of 128 bytes, W, and per group the sums of the tokens
+// A stage: X in columns of 128 bytes, W, and per group the sums of the tokens or the rows' scales
 constexpr int x_columns = block_k * X::bits / 1024, x_column_bytes = block_m * 128;
 constexpr int x_bytes = x_columns * x_column_bytes;
-constexpr int w_row_bytes = block_k * W::bits / 8, w_bytes = block_n * w_row_bytes;
+constexpr int w_row_bytes = block_k * W::bits / 8, w_bytes = stage_rows * w_row_bytes;
 constexpr int flushes = Config::groups_per_tile;  // in a tile of K, at least one
 constexpr int sum_bytes = needs_sums ? flushes * block_m * 4 : 0;
-constexpr int stage_bytes = (x_bytes + w_bytes + sum_bytes + 1023) / 1024 * 1024;
+constexpr int scale_bytes = staged_scales ? flushes * stage_rows * 8 : 0;
+constexpr int stage_bytes = (x_bytes + w_bytes + sum_bytes + scale_bytes + 1023) / 1024 * 1024;
 constexpr int barriers_bytes = 1024;
 typedef StageRing<num_stages, stage_bytes> Ring;
 
-// Done with a stage: tell the producer, one thread of every warp. Where plain loads read sums of x to the
-// very end of a stage, each thread for itself: racecheck sees no warp that is in step anyway.
-constexpr int arrivals_of_warp = needs_sums ? 32 : 1;
+// Behind the ring's barriers two of an exchange (hopper_out.cuh), and one that nobody waits for
+constexpr int no_stage = num_stages * 16 + 16;
+
+// Done with a stage: tell the producer, one thread of every warp. Where plain loads read what other threads
+// of the block have stored or loaded there, each thread for itself: racecheck sees no warp that is in step
+// anyway.
+constexpr int arrivals_of_warp = needs_sums || staged_scales ? 32 : 1;
 static_assert(sharing == 1 || !needs_sums, "not both");
 __device__ __forceinline__ void release(u32 empty, int lane, bool filled = true) {
-  __syncwarp();
-  if constexpr (sharing > 1) {  // every block of the cluster fills a part of the stage
-    if (filled && lane < sharing) barrier_arrive_at(empty, lane);
-  } else {
-    if (filled && lane < arrivals_of_warp) barrier_arrive(empty);
-  }
+  constexpr bool each = arrivals_of_warp == 32;
+  if constexpr (!each || sharing > 1) __syncwarp();
+  if constexpr (each || sharing == 1)
+    if (filled && (each || lane == 0)) barrier_arrive(empty);
+  if constexpr (sharing > 1)  // every block of the cluster fills a part of the stage
+    if (filled && lane < sharing && !(each && lane == int(blockIdx.x) % sharing))
+      barrier_arrive_at(empty, lane);
 }
 
 // Fragments come in chunks: 16 bytes of a row of W
@@ -65,7 +87,10 @@ constexpr int steps = x_columns * 4, chunks = from_registers ? w_row_bytes / 16 
 constexpr int chunk_steps = steps / chunks;
 [[maybe_unused]] constexpr int chunks_per_flush = chunks / flushes;
 static_assert(steps % chunks == 0, "a chunk of W is one or two steps of wgmma");
-constexpr int ahead = direct ? 2 : 1;  // chunks that are read before they are needed
+// A turn of the tensor cores takes one, or two where there are registers for them
+constexpr int turn_chunks = staged_scales && flushes == 1 && block_m * tiles_n <= 32 ? 2 : 1;
+constexpr int turn_steps = turn_chunks * chunk_steps;
+constexpr int ahead = direct && turn_chunks == 1 ? 2 : 1;  // turns whose words are read early
 
 // What a thread keeps of its rows and tokens: if not direct, an accumulator that is emptied into the
 // totals group by group, or two of a part of the tokens (hopper_parts.cuh)
@@ -95,6 +120,10 @@ template <class First, class Second> struct Select<false, First, Second> {
 struct Segment {
   int tile, begin, end;  // k tiles [begin, end) of a tile
 
+  // Whether the sums of it are what is written out, with what others have summed of the tile
+  __device__ __forceinline__ bool is_owned(int k_tiles) const {
+    return begin == 0 || (rest_by_k && end - begin == k_tiles);
+  }
   // What this block computes of it: all, or a stripe where a cluster shares it
   __device__ __forceinline__ Segment of_block() const {
     if constexpr (split_k == 1) return *this;
@@ -108,7 +137,7 @@ struct Shares {
   int of_m, of_n, k_tiles;
   int whole;        // tiles that are computed whole, round by round
   int helpers;      // clusters, the first ones, without a tile in the last round
-  int tail;         // k tiles, the last ones, that they take of each tile of that round
+  int tail;         // k tiles, the last ones, that they take of each tile of that round; or all
   int each, extra;  // k tiles of a helper; the first `extra` get one more
 
   // The helpers' k tiles, tail after tail
@@ -119,7 +148,22 @@ struct Shares {
     const int of_more = extra * (each + 1);
     return unit < of_more ? unit / (each + 1) : extra + (unit - of_more) / each;
   }
+  // Which share of the rest a block has: who waits was launched after all that it waits for
+  __device__ __forceinline__ int share_of_block() const { return gridDim.x - 1 - blockIdx.x; }
+  __device__ __forceinline__ int units_of_block() const {
+    return each + (share_of_block() < extra);
+  }
+  __device__ __forceinline__ int row_of_rest(int tile) const {
+    return whole * block_n + tile * rest_rows;
+  }
+  __device__ __forceinline__ int first_row_of_rest() const {
+    return row_of_rest(first_unit(share_of_block()) / k_tiles);
+  }
   __device__ __forceinline__ void locate(int tile, int& m0, int& n0) const {
+    if constexpr (rest_by_k) {  // all tokens in each tile
+      m0 = 0, n0 = tile < whole ? tile * block_n : row_of_rest(tile - whole);
+      return;
+    }
     constexpr int raster = Config::raster;
     const int first = tile / (raster * of_n) * raster, height = min(raster, of_m - first);
     const int within = tile - first * of_n;
@@ -131,15 +175,18 @@ struct Shares {
 // What a cluster does, of one block or more: one segment after another
 struct Schedule {
   int at = blockIdx.x / cluster;  // the next tile; then what is done of the last round
+  bool of_rest = false;           // rest_by_k: the share of that, from the start
 
   __device__ __forceinline__ bool next(const Shares& shares, Segment& s) {
-    if (at < shares.whole) {
-      s = {at, 0, shares.k_tiles};
+    if (at < shares.whole && !of_rest) {
+      const int first = rest_by_k ? shares.first_unit(shares.share_of_block()) % shares.k_tiles : 0;
+      s = {at, first, first + shares.k_tiles};
       at += gridDim.x / cluster;
       return true;
     }
-    if (!Config::stream_k || shares.tail == 0) return false;
-    const int own = blockIdx.x / cluster, done = at - shares.whole - own;
+    if (!(Config::stream_k || of_rest) || shares.tail == 0) return false;
+    const int own = rest_by_k ? shares.share_of_block() : int(blockIdx.x) / cluster;
+    const int done = rest_by_k ? at - int(blockIdx.x) : at - shares.whole - own;
     if (own >= shares.helpers) {  // launched after all that it waits for
       s = {shares.whole + own - shares.helpers, 0, shares.k_tiles - shares.tail};
       return at++, done == 0;

@@ -12,14 +12,15 @@ constexpr bool fp4 = same<W, e2m1>::value;
 constexpr bool lane_order = Config::lane_order;
 static_assert(!lane_order || W::bits == 4, "the order in which a word holds eight codes");
 constexpr int row_scales = fp4 && block_size<Scale> == 16 && !lane_order ? 2 : 1;  // in a chunk
+constexpr int kept_scales = staged_scales ? flushes : 1;  // of those, for a tile of K
 // What sums are too small by: FP4's scales, and what its activations were divided by
 constexpr float sum_unit = (fp4 ? block_unit<Scale> : 1.f) * Config::x_unit;
 // What a product of codes stands for, beside P::unit
 constexpr float code_unit = W::bits == 4 ? Nibbles<X>::unit : 1.f;
 // Signed codes in groups under bf16: a code as it lies, a subnormal's bits of code * 2^-133, times the
 // scale, less 8 scales, is (code - 8) * scale in one FMA, which rounds as dequantising does. The sums are
-// too small by `weight_unit`. It takes scales below 2^7 that keep all bits below 2^-12; the rows of a
-// warp that has others are summed again, slowly.
+// too small by `weight_unit`. It takes scales below 2^7 that keep all bits below 2^-12; others become
+// NaN, and the rows of a warp that has NaN sums are summed again, slowly.
 constexpr bool one_fma = scaled && !has_zeros && same<X, bf16>::value && same<W, s4>::value;
 constexpr float weight_unit = one_fma ? 4096.f : 1.f;
 
@@ -63,8 +64,9 @@ struct RowScale {
   u32 offset = Nibbles<X>::minus_8, scale = 0;
 
   __device__ __forceinline__ RowScale() {}
-  __device__ __forceinline__ RowScale(Scale s, Zero z) {
-    scale = __byte_perm(reinterpret_cast<const unsigned short&>(s), 0, 0x1010);
+  // `two`: the scales of two groups, of which this one's place is odd or even
+  __device__ __forceinline__ RowScale(u32 two, int place, Zero z)
+      : scale(__byte_perm(two, 0, place % 2 ? 0x3232 : 0x1010)) {
     if constexpr (one_fma) {
       offset = mul2<X>(scale, 0xbb00bb00);  // -8 / weight_unit
       scale = mul2<X>(scale, 0x7a007c00);   // 2^133 / weight_unit, for the nibble above 2^129
@@ -82,13 +84,25 @@ struct RowScale {
       return scaled && !one_fma ? mul2<X>(codes, scale) : codes;
   }
 };
-// Not zero, but for the signs, where one FMA is not exact for a thread's two rows: what a scale loses when
-// it becomes as large and then as small as the FMA needs it. NaN if there is nothing left.
-__device__ __forceinline__ u32 lost_by_one_fma(const Scale (&s)[2]) {
-  const u32 both = __byte_perm(reinterpret_cast<const unsigned short&>(s[0]),
-                               reinterpret_cast<const unsigned short&>(s[1]), 0x5410);
-  const u32 smallest = mul2<X>(mul2<X>(both, 0x7c007c00), 0x00010001);  // 2^121, 2^-133
-  return fma2<X>(smallest, 0xc580c580, both);                           // -weight_unit
+// Those of two rows eight apart, and where they lie in a stage for each group of a tile of K
+__device__ constexpr int scales_at(int group, int row) {
+  return x_bytes + w_bytes + (group * stage_rows + row) / 2 * 16;
+}
+__device__ __forceinline__ void store_row_scales(u32 smem, const RowScale (&rows)[2]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(rows[0].offset),
+               "r"(rows[0].scale), "r"(rows[1].offset), "r"(rows[1].scale)
+               : "memory");
+}
+__device__ __forceinline__ void load_row_scales(RowScale (&rows)[2], const char* from) {
+  u32 v[4];
+  load_shared(v, from);
+  rows[0].offset = v[0], rows[0].scale = v[1], rows[1].offset = v[2], rows[1].scale = v[3];
+}
+// Of two scales: not zero, but for the signs, where one FMA is not exact, which is what a scale loses when it
+// becomes as large and then as small as the FMA needs it. NaN if there is nothing left.
+__device__ __forceinline__ u32 lost_by_one_fma(u32 two) {
+  const u32 smallest = mul2<X>(mul2<X>(two, 0x7c007c00), 0x00010001);  // 2^121, 2^-133
+  return fma2<X>(smallest, 0xc580c580, two);                           // -weight_unit
 }
 
 // FP4: where a thread's rows have their scales, and those of a tile of K, as stored: four to a word.
@@ -142,9 +156,9 @@ struct BlockReader {
   }
 };
 
-// One chunk of a lane's two rows, as stored, and the lane's place in a tile of W
+// A turn's chunks of a lane's two rows, as stored, and the lane's place in a tile of W
 constexpr int chunk_words = lane_order ? 1 : 2 * chunk_steps;
-struct Chunk { u32 lo[chunk_words], hi[chunk_words]; };
+struct Chunk { u32 lo[turn_chunks][chunk_words], hi[turn_chunks][chunk_words]; };
 
 struct Lane {
   int row, quarter, swizzle;
@@ -156,9 +170,13 @@ struct Lane {
   }
   __device__ __forceinline__ Chunk load(const char* tile, int i, int chunk) const {
     Chunk c;
-    const char* at = tile + (row * w_row_bytes + ((chunk ^ swizzle) << 4)) + i * 64 * w_row_bytes;
-    load_row(c.lo, at);
-    load_row(c.hi, at + 8 * w_row_bytes);
+#pragma unroll
+    for (int j = 0; j < turn_chunks; ++j) {
+      const char* at =
+          tile + (row * w_row_bytes + ((chunk + j ^ swizzle) << 4)) + i * 64 * w_row_bytes;
+      load_row(c.lo[j], at);
+      load_row(c.hi[j], at + 8 * w_row_bytes);
+    }
     return c;
   }
   __device__ __forceinline__ void load_row(u32 (&v)[chunk_words], const char* at) const {
@@ -179,23 +197,24 @@ struct Lane {
   __device__ __forceinline__ void fragments_of_word(u32 (&f)[4], u32 w, const RowScale& row) const {
     eight_codes<Scale>(w, Factor{row.scale, true}, f);
   }
-  __device__ __forceinline__ void fragments(u32 (&a)[chunk_steps][4], const Chunk& c,
+  __device__ __forceinline__ void fragments(u32 (&a)[turn_steps][4], const Chunk& c,
                                             const RowScale (&rows)[row_scales][2]) const {
     if constexpr (lane_order) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         u32 f[2 * chunk_steps];
-        fragments_of_word(f, h ? c.hi[0] : c.lo[0], rows[0][h]);
+        fragments_of_word(f, h ? c.hi[0][0] : c.lo[0][0], rows[0][h]);
 #pragma unroll
         for (int i = 0; i < 2 * chunk_steps; ++i) a[i / 2][i % 2 * 2 + h] = f[i];
       }
     } else {
 #pragma unroll
-      for (int t = 0; t < chunk_steps; ++t)
+      for (int t = 0; t < turn_steps; ++t)
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const RowScale& row = rows[t * row_scales / chunk_steps][r % 2];
-          const u32 w = r % 2 ? c.hi[2 * t + r / 2] : c.lo[2 * t + r / 2];
+          const int j = t / chunk_steps, u = t % chunk_steps;
+          const RowScale& row = rows[u * row_scales / chunk_steps][r % 2];
+          const u32 w = r % 2 ? c.hi[j][2 * u + r / 2] : c.lo[j][2 * u + r / 2];
           a[t][r] = row.times(pieces.fragment(w, row.offset, row.scale));
         }
     }

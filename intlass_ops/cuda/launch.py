@@ -234,7 +234,7 @@ def bind(
     parameters = bytes(8 * words) + _NUMBERS.pack(m, n, k, *strides, *rest)
     if isinstance(c, config.Hopper):
         parameters += launch_hopper.parameters(c, m, n, k, grid[0])
-    stay = config.SkinnyRing, config.SkinnyHeld
+    stay = config.SkinnyRing, config.SkinnyHeld, config.SkinnyMx
     smem = c.smem_of(n, k) if isinstance(c, stay) else c.smem_bytes
     plan = MatmulPlan(
         launch=jit.get(c, device.index).bind(grid, (c.threads, 1, 1), smem, parameters, words),
@@ -247,7 +247,7 @@ def bind(
     )
     if isinstance(c, config.Hopper):
         plan = plan._replace(tail=launch_hopper.tail(c, x, w, k))
-        if c.stream_k:
+        if c.shares_tiles:
             plan = plan._replace(tiles=grid[0], workspace=grid[0] * c.values_per_block)
     elif isinstance(c, config.Gemm) and c.split_k > 1:
         tiles = grid[0]

@@ -38,7 +38,7 @@ def run(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, str] | None:
     """(y [M, N], name of the kernel) of checked operands, x as [M, ...]; None if no kernel fits."""
-    w_scales = _readable(w_scales)
+    w_scales = _readable(w_scales, ALIGNMENT)
     x_scales = None if x_scales is None else _readable(x_scales)
     if not aligned(x) or x.stride(1) != 1:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -143,10 +143,10 @@ def _shape(
     )
 
 
-def _readable(scales: Tensor) -> Tensor:
-    """Contiguous, from where a lane may read four at once."""
+def _readable(scales: Tensor, alignment: int = 4) -> Tensor:
+    """Contiguous, from where a lane may read so many at once."""
     scales = scales.contiguous()
-    return scales if scales.data_ptr() % 4 == 0 else scales.clone()
+    return scales if scales.data_ptr() % alignment == 0 else scales.clone()
 
 
 def _offset(token: int, scales: torch.dtype, blocked: bool, k: int) -> int:

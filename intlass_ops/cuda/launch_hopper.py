@@ -61,7 +61,7 @@ def tail(c: config.Hopper, x: Tensor, w: Tensor, k: int) -> Tail:
         sums = kernel.bind(grid, (s.threads, 1, 1), 0, params, _SUMS_WORDS)
     return Tail(
         rows=_rows(w),
-        w_box=(c.block_n // c.share_w, config.HOPPER_BLOCK_K * config.BITS[c.w_kind] // 8),
+        w_box=(c.w_rows, config.HOPPER_BLOCK_K * config.BITS[c.w_kind] // 8),
         tokens=_rows(x),
         x_box=(c.block_m // c.share_x, 128),
         sums=sums,

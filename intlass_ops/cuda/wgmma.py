@@ -6,7 +6,12 @@ assembly that no C++ template can write. hopper.cu calls what this file generate
 
 from __future__ import annotations
 
-_PTX_TYPES = {"bf16": "f32.bf16.bf16", "fp16": "f32.f16.f16", "s8": "s32.s8.s8"}
+_PTX_TYPES = {
+    "bf16": "f32.bf16.bf16",
+    "fp16": "f32.f16.f16",
+    "e4m3": "f32.e4m3.e5m2",  # weights have the precision, activations the range
+    "s8": "s32.s8.s8",
+}
 
 
 def wrappers(kind: str, n: int) -> str:
@@ -29,8 +34,11 @@ def _wrapper(kind: str, n: int, from_registers: bool) -> str:
     a = f"{{{a}}}" if from_registers else a
     b, predicate = f"%{count + num_a}", f"%{count + num_a + 1}"
     # scale-a, scale-b, then whether 16-bit operands in shared memory are transposed
-    flags = "" if integers else ", 1, 1, 0" if from_registers else ", 1, 1, 0, 0"
-    k = 32 if integers else 16
+    flags = "" if integers else ", 1, 1"
+    k = 32
+    if kind in ("bf16", "fp16"):
+        flags += ", 0" if from_registers else ", 0, 0"
+        k = 16
     constraint, scalar = ("r", "int") if integers else ("f", "float")
     outputs = ", ".join(f'"+{constraint}"(d[{i}])' for i in range(count))
     inputs = ", ".join(f'"r"(a[{i}])' for i in range(4)) if from_registers else '"l"(a)'

@@ -1,0 +1,156 @@
+// What weights take their scales by, made once for a block: the warps beside the producer's read the scales of
+// W's rows and leave in each stage of the ring what its consumers multiply by, a RowScale a row and group.
+#pragma once
+#include "hopper_scales.cuh"
+
+// Neighbouring groups of a row that a lane reads at a time, and the tiles of K that have them
+constexpr bool few_registers =
+    (producer_registers == 32 && stage_rows > 64) || (has_zeros && sizeof(Zero) > 1);
+constexpr int run_groups = flushes == 1 && (num_stages < 4 || few_registers) ? 2 : 4;
+constexpr int run = run_groups / flushes;
+static_assert(run <= num_stages, "barriers tell only a phase apart from the next");
+
+// Scales or zero points of a row in a run, as stored
+template <class T> struct GroupRun {
+  static constexpr int count = (run_groups * sizeof(T) + 3) / 4;
+  u32 words[count];
+
+  __device__ __forceinline__ T at(int g) const {
+    T v[4 / sizeof(T)];
+    *reinterpret_cast<u32*>(v) = words[g * sizeof(T) / 4];
+    return v[g % (4 / sizeof(T))];
+  }
+};
+// Where they lie: W's scales or its zero points, values of row after row and group after group
+struct GroupRows {
+  int tiles_of_group, last;  // tiles of K, groups
+
+  __device__ __forceinline__ explicit GroupRows(const Params& p) {
+    // whole groups per tile or whole tiles per group: config.why_not_hopper
+    const int k = int(p.k), group_size = int(p.group_size);
+    tiles_of_group = flushes > 1 ? 1 : (min(group_size, k) + block_k - 1) / block_k;
+    last = (k - 1) / group_size;
+  }
+  // Those of row n from a tile of K on
+  template <class T>
+  __device__ __forceinline__ void read(GroupRun<T>& to, const void* values, i64 row, i64 group,
+                                       int n, int kt) const {
+    constexpr int bytes = run_groups * sizeof(T);
+    const T* at = static_cast<const T*>(values) + n * row;
+    // neighbours, and all runs on their own multiples
+    if (bytes % 4 == 0 && group == 1 && tiles_of_group == 1 && (last + 1) % run_groups == 0 &&
+        (reinterpret_cast<i64>(values) | row * i64(sizeof(T))) % bytes == 0) {
+      load_global(to.words, at + kt * flushes);
+      return;
+    }
+    T v[GroupRun<T>::count * 4 / sizeof(T)];
+    // past the last group the sums are zero, and must meet a number
+#pragma unroll
+    for (int g = 0; g < run_groups; ++g)
+      v[g] = at[min((kt * flushes + g) / tiles_of_group, last) * group];
+#pragma unroll
+    for (int w = 0; w < GroupRun<T>::count; ++w) to.words[w] = reinterpret_cast<u32*>(v)[w];
+  }
+};
+
+// Scales for which one FMA is not exact become NaN
+template <int pairs>
+__device__ __forceinline__ void mark_lost(GroupRun<Scale> (&scales)[pairs][2]) {
+  u32 lost = 0;
+#pragma unroll
+  for (int i = 0; i < pairs; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (u32 two : scales[i][h].words) lost |= lost_by_one_fma(two);
+  if (lost & 0x7fff7fff)
+#pragma unroll
+    for (int i = 0; i < pairs; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (u32& two : scales[i][h].words) {
+          const u32 each = lost_by_one_fma(two);
+          if (each & 0x7fff) two |= 0x7fff;
+          if (each & 0x7fff0000) two |= 0x7fff0000;
+        }
+}
+
+// Into the stages of all of a block's segments; each warp has every third run of tiles
+__device__ __forceinline__ void make_row_scales(const Params& p, const Shares& shares, Ring ring) {
+  constexpr int warps = 3, pairs = stage_rows / 64;  // of rows eight apart, of a lane
+  int lane = threadIdx.x % 32;
+  int turn = __shfl_sync(~0u, threadIdx.x / 32, 0) - 1;  // runs until its own
+  bool waited = false;
+  const GroupRows groups(p);
+  Schedule schedule;
+  int rest_row = shares.first_row_of_rest();
+#pragma unroll 1
+  for (Segment s; schedule.next(shares, s);) {
+    int m0, n0;
+    shares.locate(s.tile, m0, n0);
+    s = s.of_block();
+#pragma unroll 1
+    for (int first = s.begin / run * run, end; first < s.end; first = end) {
+      end = first + run;
+      if (rest_by_k && first < shares.k_tiles) end = min(end, shares.k_tiles);
+      if (rest_by_k && first == shares.k_tiles) rest_row += rest_rows;
+      if (turn-- > 0) {
+        const int others = min(end, s.end) - max(first, s.begin);
+        if (others > 0) {  // waits, to be no more than a phase behind the barriers
+          ring.skip(others - 1);
+          barrier_wait(ring.empty(), ring.phase ^ 1);
+          ring.advance();
+        }
+        continue;
+      }
+      turn = warps - 1;
+      pin(lane);  // else rows and addresses of all pairs are kept, for which there are no registers
+      const int kt = place_of(first, shares.k_tiles);
+      auto row = [&](int i, int h) {
+        const int of_pair = i * 64 < block_n ? n0 + i * 64 : rest_row + i * 64 - block_n;
+        return min(of_pair + lane / 8 * 16 + lane % 8 + h * 8, int(p.n) - 1);
+      };
+      if (!waited) {  // the first ones come into L2 while others may still write them
+#pragma unroll
+        for (int i = 0; i < pairs; ++i)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            prefetch_l2(static_cast<const Scale*>(p.scales) + row(i, h) * p.scale_row +
+                        kt * flushes / groups.tiles_of_group * p.scale_group);
+        wait_for_predecessors(), waited = true;
+      }
+      GroupRun<Scale> scales[pairs][2];
+      GroupRun<Zero> zeros[pairs][2];
+#pragma unroll
+      for (int i = 0; i < pairs; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int n = row(i, h);
+          groups.read(scales[i][h], p.scales, p.scale_row, p.scale_group, n, kt);
+          if constexpr (has_zeros)
+            groups.read(zeros[i][h], p.zeros, p.zero_row, p.zero_group, n, kt);
+        }
+      if constexpr (one_fma) mark_lost(scales);
+      const int stop = rest_by_k ? min(end, s.end) : s.end;  // `end` would take a register
+#pragma unroll
+      for (int t = 0; t < run; ++t) {
+        if (first + t < s.begin || first + t >= stop) continue;
+        barrier_wait(ring.empty(), ring.phase ^ 1);
+#pragma unroll
+        for (int f = 0; f < flushes; ++f)
+#pragma unroll
+          for (int i = 0; i < pairs; ++i) {
+            RowScale rows[2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+              rows[h] = RowScale(scales[i][h].words[(t * flushes + f) / 2], t * flushes + f,
+                                 has_zeros ? zeros[i][h].at(t * flushes + f) : Zero());
+            store_row_scales(ring.data() + scales_at(f, i * 64) + lane * 16, rows);
+          }
+        barrier_arrive(ring.full());
+        ring.advance();
+      }
+    }
+  }
+}
