@@ -11,7 +11,7 @@ from .gemm import Gemm
 from .gemm_tiles import gemm_candidates, pick_gemm
 from .hopper import Hopper, TokenSums, why_not_hopper
 from .hopper_tiles import hopper_candidates, pick_hopper
-from .problem import BITS, Device, Shape, widens, without_wgmma
+from .problem import BITS, Device, Shape, weights_take_scales, widens, without_wgmma
 from .quantize import Quantize
 from .rotate_hopper import RotateHopper
 from .rotate_quantize import RotateQuantize
@@ -66,10 +66,16 @@ def _few_tokens_for_hopper(device: Device, shape: Shape) -> bool:
 
     With INT8 activations by 0, 3, 9 and 20 % at 1, 4, 8 and 16 tokens, under 16-bit ones by 6 % at
     16 (beside the pick without wgmma, on 17 to 19 layers of benchmarks/results/h200-layers.json).
+    And large INT4 ones that take their scales by one FMA, at 16 tokens by 2 to 33 % on seven
+    layers; on smaller ones what is predicted is up to 13 % slower than skinny_held.cu.
     """
-    if BITS[shape.w_kind] != 8 or why_not_hopper(device, shape) is not None:
+    if why_not_hopper(device, shape) is not None:
         return False
-    return BITS[shape.x_kind] == 8 or shape.m > 8
+    if BITS[shape.w_kind] == 8:
+        return BITS[shape.x_kind] == 8 or shape.m > 8
+    one_fma = weights_take_scales(shape) and (shape.x_kind, shape.w_kind) == ("bf16", "s4")
+    large = shape.n * shape.k >= 490_000 * device.sm_count
+    return shape.m > 8 and one_fma and not shape.has_zeros and shape.group_size % 128 == 0 and large
 
 
 def _streams(device: Device, shape: Shape) -> bool:

@@ -186,8 +186,8 @@ __device__ __forceinline__ void sum_fragments(const Params& p, int k_tiles, Ring
   load_staged(tile);
   make_fragments(0);
   load(tile, ahead);
-  // The barrier of the stage before this one, which wgmma may still be reading
-  u32 previous = ring.barriers + no_stage - to_empty;
+  constexpr u32 none = ~0u;  // no barrier's address
+  u32 previous = none;       // the stage before this one, which wgmma may still be reading
 #pragma unroll 1
   for (int kt = segment.begin; kt < segment.end; kt += stride) {
     const int next_kt = kt + stride < segment.end ? kt + stride : kt;  // the last one is made twice
@@ -221,7 +221,7 @@ __device__ __forceinline__ void sum_fragments(const Params& p, int k_tiles, Ring
               direct || c % chunks_per_flush != 0 || s != 0);
       wgmma_commit();
       wgmma_wait<1>();
-      if (direct && t == 0) release(previous + to_empty, lane, sharing == 1 || kt > segment.begin);
+      if (direct && t == 0) release(previous + to_empty, lane, previous != none);
       if (t + 1 + ahead == turns) {
         barrier_wait(full, ring.phase);
         tile = tile_at();
@@ -277,11 +277,10 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
     prefetch(x_map);
 #pragma unroll 1
     for (int s = 0; s < num_stages; ++s) {
-      barrier_init(ring.barriers + s * 8, 1 + (staged_scales ? 32 : 0));
+      barrier_init(ring.barriers + s * 8, 1 + (staged_scales ? scale_arrivals : 0));
       barrier_init(ring.barriers + (num_stages + s) * 8,
                    (team + rest_by_k) * 4 * (arrivals_of_warp + sharing - 1));
     }
-    barrier_init(ring.barriers + no_stage, 4 * arrivals_of_warp);
     if constexpr (split_k > 1) init_exchange(ring.barriers);
     publish_barriers();
   }

@@ -77,8 +77,11 @@ __device__ __forceinline__ void mark_lost(GroupRun<Scale> (&scales)[pairs][2]) {
 }
 
 // Into the stages of all of a block's segments; each warp has every third run of tiles
+constexpr int scale_warps = 3;
+// At a stage: every lane of the warp whose it is, and one of each other
+constexpr int scale_arrivals = 32 + scale_warps - 1;
 __device__ __forceinline__ void make_row_scales(const Params& p, const Shares& shares, Ring ring) {
-  constexpr int warps = 3, pairs = stage_rows / 64;  // of rows eight apart, of a lane
+  constexpr int pairs = stage_rows / 64;  // of rows eight apart, of a lane
   int lane = threadIdx.x % 32;
   int turn = __shfl_sync(~0u, threadIdx.x / 32, 0) - 1;  // runs until its own
   bool waited = false;
@@ -96,15 +99,18 @@ __device__ __forceinline__ void make_row_scales(const Params& p, const Shares& s
       if (rest_by_k && first < shares.k_tiles) end = min(end, shares.k_tiles);
       if (rest_by_k && first == shares.k_tiles) rest_row += rest_rows;
       if (turn-- > 0) {
-        const int others = min(end, s.end) - max(first, s.begin);
-        if (others > 0) {  // waits, to be no more than a phase behind the barriers
-          ring.skip(others - 1);
+        // Arrives at each, so that none passes it by: it would wait for a phase that was over
+#pragma unroll
+        for (int t = 0; t < run; ++t) {
+          if (first + t < s.begin || first + t >= min(end, s.end)) continue;
           barrier_wait(ring.empty(), ring.phase ^ 1);
+          __syncwarp();
+          if (lane == 0) barrier_arrive(ring.full());
           ring.advance();
         }
         continue;
       }
-      turn = warps - 1;
+      turn = scale_warps - 1;
       pin(lane);  // else rows and addresses of all pairs are kept, for which there are no registers
       const int kt = place_of(first, shares.k_tiles);
       auto row = [&](int i, int h) {

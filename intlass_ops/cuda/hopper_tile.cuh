@@ -64,9 +64,6 @@ constexpr int stage_bytes = (x_bytes + w_bytes + sum_bytes + scale_bytes + 1023)
 constexpr int barriers_bytes = 1024;
 typedef StageRing<num_stages, stage_bytes> Ring;
 
-// Behind the ring's barriers two of an exchange (hopper_out.cuh), and one that nobody waits for
-constexpr int no_stage = num_stages * 16 + 16;
-
 // Done with a stage: tell the producer, one thread of every warp. Where plain loads read what other threads
 // of the block have stored or loaded there, each thread for itself: racecheck sees no warp that is in step
 // anyway.
