@@ -66,8 +66,9 @@ def _few_tokens_for_hopper(device: Device, shape: Shape) -> bool:
 
     With INT8 activations by 0, 3, 9 and 20 % at 1, 4, 8 and 16 tokens, under 16-bit ones by 6 % at
     16 (beside the pick without wgmma, on 17 to 19 layers of benchmarks/results/h200-layers.json).
-    And large INT4 ones that take their scales by one FMA, at 16 tokens by 2 to 33 % on seven
-    layers; on smaller ones what is predicted is up to 13 % slower than skinny_held.cu.
+    And large INT4 ones that take their scales by one FMA, at 16 tokens by 2 to 33 % on eight
+    layers (five are there, three the tuned table's); on smaller ones what is predicted is up to
+    13 % slower than skinny_held.cu.
     """
     if why_not_hopper(device, shape) is not None:
         return False

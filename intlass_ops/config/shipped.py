@@ -31,6 +31,21 @@ from .transposed import TRANSPOSED_MAX_M, pick_transposed
 from .transposed_wgmma import pick_transposed_wgmma
 from .widen import pick_widen
 
+_W4A16 = Shape(
+    x_kind="bf16",
+    w_kind="s4",
+    scale_type="__nv_bfloat16",
+    zero_type="float",
+    out_type="__nv_bfloat16",
+    has_zeros=False,
+    has_a_zero=False,
+    aligned=True,
+    m=4096,
+    n=4096,
+    k=4096,
+    group_size=128,
+)
+
 
 def _shipped_hopper(
     types: tuple[str, ...], zero_types: tuple[str, ...]
@@ -87,18 +102,16 @@ def _shipped_rest() -> Iterator[tuple[Hopper, tuple[str, ...]]]:
     )
     for x, w, m, n, group_size in cases:
         own = {"bf16": "__nv_bfloat16", "fp16": "__half", "s8": "float"}[x]
-        shape = Shape(
+        shape = replace(
+            _W4A16,
             x_kind=x,
             w_kind=w,
             scale_type=own,
             zero_type="unsigned char",
             out_type="__nv_bfloat16" if x == "s8" else own,
             has_zeros=w == "u4",
-            has_a_zero=False,
-            aligned=True,
             m=m,
             n=n,
-            k=4096,
             group_size=group_size,
         )
         h200 = device_of("sm_90a")
@@ -116,20 +129,7 @@ def _shipped_epilogues() -> Iterator[tuple[Config, tuple[str, ...]]]:
         ("s8", 4096, 4096, 128, "silu", True),
     )
     for x, m, n, group_size, activation, residual in cases:
-        shape = Shape(
-            x_kind=x,
-            w_kind="s4",
-            scale_type="__nv_bfloat16",
-            zero_type="float",
-            out_type="__nv_bfloat16",
-            has_zeros=False,
-            has_a_zero=False,
-            aligned=True,
-            m=m,
-            n=n,
-            k=4096,
-            group_size=group_size,
-        )
+        shape = replace(_W4A16, x_kind=x, m=m, n=n, group_size=group_size)
         for arch in ("sm_80", "sm_90a"):
             picked = pick(device_of(arch), shape)
             yield with_epilogue(picked, activation, residual), (arch,)
@@ -142,18 +142,14 @@ def _shipped_scaled() -> Iterator[tuple[Config, tuple[str, ...]]]:
         ("fp16", "u4", "__half", "unsigned char", 64, ("sm_86",)),
     )
     for x, w, scale_type, zero_type, group_size, archs in cases:
-        shape = Shape(
+        shape = replace(
+            _W4A16,
             x_kind=x,
             w_kind=w,
             scale_type=scale_type,
             zero_type=zero_type,
             out_type=scale_type,
             has_zeros=w == "u4",
-            has_a_zero=False,
-            aligned=True,
-            m=4096,
-            n=4096,
-            k=4096,
             group_size=group_size,
         )
         for arch in archs:
@@ -298,24 +294,11 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
                 picked = replace(picked, lane_order=True, x_unit=unit)
             if picked is not None:
                 yield picked, (arch,)
+    mx = replace(_W4A16, x_kind="e2m1", w_kind="e2m1", scale_type="e8m0", n=8192, k=8192)
     for turn, m in enumerate((1, 16)):
-        shape = Shape(
-            x_kind="e2m1",
-            w_kind="e2m1",
-            scale_type="e8m0",
-            zero_type="float",
-            out_type=types[turn],
-            has_zeros=False,
-            has_a_zero=False,
-            aligned=True,
-            m=m,
-            n=8192,
-            k=8192,
-            group_size=32,
-            blocked=turn == 1,
-        )
-        for mx in mx_candidates(device_of("sm_90a"), shape):
-            yield mx, ("sm_90a",)
+        shape = replace(mx, group_size=32, out_type=types[turn], m=m, blocked=turn == 1)
+        for c in mx_candidates(device_of("sm_90a"), shape):
+            yield c, ("sm_90a",)
     for x in ("s4", "u4"):
         for aligned, m in ((True, 16), (True, 4096), (False, 16)):
             for arch in ARCHS:

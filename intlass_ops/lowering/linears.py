@@ -133,16 +133,22 @@ def _match(edit: Editor, gemm: Gemm) -> Match:
     start = None if sums is None else sums.last
     weight_zero = None if sums is None else sums.weight_zero
 
-    def read(is_static: Callable[[Node], bool]) -> tuple[Epilogue, Slice, WeightForm]:
-        tail = epilogue(gemm, rows=gemm.integer, is_static=is_static, start=start)
-        piece = edit.slice_of(gemm, tail.column_scales, weight_zero)
-        return tail, piece, edit.probe(gemm, piece)
+    def tail_of(is_static: Callable[[Node], bool]) -> Epilogue:
+        return epilogue(gemm, rows=gemm.integer, is_static=is_static, start=start)
 
+    def weight_of(tail: Epilogue) -> tuple[Slice, WeightForm]:
+        piece = edit.slice_of(gemm, tail.column_scales, weight_zero)
+        return piece, edit.probe(gemm, piece)
+
+    tail = tail_of(edit.is_static)
     try:
-        tail, piece, form = read(edit.is_static)
+        piece, form = weight_of(tail)
     except NotAffine:
-        # What follows may be no scale of codes but made of them, as the norm of the weight is.
-        tail, piece, form = read(lambda _: False)
+        if not tail.column_scales:
+            raise
+        # They may be no scales of codes but made of them, as the norm of the weight is.
+        tail = tail_of(lambda _: False)
+        piece, form = weight_of(tail)
     if not tail.last.meta["val"].dtype.is_floating_point:
         user = next(iter(tail.last.users), None)
         onto = "an output" if user is None or user.op == "output" else str(user.target)
