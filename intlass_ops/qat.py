@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from . import side_by_side
+from .integrations import conv1d, weight_readers
 from .nn import IntLinear, as_autocast
 from .ops._library import require_module
 from .rotation import hadamard_matrix
@@ -216,23 +217,31 @@ def prepare_qat_(
     config: QATConfig,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Replace every nn.Linear of ``model`` by a `QATLinear` on the same parameters, in place."""
+    """Replace every nn.Linear of ``model`` by a `QATLinear` on the same parameters, in place.
+
+    Of a `Conv1D` the weight is another one, transposed: make the optimizer afterwards.
+    """
     if isinstance(model, nn.Linear):
         raise TypeError("quantize_: the model is a Linear itself and cannot be replaced in place")
-    found: list[tuple[nn.Module, str, nn.Linear, str]] = []
+    kept = weight_readers.kept_in_fp32(model)
+    found: list[tuple[nn.Module, str, Any, str]] = []
     for parent_path, parent in model.named_modules():
         for name, child in parent._modules.items():
             path = f"{parent_path}.{name}" if parent_path else name
-            if type(child) is nn.Linear and (filter_fn is None or filter_fn(child, path)):
+            if path in kept or not (type(child) is nn.Linear or conv1d.is_conv1d(child)):
+                continue
+            if filter_fn is None or filter_fn(child, path):
                 found.append((parent, name, child, path))
-    made: dict[nn.Linear, QATLinear] = {}
-    for *_, linear, path in found:
+    made: dict[nn.Module, QATLinear] = {}
+    for *_, module, path in found:
+        linear = conv1d.linear_of(module) if conv1d.is_conv1d(module) else module
         try:
-            made[linear] = made.get(linear) or QATLinear(linear, config)
+            made[module] = made.get(module) or QATLinear(linear, config)
         except ValueError as problem:
             raise ValueError(f"quantize_: {path}: {problem}") from problem
-    for parent, name, linear, _ in found:
-        setattr(parent, name, made[linear])
+    for parent, name, module, _ in found:
+        setattr(parent, name, made[module])
+    weight_readers.announce(model)
 
 
 def convert_(model: nn.Module) -> None:
@@ -257,3 +266,4 @@ def convert_(model: nn.Module) -> None:
                     made[child] = child.convert()
                 setattr(parent, name, made[child])
     side_by_side.lay_siblings(model)
+    weight_readers.announce(model)

@@ -22,10 +22,9 @@ def quantise(
     t: Tensor, h: Tensor, bits: int, method: str, *, layout: str = "packed", mask: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, of INT4 in a layout, scales [rows, 1], mask, empty if unwanted) of rows [R, K]."""
-    with torch.autocast(t.device.type, enabled=False):  # would round the rotation on a CPU
-        codes, scales, kept = torch.ops.intlass.fused_quantize(
-            t, h, f"int{bits}", method, t.shape[1], 1.0, mask, layout
-        )
+    codes, scales, kept = torch.ops.intlass.fused_quantize(
+        t, h, f"int{bits}", method, t.shape[1], 1.0, mask, layout
+    )
     return codes, scales, kept
 
 

@@ -388,3 +388,13 @@ def test_a_call_is_refused_by_name_or_has_the_shapes_of_the_fake(
     assert isinstance(found, list) == bool(legal)
     if isinstance(found, str):
         assert found.startswith(f"fused_quantize_{format_}: ")
+
+
+@pytest.mark.parametrize("format_", list(OPS))
+def test_autocast_rounds_nothing(format_: str) -> None:
+    x, h = torch.randn(3, 64), hadamard_matrix(32)
+    expected = OPS[format_](x, h)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes, scales = OPS[format_](x, h)
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(scales.view(torch.uint8), expected[1].view(torch.uint8))

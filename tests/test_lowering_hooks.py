@@ -104,6 +104,17 @@ def test_inductors_kernels_wait_before_they_touch_memory(computed: bool) -> None
     assert lines == [*first, "load", "load", "store"]
 
 
+def test_compiled_code_calls_kernels_without_the_dispatcher() -> None:
+    x = torch.randn(2, graph_zoo.K).bfloat16()
+    with fresh(), torch.no_grad():
+        compiled = torch.compile(graph_zoo.SubMul(), backend=lowering.backend)
+        y, (code,) = torch._inductor.utils.run_and_get_code(compiled, x)
+        assert "linear_from_leaves.default.cpu(" in code
+        with torch.profiler.profile() as profile:  # which shall see the op
+            assert torch.equal(compiled(x), y)
+        assert "intlass::linear_from_leaves" in {event.name for event in profile.events()}
+
+
 @pytest.mark.parametrize(("mode", "graphs"), [(None, False), ("reduce-overhead", True)])
 def test_mode_reaches_inductor(mode: str | None, graphs: bool) -> None:
     seen: list[bool] = []

@@ -336,6 +336,43 @@ def test_no_graph_is_kept_without_gradients(device: str) -> None:
         assert not call.run().requires_grad
 
 
+def _quadratic(device: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """A function through both matmul ops, and the same of dense weights; integers, so exact."""
+    q = [_codes(*shape).to(device) for shape in ((6, 32), (4, 6))]
+    packed, one = oracle.pack(q[0]), torch.ones((), device=device)
+
+    def quantised(x: Tensor) -> Tensor:
+        v = matmul_int4_bf16_tn(x, packed, one, residual=x[..., :6])
+        return matmul_int8_bf16_tn(v * v, q[1].to(torch.int8), None, one)
+
+    def dense(x: Tensor) -> Tensor:
+        v = x @ q[0].to(x).T + x[..., :6]
+        return (v * v) @ q[1].to(x).T
+
+    return quantised, dense
+
+
+@pytest.mark.parametrize("name", ["vjp", "jacrev", "vmap of grad", "jacrev of jacrev"])
+def test_transforms_of_torch_func(name: str, device: str) -> None:
+    transform = {
+        "vjp": lambda f: lambda x: torch.func.vjp(f, x)[1](f(x))[0],
+        "jacrev": torch.func.jacrev,
+        "vmap of grad": lambda f: torch.vmap(torch.func.grad(lambda x: f(x).sum())),
+        "jacrev of jacrev": lambda f: torch.func.jacrev(torch.func.jacrev(f)),
+    }[name]
+    x = torch.randint(-2, 3, (3, 32), generator=torch.Generator().manual_seed(0)).float().to(device)
+    quantised, dense = map(transform, _quadratic(device))
+    assert_identical(quantised(x), dense(x))
+
+
+@pytest.mark.parametrize("transform", [torch.func.jacfwd, torch.func.hessian])
+def test_forward_mode_derivatives_are_refused(transform: Any, device: str) -> None:
+    """PyTorch's own kernels for custom ops leave them out: the derivative would be zero."""
+    quantised, _ = _quadratic(device)
+    with pytest.raises(RuntimeError, match=r"^matmul_int[48]_bf16_tn: no forward-mode derivative"):
+        transform(lambda x: quantised(x).sum())(torch.ones(32, device=device))
+
+
 class _Seen(TorchDispatchMode):
     """Notes the ops that reach the dispatch of modes."""
 

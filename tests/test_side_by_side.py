@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from lowering_helpers import TOLERANCE, Counting, fresh, relative_error
 from torch import Tensor, nn
 
 import intlass_ops
-from intlass_ops import cpu_integers
+from intlass_ops import cpu_integers, lowering
 from intlass_ops.prepare import prepare_
 from intlass_ops.side_by_side import as_one, lay_siblings
 
@@ -201,6 +202,17 @@ def test_changed_weights_are_seen(change: Callable[[Three], None]) -> None:
         assert not same(before, model(X))
         assert same(call(X), model(X))
     assert backend.compiles == 1
+
+
+def test_weights_that_are_gone_are_forgotten() -> None:
+    model = three()
+    lists = weights(model), [getattr(model, name).scales for name in "qkv"], [], []
+    first = OP(X, *lists)
+    assert len(lowering.joined._ONES) == 1
+    assert torch.equal(OP(X, *lists), first)
+    del model, lists
+    gc.collect()
+    assert not lowering.joined._ONES
 
 
 def test_instances_that_lie_otherwise_run_the_same_graph() -> None:

@@ -14,6 +14,7 @@ graphs `_param_name_to_source` and of their inputs `_dynamo_source` and
 `meta["tensor_dict"]["_dynamo_static_input_type"]`;
 `torch._inductor.codegen.triton.TritonKernel._filter_pdl`, the last step of a kernel's code, and
 `torch._inductor.virtualized.V.graph.module`, the graph it is of;
+`torch._inductor.ir.FallbackKernel.set_python_kernel_name`, what its code calls a custom op;
 `torch._functorch._aot_autograd.subclass_codegen` (2.13: subclasses are taken apart by generated
 code, before that by functions that ask each of them).
 """
@@ -37,10 +38,12 @@ from torch._inductor import config as inductor_config
 from torch._inductor.codegen.triton import TritonKernel
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.ir import FallbackKernel
 from torch._inductor.virtualized import V
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..explain import is_strict
+from ..ops._library import NAMESPACE
 from . import (
     epilogues,
     linears,
@@ -190,6 +193,7 @@ def _chained(hook: Any) -> CustomGraphPass:
 
 
 def install() -> None:
+    without_dispatcher()
     setattr(inductor_config, HOOK, _chained(getattr(inductor_config, HOOK)))
     _guard_replays()
 
@@ -212,6 +216,7 @@ def compile_with_pass(
     mode: str | None,
     options: Mapping[str, Any] | None,
 ) -> Callable[..., Any]:
+    without_dispatcher()
     chosen = dict(torch._TorchCompileInductorWrapper(mode, dict(options or {}), None).config)
     chosen[HOOK] = _chained(chosen.get(HOOK, getattr(inductor_config, HOOK)))
     graphs = chosen.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
@@ -251,6 +256,25 @@ def waiting_first() -> bool:
 
     TritonKernel._filter_pdl = filtered  # type: ignore[method-assign]
     return True
+
+
+@functools.cache
+def without_dispatcher() -> None:
+    """Make Inductor's Python code call the kernels of our ops themselves (`_library.implement`):
+    dispatching to Python takes the host as long as a kernel of one token takes the GPU."""
+    original: Any = getattr(FallbackKernel, "set_python_kernel_name", None)
+    if original is None:
+        return
+
+    def named(self: Any, name: str | None) -> None:
+        original(self, name)
+        op, device = self.op_overload, self.get_device()
+        in_python = not (V.graph.cpp_wrapper or getattr(V.graph, "fx_wrapper", False))
+        ours = getattr(op, "namespace", "") == NAMESPACE
+        if in_python and ours and device is not None and hasattr(op, device.type):
+            self.python_kernel_name += f".{device.type}"
+
+    FallbackKernel.set_python_kernel_name = named  # type: ignore[assignment, method-assign]
 
 
 class _Sources:

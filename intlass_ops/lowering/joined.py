@@ -7,14 +7,22 @@ side by side, one each for others. Not here: which linears of a graph these are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops import matmul, matmul_kernels
+from ..ops._library import implement
+from ..ops.problem import INT4, INT8
 from ..side_by_side import as_one
 from .runtime import LIBRARY
+
+# Codes, scales, zero points and biases of the linears; what they have none of is empty.
+Lists = Sequence[Sequence[Tensor]]
 
 
 def _siblings(
@@ -28,8 +36,37 @@ def _siblings(
     a_zero: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    tensors = (weights, scales, zeros, biases)
-    return _in_runs(x, tensors, _runs(weights), k, a_scale, a_zero, out_dtype)
+    run = matmul_kernels.run
+    tensors = weights, scales, zeros, biases
+    key = tuple(map(id, chain(*tensors)))
+    known = _ONES.get(key)
+    if known is not None and known.still(tensors):
+        return _multiply(run, x, known.operands, k, a_scale, a_zero, out_dtype)
+    order = _runs(weights)
+    if order == [list(range(len(weights)))]:
+        operands = [as_one(t) if t else None for t in tensors]
+        if all(one is not None or not t for one, t in zip(operands, tensors, strict=True)):
+            _ONES[key] = _One(tensors, operands)
+            if known is None:
+                weakref.finalize(weights[0], _ONES.pop, key, None)
+    return _in_runs(run, x, tensors, order, k, a_scale, a_zero, out_dtype)
+
+
+class _One:
+    """Lists of tensors that lie as one each: to look for that takes the host longer than a GEMM."""
+
+    def __init__(self, tensors: Lists, operands: Sequence[Tensor | None]) -> None:
+        self.parts = [(weakref.ref(t), t.data_ptr()) for t in chain(*tensors)]
+        self.operands = operands
+
+    def still(self, tensors: Lists) -> bool:
+        for (ref, pointer), t in zip(self.parts, chain(*tensors), strict=True):
+            if ref() is not t or t.data_ptr() != pointer:
+                return False
+        return True
+
+
+_ONES: dict[tuple[int, ...], _One] = {}
 
 
 def _siblings_fake(
@@ -44,8 +81,8 @@ def _siblings_fake(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     alone = [[i] for i in range(len(weights))]
-    tensors = (weights, scales, zeros, biases)
-    return _in_runs(x, tensors, alone, k, a_scale, a_zero, out_dtype)
+    tensors = weights, scales, zeros, biases
+    return _in_runs(matmul.dispatch, x, tensors, alone, k, a_scale, a_zero, out_dtype)
 
 
 def _runs(weights: Sequence[Tensor]) -> list[list[int]]:
@@ -60,23 +97,20 @@ def _runs(weights: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _in_runs(
+    run: Callable[..., Tensor],
     x: Tensor,
-    tensors: Sequence[Sequence[Tensor]],
-    runs: Sequence[Sequence[int]],
-    k: int | None,
-    a_scale: Tensor | None,
-    a_zero: Tensor | None,
-    out_dtype: torch.dtype | None,
+    tensors: Lists,
+    order: Sequence[Sequence[int]],
+    *after: Any,
 ) -> Tensor:
     parts: dict[int, Tensor] = {}
     y = x
-    for run in runs:
-        weight, scale, zero, bias = (_joined([t[i] for i in run]) if t else None for t in tensors)
-        assert weight is not None
-        y = _multiply(x, weight, scale, zero, k, a_scale, a_zero, bias, out_dtype)
-        parts |= zip(run, y.split([tensors[0][i].shape[0] for i in run], dim=-1), strict=True)
+    for some in order:
+        operands = [_joined([t[i] for i in some]) if t else None for t in tensors]
+        y = _multiply(run, x, operands, *after)
+        parts |= zip(some, y.split([tensors[0][i].shape[0] for i in some], dim=-1), strict=True)
     count = len(tensors[0])
-    if list(runs) == [list(range(count))]:
+    if list(order) == [list(range(count))]:
         return y
     return torch.cat([parts[i] for i in range(count)], dim=-1)
 
@@ -89,23 +123,20 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _multiply(
+    run: Callable[..., Tensor],
     x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
+    operands: Sequence[Tensor | None],
     k: int | None,
     a_scale: Tensor | None,
     a_zero: Tensor | None,
-    bias: Tensor | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    ops: Any = torch.ops.intlass
-    y: Tensor
+    weight, scales, zeros, bias = operands
+    assert weight is not None
+    after = a_scale, a_zero, None, bias, dtype, None, None
     if weight.dtype == torch.int8:
-        y = ops.matmul_int8_bf16_tn(x, weight, a_scale, scales, a_zero, None, bias, dtype)
-    else:
-        y = ops.matmul_int4_bf16_tn(x, weight, scales, zeros, k, a_scale, a_zero, None, bias, dtype)
-    return y
+        return run(INT8, x, weight, scales, None, None, *after)
+    return run(INT4, x, weight, scales, zeros, k, *after)
 
 
 LIBRARY.define(
@@ -115,6 +146,5 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 torch.library.register_fake("intlass::matmul_siblings", _siblings_fake, lib=LIBRARY)
-LIBRARY.impl("matmul_siblings", _siblings, "CPU")
-LIBRARY.impl("matmul_siblings", _siblings, "CUDA")
+implement(LIBRARY, "matmul_siblings", cpu=_siblings, cuda=_siblings)
 OP: Any = torch.ops.intlass.matmul_siblings.default

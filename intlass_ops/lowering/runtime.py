@@ -24,6 +24,10 @@ from torch import Tensor
 
 from .. import reference
 from ..explain import record as record_dispatch
+from ..ops import matmul, matmul_kernels
+from ..ops._library import implement
+from ..ops.problem import INT4 as OF_INT4
+from ..ops.problem import INT8 as OF_INT8
 from . import records
 from .program import device_of
 from .storage import (
@@ -106,10 +110,11 @@ class _Entry:
         return False
 
     def fresh(self, leaves: Sequence[Tensor]) -> bool:
-        return all(
-            ref() is leaf and version == _version(leaf)
-            for ref, leaf, version in zip(self.leaves, leaves, self.versions, strict=True)
-        )
+        # A loop: asked in every call, and all() of a generator takes twice as long.
+        for ref, leaf, version in zip(self.leaves, leaves, self.versions, strict=True):
+            if ref() is not leaf or version != _version(leaf):
+                return False
+        return True
 
 
 _MEMO: dict[tuple[Any, ...], _Entry] = {}
@@ -120,11 +125,11 @@ _WASTED: Counter[str] = Counter()
 PATIENCE = 8
 
 
-def _look_up(text: str, leaves: Sequence[Tensor]) -> list[Packed] | None:
+def _look_up(text: str, leaves: Sequence[Tensor], *, on_gpu: bool) -> list[Packed] | None:
     """The packed weight; None if it must be computed here: it is cold inside a capture, where
     nothing can be measured, or packing it would not pay."""
-    key = (text, *(id(leaf) for leaf in leaves))
-    capturing = any(leaf.is_cuda for leaf in leaves) and torch.cuda.is_current_stream_capturing()
+    key = (text, *map(id, leaves))
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     entry = _MEMO.get(key)
     if entry is not None and entry.packed is not None and entry.fresh(leaves):
         if capturing:
@@ -250,7 +255,9 @@ def multiply(
     out_dtype: torch.dtype,
     activation: str | None = None,
     residual: Tensor | None = None,
+    run: Callable[..., Tensor] = matmul.dispatch,
 ) -> Tensor:
+    """x by a packed weight, by the ops or, within an op, by their kernels (`run`)."""
     if packed.order is not None:
         x = x.index_select(-1, packed.order)
     weight = packed.weight
@@ -262,20 +269,17 @@ def multiply(
         return _finish(y, bias, out_dtype, activation, residual)
     assert packed.scales is not None
     scales, zeros = packed.scales, packed.zeros
-    int4: Callable[..., Tensor] = torch.ops.intlass.matmul_int4_bf16_tn
-    int8: Callable[..., Tensor] = torch.ops.intlass.matmul_int8_bf16_tn
-    common = {"a_scale": a_scale, "a_zero": a_zero}
-    tail = {"bias": bias, "out_dtype": out_dtype, "activation": activation, "residual": residual}
+    after = a_scale, a_zero, None, bias, out_dtype, activation, residual
     if packed.kind == INT8:
-        return int8(x, weight, a_scale, scales, a_zero=a_zero, **tail)
+        return run(OF_INT8, x, weight, scales, None, None, *after)
     if packed.kind == INT4:
-        return int4(x, weight, scales, zeros, k=k, **common, **tail)
+        return run(OF_INT4, x, weight, scales, zeros, k, *after)
     assert packed.high is not None
     assert packed.high_scales is not None
     none = torch.zeros((), dtype=packed.high_scales.dtype, device=x.device)
-    wide = {"k": k, "out_dtype": torch.float32, **common}
-    y = int4(x, packed.high, packed.high_scales, none, **wide)
-    y = y + int4(x, weight, scales, zeros, **wide)
+    wide = k, a_scale, a_zero, None, None, torch.float32, None, None
+    y = run(OF_INT4, x, packed.high, packed.high_scales, none, *wide)
+    y = y + run(OF_INT4, x, weight, scales, zeros, *wide)
     return _finish(y, bias, out_dtype, activation, residual)
 
 
@@ -322,26 +326,27 @@ def _linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     recipes = recipes_of(recipe)
-    packed = _look_up(recipe, leaves)
+    packed = _look_up(recipe, leaves, on_gpu=x.is_cuda)
     if packed is None:
         cold = zip(recipes, split_leaves(recipes, leaves), strict=True)
         packed = [Packed(DENSE, dense_weight(each, part)) for each, part in cold]
+    by_kernel = functools.partial(multiply, run=matmul_kernels.run)
     first = recipes[0]
     k, dtype = first.k, out_dtype or x.dtype
     if first.batch == 1:
         if len(packed) == 1:
             tail = bias, dtype, activation, residual
-            return multiply(x, packed[0], k, a_scale, a_zero, *tail)
+            return by_kernel(x, packed[0], k, a_scale, a_zero, *tail)
         sizes = [each.n for each in recipes]
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
         parts = zip(packed, biases, strict=True)
-        outputs = [multiply(x, each, k, a_scale, a_zero, b, dtype) for each, b in parts]
+        outputs = [by_kernel(x, each, k, a_scale, a_zero, b, dtype) for each, b in parts]
         return torch.cat(outputs, dim=-1)
     stacked = []
     for e in range(first.batch):
         scale, zero = (t if t is None or t.dim() < 3 else t[e] for t in (a_scale, a_zero))
         own = packed[0].rows(e * first.n, (e + 1) * first.n)
-        stacked.append(multiply(x[e], own, k, scale, zero, bias, dtype))
+        stacked.append(by_kernel(x[e], own, k, scale, zero, bias, dtype))
     return torch.stack(stacked)
 
 
@@ -369,5 +374,4 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 torch.library.register_fake("intlass::linear_from_leaves", _linear_fake, lib=LIBRARY)
-LIBRARY.impl("linear_from_leaves", _linear, "CPU")
-LIBRARY.impl("linear_from_leaves", _linear, "CUDA")
+implement(LIBRARY, "linear_from_leaves", cpu=_linear, cuda=_linear)

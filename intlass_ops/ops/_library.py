@@ -3,7 +3,7 @@
 `define` registers one op completely: schema, fake, CPU and CUDA kernels, gradient. vmap is
 registered next to the op it belongs to.
 
-Private API of PyTorch, checked on 2.11 and 2.13: torch._library.autograd and the dispatch keys.
+Private API of PyTorch, checked on 2.11 and 2.13: torch._C._autograd._profiler_enabled.
 """
 
 from __future__ import annotations
@@ -12,18 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._library.autograd import Info, make_autograd_impl
+
+from ._autograd import autograd_kernel
 
 NAMESPACE = "intlass"
 # Lives as long as the process: dropping it would unregister the ops.
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-
-# Dispatch keys that come after autograd, and the only one of them that an ordinary tensor has.
-_BELOW_AUTOGRAD = torch._C._after_ADInplaceOrView_keyset.raw_repr()
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU).raw_repr()
-_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA).raw_repr()
 
 
 def define(
@@ -45,49 +41,38 @@ def define(
     every = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
     LIBRARY.define(schema, tags=(*every, *tags))
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, cuda, "CUDA")
+    implement(LIBRARY, name, cpu=cpu, cuda=cuda)
     if backward is not None:
         op = getattr(torch.ops.intlass, name).default
-        differentiable = make_autograd_impl(op, Info(backward, setup_context))
-        kernel = _with_shortcut(op, differentiable, {_CPU: cpu, _CUDA: cuda})
+        assert setup_context is not None
+        kernel = autograd_kernel(op, setup_context, backward, cpu, cuda)
         LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
     return f"{NAMESPACE}::{name}"
 
 
-def _with_shortcut(
-    op: torch._ops.OpOverload,
-    differentiable: Callable[..., Any],
-    kernels: dict[int, Callable[..., Any]],
-) -> Callable[..., Any]:
-    """``differentiable``, or the kernel itself where that comes to the same.
+def implement(
+    library: torch.library.Library, name: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any]
+) -> None:
+    """Register an op's kernels, and let compiled code call them without the dispatcher.
 
-    What torch.library.register_autograd registers dispatches a second time, at twice the cost of
-    the first. Ordinary tensors, none of which wants a gradient, are spared it: a keyset without
-    anything between autograd and the device means no mode, no subclass and no transform.
+    That is by the overload's attributes ``cpu`` and ``cuda`` (lowering/graph_pass.py writes them
+    into Inductor's code). Under a profiler, which would not see such a call, they dispatch.
     """
-
-    def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        kernel = kernels.get(keyset.raw_repr() & _BELOW_AUTOGRAD)
-        try:
-            if kernel is not None and not (
-                torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args)
-            ):
-                return kernel(*args)
-            return differentiable(keyset, *args)
-        except AttributeError:
-            _require_tensors(op, args)
-            raise
-
-    return autograd
+    op = getattr(torch.ops.intlass, name).default
+    for device, kernel in (("cpu", cpu), ("cuda", cuda)):
+        library.impl(name, kernel, device.upper())
+        setattr(op, device, _without_dispatcher(op, kernel))
 
 
-def _require_tensors(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
-    """PyTorch lets None pass for a tensor of the schema; here it is refused by name."""
-    for argument, value in zip(op._schema.arguments, args, strict=False):
-        if value is None and isinstance(argument.type, torch.TensorType):
-            name = op._schema.name.removeprefix(f"{NAMESPACE}::")
-            raise TypeError(f"{name}: {argument.name} is None; expected a tensor")
+def _without_dispatcher(
+    op: torch._ops.OpOverload, kernel: Callable[..., Any]
+) -> Callable[..., Any]:
+    is_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return op(*args, **kwargs) if is_profiled() else kernel(*args, **kwargs)
+
+    return call
 
 
 def type_name(dtype: torch.dtype) -> str:
@@ -109,3 +94,8 @@ def require_device(op: str, first: torch.Tensor, **others: torch.Tensor | None) 
     for name, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, the input on {first.device}")
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """A context in which `torch.autocast` does not round products that are meant in float32."""
+    return torch.autocast("cuda" if device.type == "cuda" else "cpu", enabled=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import fused_quantize
 from ..cuda import launch_rotate_quantize
-from ._library import define, require_device
+from ._library import define, require_device, without_autocast
 
 _FORMATS = ("int8", "int4", "mx", "nv")
 _LAYOUTS = ("packed", "bytes", "lanes")
@@ -69,7 +69,8 @@ def _cpu(
     layout: str = "packed",
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = _plan(x, h, format_, method, group_size, global_scale, layout)
-    codes, scales, bits = fused_quantize.reference(x, h, plan)
+    with without_autocast(x.device):
+        codes, scales, bits = fused_quantize.reference(x, h, plan)
     return codes, scales, bits if mask else bits[..., :0].contiguous()
 
 

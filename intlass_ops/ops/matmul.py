@@ -109,6 +109,26 @@ _int4_op = torch.ops.intlass.matmul_int4_bf16_tn.default
 _int8_op = torch.ops.intlass.matmul_int8_bf16_tn.default
 
 
+def dispatch(
+    op: str,
+    a: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    k: int | None,
+    a_scale: Tensor | None,
+    a_zero: Tensor | None,
+    *after: Any,
+) -> Tensor:
+    """Either op, on arguments in the order of its kernels."""
+    y: Tensor
+    if op == INT4:
+        y = _int4_op(a, w, scales, zeros, k, a_scale, a_zero, *after)
+    else:
+        y = _int8_op(a, w, a_scale, scales, a_zero, *after)
+    return y
+
+
 def _on_device_of(a: Tensor, alpha: Tensor | float) -> Tensor:
     if isinstance(alpha, Tensor):
         return alpha

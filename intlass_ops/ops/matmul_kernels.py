@@ -15,12 +15,18 @@ from torch import Tensor
 from .. import batch_invariance, cpu, cpu_integers, packing, reference
 from ..cuda import launch, plans
 from ..explain import listening, record
+from ._library import without_autocast
 from .problem import Problem, check, rows_groups
 
 
 def fake(op: str, a: Tensor, w: Tensor, *rest: Any) -> Tensor:
     problem = check(op, a, w, *rest)
     return a.new_empty((*a.shape[:-1], problem.n), dtype=problem.out_dtype)
+
+
+def run(op: str, a: Tensor, *rest: Any) -> Tensor:
+    """What the op does once the dispatcher has found the device."""
+    return (run_on_cuda if a.is_cuda else run_on_cpu)(op, a, *rest)
 
 
 def run_on_cpu(
@@ -187,5 +193,7 @@ def _cuda_float32(
     _explain(p, math.prod(a.shape[:-1]), "dequantize + mm", why, fallback=True)
     dense = torch.ops.intlass.dequantize(w, scales, zeros, p.k, torch.float32)
     rows = a.reshape(math.prod(a.shape[:-1]), p.k)
-    y = batch_invariance.row_by_row(rows, dense) if batch_invariance.enabled() else rows @ dense.T
+    invariant = batch_invariance.enabled()
+    with without_autocast(a.device):
+        y = batch_invariance.row_by_row(rows, dense) if invariant else rows @ dense.T
     return _finish(p, y.view(*a.shape[:-1], p.n), alpha, bias, residual)

@@ -26,6 +26,7 @@ from ._library import (
     define,
     require_device,
     require_dtype,
+    without_autocast,
 )
 from .matmul import matmul_int4_bf16_tn
 from .problem import check_parameters, rows_groups
@@ -108,7 +109,8 @@ def _cuda(
         fallback = x.dtype == torch.float32
         _explain(x, packed_w, k, "dequantize + mm", plan, fallback=fallback)
         dense = torch.ops.intlass.dequantize(packed_w, scales, zeros, k, x.dtype)
-        y = rows @ dense if alpha is None else _scaled(rows, dense, alpha)
+        with without_autocast(x.device):
+            y = rows @ dense if alpha is None else _scaled(rows, dense, alpha)
     else:
         _explain(x, packed_w, k, plan.name, "weights are decoded in registers")
         y = plan.run(rows, packed_w, s, z, k, alpha)
