@@ -107,9 +107,11 @@ class Shape:
 
     @property
     def zeros_in_sums(self) -> bool:
-        """Whether zero points multiply sums of x: bytes leave INT4 codes as these become floats."""
+        """Whether zero points multiply sums of x, for few tokens: bytes leave INT4 codes as these
+        become floats, and so do all where codes take their scales."""
         in_codes = BITS[self.x_kind] == 16 and BITS[self.w_kind] == 4
-        return self.has_zeros and not (in_codes and TYPE_BYTES[self.zero_type] == 1)
+        free = in_codes and (TYPE_BYTES[self.zero_type] == 1 or codes_take_scales(self))
+        return self.has_zeros and not free
 
     def on(self, device: Device) -> Shape:
         """The problem as the kernels of this GPU meet it."""
@@ -131,6 +133,16 @@ def weights_take_scales(shape: Shape) -> bool:
         and shape.out_type != "float"
         and (not shape.has_zeros or shape.zero_type in zeros)
     )
+
+
+def codes_take_scales(shape: Shape) -> bool:
+    """Whether INT4 weights of few tokens take their scales, which larger groups leave to the sums.
+
+    A lane's 32 neighbouring k of a row lie in one group then; for sums of each, a chunk of 128 k
+    would be multiplied two or four times.
+    """
+    kinds = BITS[shape.x_kind], BITS[shape.w_kind]
+    return kinds == (16, 4) and shape.group_size in (32, 64) and weights_take_scales(shape)
 
 
 def decoded_fp4(scale_type: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .epilogue import Activation, named
-from .problem import BITS, Device, Grouping, Shape, decoded_fp4, mma_sass
+from .problem import BITS, Device, Grouping, Shape, codes_take_scales, decoded_fp4, mma_sass
 
 SKINNY_MAX_M = 16
 # (tiles_n, warps, unroll), by kind of W, for up to 8 tokens and for more; where a block of 16 rows
@@ -116,7 +116,7 @@ def skinny_candidates(device: Device, shape: Shape) -> Iterator[Skinny]:
     """
     chunks = math.ceil(shape.k * BITS[shape.w_kind] / 512)
     for tiles_n, unroll in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)):
-        if groups_of_chunk(shape) > 1:
+        if passes_of(shape) > 1:
             break
         threads = _threads(device, shape, tiles_n * unroll, unroll)
         for warps in (4, 8, 16):
@@ -143,14 +143,19 @@ def _most_threads(device: Device) -> int:
 
 
 def few_tokens_grouping(shape: Shape) -> Grouping:
-    if shape.w_kind == "e2m1":
+    if shape.w_kind == "e2m1" or codes_take_scales(shape):
         return Grouping.SCALED_WEIGHTS
     return Grouping.CHANNEL if shape.group_size >= shape.k else Grouping.SPAN
 
 
+def passes_of(shape: Shape) -> int:
+    """How often a chunk of k is multiplied: once for each group whose sums end in it."""
+    return 1 if codes_take_scales(shape) else groups_of_chunk(shape)
+
+
 def groups_of_chunk(shape: Shape) -> int:
-    """Groups whose sums a chunk of k ends, at least one."""
-    if shape.w_kind == "e2m1":  # takes its scales before it is multiplied
+    """Groups that a chunk of k holds, at least one; blocks of FP4 are not counted."""
+    if shape.w_kind == "e2m1":
         return 1
     chunk_k = 512 // BITS[shape.w_kind]
     return max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
@@ -186,7 +191,7 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     are chosen for the bytes in flight, not measured.
     """
     chunks = math.ceil(shape.k / (512 // BITS[shape.w_kind]))
-    masked = groups_of_chunk(shape) > 1
+    masked = passes_of(shape) > 1
     blocks, sms = math.ceil(shape.n / 32), device.sm_count
     few_tokens = shape.m <= 8
     light_x = shape.x_kind == "e2m1" and device.arch.startswith("sm_90")  # others spill

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .epilogue import Activation, named
-from .problem import BITS, Device, Shape, decoded_fp4, mma_sass
+from .problem import BITS, Device, Shape, codes_take_scales, decoded_fp4, mma_sass
 from .skinny import few_tokens_grouping, groups_of_chunk
 
 # Clusters of so many blocks that an H200 holds at once, of its SMs
@@ -92,7 +92,7 @@ def why_not_held(shape: Shape) -> str | None:
     chunk_k = 512 // BITS[shape.w_kind]
     if shape.k == 0 or shape.k % chunk_k:
         return f"K={shape.k} is not a multiple of {chunk_k}"
-    if shape.w_kind == "e2m1":
+    if shape.w_kind == "e2m1" or codes_take_scales(shape):
         return None
     if shape.group_size < shape.k and shape.group_size % chunk_k:
         return f"group_size={shape.group_size} is not a multiple of {chunk_k}"

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from .epilogue import Activation, named
 from .problem import BITS, Device, Shape, decoded_fp4, mma_sass
-from .skinny import few_tokens_grouping, groups_of_chunk
+from .skinny import few_tokens_grouping, groups_of_chunk, passes_of
 
 # (tiles_n, warps, most of them in a group, num_stages, blocks_per_sm)
 _LONG_ROWS = (2, 16, 16, 3, 1)
@@ -111,8 +111,7 @@ def why_not_ring(shape: Shape) -> str | None:
         return None
     if BITS[shape.w_kind] != 4 or BITS[shape.x_kind] != 16:
         return "decoding costs nothing that a ring could hide"
-    masked = shape.group_size < 512 // BITS[shape.w_kind] and shape.group_size < shape.k
-    if shape.has_zeros and masked:
+    if shape.has_zeros and passes_of(shape) > 1:
         return "registers would spill"
     return None
 
@@ -127,9 +126,8 @@ def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
     chunk_k = 512 // BITS[shape.w_kind]
     chunks = max(1, math.ceil(shape.k / chunk_k))
     tokens = 1 << (shape.m - 1).bit_length()
-    groups_per_chunk = groups_of_chunk(shape)
     zeros = shape.has_zeros and (shape.zeros_in_sums or shape.x_kind == "fp16")
-    heavy = shape.m > 8 or zeros or groups_per_chunk > 1  # registers for 8 warps only
+    heavy = shape.m > 8 or zeros or passes_of(shape) > 1  # registers for 8 warps only
     if shape.w_kind == "e2m1":  # others were not tried
         fewest = _FEWEST_TOKENS[1:3] if device.arch.startswith("sm_90") and shape.k > 8192 else ()
     else:
@@ -161,7 +159,7 @@ def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
             resident_blocks=device.sm_count * blocks_per_sm,
             segment_k=chunks * chunk_k,
             fixed_smem=0,
-            groups_per_chunk=groups_per_chunk,
+            groups_per_chunk=groups_of_chunk(shape),
             chunks_per_group=max(1, min(shape.group_size, shape.k) // chunk_k),
             grouping=few_tokens_grouping(shape),
             has_zeros=shape.has_zeros,

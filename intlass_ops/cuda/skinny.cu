@@ -83,13 +83,14 @@ struct Chunk {
   u32 x[tiles_m][spans][span_words<X>];
   Scale s[passes][tiles_n][2];
   Zero z[passes][tiles_n][2];
-  LaneScales blocks[tiles_n][2], x_blocks[tiles_m];
+  LaneScales row[tiles_n][2];
+  SpanScales<Scale> x_blocks[tiles_m];
 
   __device__ __forceinline__ bool wide() const {
     bool found = false;
     if constexpr (scaled)
 #pragma unroll
-      for (int i = 0; i < 2 * tiles_n; ++i) found |= blocks[i / 2][i % 2].wide();
+      for (int i = 0; i < 2 * tiles_n; ++i) found |= row[i / 2][i % 2].wide();
     if constexpr (fp4_x)
 #pragma unroll
       for (int j = 0; j < tiles_m; ++j) found |= x_blocks[j].wide();
@@ -108,7 +109,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   const char* w_row[tiles_n][2];
   const Scale* s_row[tiles_n][2];
   const Zero* z_row[tiles_n][2];
-  const unsigned char *blocks_row[tiles_n][2], *x_blocks_row[tiles_m];
+  ScaleRow scale_row[tiles_n][2];
+  const unsigned char* x_blocks_row[tiles_m];
 #pragma unroll
   for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
@@ -118,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       w_row[i][h] = p.w + row * p.w_stride + quarter * 16;
       s_row[i][h] = static_cast<const Scale*>(p.scales) + row * p.scale_row;
       z_row[i][h] = static_cast<const Zero*>(p.zeros) + row * p.zero_row;
-      blocks_row[i][h] = lane_scales(p.scales, row, p.scale_row, quarter);
+      scale_row[i][h] = ScaleRow(p, row, quarter);
     }
   const char* x_row[tiles_m];
 #pragma unroll
@@ -165,15 +167,14 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       }
       if constexpr (fp4_x)
         c.x_blocks[j] =
-            Config::whole || inside ? load_scales_of(x_blocks_row[j], chunk) : LaneScales{};
+            Config::whole || inside ? load_scales_of(x_blocks_row[j], chunk) : SpanScales<Scale>{};
     }
     if constexpr (scaled)
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          c.blocks[i][h] =
-              Config::whole || inside ? load_scales_of(blocks_row[i][h], chunk) : LaneScales{};
+          c.row[i][h] = Config::whole || inside ? scale_row[i][h].load(p, chunk) : LaneScales{};
     if constexpr (grouped)
 #pragma unroll
       for (int pass = 0; pass < passes; ++pass)
@@ -183,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   typename D::Row row_zero[tiles_n][2] = {};  // with one zero point a row
   auto row_of = [&](const Chunk& c, bool wide, int pass, int t, int i, int h) {
     if constexpr (scaled)
-      return c.blocks[i][h].factor(t * LaneScales::count / spans, wide);
+      return c.row[i][h].factor(t * LaneScales::count / spans, wide);
     else if constexpr (!zeros_in_codes)
       return D::zero(8.f);
     else if constexpr (grouped)
@@ -204,8 +205,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
         typename P::B b[tiles_m];
 #pragma unroll
         for (int j = 0; j < tiles_m; ++j)
-          b[j] = token_fragment<P>(c.x[j][t],
-                                   c.x_blocks[j].factor(t * LaneScales::count / spans, wide));
+          b[j] = token_fragment<P>(
+              c.x[j][t], c.x_blocks[j].factor(t * SpanScales<Scale>::count / spans, wide));
         if constexpr (zeros_in_sums) {
           const typename P::A ones = passes == 1 ? P::ones_w() : masked(P::ones_w(), mine);
 #pragma unroll
@@ -249,11 +250,10 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        prefetch_l2(blocks_row[i][h] + min(warp * unroll, chunks - 1) * chunk_scales);
+      for (int h = 0; h < 2; ++h) scale_row[i][h].prefetch(p, min(warp * unroll, chunks - 1));
   wait_for_predecessors();
   prefetch_residual<tokens, rows, threads>(p, 0, n0, threadIdx.x);
-  if constexpr (zeros_in_codes && !grouped)
+  if constexpr (zeros_in_codes && grouping == channel)
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i)
 #pragma unroll

@@ -12,21 +12,49 @@ template <class X> struct FewShifts<X, e2m1> : Pair<X, e2m1> {
     return Pair<X, e2m1>::template w<Scale>(lo[0], lo_factor, hi[0], hi_factor);
   }
 };
-using D = FewShifts<X, W>;  // the fragments of P, decoded with fewer instructions
+// INT4 codes of groups within a chunk do too: the difference from the zero point, times the scale, each
+// rounded to X's type (as in gemm_ahead.cuh and hopper_weights.cuh)
+template <class X, class W> struct ScaledInt4 : FewShifts<X, W> {
+  using Codes = FewShifts<X, W>;
+  static constexpr float unit = 1.f;  // the scale has that of the codes
+  struct Row : Codes::Row { u32 scale; };
+  static __device__ __forceinline__ Row zero(float) { return {}; }
+  static __device__ __forceinline__ Row row_of(Scale s, Zero z) {
+    const float in_units = as_float(s) * Codes::unit;
+    return {Codes::zero(has_zeros ? as_float(z) : 8.f), halves<X>(in_units, in_units)};
+  }
+  static __device__ __forceinline__ typename Pair<X, W>::A w(const u32 (&lo)[1], Row lo_row,
+                                                             const u32 (&hi)[1], Row hi_row) {
+    typename Pair<X, W>::A a = Codes::w(lo, lo_row, hi, hi_row);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      a.r[i / 4][i % 4] = mul2<X>(a.r[i / 4][i % 4], (i % 2 ? hi_row : lo_row).scale);
+    return a;
+  }
+};
+constexpr bool fp4_w = same<W, e2m1>::value, fp4_x = same<X, e2m1>::value;
+// Weights take their scales as they become fragments, and one sum goes on for all of K
+constexpr bool scaled = grouping == scaled_weights;
+constexpr bool grouped = grouping != channel && !scaled;
+static_assert(scaled || !fp4_w, "the scales of blocks are for their codes");
+static_assert(!has_a_zero, "a zero point of the activations needs row sums, which gemm.cu forms");
+
+// The fragments of P, decoded with fewer instructions
+template <bool> struct Decoder { using type = FewShifts<X, W>; };
+template <> struct Decoder<true> { using type = ScaledInt4<X, W>; };
+using D = Decoder<scaled && !fp4_w>::type;
 constexpr int tiles_n = Config::tiles_n, rows = 16 * tiles_n;
 constexpr int chunk_k = 512 / W::bits;                   // k of 64 bytes of a row
 constexpr int lane_k = chunk_k / 4, spans = lane_k / 8;  // k of a lane, in words of eight
-constexpr int passes = Config::groups_per_chunk;         // groups a chunk holds, at least one
-// FP4 takes its blocks' scales as it becomes fragments, and one sum goes on for all of K
-constexpr bool scaled = same<W, e2m1>::value, fp4_x = same<X, e2m1>::value;
-constexpr bool grouped = grouping != channel && !scaled;
-static_assert(scaled == (grouping == scaled_weights), "of all weights, FP4 alone takes its scales");
-static_assert(!has_a_zero, "a zero point of the activations needs row sums, which gemm.cu forms");
-// Zero points that are bytes leave the codes as these become fragments: exact, and free. Others
-// multiply sums of x.
-constexpr bool zeros_in_codes = has_zeros && W::bits == 4 && X::bits == 16 && sizeof(Zero) == 1;
+// Groups that a chunk holds, at least one, and those that it is multiplied for one by one
+constexpr int chunk_groups = Config::groups_per_chunk, passes = scaled ? 1 : chunk_groups;
+// Zero points that are bytes leave the codes as these become fragments: exact, and free. So do all of
+// codes that take their scales. Others multiply sums of x.
+constexpr bool zeros_in_codes =
+    has_zeros && W::bits == 4 && X::bits == 16 && (scaled || sizeof(Zero) == 1);
 constexpr bool zeros_in_sums = has_zeros && !zeros_in_codes;
-static_assert(passes == 1 || passes == 2 || passes == 4, "a group is whole lanes of a chunk");
+static_assert(chunk_groups == 1 || chunk_groups == 2 || chunk_groups == 4,
+              "a group is whole lanes of a chunk");
 
 // D::unit, split so that the largest scale does not overflow: what exceeds 1 multiplies the sums.
 constexpr float lift = D::unit > 1.f ? D::unit : 1.f, unit = D::unit / lift;
@@ -40,20 +68,68 @@ __device__ __forceinline__ float zero_of_codes(Zero z) {
   return zeros_in_codes ? as_float(z) : zero_in_units(z);
 }
 
-// Of FP4: the scales of a lane's k of a chunk, and what the sums are too small by
-using LaneScales = SpanScales<Scale>;
+// The scales of a lane's k of a chunk: of FP4, or of the group that they lie in
+template <class D> struct GroupScale {
+  static constexpr int count = 1;
+  Scale s = {};
+  Zero z = {};
+  __device__ __forceinline__ bool wide() const { return false; }
+  __device__ __forceinline__ typename D::Row factor(int, bool) const { return D::row_of(s, z); }
+};
+template <bool> struct ScalesOfLane { using type = SpanScales<Scale>; };
+template <> struct ScalesOfLane<true> { using type = GroupScale<D>; };
+using LaneScales = ScalesOfLane<scaled && !fp4_w>::type;
+
+// What FP4's sums are too small by, and where its scales lie
+constexpr float sum_unit = (fp4_w ? block_unit<Scale> : 1.f) * (fp4_x ? block_unit<Scale> : 1.f);
 constexpr int chunk_scales = scale_step<Config::blocked, Scale>(chunk_k);  // bytes to the next ones
-constexpr float sum_unit = (scaled ? block_unit<Scale> : 1.f) * (fp4_x ? block_unit<Scale> : 1.f);
 __device__ __forceinline__ const unsigned char* lane_scales(const void* scales, i64 row, i64 stride,
                                                             int quarter) {
   return static_cast<const unsigned char*>(scales) +
-         scale_at<Config::blocked>(row, stride, quarter * LaneScales::count);
+         scale_at<Config::blocked>(row, stride, quarter * SpanScales<Scale>::count);
 }
-__device__ __forceinline__ LaneScales load_scales_of(const unsigned char* from, int chunk) {
-  return *reinterpret_cast<const LaneScales*>(from + i64(chunk) * chunk_scales);
+template <class Scales = SpanScales<Scale>>
+__device__ __forceinline__ Scales load_scales_of(const unsigned char* from, int chunk) {
+  return *reinterpret_cast<const Scales*>(from + i64(chunk) * chunk_scales);
 }
+// Where the scales of a row lie for a lane, which has a quarter of each chunk
+template <class Scales> struct RowOfScales {
+  const unsigned char* blocks;
+
+  __device__ __forceinline__ RowOfScales() {}
+  __device__ __forceinline__ RowOfScales(const Params& p, i64 row, int quarter)
+      : blocks(lane_scales(p.scales, row, p.scale_row, quarter)) {}
+  __device__ __forceinline__ Scales load(const Params&, int chunk) const {
+    return load_scales_of(blocks, chunk);
+  }
+  __device__ __forceinline__ void prefetch(const Params&, int chunk) const {
+    prefetch_l2(blocks + i64(chunk) * chunk_scales);
+  }
+};
+template <class D> struct RowOfScales<GroupScale<D>> {
+  const Scale* s;
+  const Zero* z;
+
+  __device__ __forceinline__ RowOfScales() {}
+  __device__ __forceinline__ RowOfScales(const Params& p, i64 row, int quarter) {
+    const int group = quarter / (4 / chunk_groups);
+    s = static_cast<const Scale*>(p.scales) + row * p.scale_row + group * p.scale_group;
+    if constexpr (has_zeros)
+      z = static_cast<const Zero*>(p.zeros) + row * p.zero_row + group * p.zero_group;
+  }
+  __device__ __forceinline__ GroupScale<D> load(const Params& p, int chunk) const {
+    GroupScale<D> v;
+    v.s = s[chunk * chunk_groups * int(p.scale_group)];
+    if constexpr (has_zeros) v.z = z[chunk * chunk_groups * int(p.zero_group)];
+    return v;
+  }
+  __device__ __forceinline__ void prefetch(const Params& p, int chunk) const {
+    prefetch_l2(s + chunk * chunk_groups * int(p.scale_group));
+  }
+};
+using ScaleRow = RowOfScales<LaneScales>;
 template <class Scale> __device__ __forceinline__ Factor block_factor(unsigned char code) {
-  if constexpr (scaled)
+  if constexpr (fp4_x)
     return SpanScales<Scale>{code}.factor(0, true);
   else
     return {};
@@ -61,7 +137,7 @@ template <class Scale> __device__ __forceinline__ Factor block_factor(unsigned c
 // Whether a lane of the warp has a wide one: a branch that all take, since one in the midst of the work
 // costs more than it saves
 __device__ __forceinline__ bool any_wide(bool mine) {
-  if constexpr (scaled && same<Scale, e8m0>::value)
+  if constexpr (same<Scale, e8m0>::value)
     return __any_sync(~0u, mine);
   else
     return false;

@@ -22,7 +22,7 @@ constexpr int pieces = row_pieces * warp_chunks;  // of 16 bytes, of a lane in a
 constexpr int quad_pieces = (pieces + 3) / 4;     // whose scales a lane fetches for its quad
 constexpr int scales_ahead = num_stages > 2 ? 2 : 1;
 static_assert(warps % k_warps == 0 && groups < 16, "a group has a barrier of its own");
-static_assert(passes == 1, "a chunk lies in one group");
+static_assert(passes == 1, "a chunk is multiplied once");
 static_assert(32 % rows == 0, "a tile of rows lies in one tile of blocked scales");
 static_assert(grouped || !zeros_in_sums, "one scale a row leaves sums of x to other kernels");
 
@@ -40,13 +40,13 @@ static_assert(ring_bytes + 2 * warps * slab * 4 == Config::fixed_smem,
 struct TurnScales {
   Scale s[quad_pieces];
   Zero z[quad_pieces];
-  LaneScales blocks[scaled ? pieces : 1];
+  LaneScales rows[scaled ? pieces : 1];
 
   __device__ __forceinline__ bool wide() const {
     bool found = false;
     if constexpr (scaled)
 #pragma unroll
-      for (int i = 0; i < pieces; ++i) found |= blocks[i].wide();
+      for (int i = 0; i < pieces; ++i) found |= rows[i].wide();
     return found;
   }
 };
@@ -84,7 +84,7 @@ struct Share {
   }
   __device__ __forceinline__ void load(TurnScales& to, const Params& p, int tile) const {
     if (tile >= tiles) return;
-    if constexpr (scaled) {
+    if constexpr (fp4_w) {
 #pragma unroll
       for (int i = 0; i < row_pieces; ++i) {
         // Blocked scales come in whole tiles of 128 rows, of which one holds all of these
@@ -94,7 +94,14 @@ struct Share {
                                   i64(chunk) * chunk_scales;
 #pragma unroll
         for (int c = 0; c < warp_chunks; ++c)
-          to.blocks[c * row_pieces + i] = load_scales_of(from, c);
+          to.rows[c * row_pieces + i] = load_scales_of<LaneScales>(from, c);
+      }
+    } else if constexpr (scaled) {
+#pragma unroll
+      for (int i = 0; i < row_pieces; ++i) {
+        const ScaleRow from(p, row(p, tile, i), lane % 4);
+#pragma unroll
+        for (int c = 0; c < warp_chunks; ++c) to.rows[c * row_pieces + i] = from.load(p, chunk + c);
       }
     } else if constexpr (grouped || has_zeros) {  // the lanes of a quad share out its pieces
 #pragma unroll
@@ -128,7 +135,7 @@ __device__ __forceinline__ void load_x(Fragments& x, const Params& p, const Shar
       else
 #pragma unroll
         for (int t = 0; t < spans; ++t) load_global(v[t], from + (k0 + t * 8) * X::bits / 8);
-      LaneScales blocks = {};
+      SpanScales<Scale> blocks = {};
       if constexpr (fp4_x)
         blocks =
             load_scales_of(lane_scales(p.a_scale, token, p.a_scale_row, quarter), share.chunk + c);
@@ -137,7 +144,8 @@ __device__ __forceinline__ void load_x(Fragments& x, const Params& p, const Shar
 #pragma unroll
         for (int i = 0; i < span_words<X>; ++i)
           if (!share.inside) v[t][i] = 0;
-        x[c][t][j] = token_fragment<P>(v[t], blocks.factor(t * LaneScales::count / spans, true));
+        x[c][t][j] =
+            token_fragment<P>(v[t], blocks.factor(t * SpanScales<Scale>::count / spans, true));
       }
     }
   }
@@ -178,7 +186,7 @@ __device__ __forceinline__ void load_x_staged(Fragments& x, const Params& p, con
   __syncwarp();
 }
 
-// What a row's codes take as they become fragments: the scale of a block, or what 0 is
+// What a row's codes take as they become fragments: a scale, or what 0 is alone
 template <class Row>
 __device__ __forceinline__ Row row_of(const LaneScales& scales, int t, bool wide, Row zero) {
   if constexpr (scaled)
@@ -203,8 +211,9 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
       const int piece = c * row_pieces + i, from = lane / 4 * 4 + piece % 4;
       load_shared(w[i], words + piece * 512);
       if constexpr (grouped) s[i] = __shfl_sync(~0u, scale_in_units(scales.s[piece / 4]), from);
-      if constexpr (has_zeros) z[i] = __shfl_sync(~0u, zero_of_codes(scales.z[piece / 4]), from);
-      zero[i] = D::zero(zeros_in_codes ? z[i] : 8.f);
+      if constexpr (has_zeros && !scaled)
+        z[i] = __shfl_sync(~0u, zero_of_codes(scales.z[piece / 4]), from);
+      zero[i] = D::zero(zeros_in_codes && !scaled ? z[i] : 8.f);
     }
 #pragma unroll
     for (int t = 0; t < spans; ++t)
@@ -217,8 +226,8 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
           lo[v] = w[2 * i][t * span_words<W> + v];
           hi[v] = w[2 * i + 1][t * span_words<W> + v];
         }
-        const typename P::A a = D::w(lo, row_of(scales.blocks[at], t, wide, zero[2 * i]), hi,
-                                     row_of(scales.blocks[at + scaled], t, wide, zero[2 * i + 1]));
+        const typename P::A a = D::w(lo, row_of(scales.rows[at], t, wide, zero[2 * i]), hi,
+                                     row_of(scales.rows[at + scaled], t, wide, zero[2 * i + 1]));
 #pragma unroll
         for (int j = 0; j < tiles_m; ++j) P::mma(sum[i][j], a, x[c][t][j]);
       }

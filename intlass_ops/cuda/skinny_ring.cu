@@ -62,8 +62,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
         for (int i = 0; i < quad_rows; ++i)
           prefetch_l2(ahead.s_row[i] + ahead.chunk / Config::chunks_per_group * scale_group);
-      if (part == codes) ahead.prefetch_blocks(ahead.chunk);
-      if (part != codes && inside) ahead.load_blocks(result, ahead.chunk);
+      if (part == codes) ahead.prefetch_taken(p, ahead.chunk);
+      if (part != codes && inside) ahead.load_taken(result, p, ahead.chunk);
       if (grouped && passes == 1 && part != codes) {
         const int group = ahead.chunk / Config::chunks_per_group;
 #pragma unroll
@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
       for (int i = 0; i < pieces; ++i) {
         const i64 row = min(i64(tile) * rows + i * 8 + lane / 4, p.n - 1);
-        code_zero[i] = D::zero(zeros_in_codes && !grouped
+        code_zero[i] = D::zero(zeros_in_codes && grouping == channel
                                    ? as_float(static_cast<const Zero*>(p.zeros)[row * p.zero_row])
                                    : 8.f);
       }

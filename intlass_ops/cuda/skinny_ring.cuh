@@ -23,9 +23,9 @@ constexpr int buffers = tokens > 8 ? 1 : 2;
 static_assert(ring_bytes + x_bytes + buffers * warps * slab * 4 == Config::fixed_smem,
               "config/skinny_ring.py and the kernel disagree about shared memory");
 
-// FP4's scales of the rows that a lane holds pieces of: of a chunk, and where they lie. Other kernels
-// keep nothing of it.
-struct Blocks {
+// Scales that weights take, of the rows that a lane holds pieces of: of a chunk, and where they lie.
+// Other kernels keep nothing of it.
+struct Taken {
   LaneScales of_row[pieces];
 
   __device__ __forceinline__ bool wide() const {
@@ -35,34 +35,33 @@ struct Blocks {
     return found;
   }
 };
-struct BlockRows {
-  const unsigned char* block_row[pieces];
+struct TakenRows {
+  ScaleRow scale_row[pieces];
 
-  __device__ __forceinline__ void enter_blocks(const Params& p, i64 n0, int quarter) {
+  __device__ __forceinline__ void enter_rows(const Params& p, i64 n0, int quarter) {
 #pragma unroll
-    for (int i = 0; i < pieces; ++i)
-      block_row[i] = lane_scales(p.scales, min(n0 + i * 8, p.n - 1), p.scale_row, quarter);
+    for (int i = 0; i < pieces; ++i) scale_row[i] = ScaleRow(p, min(n0 + i * 8, p.n - 1), quarter);
   }
-  __device__ __forceinline__ void prefetch_blocks(int chunk) const {
+  __device__ __forceinline__ void prefetch_taken(const Params& p, int chunk) const {
 #pragma unroll
-    for (int i = 0; i < pieces; ++i) prefetch_l2(block_row[i] + i64(chunk) * chunk_scales);
+    for (int i = 0; i < pieces; ++i) scale_row[i].prefetch(p, chunk);
   }
-  __device__ __forceinline__ void load_blocks(Blocks& to, int chunk) const {
+  __device__ __forceinline__ void load_taken(Taken& to, const Params& p, int chunk) const {
 #pragma unroll
-    for (int i = 0; i < pieces; ++i) to.of_row[i] = load_scales_of(block_row[i], chunk);
+    for (int i = 0; i < pieces; ++i) to.of_row[i] = scale_row[i].load(p, chunk);
   }
 };
-struct NoBlocks {
+struct NothingTaken {
   __device__ __forceinline__ bool wide() const { return false; }
 };
-struct NoBlockRows {
-  __device__ __forceinline__ void enter_blocks(const Params&, i64, int) {}
-  __device__ __forceinline__ void prefetch_blocks(int) const {}
-  __device__ __forceinline__ void load_blocks(NoBlocks&, int) const {}
+struct NoTakenRows {
+  __device__ __forceinline__ void enter_rows(const Params&, i64, int) {}
+  __device__ __forceinline__ void prefetch_taken(const Params&, int) const {}
+  __device__ __forceinline__ void load_taken(NothingTaken&, const Params&, int) const {}
 };
 
 // How far a lane has come in asking for W: the row pointers of a tile, and a chunk of it.
-struct Cursor : Select<scaled, BlockRows, NoBlockRows>::type {
+struct Cursor : Select<scaled, TakenRows, NoTakenRows>::type {
   const char* w_row[pieces];
   const Scale* s_row[quad_rows];
   const Zero* z_row[quad_rows];
@@ -74,7 +73,7 @@ struct Cursor : Select<scaled, BlockRows, NoBlockRows>::type {
 #pragma unroll
     for (int i = 0; i < pieces; ++i)  // a repeated row is never stored
       w_row[i] = w + min(n0 + i * 8, p.n - 1) * p.w_stride;
-    enter_blocks(p, n0, lane % 4);
+    enter_rows(p, n0, lane % 4);
     if constexpr (grouped && passes == 1)  // the lanes of a quad share out its rows
 #pragma unroll
       for (int i = 0; i < quad_rows; ++i) {
@@ -85,7 +84,7 @@ struct Cursor : Select<scaled, BlockRows, NoBlockRows>::type {
   }
 };
 
-struct Scales : Select<scaled, Blocks, NoBlocks>::type {
+struct Scales : Select<scaled, Taken, NothingTaken>::type {
   Scale s[quad_rows];
   Zero z[quad_rows];
 };
