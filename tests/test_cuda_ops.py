@@ -12,11 +12,12 @@ import oracle
 import pytest
 import torch
 import warm_kernels
-from gemm_case import Call, Case, build
+from gemm_case import X_DTYPE, Call, Case, build
 from gemm_checks import check_bounded, check_exact, check_large_sum
 from strategies import (
     BF16,
     FLOATS,
+    FP16,
     FP32,
     KINDS,
     MIXED,
@@ -32,7 +33,7 @@ from torch import Tensor
 import intlass_ops as ia
 from intlass_ops import config
 from intlass_ops.config.skinny_held import WITH_CLUSTERS, held_candidates
-from intlass_ops.config.skinny_ring import pick_ring
+from intlass_ops.config.skinny_ring import pick_ring, ring_candidates
 from intlass_ops.cuda import launch
 
 pytestmark = pytest.mark.gpu
@@ -169,6 +170,41 @@ def test_activations_in_registers(kind: str, long: bool, monkeypatch: pytest.Mon
     kernels = [d.kernel for d in ia.explain(call.run).dispatches]
     assert all(kernel.startswith("skinny_held") for kernel in kernels), kernels
     check_rows(call, (1, 3, 8, 13))
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "zero", "group"),
+    [
+        ("bf16", "s4", FP32, 32),
+        ("bf16", "u4", BF16, 32),
+        ("bf16", "u4", torch.uint8, 64),
+        ("bf16", "u4", BF16, 128),
+        ("fp16", "u4", FP16, 64),
+        ("fp16", "u4", BF16, 128),
+        ("bf16", "s8", FP32, 32),
+    ],
+)
+@pytest.mark.parametrize("kernel", ["picked", "skinny_held", "skinny_ring"])
+def test_codes_that_take_their_scales(
+    x: str, w: str, zero: torch.dtype, group: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups within a chunk of 64 bytes of a row, and zero points that are no bytes."""
+    picks = {"skinny_held": held_candidates, "skinny_ring": ring_candidates}
+    if kernel in picks:
+        if w == "s8":
+            pytest.skip("INT8 weights are skinny.cu's")
+        pick = picks[kernel]
+        monkeypatch.setattr(launch, "_plans", {})
+        monkeypatch.setattr(config, "pick", lambda device, shape: next(pick(device, shape)))
+    for m, n, k in ((1, 65, 640), (3, 4096, 1024), (8, 300, 2048), (13, 33, 21 * group)):
+        if kernel == "skinny_held" and k % 128:
+            continue
+        case = Case(x, w, (m,), n, k, k // group, scale=X_DTYPE[x], zero=zero)
+        poison()
+        check_exact(case, "cuda")
+        check_bounded(case, "cuda")
+        dispatch = ia.explain(build(case, "cuda").run).dispatches[0].kernel
+        assert dispatch.startswith("skinny" if kernel == "picked" else kernel), dispatch
 
 
 @pytest.mark.parametrize("w", ["s4", "s8"])

@@ -12,8 +12,8 @@ from typing import ClassVar, NamedTuple
 from .epilogue import Activation, named
 from .problem import BITS, TYPE_BYTES, Device, Grouping, Shape, decoded_fp4
 
-HOPPER_BLOCK_K = 128
-PIECE = 3.0  # k tiles that a helper could compute while it leaves its sums of one
+HOPPER_BLOCK_K = 128  # k of a stage, or twice as many
+PIECE = 3.0  # tiles of 128 k that a helper could compute while it leaves its sums of one
 HALF_SM = (227 - 1) * 1024 // 2  # shared memory of each of two blocks; the system takes 1 KiB each
 
 
@@ -45,6 +45,7 @@ class Hopper:
     out_type: str
     block_m: int
     tiles_n: int
+    block_k: int  # of a stage: HOPPER_BLOCK_K, or twice as many
     consumers: int
     in_turns: bool  # a consumer computes all of a tile, while others write out theirs
     by_stages: bool  # the consumers share out a tile by k, one tile a block
@@ -101,7 +102,7 @@ class Hopper:
         bits = self.block_m * BITS[self.x_kind] + rows * BITS[self.w_kind]
         sums = 4 * self.groups_per_tile * self.block_m if self.needs_token_sums else 0
         scales = 8 * self.groups_per_tile * rows if self.stages_scales else 0
-        return math.ceil((bits * HOPPER_BLOCK_K // 8 + sums + scales) / 1024) * 1024
+        return math.ceil((bits * self.block_k // 8 + sums + scales) / 1024) * 1024
 
     @property
     def stages_scales(self) -> bool:
@@ -112,6 +113,12 @@ class Hopper:
     def w_rows(self) -> int:
         """Rows of W that are loaded at a time."""
         return self.rest_rows or self.block_n // self.share_w
+
+    def x_rows(self, m: int) -> int:
+        """Tokens that are loaded at a time: TMA takes its time for rows that there are none of."""
+        if self.share_x * self.parts > 1:  # parts: short of registers
+            return self.block_m // self.share_x
+        return min(self.block_m, math.ceil(m / 8) * 8)
 
     @property
     def needs_token_sums(self) -> bool:
@@ -145,7 +152,7 @@ class Hopper:
         tiles = math.prod(self._tiles(m, n))
         if self.split_k > 1 and not self.stream_k:
             return tiles * self.cluster, 1, 1
-        work = tiles * (math.ceil(k / HOPPER_BLOCK_K) if self.stream_k else 1)
+        work = tiles * (math.ceil(k / self.block_k) if self.stream_k else 1)
         places = sm_count * self.blocks_per_sm // self.cluster
         if self.clusters_of_tile(m, n, sm_count) > 1:
             places -= places % tiles
@@ -172,7 +179,7 @@ class Hopper:
     def shares(self, m: int, n: int, k: int, blocks: int) -> Shares:
         """Of which the helpers' part is as large as lets all end together."""
         of_m, of_n = self._tiles(m, n)
-        k_tiles = math.ceil(k / HOPPER_BLOCK_K)
+        k_tiles = math.ceil(k / self.block_k)
         clusters = blocks // self.cluster
         if self.rest_by_k:
             whole, rest = self.whole_and_rest(n, blocks)
@@ -181,7 +188,8 @@ class Hopper:
         shared = of_m * of_n % clusters if self.stream_k else 0
         helpers = clusters - shared
         of_helper = shared / helpers if helpers else 0.0
-        cost = PIECE * (of_helper + 1)  # of what a helper leaves, and of adding it
+        piece = PIECE * HOPPER_BLOCK_K / self.block_k
+        cost = piece * (of_helper + 1)  # of what a helper leaves, and of adding it
         tail = max(0, min(k_tiles - 1, int((k_tiles - cost) / (1 + of_helper))))
         if shared == of_m * of_n and helpers % shared == 0:
             tail = k_tiles // (clusters // shared) * (helpers // shared)  # all the same
@@ -216,7 +224,7 @@ class Hopper:
             extra += f" parts={self.parts}"
         return (
             f"hopper {self.x_kind}x{self.w_kind} "
-            f"{self.block_m}x{self.block_n}x{HOPPER_BLOCK_K}/{self.num_stages}{extra}{named(self)}"
+            f"{self.block_m}x{self.block_n}x{self.block_k}/{self.num_stages}{extra}{named(self)}"
         )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:

@@ -56,16 +56,22 @@ _HOPPER_TILES = {
     ),
 }  # fmt: skip
 _HOPPER_TILES["bf16", 8, "groups"] = _HOPPER_TILES["bf16", 4, "groups"]
-# Weights that become fragments, few tiles: consumers that share out one of 64 rows by k. block_m,
-# consumers, TOPS
+# Weights that become fragments, few tiles of 64 rows: consumers that share out the stages, of 256 k
+# where there is room for as many. block_m, k of a stage, consumers, TOPS
 _TILES_BY_STAGES = {
-    ("bf16", 4, "groups"): ((128, 2, 480), (64, 4, 330), (32, 4, 190)),
-    ("bf16", 4, "channel"): ((128, 2, 489), (64, 4, 437), (32, 4, 239)),
-    ("bf16", 4, "fp4"): ((128, 2, 400), (64, 4, 300), (32, 4, 180)),
-    ("bf16", 8, "channel"): ((128, 2, 480), (64, 4, 424), (32, 4, 228)),
-    ("s8", 4, "groups"): ((128, 2, 883), (64, 4, 462), (32, 4, 285)),
-    ("s8", 4, "channel"): ((128, 2, 1121), (64, 4, 475), (32, 4, 279)),
-}
+    ("bf16", 4, "groups"): ((128, 128, 2, 480), (64, 128, 4, 330), (32, 128, 4, 190)),
+    ("bf16", 4, "channel"): (
+        (128, 128, 2, 489), (64, 128, 2, 530), (32, 256, 2, 358), (32, 256, 4, 340),
+        (32, 256, 1, 440),
+    ),
+    ("bf16", 4, "fp4"): ((128, 128, 2, 400), (64, 128, 4, 300), (32, 128, 4, 180)),
+    ("bf16", 8, "channel"): ((128, 128, 2, 480), (64, 128, 2, 520), (32, 128, 2, 300)),
+    ("s8", 4, "groups"): (
+        (128, 128, 2, 883), (64, 256, 2, 630), (64, 128, 2, 615), (32, 256, 4, 390),
+        (32, 128, 2, 370),
+    ),
+    ("s8", 4, "channel"): ((128, 128, 2, 1121), (64, 256, 2, 800), (32, 256, 2, 480)),
+}  # fmt: skip
 _TILES_BY_STAGES["bf16", 8, "groups"] = _TILES_BY_STAGES["bf16", 4, "groups"]
 # Few tiles and much of K: by stream_k some clusters share each, by split_k their blocks. Fits to
 # 4096x14336, W4A16's to 4096x4096 too.
@@ -108,7 +114,7 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
     """Microseconds by the measured rates: what candidates are compared by, no promise."""
     tiles = c.tiles(shape.m, shape.n)
     places: float = device.sm_count * c.blocks_per_sm
-    k_tiles = math.ceil(shape.k / HOPPER_BLOCK_K)
+    k_tiles = math.ceil(shape.k / c.block_k)
     if c.sharing == 4:
         places *= _PLACES_OF_FOUR
     rounds = math.ceil(tiles * c.split_k / places) / c.split_k
@@ -123,7 +129,7 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
         rounds += 1 - shares.tail / k_tiles if shares.tail else 0
         alike = c.clusters_of_tile(shape.m, shape.n, device.sm_count) > 1
         if alike:
-            rounds += PIECE / k_tiles  # which is not in the tail there
+            rounds += PIECE * HOPPER_BLOCK_K / shape.k  # which is not in the tail there
         rounds *= (1 + _STREAMED * max(0.0, 1 - 1 / rounds)) / c.split_k
         exchange += _SHARED_ALIKE_US if alike else _SHARED_US
         exchange += max(1.0, places / tiles) * c.values_per_block / _EXCHANGED_PER_US
@@ -134,7 +140,7 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
     shared = c.share_x if c.in_turns or c.block_m == 256 else c.share_w
     if shared == 2:
         speed *= _SHARING
-    work = 2 * c.block_m * c.block_n * HOPPER_BLOCK_K * k_tiles * c.blocks_per_sm
+    work = 2 * c.block_m * c.block_n * c.block_k * k_tiles * c.blocks_per_sm
     compute = rounds * work / (rate * 1e6 / _H200_SMS * speed)
     memory = shape.n * shape.k * BITS[c.w_kind] / 8 / _H200_BYTES_PER_US
     if c.share_x > 1 and not c.in_turns:
@@ -152,13 +158,16 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
     scales = "fp4" if shape.w_kind == "e2m1" else "channel" if whole or scaled else "groups"
     key = kind, BITS[shape.w_kind], scales
     emptied = key == ("s8", 4, "groups")
-    tiles = [(m, n, consumers, "", rate) for m, n, consumers, rate in _HOPPER_TILES[key]]
+    tiles = [(m, n, 128, consumers, "", rate) for m, n, consumers, rate in _HOPPER_TILES[key]]
     of_k = _TILES_BY_STAGES.get(key, ())
-    tiles += [(m, 1, consumers, "by_stages", rate) for m, consumers, rate in of_k]
+    tiles += [
+        (m, 1, block_k, consumers, "by_stages" if consumers > 1 else "", rate)
+        for m, block_k, consumers, rate in of_k
+    ]
     of_several = _TILES_OF_SEVERAL.get(key, ())
-    tiles += [(m, n, consumers, "several", rate) for m, n, consumers, rate in of_several]
+    tiles += [(m, n, 128, consumers, "several", rate) for m, n, consumers, rate in of_several]
     with_rest = _TILES_WITH_REST.get(key, ())
-    tiles += [(m, 1, consumers, "rest", rate) for m, consumers, rate in with_rest]
+    tiles += [(m, 1, 128, consumers, "rest", rate) for m, consumers, rate in with_rest]
     # stream_k, split_k, share_x, share_w
     ways = [(False, 1, 1, 1), (True, 1, 1, 1), (False, 2, 1, 1), (True, 2, 1, 1)]
     if shape.x_kind == "s8" and whole:  # others are not bound by reading
@@ -166,18 +175,18 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
     elif scaled:
         ways.append((False, 1, 2, 1))
     if key == ("s8", 8, "channel") and shape.k <= _IN_TURNS_MAX_K:
-        tiles += [(m, n, 2, "in_turns", rate) for m, n, rate in _TILES_IN_TURNS]
-    groups_per_tile = max(1, HOPPER_BLOCK_K // min(shape.group_size, HOPPER_BLOCK_K))
-    if shape.group_size >= shape.k or shape.w_kind == "e2m1":
-        groups_per_tile = 1
-    if whole:
-        grouping = Grouping.CHANNEL
-    elif scaled:
-        grouping = Grouping.SCALED_WEIGHTS
-    else:
-        grouping = Grouping.SPAN if groups_per_tile > 1 else Grouping.TILE
+        tiles += [(m, n, 128, 2, "in_turns", rate) for m, n, rate in _TILES_IN_TURNS]
+    one_group = shape.group_size >= shape.k or shape.w_kind == "e2m1"
+    sums = shape.has_zeros and not scaled
     for tile, way in itertools.product(tiles, ways):
-        block_m, tiles_n, consumers, how, rate = tile
+        block_m, tiles_n, block_k, consumers, how, rate = tile
+        groups_per_tile = 1 if one_group else max(1, block_k // shape.group_size)
+        if whole:
+            grouping = Grouping.CHANNEL
+        elif scaled:
+            grouping = Grouping.SCALED_WEIGHTS
+        else:
+            grouping = Grouping.SPAN if groups_per_tile > 1 else Grouping.TILE
         in_turns, by_stages, rest_by_k = (how == w for w in ("in_turns", "by_stages", "rest"))
         stream_k, split_k, share_x, share_w = way
         if in_turns and (split_k > 1 or share_x > 2 or share_w > 1):
@@ -193,12 +202,16 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
                 continue
         elif stream_k and split_k > 1:
             continue
-        sums = shape.has_zeros and not scaled
         if rest_by_k and (sums or way != (False, 1, 1, 1)):
             continue  # a stage has the rows left over where others have sums of x
         if rest_by_k and block_m == 128 and groups_per_tile > 1:
             continue  # spills
-        if consumers == 4 and (groups_per_tile > 1 or sums):
+        if not one_group and shape.group_size % block_k and block_k % shape.group_size:
+            continue  # a stage would have parts of groups
+        small_groups = groups_per_tile * HOPPER_BLOCK_K > block_k
+        if block_k > HOPPER_BLOCK_K and (small_groups or sums or consumers == split_k == 1):
+            continue  # not measured; never the fastest
+        if consumers == 4 and (small_groups or sums):
             continue  # 112 registers a thread are too few
         if consumers > 2 and not by_stages and split_k * share_x * share_w > 1:
             continue  # never the fastest, or not measured
@@ -222,6 +235,7 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
             out_type=shape.out_type,
             block_m=block_m,
             tiles_n=tiles_n,
+            block_k=block_k,
             consumers=consumers,
             in_turns=in_turns,
             by_stages=by_stages,
@@ -270,7 +284,7 @@ def _deepest_ring(c: Hopper, room: int) -> Hopper | None:
         stages = min(limit, 1 + (room - one.smem_bytes) // one.stage_bytes)
         if c.by_stages:
             stages -= stages % c.consumers  # a stage is always the same consumer's
-        if stages >= least:
+        if stages >= (2 * c.consumers if c.by_stages else least):
             return replace(one, num_stages=stages)
     return None
 

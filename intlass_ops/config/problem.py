@@ -136,13 +136,23 @@ def weights_take_scales(shape: Shape) -> bool:
 
 
 def codes_take_scales(shape: Shape) -> bool:
-    """Whether INT4 weights of few tokens take their scales, which larger groups leave to the sums.
+    """Whether weights of few tokens take their scales, which the sums of other groups take.
 
-    A lane's 32 neighbouring k of a row lie in one group then; for sums of each, a chunk of 128 k
-    would be multiplied two or four times.
+    A lane's 16 bytes of a row lie in one group, of 32 or 64 k say: for sums of each, a chunk of 64
+    bytes would be multiplied two or four times. Larger groups do for the sake of zero points that
+    are no bytes, which would multiply sums of x. Types as in `weights_take_scales`; fp16 has a way
+    of its own for fractions.
     """
-    kinds = BITS[shape.x_kind], BITS[shape.w_kind]
-    return kinds == (16, 4) and shape.group_size in (32, 64) and weights_take_scales(shape)
+    own = {"bf16": "__nv_bfloat16", "fp16": "__half"}.get(shape.x_kind)
+    if shape.scale_type != own or shape.out_type == "float" or shape.group_size >= shape.k:
+        return False
+    if BITS[shape.w_kind] == 8:
+        return shape.group_size == 32
+    floats = ("__nv_bfloat16",) if own == "__nv_bfloat16" else ("__nv_bfloat16", "__half")
+    if shape.has_zeros and shape.zero_type not in ("int", "signed char", "unsigned char", *floats):
+        return False
+    in_sums = shape.has_zeros and TYPE_BYTES[shape.zero_type] > 1
+    return shape.group_size in (32, 64) or (in_sums and shape.group_size % 128 == 0)
 
 
 def decoded_fp4(scale_type: str) -> str:

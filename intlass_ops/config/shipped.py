@@ -119,6 +119,33 @@ def _shipped_rest() -> Iterator[tuple[Hopper, tuple[str, ...]]]:
         yield min(tiles, key=lambda c: (-c.consumers, c.block_m)), ("sm_90a",)
 
 
+def _shipped_takers() -> Iterator[tuple[Config, tuple[str, ...]]]:
+    """Kernels of few tokens whose codes take their scales, of few rows and of many."""
+    cases = (
+        ("bf16", "u4", "__nv_bfloat16", 32),
+        ("bf16", "s4", "", 64),
+        ("bf16", "u4", "__nv_bfloat16", 128),
+        ("fp16", "u4", "__half", 64),
+        ("fp16", "s8", "", 32),
+    )
+    for (x, w, zero_type, group_size), (m, n) in itertools.product(cases, ((16, 4096), (1, 32768))):
+        own = {"bf16": "__nv_bfloat16", "fp16": "__half"}[x]
+        shape = replace(
+            _W4A16,
+            x_kind=x,
+            w_kind=w,
+            scale_type=own,
+            zero_type=zero_type or "float",
+            out_type=own,
+            has_zeros=bool(zero_type),
+            m=m,
+            n=n,
+            group_size=group_size,
+        )
+        for arch in ARCHS:
+            yield pick(without_wgmma(device_of(arch)), shape), (arch,)
+
+
 def _shipped_epilogues() -> Iterator[tuple[Config, tuple[str, ...]]]:
     """One of each kernel that does something to its sums; the largest tiles, short of registers."""
     cases = (
@@ -255,6 +282,7 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
     yield from _shipped_hopper(types, zero_types)
     yield from _shipped_rest()
     yield from _shipped_scaled()
+    yield from _shipped_takers()
     yield from _shipped_epilogues()
     yield from _shipped_rotations()
     for arch in ARCHS:

@@ -12,23 +12,32 @@ template <class X> struct FewShifts<X, e2m1> : Pair<X, e2m1> {
     return Pair<X, e2m1>::template w<Scale>(lo[0], lo_factor, hi[0], hi_factor);
   }
 };
-// INT4 codes of groups within a chunk do too: the difference from the zero point, times the scale, each
-// rounded to X's type (as in gemm_ahead.cuh and hopper_weights.cuh)
-template <class X, class W> struct ScaledInt4 : FewShifts<X, W> {
+// Other codes may too: the difference from the zero point, times the scale, each rounded to X's type (as in
+// gemm_ahead.cuh and hopper_weights.cuh)
+template <class X, class W> struct ScaledCodes : FewShifts<X, W> {
   using Codes = FewShifts<X, W>;
   static constexpr float unit = 1.f;  // the scale has that of the codes
-  struct Row : Codes::Row { u32 scale; };
+  // fp16 has no room for a fraction beside the 1024 that codes lose: it is subtracted by itself
+  static constexpr bool fractions = has_zeros && same<X, fp16>::value &&
+                                    (same<Zero, __half>::value || same<Zero, __nv_bfloat16>::value);
+  struct Row : Codes::Row { u32 scale, minus_zero; };
   static __device__ __forceinline__ Row zero(float) { return {}; }
   static __device__ __forceinline__ Row row_of(Scale s, Zero z) {
-    const float in_units = as_float(s) * Codes::unit;
-    return {Codes::zero(has_zeros ? as_float(z) : 8.f), halves<X>(in_units, in_units)};
+    const float in_units = as_float(s) * Codes::unit, lost = has_zeros ? as_float(z) : 8.f;
+    return {Codes::zero(fractions ? 0.f : lost), halves<X>(in_units, in_units),
+            halves<X>(-lost, -lost)};
   }
-  static __device__ __forceinline__ typename Pair<X, W>::A w(const u32 (&lo)[1], Row lo_row,
-                                                             const u32 (&hi)[1], Row hi_row) {
+  static __device__ __forceinline__ u32 take(u32 codes, const Row& row) {
+    if constexpr (fractions) codes = fma2<X>(codes, half_words<X>::one, row.minus_zero);
+    return mul2<X>(codes, row.scale);
+  }
+  template <int words>
+  static __device__ __forceinline__ typename Pair<X, W>::A w(const u32 (&lo)[words], Row lo_row,
+                                                             const u32 (&hi)[words], Row hi_row) {
     typename Pair<X, W>::A a = Codes::w(lo, lo_row, hi, hi_row);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      a.r[i / 4][i % 4] = mul2<X>(a.r[i / 4][i % 4], (i % 2 ? hi_row : lo_row).scale);
+      a.r[i / 4][i % 4] = take(a.r[i / 4][i % 4], i % 2 ? hi_row : lo_row);
     return a;
   }
 };
@@ -41,7 +50,7 @@ static_assert(!has_a_zero, "a zero point of the activations needs row sums, whic
 
 // The fragments of P, decoded with fewer instructions
 template <bool> struct Decoder { using type = FewShifts<X, W>; };
-template <> struct Decoder<true> { using type = ScaledInt4<X, W>; };
+template <> struct Decoder<true> { using type = ScaledCodes<X, W>; };
 using D = Decoder<scaled && !fp4_w>::type;
 constexpr int tiles_n = Config::tiles_n, rows = 16 * tiles_n;
 constexpr int chunk_k = 512 / W::bits;                   // k of 64 bytes of a row
@@ -119,12 +128,15 @@ template <class D> struct RowOfScales<GroupScale<D>> {
   }
   __device__ __forceinline__ GroupScale<D> load(const Params& p, int chunk) const {
     GroupScale<D> v;
-    v.s = s[chunk * chunk_groups * int(p.scale_group)];
-    if constexpr (has_zeros) v.z = z[chunk * chunk_groups * int(p.zero_group)];
+    v.s = s[first_group(chunk) * int(p.scale_group)];
+    if constexpr (has_zeros) v.z = z[first_group(chunk) * int(p.zero_group)];
     return v;
   }
   __device__ __forceinline__ void prefetch(const Params& p, int chunk) const {
-    prefetch_l2(s + chunk * chunk_groups * int(p.scale_group));
+    prefetch_l2(s + first_group(chunk) * int(p.scale_group));
+  }
+  static __device__ __forceinline__ int first_group(int chunk) {
+    return chunk_groups > 1 ? chunk * chunk_groups : chunk / Config::chunks_per_group;
   }
 };
 using ScaleRow = RowOfScales<LaneScales>;
