@@ -99,6 +99,10 @@ def quantization_error(
     >>> round(quantization_error(torch.ones(2, 2), torch.full((2, 2), 0.9)).relative, 3)
     0.1
     """
+    if w.shape != w_hat.shape:
+        raise ValueError(
+            f"quantization_error: w is {tuple(w.shape)}, its approximation {tuple(w_hat.shape)}"
+        )
     w, r = w.double(), w.double() - w_hat.double()
     relative = r.norm() / w.norm() if w.any() else r.norm()
     output = None
@@ -182,7 +186,7 @@ def hqq(
         raise ValueError(f"hqq: p={p} is not between 0 and 1")
     n, k = w.shape
     s, z, _ = scales.uint4_naive(w, group_size=group_size)
-    x = w.detach().float().reshape(s.numel(), -1)
+    x = w.detach().float().reshape(s.numel(), k // s.shape[1])
     scale, zero = s.reshape(-1, 1), z.reshape(-1, 1).float()
     # Groups are independent: on a CPU in blocks that stay in its cache.
     rows = max(1, _CPU_BLOCK // max(x.shape[1], 1)) if x.device.type == "cpu" else x.shape[0]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import calibrate
 from .calibrate import InputStatistics, QuantizedWeight
 from .gptq import gptq
+from .ops._library import without_autocast
 
 Method = Literal["rtn", "mse", "hqq", "gptq", "awq"]
 METHODS = ("rtn", "mse", "hqq", "gptq", "awq")
@@ -58,7 +59,9 @@ def weights(
             for path, linear in part:
                 w = linear.weight.detach()
                 try:
-                    q, c = _quantize(w, method, bits, group_size, symmetric, seen.pop(path, None))
+                    with without_autocast(w.device):  # which is for the model's own products
+                        found = seen.pop(path, None)
+                        q, c = _quantize(w, method, bits, group_size, symmetric, found)
                 except ValueError as problem:
                     raise ValueError(f"quantize_: {path}: {problem}") from problem
                 replace(linear, q, c)
@@ -112,10 +115,13 @@ def _statistics(
     }
 
     def listen(statistics: InputStatistics) -> Callable[..., None]:
-        return lambda _, inputs: statistics.update(inputs[0])
+        return lambda _, args, named: statistics.update(args[0] if args else named["input"])
 
-    hooks = [linear.register_forward_pre_hook(listen(found[path])) for path, linear in part]
-    training = model.training
+    hooks = [
+        linear.register_forward_pre_hook(listen(found[path]), with_kwargs=True)
+        for path, linear in part
+    ]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for batch in calibration:
@@ -126,7 +132,8 @@ def _statistics(
             else:
                 model(batch)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for hook in hooks:
             hook.remove()
     for path, statistics in found.items():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """One op call: what it was, what ran it, and why that.
+    """One call of a product: what it was, what ran it, and why that.
 
     >>> from intlass_ops import pack_int4, matmul_int4_bf16_tn
     >>> w, one = pack_int4(torch.ones(8, 16, dtype=torch.int8)), torch.tensor(1.0)
@@ -46,7 +46,7 @@ class Dispatch:
 
 @dataclass
 class Explanation:
-    """One run: every op call in order, and every linear of the compiled graphs; prints as tables.
+    """One run: every product in order, and every linear of the compiled graphs; prints as tables.
 
     ``linears``: a `lowering.Decision` for each matrix product with a constant weight: the module's
     ``path``, ``outcome`` ("swapped", "declined", "dense"), ``scheme``, ``shape``, ``reason`` and
@@ -59,7 +59,7 @@ class Explanation:
     >>> explanation.result, explanation.dispatches
     (2, [])
     >>> print(explanation)
-    no intlass op ran
+    no intlass product ran
     """
 
     result: Any = None
@@ -89,7 +89,7 @@ class Explanation:
                 f"weights that are tensor subclasses, which PyTorch checks at every call: "
                 f"{self.unwrapped}; intlass_ops.prepare_(model) before torch.compile saves that"
             )
-        return "\n\n".join(filter(None, parts)) or "no intlass op ran"
+        return "\n\n".join(filter(None, parts)) or "no intlass product ran"
 
     def _linears(self) -> str:
         if not self.linears:

@@ -87,6 +87,12 @@ class _Codes(nn.Module):
 
     def _activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(x, None), or its codes and their scales."""
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{type(self).__name__}: x is {x.dtype}; expected fp32, bf16 or fp16. If the model "
+                "casts it to the dtype of `weight`, leave this layer out (filter_fn, "
+                "modules_to_not_convert)"
+            )
         if self.activation is None:
             return x, None
         # Of packed codes the op cannot tell an odd number from the next even one.
@@ -109,6 +115,17 @@ class _Codes(nn.Module):
             f"scheme=w{self.bits}a{a_bits}, group_size={self.in_features // groups}, "
             f"zeros={self.zeros is not None}, bias={self.bias is not None}{more}"
         )
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes codes alone: those of a layer that was not quantised would be cut to integers."""
+        weight, errors = state.get(f"{prefix}weight"), rest[-1]
+        if weight is None or weight.dtype == self.weight.dtype:
+            super()._load_from_state_dict(state, prefix, *rest)
+        else:
+            errors.append(
+                f"{prefix}weight is {weight.dtype}, the {type(self).__name__} holds codes of "
+                f"{self.weight.dtype}: load what was not quantised before quantize_"
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move between devices; keep codes, scales and zeros in the dtype they were made in.
@@ -173,8 +190,8 @@ class IntLinear(Movable, _Codes):
             )
         self.register_buffer("input_scale", input_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = as_autocast(x)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear has)
+        x = as_autocast(input)
         if self.input_scale is not None:
             x = x * self.input_scale.to(x.dtype)
         a, a_scale = self._activations(x)

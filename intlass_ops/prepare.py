@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import side_by_side
 from .formats import modules as formats
+from .integrations import weight_readers
 from .lowering import capture
 from .lowering.records import DECLINED, SWAPPED, Decision
 from .nn import IntLinear, PackedWeight
@@ -78,6 +79,7 @@ def prepare_(model: nn.Module, *, same_codes: bool = True) -> list[Decision]:
                 done.pop(child)
             del child
     side_by_side.lay_siblings(model)
+    weight_readers.announce(model)
     gc.collect()
     return decisions
 

@@ -123,12 +123,12 @@ class QATLinear(nn.Module):
         super()._load_from_state_dict(*args)
         self.h = self._rotation()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear has)
+        x = as_autocast(input)
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"QATLinear: x is {tuple(x.shape)}, the layer has K={self.in_features}"
             )
-        x = as_autocast(x)
         c = self.config
         rows = x.reshape(-1, self.in_features)
         y: Tensor = StraightThrough.apply(  # type: ignore[no-untyped-call]
@@ -183,12 +183,12 @@ class RotatedIntLinear(nn.Module):
         for name, tensor in (("weight", weight), ("scales", scales), ("bias", bias), ("h", h)):
             self.register_buffer(name, tensor)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear has)
+        x = as_autocast(input)
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"RotatedIntLinear: x is {tuple(x.shape)}, the layer has K={self.in_features}"
             )
-        x = as_autocast(x)
         rows = x.reshape(-1, self.in_features)
         xq, sx, _ = quantise_activations(rows, self.h, self.a_bits, self.method, mask=False)
         y = product(xq, sx, self.weight, self.scales, self.bias, self.in_features, x.dtype)
@@ -234,9 +234,11 @@ def prepare_qat_(
                 found.append((parent, name, child, path))
     made: dict[nn.Module, QATLinear] = {}
     for *_, module, path in found:
+        weight_readers.require_plain(path, module.weight)
         linear = conv1d.linear_of(module) if conv1d.is_conv1d(module) else module
         try:
             made[module] = made.get(module) or QATLinear(linear, config)
+            weight_readers.succeed(made[module], module)
         except ValueError as problem:
             raise ValueError(f"quantize_: {path}: {problem}") from problem
     for parent, name, module, _ in found:
@@ -258,12 +260,15 @@ def convert_(model: nn.Module) -> None:
     require_module("convert_", model)
     if isinstance(model, QATLinear):
         raise TypeError("convert_: the model is a QATLinear itself; use its convert()")
-    made: dict[nn.Module, nn.Module] = {}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, QATLinear):
-                if child not in made:
-                    made[child] = child.convert()
-                setattr(parent, name, made[child])
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, QATLinear)
+    ]
+    layers = dict.fromkeys(child for *_, child in found)
+    made = {layer: weight_readers.succeed(layer.convert(), layer) for layer in layers}
+    for parent, name, child in found:
+        setattr(parent, name, made[child])
     side_by_side.lay_siblings(model)
     weight_readers.announce(model)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import calibrated, packing, side_by_side
 from .calibrate import QuantizedWeight
 from .calibrated import Method
-from .integrations import conv1d, experts
+from .integrations import conv1d, experts, weight_readers
 from .nn import Activation, IntExpertLinear, IntLinear
 from .ops import quantize_int4, quantize_int8
 from .ops._library import FLOATS, require_module
@@ -140,15 +140,17 @@ def quantize_(
     "mse" weighs errors by the mean square of their inputs, which matters where few inputs are
     large. ``progress`` shows a bar on a terminal if `rich` is installed. A `QATConfig` makes
     trainable `QATLinear`s instead, of which `convert_` makes integer layers after training.
-    ``filter_fn(module, name)`` picks the linears (default: all). A module that occurs twice stays
-    shared. Fused experts of transformers (3-D parameters) become `IntExpertLinear`s; ``filter_fn``
-    is asked for their module. "gptq" and "awq" take them as "mse" does, without data. A warning
-    names the 3-D weights that stay as they are. Scales of INT4 weights take the weight's dtype
-    under "rtn", all others are fp32.
+    ``filter_fn(module, name)`` picks the linears (default: all); those that a model of transformers
+    keeps in fp32 (T5's `wo`) stay as they are. A module that occurs twice stays shared, hooks stay.
+    Fused experts of transformers (3-D parameters) become `IntExpertLinear`s; ``filter_fn`` is asked
+    for their module. "gptq" and "awq" take them as "mse" does, without data. A warning names the
+    3-D weights that stay as they are. Scales of INT4 weights take the weight's dtype under "rtn",
+    all others are fp32.
 
-    Raises, before anything is changed and naming the layer, ValueError for a K that is 0 or not a
-    multiple of the group size and TypeError for a weight that is not fp32, bf16 or fp16; TypeError
-    for a model that is itself a Linear; ValueError for a method that does not fit.
+    Raises, naming the layer and leaving the model as it was, ValueError for a K that is 0 or not a
+    multiple of the group size and for data that no Hessian can be made of, TypeError for a weight
+    that is not fp32, bf16 or fp16; TypeError for a model that is itself a Linear; ValueError for a
+    method that does not fit.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(256, 64))
@@ -167,12 +169,13 @@ def quantize_(
     if isinstance(model, nn.Linear):
         raise TypeError("quantize_: the model is a Linear itself and cannot be replaced in place")
     calibrated.check("quantize_", config.method, config.bits, config.symmetric, calibration)
+    kept = weight_readers.kept_in_fp32(model)
     found: list[tuple[nn.Module, str, Any]] = []
     for parent_name, parent in model.named_modules():
         for name, child in parent._modules.items():  # named_children() leaves repetitions out
             path = f"{parent_name}.{name}" if parent_name else name
             transposed = conv1d.is_conv1d(child)
-            if not transposed and type(child) is not nn.Linear:
+            if path in kept or (not transposed and type(child) is not nn.Linear):
                 continue
             if filter_fn is None or filter_fn(child, path):
                 _check_weight(path, child.weight.t() if transposed else child.weight, config)
@@ -186,16 +189,22 @@ def quantize_(
         for name in experts.projections(module):
             weight = experts.weights_of(module, name)
             _check_weight(f"{path}.{name}", weight, config)
-    linears = _as_linears(found)
-    if config.method != "rtn":
-        _quantize_calibrated(model, linears, config, calibration, progress)
-    else:
-        _quantize_nearest(linears, config)
+    try:
+        linears = _as_linears(found)
+        if config.method != "rtn":
+            _quantize_calibrated(model, linears, config, calibration, progress)
+        else:
+            _quantize_nearest(linears, config)
+    except BaseException:  # Ctrl-C too
+        for parent, name, module in found:
+            setattr(parent, name, module)
+        raise
     for _, module in mixtures:
         for name in experts.projections(module):
             layer = quantize_experts(experts.weights_of(module, name), config)
             experts.put(module, name, layer)
     side_by_side.lay_siblings(model)
+    weight_readers.announce(model)
     left = experts.experts_left(model)
     if left is not None:
         warnings.warn(f"quantize_: {left}", stacklevel=2)
@@ -208,7 +217,7 @@ def _as_linears(
     made: dict[nn.Module, nn.Linear] = {}
     for parent, name, module in found:
         if conv1d.is_conv1d(module):
-            made.setdefault(module, conv1d.linear_of(module))
+            made.setdefault(module, weight_readers.succeed(conv1d.linear_of(module), module))
             setattr(parent, name, made[module])
     return [(parent, name, made.get(module, module)) for parent, name, module in found]
 
@@ -217,7 +226,7 @@ def _quantize_nearest(found: list[tuple[nn.Module, str, nn.Linear]], config: Sch
     replaced: dict[nn.Linear, IntLinear] = {}
     for parent, name, linear in found:
         if linear not in replaced:
-            replaced[linear] = quantize_linear(linear, config)
+            replaced[linear] = weight_readers.succeed(quantize_linear(linear, config), linear)
         setattr(parent, name, replaced[linear])
 
 
@@ -244,7 +253,7 @@ def _quantize_calibrated(
             input_scale=None if channels is None else channels.reciprocal().to(linear.weight.dtype),
         )
         for parent, name in places[linear]:
-            setattr(parent, name, layer)
+            setattr(parent, name, weight_readers.succeed(layer, linear))
 
     calibrated.weights(
         model,
@@ -261,6 +270,7 @@ def _quantize_calibrated(
 
 def _check_weight(path: str, weight: Tensor, config: Scheme) -> None:
     group, k = config.group_size, weight.shape[-1]
+    weight_readers.require_plain(path, weight)
     if weight.dtype not in FLOATS:
         raise TypeError(f"quantize_: {path}: the weight is {weight.dtype}, no fp32, bf16, fp16")
     if k == 0:

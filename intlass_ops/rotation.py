@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .ops._library import without_autocast
+
 _Matrix = npt.NDArray[np.int8]
 
 
@@ -61,7 +63,8 @@ def rotate(x: Tensor, h: Tensor) -> Tensor:
     if h.device != x.device:
         raise ValueError(f"rotate: h is on {h.device}, the input on {x.device}")
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (x.to(wide).reshape(-1, r) @ h.to(wide)).view(x.shape).to(x.dtype)
+    with without_autocast(x.device):
+        return (x.to(wide).reshape(-1, r) @ h.to(wide)).view(x.shape).to(x.dtype)
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
@@ -79,7 +82,8 @@ def hadamard_transform(x: Tensor) -> Tensor:
     m = odd.shape[0]
     y = x.to(wide)
     if m > 1:
-        y = y.reshape(-1, m) @ torch.from_numpy(odd).to(x.device, wide)
+        with without_autocast(x.device):
+            y = y.reshape(-1, m) @ torch.from_numpy(odd).to(x.device, wide)
     half = m
     while half < k:
         a, b = y.reshape(x.numel() // (2 * half), 2, half).unbind(1)

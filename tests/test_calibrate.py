@@ -275,3 +275,14 @@ def test_gptq_on_the_gpu_agrees_with_the_cpu(symmetric: bool, act_order: bool) -
     assert ((here - there).abs() > 1e-3).float().mean() < 0.05
     errors = [float(output_error(q - w, h)) for q in (here, there)]
     assert errors[1] == pytest.approx(errors[0], rel=0.01)
+
+
+def test_error_of_a_weight_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^quantization_error: w is \(2, 4\), .* \(4,\)"):
+        calibrate.quantization_error(torch.ones(2, 4), torch.ones(4))
+
+
+@pytest.mark.parametrize("how", [calibrate.rtn, calibrate.mse, calibrate.hqq])
+def test_weights_without_rows(how: Callable[..., QuantizedWeight]) -> None:
+    codes, scales, _ = how(torch.ones(0, 64), group_size=32)
+    assert (codes.shape, scales.shape) == ((0, 64), (0, 2))

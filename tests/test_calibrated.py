@@ -79,6 +79,39 @@ def test_passes_are_bounded_and_see_the_layers_before(monkeypatch: pytest.Monkey
     assert torch.equal(seen[1], nn.functional.gelu(layers[0](x)))
 
 
+def test_autocast_is_for_the_model_alone() -> None:
+    """Its products are rounded, those that choose the codes are not."""
+    torch.manual_seed(0)
+    first, data = nn.Sequential(nn.Linear(256, 16)), [torch.randn(512, 256)]
+    second, config = copy.deepcopy(first), ia.Int4WeightOnly(32, method="gptq")
+    ia.quantize_(first, config, calibration=data)
+    with torch.autocast("cpu", torch.bfloat16):
+        ia.quantize_(second, config, calibration=data)
+    assert torch.equal(first[0].weight, second[0].weight)
+    assert torch.equal(first[0].scales, second[0].scales)
+
+
+def test_what_fails_on_the_way_leaves_the_model_as_it_was() -> None:
+    class Overflow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.inf
+
+    layers = nn.Sequential(nn.Linear(64, 64), nn.Dropout(), Overflow(), nn.Linear(64, 64)).train()
+    layers[1].eval()
+    before = list(layers)
+    with pytest.raises(ValueError, match=r"^quantize_: 3: gptq: the Hessian holds an infinity"):
+        ia.quantize_(layers, ia.Int4WeightOnly(32, method="gptq"), calibration=[inputs()])
+    assert list(layers) == before
+    assert [layer.training for layer in layers] == [True, False, True, True]
+
+
+def test_modes_of_modules_survive_calibration() -> None:
+    layers = nn.Sequential(nn.Linear(64, 64), nn.Dropout()).train()
+    layers[1].eval()
+    ia.quantize_(layers, ia.Int4WeightOnly(32, method="gptq"), calibration=[inputs()])
+    assert [layer.training for layer in layers] == [True, False]
+
+
 def test_a_shared_layer_stays_shared() -> None:
     shared = nn.Linear(64, 64)
     layers = nn.Sequential(shared, nn.ReLU(), shared)

@@ -70,6 +70,28 @@ def test_convert_keeps_codes_and_explain_names_kernels(
     assert ["model.layers.1.mlp.down_proj", "matmul_int4_bf16_tn", "w4a16"] in rows
 
 
+def test_explain_feeds_a_decoder_and_names_what_takes_no_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=32, decoder_start_token_id=0, **sizes)
+    model = transformers.T5ForConditionalGeneration(config)
+    images = {"image_size": 8, "patch_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seer = transformers.ViTForImageClassification(
+        transformers.ViTConfig(hidden_size=32, intermediate_size=32, **images)
+    )
+    for name, each in (("text", model), ("images", seer)):
+        intlass_ops.quantize_(each, intlass_ops.Int8WeightOnly())
+        intlass_ops.save_pretrained(each, tmp_path / name)
+    capsys.readouterr()
+    assert main(["explain", str(tmp_path / "text")]) == 0
+    assert "decoder.block.0.layer.1.EncDecAttention.o" in capsys.readouterr().out
+    assert main(["explain", str(tmp_path / "images")]) == 2
+    assert "ViTForImageClassification takes no tokens" in capsys.readouterr().err
+
+
 def test_what_cannot_start_says_why(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

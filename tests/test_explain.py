@@ -72,7 +72,7 @@ def test_the_report_is_a_table_that_counts_repeated_calls(device: str) -> None:
     assert len(lines) == 3
     assert all(" 4 " in line for line in lines[1:])
     assert "w4a16" in lines[1]
-    assert str(ia.explain(lambda: None)) == "no intlass op ran"
+    assert str(ia.explain(lambda: None)) == "no intlass product ran"
 
 
 @pytest.mark.usefixtures("without_vnni")

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import FORMS, Weight, draw, linears, write, write_experts
 from transformers.quantizers.base import HfQuantizer
 
@@ -167,6 +168,19 @@ def rewrite_config(directory: Path, **changes: object) -> None:
     file.write_text(json.dumps(config))
 
 
+def test_names_that_transformers_changes_are_followed(tmp_path: Path) -> None:
+    """Here those of the model without its head; there are many, of models of images and text."""
+    expected = write(tmp_path, FORMS["gptq v1"])
+    file = tmp_path / "model.safetensors"
+    tensors = {name.removeprefix("model."): t for name, t in load_file(file).items()}
+    save_file(tensors, file)
+    model = load_pretrained(tmp_path)
+    logits = model(PROMPT).logits
+    torch.testing.assert_close(logits, expected(PROMPT).logits, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "ours")
+    assert torch.equal(load_pretrained(tmp_path / "ours")(PROMPT).logits, logits)
+
+
 def test_gptq_version_is_not_guessed(tmp_path: Path) -> None:
     expected = write(tmp_path, FORMS["gptq v2 8 bits symmetric"])
     rewrite_config(tmp_path, checkpoint_format="gptq")
@@ -210,8 +224,6 @@ def test_static_activations_are_sent_to_prepare(tmp_path: Path) -> None:
 
 
 def test_missing_tensor_is_an_error_not_a_random_weight(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     write(tmp_path, FORMS["awq"])
     state = load_file(tmp_path / "model.safetensors")
     del state["model.norm.weight"]
@@ -221,8 +233,6 @@ def test_missing_tensor_is_an_error_not_a_random_weight(tmp_path: Path) -> None:
 
 
 def test_order_that_is_no_permutation_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     write(tmp_path / "theirs", FORMS["gptq v2 act-order"])
     load_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     file = tmp_path / "ours" / "model.safetensors"

@@ -149,6 +149,37 @@ def test_subclasses_of_linear_are_left_alone() -> None:
     assert isinstance(model["out"], ia.IntLinear)
 
 
+@pytest.mark.parametrize("config", [ia.Int4WeightOnly(32, method="gptq"), ia.QATConfig()])
+def test_layers_are_called_with_the_keyword_of_linear(config: Any) -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.layer(input=x)
+            return y
+
+    model, x = Keyword(), torch.randn(8, 64)
+    data = None if isinstance(config, ia.QATConfig) else [x]
+    ia.quantize_(model, config, calibration=data)
+    assert_identical(model(x), model.layer(x))
+    ia.convert_(model)
+    assert_identical(model(x), model.layer(x))
+
+
+@pytest.mark.parametrize(
+    "config", [ia.Int8WeightOnly(), ia.Int8WeightOnly(method="mse"), ia.QATConfig()]
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_new_layers_have_the_mode_of_those_they_replace(config: Any, training: bool) -> None:
+    layers = nn.Sequential(nn.Linear(64, 32)).train(training)
+    ia.quantize_(layers, config)
+    assert layers[0].training is training
+    ia.convert_(layers.train(not training))
+    assert layers[0].training is not training
+
+
 def test_a_quantised_model_is_left_as_it_is() -> None:
     layers = quantized("w8a16")
     before = list(layers)

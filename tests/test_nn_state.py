@@ -31,6 +31,18 @@ def test_state_dict_through_safetensors(scheme: str, tmp_path: Path, device: str
     assert_identical(loaded(x), layers(x))
 
 
+@each_scheme
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_that_were_not_quantised_are_not_loaded(scheme: str, assign: bool) -> None:
+    layers = quantized(scheme)
+    before = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"0\.weight is torch\.float32, .* holds codes"):
+        layers.load_state_dict(linears().state_dict(), strict=False, assign=assign)
+    for name, tensor in before.items():
+        if name.endswith(("weight", "scales", "zeros")):
+            assert_identical(layers.state_dict()[name], tensor)
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 @each_scheme
 def test_copies_compute_the_same(scheme: str, how: str, device: str) -> None:

@@ -76,6 +76,7 @@ class OnePlusGain(nn.RMSNorm):
         ("layers.1.mlp.up_proj", nn.Identity(), r"expected nn\.Linear, found Identity"),
         ("norm", OnePlusGain(48).double(), r"OnePlusGain is not x·gain / rms\(x\)"),
         ("layers.0.input_layernorm", nn.LayerNorm(48).double(), "LayerNorm is not"),
+        ("layers.1.mlp", nn.Identity(), "has not the layers of a Llama: .* 'gate_proj'"),
     ],
 )
 def test_refuses_others_before_it_changes_any(place: str, module: nn.Module, message: str) -> None:

@@ -77,3 +77,12 @@ def test_only_floating_tensors_are_rotated(x: torch.Tensor) -> None:
         rotate(x, torch.eye(16))
     with pytest.raises(TypeError, match="hadamard_transform: x is torch"):
         hadamard_transform(x)
+
+
+@pytest.mark.parametrize("k", [64, 12 * 4])
+def test_autocast_rounds_no_rotation(k: int) -> None:
+    x, h = torch.randn(3, k), hadamard_matrix(k)
+    expected = rotate(x, h), hadamard_transform(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rotate(x, h), expected[0])
+        assert torch.equal(hadamard_transform(x), expected[1])

@@ -11,9 +11,10 @@ import torch
 pytest.importorskip("transformers")
 
 from tiny_checkpoints import linears, tiny_llama
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, T5Config, T5EncoderModel
 
-from intlass_ops import Int4WeightOnly, IntLinear, QATConfig, quantize_
+from intlass_ops import Int4WeightOnly, IntLinear, QATConfig, QATLinear, quantize_
 from intlass_ops.integrations.load_pretrained import load_pretrained
 from intlass_ops.integrations.schemes import SCHEMES, scheme_named
 from intlass_ops.integrations.transformers_quantizer import IntlassConfig, save_pretrained
@@ -59,6 +60,33 @@ def test_model_quantised_in_place_is_saved_whole(dense: Path, tmp_path: Path) ->
         assert again.state_dict()[name].dtype == buffer.dtype, name
 
 
+def test_head_quantised_apart_from_its_embedding_is_saved_and_not_tied_again(
+    tmp_path: Path,
+) -> None:
+    model = tiny_llama(tied=True)
+    embedding = model.model.embed_tokens.weight.clone()
+    quantize_(model, Int4WeightOnly(16))
+    logits = model(PROMPT).logits
+    model.tie_weights()
+    assert torch.equal(model(PROMPT).logits, logits)
+    save_pretrained(model, tmp_path)
+    again = load_pretrained(tmp_path)
+    assert isinstance(again.lm_head, IntLinear)
+    assert torch.equal(again.model.embed_tokens.weight, embedding)
+    assert torch.equal(again(PROMPT).logits, logits)
+
+
+def test_what_a_model_keeps_in_fp32_is_not_quantised_while_loading(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 32, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1}
+    T5EncoderModel(T5Config(num_heads=4, **sizes)).save_pretrained(tmp_path)
+    config = IntlassConfig("w4a16", group_size=32)
+    model = T5EncoderModel.from_pretrained(tmp_path, quantization_config=config)
+    dense = model.encoder.block[0].layer[1].DenseReluDense
+    assert type(dense.wo) is nn.Linear
+    assert isinstance(dense.wi, IntLinear)
+    assert model(PROMPT % 32).last_hidden_state.isfinite().all()
+
+
 def test_dequantize_gives_linears_back(dense: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         dense, quantization_config=IntlassConfig(group_size=16)
@@ -91,6 +119,20 @@ def test_conv1d_of_gpt2_is_a_linear_that_lies_transposed(tmp_path: Path) -> None
     loaded.dequantize().save_pretrained(tmp_path / "dense")
     again = GPT2LMHeadModel.from_pretrained(tmp_path / "dense")
     torch.testing.assert_close(again(PROMPT).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_conv1d_of_gpt2_is_trained() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 64, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=None)).eval()
+    dense = model(PROMPT).logits
+    quantize_(model, QATConfig("w8a8", rotation=16))
+    assert sum(isinstance(m, QATLinear) for m in model.modules()) == 5
+    loss = model(PROMPT, labels=PROMPT)
+    assert (loss.logits - dense).norm() < 0.1 * dense.norm()
+    loss.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_mistakes_name_what_to_do(dense: Path, tmp_path: Path) -> None:

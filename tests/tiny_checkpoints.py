@@ -220,13 +220,14 @@ FORMS = {
 }  # fmt: skip
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, *, tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
         attention_bias=True, initializer_range=0.3, bos_token_id=1, eos_token_id=None,
         pad_token_id=0, architectures=["LlamaForCausalLM"], dtype="float32",
+        tie_word_embeddings=tied,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():

@@ -77,9 +77,17 @@ def explain(options: argparse.Namespace) -> int:
     """The kernels of one forward pass."""
     logging.disable_progress_bar()
     model = load_pretrained(options.src, device_map=options.device)
-    ids = torch.arange(options.tokens, device=options.device) % model.config.vocab_size
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    if vocabulary is None:
+        raise ValueError(
+            f"{type(model).__name__} takes no tokens; give intlass_ops.explain an input of its own"
+        )
+    ids = torch.arange(options.tokens, device=options.device)[None] % vocabulary
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
     with torch.no_grad():
-        explanation = explain_call(model, input_ids=ids[None])
+        explanation = explain_call(model, **inputs)
     print(explanation)
     fallbacks = explanation.fallbacks
     if fallbacks:

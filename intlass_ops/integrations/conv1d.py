@@ -20,7 +20,6 @@ def linear_of(module: Any) -> nn.Linear:
     weight = module.weight.detach().t().contiguous()
     linear.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
     linear.bias = module.bias
-    linear.train(module.training)
     return linear
 
 

@@ -1,15 +1,15 @@
-"""Which quantised linears of a checkpoint are experts that the model holds fused.
+"""Which modules of a model the quantised linears of a checkpoint are.
 
 Checkpoints have a linear for each expert; transformers (version 5) joins them to 3-D parameters
-while it loads. Its own list of what is joined to what is asked here. Not here: how codes are joined
-(formats/experts.py).
+while it loads, and has given other names to parts of some models than older files have. Its own
+lists of both are asked here. Not here: how codes are joined (formats/experts.py).
 
 Private API of transformers, checked on 5.23: `rename_source_key` of core_model_loading.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,16 +46,11 @@ def fused(model_class: Any, config: Any, paths: Sequence[str]) -> dict[str, list
     }
     if not mixtures:
         return {}
-    conversions = get_model_conversion_mapping(model)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    place, converters = _renaming(model)
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
-    state = model.state_dict()
     found: dict[str, dict[str, list[str]]] = {}
     for path in sorted(paths, key=dot_natural_key):
-        target, pattern = rename_source_key(
-            f"{path}.weight", renamings, converters, model.base_model_prefix, state
-        )
+        target, pattern = place(path)
         if pattern is None or target not in mixtures:
             continue
         if mixtures[target].is_transposed or not _joins_rows(by_pattern[pattern].operations):
@@ -69,6 +64,39 @@ def fused(model_class: Any, config: Any, paths: Sequence[str]) -> dict[str, list
         ]
         for target, parts in found.items()
     }
+
+
+def renamed(model_class: Any, config: Any, paths: Sequence[str]) -> dict[str, str]:
+    """The paths in the model of those of ``paths`` that it knows by other names."""
+    with torch.device("meta"):
+        model = model_class(config)
+    modules = {path for path, _ in model.named_modules()}
+    if modules.issuperset(paths):
+        return {}
+    place, _ = _renaming(model)
+    # Where a pattern matches, linears are joined: their codes stay apart, and are refused later.
+    places = {path: place(path) for path in paths}
+    return {
+        path: target.removesuffix(".weight")
+        for path, (target, pattern) in places.items()
+        if pattern is None
+    }
+
+
+def _renaming(model: Any) -> tuple[Callable[[str], tuple[str, str | None]], list[WeightConverter]]:
+    """What ``model`` calls a linear's weight, with the pattern of what joins it to others."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    state = model.state_dict()
+
+    def place(path: str) -> tuple[str, str | None]:
+        found: tuple[str, str | None] = rename_source_key(
+            f"{path}.weight", renamings, converters, model.base_model_prefix, state
+        )
+        return found
+
+    return place, converters
 
 
 def _joins_rows(operations: Sequence[Any]) -> bool:

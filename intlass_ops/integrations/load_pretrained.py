@@ -29,7 +29,7 @@ from ..formats.stored import StoredWeight
 from ..ops._library import FLOATS
 from . import gguf_llama
 from . import transformers_quantizer as _quantizer  # noqa: F401  (registers quant_method="intlass")
-from .expert_checkpoints import fused
+from .expert_checkpoints import fused, renamed
 
 
 class Deferred:
@@ -87,7 +87,8 @@ def load_pretrained(
         raise FormatError(f"{path}: no quantised weight in this checkpoint")
     config = AutoConfig.from_pretrained(path)
     specs, state = _layers(reader, fused(class_of(config), config, reader.paths))
-    config.quantization_config = write_specs(specs)
+    places = renamed(class_of(config), config, [p for p in reader.paths if p in specs])
+    config.quantization_config = write_specs({places.get(p, p): s for p, s in specs.items()})
     if dtype is None:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     options = {"config": config, "state_dict": state, "dtype": dtype}

@@ -15,7 +15,7 @@ from ..formats import FormatError
 from ..formats.layers import LayerSpec
 from ..nn import IntExpertLinear, IntLinear, PackedLinear
 from ..ops import dequantize
-from . import conv1d, experts
+from . import conv1d, experts, weight_readers
 
 
 def put_layers(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
@@ -42,6 +42,7 @@ def put_layers(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
                 f"{(old.out_features, old.in_features)} in the model"
             )
         model.set_submodule(path, new)
+    weight_readers.announce(model)
     for path, module in modules.items():
         if experts.is_quantized(module):
             for name in experts.projections(module):

@@ -41,18 +41,18 @@ def rotate_llama_(model: Any, *, seed: int = 0, rotate_heads: bool = True) -> No
     try:
         body, head = model.model, model.lm_head
         layers, embedding = body.layers, body.embed_tokens
+        _require_linears(head)
+        _require_rms_norm(body.norm)
+        for layer in layers:
+            _require_linears(*_readers(layer), *_writers(layer))
+            _require_rms_norm(layer.input_layernorm)
+            _require_rms_norm(layer.post_attention_layernorm)
+            if rotate_heads:
+                hadamard_matrix(layer.self_attn.head_dim)  # an error comes before any change
     except AttributeError as problem:
         raise TypeError(
             f"rotate_llama_: {type(model).__name__} has not the layers of a Llama: {problem}"
         ) from None
-    _require_linears(head)
-    _require_rms_norm(body.norm)
-    for layer in layers:
-        _require_linears(*_readers(layer), *_writers(layer))
-        _require_rms_norm(layer.input_layernorm)
-        _require_rms_norm(layer.post_attention_layernorm)
-        if rotate_heads:
-            hadamard_matrix(layer.self_attn.head_dim)  # an error comes before any change
     hidden = embedding.weight.shape[1]
     device = embedding.weight.device
     generator = torch.Generator().manual_seed(seed)

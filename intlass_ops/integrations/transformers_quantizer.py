@@ -26,7 +26,7 @@ from ..formats.layers import METHOD, VERSION, read_specs, write_specs
 from ..nn import IntLinear, PackedLinear
 from ..qat import QATLinear, RotatedIntLinear
 from ..quantize import Scheme, quantize_, quantize_experts, quantize_linear
-from . import conv1d, experts
+from . import conv1d, experts, weight_readers
 from .model_layers import check_order, linear_of, put_layers, specs_of
 from .schemes import scheme_named
 
@@ -40,8 +40,9 @@ class IntlassConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     ``scheme``: w4a16, w8a16, w8a8, w4a8 or w4a4; ``group_size`` along K (INT4); ``method``: "rtn",
     "mse" or "hqq", which need no data (for "gptq" and "awq": `quantize_`, then `save_pretrained`).
-    ``modules_to_not_convert``: module paths that stay as they are, besides the output head and
-    what is tied to the embedding. ``layers`` is what saving fills in and reloading reads.
+    ``modules_to_not_convert``: module paths that stay as they are, besides the output head, what is
+    tied to the embedding, and what the model keeps in fp32. ``layers`` is what saving fills in and
+    reloading reads.
     Importing this name is what makes ``from_pretrained`` know our checkpoints; without it,
     transformers warns of an unknown quantization type and takes the codes for weights.
 
@@ -108,6 +109,7 @@ class IntlassQuantizer(HfQuantizer):  # type: ignore[misc]
             return
         scheme = config.to_scheme()
         kept = {*get_keys_to_not_convert(model), *(config.modules_to_not_convert or ())}
+        kept |= weight_readers.kept_in_fp32(model)
         for path, module in list(model.named_modules()):
             transposed = conv1d.is_conv1d(module)
             if (transposed or type(module) is nn.Linear) and not is_kept(path, kept):
