@@ -258,7 +258,10 @@ def test_kernel_of_a_product(
         (8, 28672, 4096, True, "skinny_held"),
         (1, 8192, 28672, True, "skinny_mx"),
         (1, 8192, 28672, False, "skinny_ring"),
-        (16, 4096, 4096, True, "skinny_held"),
+        (16, 4096, 4096, True, "skinny_mx"),
+        (9, 2048, 4096, True, "skinny_mx"),
+        (9, 1024, 8192, True, "skinny"),
+        (8, 4096, 4096, True, "skinny_held"),
         (16, 28672, 3840, True, "skinny_mx"),
         (16, 28672, 3840, False, "skinny_held"),
     ],
@@ -271,6 +274,44 @@ def test_kernel_of_an_mx_product(m: int, n: int, k: int, blocked: bool, kernel: 
     without = config.pick_fp4(config.device_of("sm_90"), shape)
     assert without is not None
     assert without.entry != "skinny_mx"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 2, 4, 8])
+@pytest.mark.parametrize("blocked", [True, False])
+def test_scales_beyond_fp16(blocked: bool, m: int) -> None:
+    """Numbers are fp16 in skinny_held.cu until a warp meets a scale for which that has no room."""
+    codes_of = torch.arange(255, dtype=torch.uint8).repeat_interleave(16)
+    n, k = len(codes_of), 4096
+    shape = launch_fp4._shape("e2m1", m, torch.Size((n, k // 2)), True, E8M0, BF16, blocked)
+    picked = config.pick_fp4(config.device_of("sm_90a"), shape)
+    assert isinstance(picked, config.SkinnyHeld)
+    assert picked.fp16_codes
+
+    def rows(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """One value a row, all blocks of it under one scale."""
+        row = torch.zeros(len(values), k, dtype=torch.uint8)
+        row[:, 3235] = values
+        return packing.pack(row), codes[:, None].repeat(1, k // 32)
+
+    def block(codes: Tensor, scales: Tensor) -> Tensor:
+        return exact(codes[:, 1616:1632], scales[:, 101:102].view(E8M0))
+
+    every, six = (t.to(torch.uint8) for t in (torch.arange(n) % 16, torch.full((n,), 7)))
+    one = torch.full((n,), 127, dtype=torch.uint8)
+    tokens = torch.tensor([137, 113, 138, 112, 0, 254, 50, 200], dtype=torch.uint8)[:m]
+    for w_codes, x_codes in ((codes_of, one[:m]), (one, tokens), (one - 3, one[:m] + 3)):
+        (b, b_scale), (a, a_scale) = rows(every, w_codes), rows(six[:m], x_codes)
+        expected = round_once(block(a, a_scale) @ block(b, b_scale).T, FP32)
+        for change in ("none", "zeros", "not a number"):
+            if change == "zeros":  # of x, under the smallest scale
+                a_scale[:, 5] = 0
+            if change == "not a number":
+                b_scale[77, 9] = 255
+                expected[:, 77] = torch.nan
+            scales = (ordered(s.view(E8M0), blocked).cuda() for s in (a_scale, b_scale))
+            y = op_of("mx", blocked)(a.cuda(), b.cuda(), *scales, out_dtype=FP32).cpu()
+            assert torch.equal(y.nan_to_num(-1), expected.nan_to_num(-1)), change
 
 
 MX_SHAPES = [(1, 72, 2048), (9, 1000, 4096), (16, 256, 6144), (7, 4160, 4608), (13, 17000, 1024)]

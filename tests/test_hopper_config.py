@@ -85,7 +85,7 @@ def test_every_k_tile_is_summed_once(m: int, n: int, k: int, sm_count: int) -> N
         done = k_tiles_done(c, m, n, k, sm_count)
         tiles = -(-n // c.rest_rows) if c.rest_by_k else c.tiles(m, n)
         assert set(done) == set(range(tiles))
-        assert set(done.values()) == {-(-k // config.HOPPER_BLOCK_K)}
+        assert set(done.values()) == {-(-k // c.block_k)}
 
 
 def test_the_pick_is_close_to_the_best_tile_measured() -> None:
@@ -140,6 +140,30 @@ def test_many_tokens_in_groups_are_multiplied_part_by_part() -> None:
     for w, group_size in (("u4", 128), ("s4", 64), ("s4", 4096)):
         tiles = config.hopper_candidates(H200, a_shape("s8", w, 2048, 28672, 4096, group_size))
         assert {c.parts for c, _ in tiles} == {1}
+
+
+def test_stages_of_256_k_have_whole_groups() -> None:
+    for x, group_size, found in (
+        ("bf16", 128, True),
+        ("bf16", 256, True),
+        ("bf16", 64, False),
+        ("bf16", 384, False),
+        ("s8", 4096, True),
+    ):
+        tiles = [
+            c
+            for c, _ in config.hopper_candidates(H200, a_shape(x, "s4", 32, 4096, 4096, group_size))
+        ]
+        assert any(c.block_k == 256 for c in tiles) == found
+        # one is given back after the next one has come
+        assert all(c.num_stages >= 2 * c.consumers for c in tiles if c.by_stages)
+
+
+def test_no_tokens_are_loaded_that_there_are_none_of() -> None:
+    c = config.pick(H200, a_shape("s8", "s8", 20, 4096, 4096, 4096))
+    assert isinstance(c, config.Hopper)
+    assert (c.block_m, c.x_rows(20), c.x_rows(24), c.x_rows(25)) == (32, 24, 24, 32)
+    assert dataclasses.replace(c, block_m=64, share_x=2).x_rows(20) == 32
 
 
 def test_int4_activations_come_in_order_where_rows_are_whole_vectors() -> None:

@@ -46,6 +46,12 @@ CASES = [
         k=1536, groups=24,
     ),
     replace(SIZES, lead=(60,), x="bf16", w="s8", scale=BF16, k=1536, groups=12),
+    # tokens and k that fill no tile: fewer are loaded, and the last stage of 256 k has half
+    replace(SMALL, lead=(20,), k=1408, groups=11),
+    replace(SIZES, lead=(20,), w="s4", scale=BF16, a_scale="token", k=1408, groups=11),
+    replace(SIZES, lead=(20,), a_scale="token"),
+    replace(SIZES, lead=(13,), w="s4", scale=BF16, a_scale="token", k=1280, groups=10),
+    replace(SIZES, lead=(300,), w="s4", a_scale="token", k=1344, groups=21),
 ]  # fmt: skip
 # Rows left over, which all SMs share by K: about 40, 80 and 40 tiles of 64 rows, by 10 to 12 of K
 WITH_REST = [
@@ -54,6 +60,7 @@ WITH_REST = [
     replace(SIZES, lead=(60,), n=28000, x="bf16", w="s4", scale=BF16, out=BF16, k=1280, groups=5),
     replace(SIZES, lead=(30,), n=28000, x="bf16", w="u4", scale=BF16, out=BF16, k=1536, groups=12),
     replace(SIZES, lead=(60,), n=22000, w="s4", scale=BF16, a_scale="token", k=1280, groups=10),
+    replace(SIZES, lead=(13,), n=22000, w="s4", scale=BF16, a_scale="token", k=1280, groups=10),
     replace(SIZES, lead=(100,), n=22000, w="s4", a_scale="token", residual=True),
     replace(SIZES, lead=(100,), n=22000, x="bf16", w="s8", bias=BF16),
 ]
@@ -94,6 +101,8 @@ def test_the_cases_meet_every_form_of_tile() -> None:
     assert {c.blocks_per_sm for c in tiles if c.consumers == 1} == {1, 2}
     assert any(c.needs_token_sums for c in tiles)
     assert {c.block_m for c in tiles} >= {16, 32, 64, 128, 256}
+    assert {(c.x_kind, c.block_k) for c in tiles if c.by_stages} >= {("bf16", 256), ("s8", 256)}
+    assert any(c.block_k == 256 and c.consumers == 1 for c in tiles)
 
 
 @pytest.mark.gpu

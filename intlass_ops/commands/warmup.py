@@ -88,5 +88,5 @@ def kernels(gpu: config.Device, layer: tune.Work, m: int) -> Iterator[config.Con
             yield config.pick_widen(gpu, shape.x_kind, True, m, layer.k // 2, lane_order)
         c = packed or c
     if isinstance(c, config.Hopper) and c.needs_token_sums:
-        yield config.TokenSums(c.x_kind, config.HOPPER_BLOCK_K // c.groups_per_tile)
+        yield config.TokenSums(c.x_kind, c.block_k // c.groups_per_tile)
     yield c

@@ -101,13 +101,15 @@ class Hopper:
         rows = self.block_n + self.rest_rows
         bits = self.block_m * BITS[self.x_kind] + rows * BITS[self.w_kind]
         sums = 4 * self.groups_per_tile * self.block_m if self.needs_token_sums else 0
-        scales = 8 * self.groups_per_tile * rows if self.stages_scales else 0
+        scales = self.staged_bytes * self.groups_per_tile * rows
         return math.ceil((bits * self.block_k // 8 + sums + scales) / 1024) * 1024
 
     @property
-    def stages_scales(self) -> bool:
-        """Whether what weights take their scales by goes through the ring (hopper_staged.cuh)."""
-        return self.grouping == Grouping.SCALED_WEIGHTS and self.w_kind != "e2m1"
+    def staged_bytes(self) -> int:
+        """Of a row and group in the ring: what weights, or sums, are multiplied by in groups."""
+        if self.grouping == Grouping.CHANNEL or self.w_kind == "e2m1":
+            return 0
+        return 8 if self.has_zeros or self.grouping == Grouping.SCALED_WEIGHTS else 4
 
     @property
     def w_rows(self) -> int:

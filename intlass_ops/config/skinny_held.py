@@ -47,6 +47,7 @@ class SkinnyHeld:
     has_zeros: bool
     has_a_zero: bool = False
     blocked: bool = False  # FP4: scales in the order of fp4.to_blocked
+    fp16_codes: bool = False  # two MXFP4 operands: fp16 where their scales allow it, else bf16
     activation: Activation = Activation.NONE
     residual: bool = False  # the output's type, added after the activation
 
@@ -155,7 +156,7 @@ def _tiles(shape: Shape, many_rows: bool, split_k: int) -> list[tuple[int, ...]]
         if shape.w_kind == "e2m1" and many_rows and split_k == 1:
             tiles[:0] = (8, 4, 2, 2), (16, 4, 2)
         elif shape.x_kind == "e2m1" and split_k == 1:
-            tiles.insert(0, (8, 4, 2) if shape.blocked and shape.m <= 4 else (16, 2, 2))
+            tiles.insert(0, (16, 2, 2))
         elif shape.m <= 4 and not many_turns:
             tiles.insert(0, (8, 4, 2))
         elif shape.m > 4 and shape.w_kind != "e2m1":
@@ -185,6 +186,8 @@ def _config(
         return None
     warps = groups * k_warps
     x_stages = max(1, tokens // 4)
+    few_turns = shape.n * split_k <= 64 * groups * resident
+    mx = (shape.x_kind, shape.w_kind, shape.scale_type) == ("e2m1", "e2m1", "e8m0")
     c = SkinnyHeld(
         x_kind=shape.x_kind,
         w_kind=shape.w_kind,
@@ -207,6 +210,7 @@ def _config(
         grouping=few_tokens_grouping(shape),
         has_zeros=shape.has_zeros,
         blocked=shape.blocked,
+        fp16_codes=mx and few_turns,
     )
     room = min(device.smem_per_block, device.smem_per_sm // blocks_per_sm) - 1024
     return c if c.smem_of(shape.n, shape.k) <= room else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .epilogue import Activation, named
@@ -29,6 +29,7 @@ class SkinnyMx:
     warpgroups: int
     split_k: int  # blocks of a cluster that share K
     num_stages: int  # of 128 k
+    early_tiles: int  # of K, whose codes a warp asks for before X
     resident_blocks: int  # of the whole GPU
     fixed_smem: int  # bytes without X and the sums that a cluster's blocks keep
     zero_type: str = "float"
@@ -48,18 +49,22 @@ class SkinnyMx:
         return "e4m3", self.tokens
 
     def _clusters(self, n: int) -> int:
-        return min(self.resident_blocks // self.split_k, math.ceil(n / _ROWS))
+        return min(self.resident_blocks // self.split_k, self._tiles(n))
+
+    def _tiles(self, n: int) -> int:
+        return 2 * math.ceil(n / (2 * _ROWS)) if self.blocked else math.ceil(n / _ROWS)
 
     def grid(self, m: int, n: int) -> tuple[int, int, int]:
         return self.split_k * self._clusters(n), 1, 1
 
     def turns(self, n: int) -> int:
-        return math.ceil(n / (_ROWS * self._clusters(n)))
+        return math.ceil(self._tiles(n) / self._clusters(n))
 
     def smem_of(self, n: int, k: int) -> int:
-        """Bytes for a problem: X of a share of K; blocks that share it keep their sums."""
-        kept = self.turns(n) * _ROWS * 4 if self.split_k > 1 else 0
-        return self.fixed_smem + self.tokens * (_share(k, self.split_k) * (_BLOCK_K + 4) + kept)
+        """Bytes for a problem: X of a share of K; blocks that share it send one another sums."""
+        x = _share(k, self.split_k) * (_BLOCK_K + 4) * self.tokens
+        sent = self.turns(n) * (self.tokens * _ROWS * 4 + 8) if self.split_k > 1 else 0
+        return self.fixed_smem + x + sent
 
     def __str__(self) -> str:
         return (
@@ -86,11 +91,16 @@ def why_not_mx(device: Device, shape: Shape) -> str | None:
 def pick_mx(device: Device, shape: Shape) -> SkinnyMx | None:
     """The configuration for a problem where it is the fastest that was measured, or None.
 
-    Half as many instructions as in skinny_held.cu, but 64 rows a turn: there must be many. Plain
-    scales are asked for four times.
+    Half as many instructions as in skinny_held.cu, but 64 rows a turn: for up to eight tokens there
+    must be many. The least that was measured for more are 2048 rows of 4096 k and 4096 of 2048.
     """
-    few = shape.m <= 8 and (shape.k <= 4096 or (shape.m <= 2 and not shape.blocked))
-    if few or shape.n * shape.k < 340_000 * device.sm_count:
+    if shape.m <= 8:
+        few = shape.k <= 4096 or (shape.m <= 2 and not shape.blocked)
+        fewest = 340_000
+    else:
+        few = shape.n < 15 * device.sm_count
+        fewest = 60_000 if shape.blocked else 120_000
+    if few or shape.n * shape.k < fewest * device.sm_count:
         return None
 
     def tiles_of_k(c: SkinnyMx) -> int:
@@ -131,8 +141,11 @@ def _config(device: Device, shape: Shape, split_k: int, num_stages: int) -> Skin
         warpgroups=_WARPGROUPS,
         split_k=split_k,
         num_stages=num_stages,
+        early_tiles=0,
         resident_blocks=resident,
         fixed_smem=_WARPGROUPS * (4 * warp_bytes + 2 * tokens * (_ROWS + 4) * 4) + tokens * 4 + 16,
         blocked=shape.blocked,
     )
+    if c.turns(shape.n) > 1:  # else X is what all wait for
+        c = replace(c, early_tiles=2)
     return c if c.smem_of(shape.n, shape.k) <= device.smem_per_block - 1024 else None

@@ -35,9 +35,9 @@ __device__ __forceinline__ void load_tile(u32 to, const TensorMap& map, int colu
 
 // rest_by_k: the rows of a tile of K, and those left over that the last consumer takes, if there are more
 __device__ __forceinline__ void load_rows(u32 to, const TensorMap& map, int kt, int row,
-                                          int rest_row, bool more, const Ring& ring) {
+                                          int rest_row, bool more, int x_loaded, const Ring& ring) {
   constexpr int bytes = rest_rows * w_row_bytes;
-  barrier_expect(ring.full(), x_bytes + w_bytes - (more ? 0 : bytes));
+  barrier_expect(ring.full(), x_loaded + w_bytes - (more ? 0 : bytes));
   if (more)
     tma_load(to + team * bytes, map, kt * w_row_bytes, rest_row, ring.full());
   else
@@ -47,12 +47,15 @@ __device__ __forceinline__ void load_rows(u32 to, const TensorMap& map, int kt, 
     tma_load(to + i * bytes, map, kt * w_row_bytes, row + i * rest_rows, ring.full());
 }
 
-__device__ __forceinline__ void produce(const Shares& shares, const TensorMap& w_map,
+__device__ __forceinline__ void produce(int m, const Shares& shares, const TensorMap& w_map,
                                         const TensorMap& x_map, const char* x_sums, i64 x_sums_row,
                                         Ring ring) {
   Schedule schedule;
   [[maybe_unused]] int rest_row = shares.first_row_of_rest(), rest_left = shares.units_of_block();
   bool waited = false;
+  // Config.x_rows: sums of tokens that are not loaded are of what lies there, and go nowhere
+  const int x_rows = share_x * parts > 1 ? block_m : min(block_m, (m + 7) / 8 * 8);
+  const int x_loaded = x_rows * x_columns * 128;
   for (Segment s; schedule.next(shares, s);) {
     int m0, n0;
     shares.locate(s.tile, m0, n0);
@@ -61,10 +64,10 @@ __device__ __forceinline__ void produce(const Shares& shares, const TensorMap& w
     for (int count = s.begin; count < s.end; ++count, ring.advance()) {
       const int kt = place_of(count, shares.k_tiles);
       barrier_wait(ring.empty(), ring.phase ^ 1);
-      if constexpr (!rest_by_k) barrier_expect(ring.full(), x_bytes + w_bytes + sum_bytes);
+      if constexpr (!rest_by_k) barrier_expect(ring.full(), x_loaded + w_bytes + sum_bytes);
       const u32 data = ring.data();
       if constexpr (rest_by_k)
-        load_rows(data + x_bytes, w_map, kt, n0, rest_row, rest_left-- > 0, ring);
+        load_rows(data + x_bytes, w_map, kt, n0, rest_row, rest_left-- > 0, x_loaded, ring);
       else
         load_tile<share_w, block_n, w_bytes>(data + x_bytes, w_map, kt * w_row_bytes, n0,
                                              ring.full());
@@ -132,14 +135,9 @@ __device__ __forceinline__ void sum_fragments(const Params& p, int k_tiles, Ring
   if (segment.begin >= segment.end) return;
   if constexpr (flushes == 1) pin(lane);
   const Lane own(wg_row0, lane, warp);
-  ScaleReader reader(p, row0, lane, segment.begin);
-  TileScales scales, next;
   BlockReader block_reader(p, row0, lane);
   BlockScales blocks, next_blocks;
   bool no_number[tiles_n][2] = {};
-  const int groups = int((p.k - 1) / p.group_size) + 1;
-  auto groups_left = [&](int kt) { return flushes > 1 ? groups - kt * flushes : 1; };
-  if constexpr (!direct) reader.read(p, next, groups_left(segment.begin));
   if constexpr (fp4) block_reader.read(next_blocks, segment.begin);
 
   constexpr int turns = chunks / turn_chunks * tiles_n;
@@ -150,10 +148,9 @@ __device__ __forceinline__ void sum_fragments(const Params& p, int k_tiles, Ring
   u32 a[2][turn_steps][4];
   RowScale rows[tiles_n][kept_scales][row_scales][2];
   Chunk raw[ahead];
-  auto take_scales = [&] { scales = next, blocks = next_blocks; };
-  const int scales_of_lane = (wg_row0 / 2 + warp * 8 + lane / 4) * 16;
+  const int scales_of_lane = (wg_row0 / 2 + warp * 8 + lane / 4) * (2 * staged_bytes);
   auto load_staged = [&](const char* tile) {
-    if constexpr (staged_scales)
+    if constexpr (scaled && staged_scales)
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
@@ -162,7 +159,7 @@ __device__ __forceinline__ void sum_fragments(const Params& p, int k_tiles, Ring
   };
   auto make_fragments = [&](int t) {
     const int c = chunk_of(t), i = tile_of(t);
-    const int f = staged_scales ? c / chunks_per_flush : 0;
+    const int f = kept_scales > 1 ? c / chunks_per_flush : 0;
     if constexpr (fp4)
 #pragma unroll
       for (int h = 0; h < 2; ++h) blocks.factors(rows[i][0], i, h, c, lane % 4);
@@ -176,13 +173,13 @@ __device__ __forceinline__ void sum_fragments(const Params& p, int k_tiles, Ring
   constexpr int to_empty = num_stages * 8;
   const u64 no_tile = tile_descriptor(0);
   u32 x_tile = u32(tile_descriptor(data));
-  auto tile_at = [&] { return static_cast<const char*>(__cvta_shared_to_generic(data)); };
+  auto tile_at = [](u32 data) { return static_cast<const char*>(__cvta_shared_to_generic(data)); };
 
   barrier_wait(full, ring.phase);
-  const char* tile = tile_at();
+  const char* tile = tile_at(data);
 #pragma unroll
   for (int t = 0; t < ahead; ++t) load(tile, t);
-  take_scales();
+  blocks = next_blocks;
   load_staged(tile);
   make_fragments(0);
   load(tile, ahead);
@@ -191,11 +188,6 @@ __device__ __forceinline__ void sum_fragments(const Params& p, int k_tiles, Ring
 #pragma unroll 1
   for (int kt = segment.begin; kt < segment.end; kt += stride) {
     const int next_kt = kt + stride < segment.end ? kt + stride : kt;  // the last one is made twice
-    if constexpr (!direct) {
-      if (next_kt > kt) reader.advance();
-      if (rest_by_k && kt + 1 == k_tiles) reader.rewind(k_tiles);
-      reader.read(p, next, groups_left(place_of(next_kt, k_tiles)));
-    }
     if constexpr (fp4) {
       block_reader.read(next_blocks, place_of(next_kt, k_tiles));
 #pragma unroll
@@ -220,21 +212,21 @@ __device__ __forceinline__ void sum_fragments(const Params& p, int k_tiles, Ring
         wgmma(sum.acc[direct ? i : 0], a[t % 2][s], x_step(c * chunk_steps + s),
               direct || c % chunks_per_flush != 0 || s != 0);
       wgmma_commit();
+      SumScale by[2];
+      if (empties) load_row_scales(by, tile_at(x) + scales_at(f, i * 64) + scales_of_lane);
       wgmma_wait<1>();
       if (direct && t == 0) release(previous + to_empty, lane, previous != none);
       if (t + 1 + ahead == turns) {
         barrier_wait(full, ring.phase);
-        tile = tile_at();
+        tile = tile_at(data);
       }
-      [[maybe_unused]] const TileScales flushed = scales;
-      if (t + 1 == turns) take_scales();
+      if (t + 1 == turns) blocks = next_blocks;
       make_fragments((t + 1) % turns);
       if (t + 2 == turns) load_staged(tile);
       if (empties) {
         wgmma_wait<0>();
         pin_all(sum.acc[0]);
-        flush(total.acc[i], sum.acc[0], flushed.s[i][f], flushed.z[has_zeros ? i : 0][f],
-              x + x_bytes + w_bytes + f * block_m * 4, lane);
+        flush(total.acc[i], sum.acc[0], by, x + x_bytes + w_bytes + f * block_m * 4, lane);
         pin_all(sum.acc[0]);
       }
       load(tile, (t + 1 + ahead) % turns);
@@ -293,11 +285,8 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
 
   if (threadIdx.x < 128) {
     give_registers<producer_registers>();
-    if (threadIdx.x == 0) produce(shares, w_map, x_map, x_sums, x_sums_row, ring);
+    if (threadIdx.x == 0) produce(int(p.m), shares, w_map, x_map, x_sums, x_sums_row, ring);
     if (threadIdx.x >= 32) {
-      if constexpr (!direct && parts == 1) prefetch_scales(p, shares);
-      if constexpr (!direct && rest_by_k)
-        prefetch_scales(p, shares, Schedule{int(blockIdx.x), true}, rest_rows);
       if constexpr (staged_scales) make_row_scales(p, shares, ring);
     }
     __syncwarp();
@@ -348,7 +337,7 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
         prefetch_residual<tokens, tiles_n * 64, 128>(p, first_token, row0, threadIdx.x % 128);
     if constexpr (in_turns) await_turn(wg);
     if constexpr (parts > 1)
-      sum_parts(p, ring, s, row0 + warp * 16, wg_row0, lane, warp, sum, total);
+      sum_parts(ring, s, wg_row0, lane, warp, sum, total);
     else if constexpr (from_registers)
       sum_fragments(p, shares.k_tiles, ring, s, m0, row0 + warp * 16, wg_row0, lane, warp, sum,
                     total);

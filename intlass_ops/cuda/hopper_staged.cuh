@@ -1,12 +1,18 @@
-// What weights take their scales by, made once for a block: the warps beside the producer's read the scales of
-// W's rows and leave in each stage of the ring what its consumers multiply by, a RowScale a row and group.
+// What weights take their scales by, or sums theirs, made once for a block: the warps beside the producer's
+// read the scales of W's rows and leave in each stage of the ring what its consumers multiply by, a RowScale or
+// a SumScale a row and group.
 #pragma once
 #include "hopper_scales.cuh"
 
-// Neighbouring groups of a row that a lane reads at a time, and the tiles of K that have them
-constexpr bool few_registers =
-    (producer_registers == 32 && stage_rows > 64) || (has_zeros && sizeof(Zero) > 1);
-constexpr int run_groups = flushes == 1 && (num_stages < 4 || few_registers) ? 2 : 4;
+// Neighbouring groups of a row that a lane reads at a time, as registers allow, and the tiles of K that have
+// them
+constexpr bool few_registers = num_stages < 4 || (producer_registers <= 40 && stage_rows > 64) ||
+                               (has_zeros && sizeof(Zero) > 1);
+constexpr bool wide = sizeof(Scale) > 2;
+constexpr int of_run = wide && few_registers && stage_rows >= 256 ? 1
+                       : wide || (flushes == 1 && few_registers)  ? 2
+                                                                  : 4;
+constexpr int run_groups = of_run > flushes ? of_run : flushes;
 constexpr int run = run_groups / flushes;
 static_assert(run <= num_stages, "barriers tell only a phase apart from the next");
 
@@ -147,12 +153,14 @@ __device__ __forceinline__ void make_row_scales(const Params& p, const Shares& s
         for (int f = 0; f < flushes; ++f)
 #pragma unroll
           for (int i = 0; i < pairs; ++i) {
-            RowScale rows[2];
+            const int g = t * flushes + f;
+            Staged rows[2];
 #pragma unroll
-            for (int h = 0; h < 2; ++h)
-              rows[h] = RowScale(scales[i][h].words[(t * flushes + f) / 2], t * flushes + f,
-                                 has_zeros ? zeros[i][h].at(t * flushes + f) : Zero());
-            store_row_scales(ring.data() + scales_at(f, i * 64) + lane * 16, rows);
+            for (int h = 0; h < 2; ++h) {
+              const u32 word = scales[i][h].words[g * int(sizeof(Scale)) / 4];
+              rows[h] = Staged(word, g, has_zeros ? zeros[i][h].at(g) : Zero());
+            }
+            store_row_scales(ring.data() + scales_at(f, i * 64) + lane * (2 * staged_bytes), rows);
           }
         barrier_arrive(ring.full());
         ring.advance();

@@ -11,7 +11,7 @@ constexpr int split_k = Config::split_k, share_x = Config::share_x, share_w = Co
 constexpr int sharing = share_x * share_w, cluster = split_k * sharing;
 static_assert(cluster == split_k || cluster == share_x || cluster == share_w,
               "one reason for a cluster");
-constexpr int consumers = Config::consumers, block_k = 128;
+constexpr int consumers = Config::consumers, block_k = Config::block_k;  // of a stage
 // Consumers share a tile's rows, or its k (by_stages): each takes every so many-th stage, and the first one
 // adds up. Or they take turns: while one writes its tile out, the next computes another.
 constexpr bool in_turns = Config::in_turns, by_stages = Config::by_stages;
@@ -23,6 +23,8 @@ constexpr int team = in_turns || by_stages ? 1 : consumers - rest_by_k;
 constexpr int stride = by_stages ? consumers : 1;   // from a consumer's k tile to its next
 constexpr int writers = by_stages ? 1 : consumers;  // warpgroups that write at a time
 static_assert(num_stages % stride == 0, "a stage is always the same consumer's, in step with it");
+static_assert(num_stages >= 2 * stride,
+              "a consumer gives its stage back after it has the next one");
 constexpr int block_n = team * tiles_n * 64, rest_rows = rest_by_k ? tiles_n * 64 : 0;
 constexpr int stage_rows = block_n + rest_rows;  // of W
 constexpr bool from_registers = !(same<X, s8>::value && same<W, s8>::value);
@@ -30,17 +32,23 @@ constexpr int values = block_m / 2;  // of a thread, for one row tile of 64
 // One accumulator a row tile, for all of K: one scale a row, or weights that have taken theirs
 constexpr bool scaled = grouping == scaled_weights, direct = grouping == channel || scaled;
 constexpr bool needs_sums = has_zeros && !scaled;
-// What weights take their scales by lies in the stage, made by the warps beside the producer's
-// (hopper_staged.cuh)
-constexpr bool staged_scales = scaled && !same<W, e2m1>::value;
+// What weights take their scales by, or sums theirs, lies in the stage, made by the warps beside the
+// producer's (hopper_staged.cuh): 8 bytes a row and group, or 4 of sums without zero points
+constexpr bool staged_scales = grouping != channel && !same<W, e2m1>::value;
+constexpr int staged_bytes = scaled || has_zeros ? 8 : 4;
+constexpr int flushes = Config::groups_per_tile;  // groups in a tile of K, at least one
 // The launch gives all threads the same registers; the consumers then take what the producer leaves.
 // A single consumer may have two blocks on an SM, which hide each other's latencies.
 constexpr int threads = 128 * (consumers + 1), blocks_per_sm = consumers == 1 ? 2 : 1;
 constexpr bool leaves_sums = Config::stream_k || rest_by_k;  // for other blocks
-constexpr bool much_to_share = needs_sums || leaves_sums;
-constexpr int of_two = staged_scales ? 56 : much_to_share ? 40 : 24;  // what the producer keeps
-constexpr int of_three = staged_scales ? 56 : 32;
-constexpr int of_four = staged_scales && stage_rows >= 256 ? 64 : 32;
+// What the producer's warpgroup keeps: most where its warps make scales and zero points of sums
+constexpr int of_two = Config::parts > 1                          ? 24
+                       : needs_sums                               ? 88
+                       : staged_scales && (scaled || flushes > 1) ? 56
+                       : staged_scales || leaves_sums             ? 40
+                                                                  : 24;
+constexpr int of_three = needs_sums ? 80 : staged_scales ? 56 : 32;
+constexpr int of_four = staged_scales && stage_rows >= 256 && (scaled || X::bits == 8) ? 64 : 32;
 constexpr int shares_of_producer[] = {40, of_two, of_three, of_four};
 constexpr int shares_of_consumer[] = {208, (504 - of_two) / 2, (512 - of_three) / 3,
                                       (480 - of_four) / 4};
@@ -53,13 +61,12 @@ constexpr int producer_registers = shares_of_producer[consumers - 1];
 static_assert(block_m % 16 == 0 && block_m <= 256, "wgmma takes up to 256 tokens");
 static_assert(!has_a_zero, "a zero point of the activations needs row sums, which gemm.cu forms");
 
-// A stage: X in columns of 128 bytes, W, and per group the sums of the tokens or the rows' scales
+// A stage: X in columns of 128 bytes, W, and per group the sums of the tokens and the rows' scales
 constexpr int x_columns = block_k * X::bits / 1024, x_column_bytes = block_m * 128;
 constexpr int x_bytes = x_columns * x_column_bytes;
 constexpr int w_row_bytes = block_k * W::bits / 8, w_bytes = stage_rows * w_row_bytes;
-constexpr int flushes = Config::groups_per_tile;  // in a tile of K, at least one
 constexpr int sum_bytes = needs_sums ? flushes * block_m * 4 : 0;
-constexpr int scale_bytes = staged_scales ? flushes * stage_rows * 8 : 0;
+constexpr int scale_bytes = staged_scales ? flushes * stage_rows * staged_bytes : 0;
 constexpr int stage_bytes = (x_bytes + w_bytes + sum_bytes + scale_bytes + 1023) / 1024 * 1024;
 constexpr int barriers_bytes = 1024;
 typedef StageRing<num_stages, stage_bytes> Ring;
@@ -85,7 +92,8 @@ constexpr int chunk_steps = steps / chunks;
 [[maybe_unused]] constexpr int chunks_per_flush = chunks / flushes;
 static_assert(steps % chunks == 0, "a chunk of W is one or two steps of wgmma");
 // A turn of the tensor cores takes one, or two where there are registers for them
-constexpr int turn_chunks = staged_scales && flushes == 1 && block_m * tiles_n <= 32 ? 2 : 1;
+constexpr int turn_chunks =
+    scaled && staged_scales && flushes <= block_k / 128 && block_m * tiles_n <= 32 ? 2 : 1;
 constexpr int turn_steps = turn_chunks * chunk_steps;
 constexpr int ahead = direct && turn_chunks == 1 ? 2 : 1;  // turns whose words are read early
 

@@ -12,7 +12,7 @@ constexpr bool fp4 = same<W, e2m1>::value;
 constexpr bool lane_order = Config::lane_order;
 static_assert(!lane_order || W::bits == 4, "the order in which a word holds eight codes");
 constexpr int row_scales = fp4 && block_size<Scale> == 16 && !lane_order ? 2 : 1;  // in a chunk
-constexpr int kept_scales = staged_scales ? flushes : 1;  // of those, for a tile of K
+constexpr int kept_scales = scaled && staged_scales ? flushes : 1;  // of those, for a tile of K
 // What sums are too small by: FP4's scales, and what its activations were divided by
 constexpr float sum_unit = (fp4 ? block_unit<Scale> : 1.f) * Config::x_unit;
 // What a product of codes stands for, beside P::unit
@@ -84,19 +84,35 @@ struct RowScale {
       return scaled && !one_fma ? mul2<X>(codes, scale) : codes;
   }
 };
+// What becomes of a row's sums in groups, sum by sum: scale * (sum - zero * the token's sum)
+struct SumScale {
+  float values[1 + has_zeros];  // scale, zero
+
+  __device__ __forceinline__ SumScale() {}
+  // `word`: the scale of a group, or of two, of which this one's place is odd or even
+  __device__ __forceinline__ SumScale(u32 word, int place, Zero z) {
+    if (sizeof(Scale) == 2 && place % 2) word >>= 16;
+    values[0] = in_units_of_scale(reinterpret_cast<const Scale&>(word)) * code_unit;
+    if constexpr (has_zeros) values[1] = in_units_of_zero(z) * (1 / code_unit);
+  }
+};
 // Those of two rows eight apart, and where they lie in a stage for each group of a tile of K
+using Staged = Select<scaled, RowScale, SumScale>::type;
+static_assert(!staged_scales || sizeof(Staged) == staged_bytes, "as config.Hopper.staged_bytes");
 __device__ constexpr int scales_at(int group, int row) {
-  return x_bytes + w_bytes + (group * stage_rows + row) / 2 * 16;
+  return x_bytes + w_bytes + sum_bytes + (group * stage_rows + row) * staged_bytes;
 }
-__device__ __forceinline__ void store_row_scales(u32 smem, const RowScale (&rows)[2]) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(rows[0].offset),
-               "r"(rows[0].scale), "r"(rows[1].offset), "r"(rows[1].scale)
-               : "memory");
+__device__ __forceinline__ void store_row_scales(u32 smem, const Staged (&rows)[2]) {
+  const u32* v = reinterpret_cast<const u32*>(rows);
+  if constexpr (sizeof(rows) == 16)
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(v[0]), "r"(v[1]),
+                 "r"(v[2]), "r"(v[3])
+                 : "memory");
+  else
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(smem), "r"(v[0]), "r"(v[1]) : "memory");
 }
-__device__ __forceinline__ void load_row_scales(RowScale (&rows)[2], const char* from) {
-  u32 v[4];
-  load_shared(v, from);
-  rows[0].offset = v[0], rows[0].scale = v[1], rows[1].offset = v[2], rows[1].scale = v[3];
+template <class T> __device__ __forceinline__ void load_row_scales(T (&rows)[2], const char* from) {
+  load_shared(reinterpret_cast<u32(&)[sizeof(rows) / 4]>(rows), from);
 }
 // Of two scales: not zero, but for the signs, where one FMA is not exact, which is what a scale loses when it
 // becomes as large and then as small as the FMA needs it. NaN if there is nothing left.
@@ -176,6 +192,19 @@ struct Lane {
           tile + (row * w_row_bytes + ((chunk + j ^ swizzle) << 4)) + i * 64 * w_row_bytes;
       load_row(c.lo[j], at);
       load_row(c.hi[j], at + 8 * w_row_bytes);
+    }
+    return c;
+  }
+  // The same of INT4 under INT8 activations in two: where the lane's own words lie in a tile, and they
+  __device__ __forceinline__ int place(int chunk) const {
+    return row * w_row_bytes + ((chunk ^ swizzle) << 4) + (lane_order ? quarter : quarter / 2) * 4;
+  }
+  __device__ __forceinline__ Chunk load(const char* at) const {
+    Chunk c;
+#pragma unroll
+    for (int w = 0; w < chunk_words; ++w) {
+      c.lo[0][w] = *reinterpret_cast<const u32*>(at + w * 8);
+      c.hi[0][w] = *reinterpret_cast<const u32*>(at + w * 8 + 8 * w_row_bytes);
     }
     return c;
   }

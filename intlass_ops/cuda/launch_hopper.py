@@ -52,8 +52,8 @@ def tail(c: config.Hopper, x: Tensor, w: Tensor, k: int) -> Tail:
     m = x.shape[0]
     sums, shape = None, (0, 0)
     if c.needs_token_sums:
-        s = config.TokenSums(c.x_kind, config.HOPPER_BLOCK_K // c.groups_per_tile)
-        spans = math.ceil(k / config.HOPPER_BLOCK_K) * c.groups_per_tile
+        s = config.TokenSums(c.x_kind, c.block_k // c.groups_per_tile)
+        spans = math.ceil(k / c.block_k) * c.groups_per_tile
         shape = spans, math.ceil(m / c.block_m) * c.block_m
         params = _SUMS_PARAMS.pack(0, 0, m, k, x.stride(0) * x.element_size(), shape[0], shape[1])
         grid = math.ceil(shape[1] / s.tokens), math.ceil(spans / s.spans), 1
@@ -61,9 +61,9 @@ def tail(c: config.Hopper, x: Tensor, w: Tensor, k: int) -> Tail:
         sums = kernel.bind(grid, (s.threads, 1, 1), 0, params, _SUMS_WORDS)
     return Tail(
         rows=_rows(w),
-        w_box=(c.w_rows, config.HOPPER_BLOCK_K * config.BITS[c.w_kind] // 8),
+        w_box=(c.w_rows, c.block_k * config.BITS[c.w_kind] // 8),
         tokens=_rows(x),
-        x_box=(c.block_m // c.share_x, 128),
+        x_box=(c.x_rows(m), 128),
         sums=sums,
         sums_shape=shape,
         device=x.device,

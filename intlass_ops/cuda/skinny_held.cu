@@ -10,13 +10,12 @@
 // warp order, those of a cluster's blocks at the end, in the order of the blocks: a result does not
 // depend on timing.
 #include "hopper.cuh"
-#include "skinny.cuh"
+#include "skinny_fp4.cuh"
 
 constexpr int warps = Config::warps, threads = 32 * warps;
 constexpr int k_warps = Config::k_warps, groups = warps / k_warps;
 constexpr int split = Config::split_k;  // blocks of a cluster, which share K
-constexpr int tokens = Config::tokens, tiles_m = (tokens + 7) / 8;
-constexpr int warp_chunks = Config::warp_chunks, num_stages = Config::num_stages;
+constexpr int num_stages = Config::num_stages;
 constexpr int row_pieces = 2 * tiles_n;           // rows that a lane has words of
 constexpr int pieces = row_pieces * warp_chunks;  // of 16 bytes, of a lane in a turn
 constexpr int quad_pieces = (pieces + 3) / 4;     // whose scales a lane fetches for its quad
@@ -30,6 +29,14 @@ static_assert(grouped || !zeros_in_sums, "one scale a row leaves sums of x to ot
 constexpr int x_stages = Config::x_staged ? (tokens > 4 ? tokens / 4 : 1) : 0;
 constexpr int early = num_stages - (x_stages > 1 ? x_stages : 1);  // turns of W asked for before
 static_assert(early >= 0 && (x_stages == 0 || X::bits == 16), "X has stages of its own");
+
+// FP4's of few turns is asked for before all of W's first turn is: what is asked for first comes first
+constexpr bool shared_x = fp4_x && tokens < 4 && (may_be_fp16 || same<Scale, e4m3>::value);
+constexpr bool asked_x = shared_x || may_be_fp16;
+constexpr int early_chunks = may_be_fp16 ? warp_chunks / 2 : warp_chunks;  // of the last early turn
+
+// How codes of W become fragments: of bf16's, those with large scales apart
+enum Codes { as_fp16, as_bf16, as_wide };
 
 // Shared memory: ring, the warps' sums of this turn and the one before, and this block's of all rows
 constexpr int stage_bytes = pieces * 512, ring_bytes = warps * num_stages * stage_bytes;
@@ -48,6 +55,13 @@ struct TurnScales {
 #pragma unroll
       for (int i = 0; i < pieces; ++i) found |= rows[i].wide();
     return found;
+  }
+  __device__ __forceinline__ bool fit_fp16() const {
+    bool fit = true;
+    if constexpr (may_be_fp16)
+#pragma unroll
+      for (int i = 0; i < pieces; ++i) fit &= fits_fp16(rows[i], least_of_w);
+    return fit;
   }
 };
 
@@ -71,16 +85,17 @@ struct Share {
   __device__ __forceinline__ u64 row(const Params& p, int tile, int i) const {
     return u32(min(tile * rows + i * 8 + lane / 4, int(p.n) - 1));
   }
-  __device__ __forceinline__ void request(const Params& p, int tile, int stage) const {
+  __device__ __forceinline__ void request(const Params& p, int tile, int stage, int first = 0,
+                                          int end = warp_chunks) const {
     if (tile < tiles)
 #pragma unroll
       for (int i = 0; i < row_pieces; ++i) {
         const char* w = codes + row(p, tile, i) * p.w_stride;
 #pragma unroll
-        for (int c = 0; c < warp_chunks; ++c)
+        for (int c = first; c < end; ++c)
           cp_async_16(ring + stage * stage_bytes + (c * row_pieces + i) * 512, w + c * 64, false);
       }
-    cp_async_commit();
+    if (end == warp_chunks) cp_async_commit();
   }
   __device__ __forceinline__ void load(TurnScales& to, const Params& p, int tile) const {
     if (tile >= tiles) return;
@@ -117,8 +132,6 @@ struct Share {
     }
   }
 };
-
-typedef typename P::B Fragments[warp_chunks][spans][tiles_m];
 
 __device__ __forceinline__ void load_x(Fragments& x, const Params& p, const Share& share) {
   const int lane = threadIdx.x % 32, quarter = lane % 4;
@@ -187,24 +200,28 @@ __device__ __forceinline__ void load_x_staged(Fragments& x, const Params& p, con
 }
 
 // What a row's codes take as they become fragments: a scale, or what 0 is alone
-template <class Row>
-__device__ __forceinline__ Row row_of(const LaneScales& scales, int t, bool wide, Row zero) {
-  if constexpr (scaled)
-    return scales.factor(t * LaneScales::count / spans, wide);
+template <Codes codes, class Row>
+__device__ __forceinline__ Row row_of(const LaneScales& scales, int t, Row zero) {
+  if constexpr (codes == as_fp16)
+    return fp16_factor(scales, least_of_w);
+  else if constexpr (scaled)
+    return scales.factor(t * LaneScales::count / spans, codes == as_wide);
   else
     return zero;
 }
 
 // One turn of a warp: total = its sums, scaled where groups are; sum_x for zero points
+template <Codes codes>
 __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], const char* words,
-                                         const TurnScales& scales, bool wide, const Fragments& x,
+                                         const TurnScales& scales, const Fragments& x,
                                          const Acc (&sum_x)[warp_chunks][tiles_m][4]) {
+  using Of = typename Select<codes == as_fp16, Fp16Codes, D>::type;
   const int lane = threadIdx.x % 32;
   Acc sum[tiles_n][tiles_m][4] = {};
 #pragma unroll
   for (int c = 0; c < warp_chunks; ++c) {
     u32 w[row_pieces][4];
-    typename D::Row zero[row_pieces];
+    typename Of::Row zero[row_pieces];
     [[maybe_unused]] float s[row_pieces], z[row_pieces];
 #pragma unroll
     for (int i = 0; i < row_pieces; ++i) {
@@ -213,7 +230,7 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
       if constexpr (grouped) s[i] = __shfl_sync(~0u, scale_in_units(scales.s[piece / 4]), from);
       if constexpr (has_zeros && !scaled)
         z[i] = __shfl_sync(~0u, zero_of_codes(scales.z[piece / 4]), from);
-      zero[i] = D::zero(zeros_in_codes && !scaled ? z[i] : 8.f);
+      zero[i] = Of::zero(zeros_in_codes && !scaled ? z[i] : 8.f);
     }
 #pragma unroll
     for (int t = 0; t < spans; ++t)
@@ -226,10 +243,11 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
           lo[v] = w[2 * i][t * span_words<W> + v];
           hi[v] = w[2 * i + 1][t * span_words<W> + v];
         }
-        const typename P::A a = D::w(lo, row_of(scales.rows[at], t, wide, zero[2 * i]), hi,
-                                     row_of(scales.rows[at + scaled], t, wide, zero[2 * i + 1]));
+        const typename Of::A a = Of::w(lo, row_of<codes>(scales.rows[at], t, zero[2 * i]), hi,
+                                       row_of<codes>(scales.rows[at + scaled], t, zero[2 * i + 1]));
 #pragma unroll
-        for (int j = 0; j < tiles_m; ++j) P::mma(sum[i][j], a, x[c][t][j]);
+        for (int j = 0; j < tiles_m; ++j)
+          Of::mma(sum[i][j], a, reinterpret_cast<const typename Of::B&>(x[c][t][j]));
       }
     if constexpr (grouped) {
 #pragma unroll
@@ -294,16 +312,29 @@ extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_pe
   const Share share(p, (rank * k_warps + k_warp) * warp_chunks, smem_address(ring) + lane * 16);
 
 #pragma unroll
-  for (int s = 0; s < early; ++s) share.request(p, first_tile + s * step, s);
+  for (int s = 0; s < early; ++s)
+    share.request(p, first_tile + s * step, s, 0, s < early - 1 ? warp_chunks : early_chunks);
   wait_for_predecessors();
   TurnScales scales[scales_ahead];  // of the turns to come, the next one first
 #pragma unroll
   for (int s = 0; s < scales_ahead; ++s) share.load(scales[s], p, first_tile + s * step);
   Fragments x;
   if constexpr (x_stages > 0) load_x_staged(x, p, share, ring + early * stage_bytes);
+  [[maybe_unused]] bool fp16_x = false;
+  auto request_rest = [&] {
+    if constexpr (early_chunks < warp_chunks)
+      share.request(p, first_tile + (early - 1) * step, early - 1, early_chunks);
 #pragma unroll
-  for (int s = early; s < num_stages - 1; ++s) share.request(p, first_tile + s * step, s);
-  if constexpr (x_stages == 0) load_x(x, p, share);
+    for (int s = early; s < num_stages - 1; ++s) share.request(p, first_tile + s * step, s);
+  };
+  if constexpr (asked_x) {
+    typename Select<shared_x, SharedFp4, OwnFp4>::type words(p, share);
+    request_rest();
+    fp16_x = make_fragments(x, words, share.inside, ring + early * stage_bytes);
+  } else {
+    request_rest();
+    if constexpr (x_stages == 0) load_x(x, p, share);
+  }
   Acc sum_x[warp_chunks][tiles_m][4] = {};
   if constexpr (zeros_in_sums)
 #pragma unroll
@@ -329,10 +360,17 @@ extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_pe
 
     Sum total[tiles_n][tiles_m][4] = {};
     const char* words = ring + stage * stage_bytes + lane * 16;
-    if (any_wide(mine.wide()))
-      multiply(total, words, mine, true, x, sum_x);
+    if constexpr (may_be_fp16)
+      if (fp16_x && __any_sync(~0u, !mine.fit_fp16())) {
+        widen(x);
+        fp16_x = false;
+      }
+    if (fp16_x)
+      multiply<may_be_fp16 ? as_fp16 : as_bf16>(total, words, mine, x, sum_x);
+    else if (any_wide(mine.wide()))
+      multiply<as_wide>(total, words, mine, x, sum_x);
     else
-      multiply(total, words, mine, false, x, sum_x);
+      multiply<as_bf16>(total, words, mine, x, sum_x);
     stage = stage == num_stages - 1 ? 0 : stage + 1;
 
     Sum* sums = partial + (turn % 2 * groups + group) * k_warps * slab;
