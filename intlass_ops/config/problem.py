@@ -136,7 +136,7 @@ def weights_take_scales(shape: Shape) -> bool:
 
 
 def codes_take_scales(shape: Shape) -> bool:
-    """Whether weights of few tokens take their scales, which the sums of other groups take.
+    """Whether INT4 weights of few tokens take their scales, which the sums of other groups take.
 
     A lane's 16 bytes of a row lie in one group, of 32 or 64 k say: for sums of each, a chunk of 64
     bytes would be multiplied two or four times. Larger groups do for the sake of zero points that
@@ -144,10 +144,10 @@ def codes_take_scales(shape: Shape) -> bool:
     of its own for fractions.
     """
     own = {"bf16": "__nv_bfloat16", "fp16": "__half"}.get(shape.x_kind)
-    if shape.scale_type != own or shape.out_type == "float" or shape.group_size >= shape.k:
+    if BITS[shape.w_kind] != 4 or shape.scale_type != own or shape.out_type == "float":
         return False
-    if BITS[shape.w_kind] == 8:
-        return shape.group_size == 32
+    if shape.group_size >= shape.k:
+        return False
     floats = ("__nv_bfloat16",) if own == "__nv_bfloat16" else ("__nv_bfloat16", "__half")
     if shape.has_zeros and shape.zero_type not in ("int", "signed char", "unsigned char", *floats):
         return False

@@ -126,7 +126,6 @@ def _shipped_takers() -> Iterator[tuple[Config, tuple[str, ...]]]:
         ("bf16", "s4", "", 64),
         ("bf16", "u4", "__nv_bfloat16", 128),
         ("fp16", "u4", "__half", 64),
-        ("fp16", "s8", "", 32),
     )
     for (x, w, zero_type, group_size), (m, n) in itertools.product(cases, ((16, 4096), (1, 32768))):
         own = {"bf16": "__nv_bfloat16", "fp16": "__half"}[x]

@@ -303,12 +303,6 @@ extern "C" __global__ void __cluster_dims__(split, 1, 1) __launch_bounds__(threa
   float* sent = token_scales + tokens + 4;  // [turns][blocks][own_tokens][rows]
   const u32 arrived = smem_address(sent + most_turns * tokens * rows);  // a barrier for each turn
   auto* x_scales = reinterpret_cast<unsigned char*>(sent + most_turns * (tokens * rows + 2));
-  if (threadIdx.x == 0) barrier_init(summed, threads), barrier_init(summed + 8, threads);
-  if (split > 1 && int(threadIdx.x) < turns) {
-    barrier_init(arrived + threadIdx.x * 8, 1);
-    publish_barriers();
-    barrier_expect(arrived + threadIdx.x * 8, tokens * rows * 4);
-  }
 
   // a warpgroup's part of the share
   const int first = begin + (Config::blocked ? wg : wg * (share_end - begin) / warpgroups);
@@ -320,6 +314,17 @@ extern "C" __global__ void __cluster_dims__(split, 1, 1) __launch_bounds__(threa
 #pragma unroll 1
   for (int s = 0; s < early; ++s)
     requests.next<true, false>(p, ring + s * stage_bytes, tiles, step, warp, lane);
+  if (threadIdx.x == 0) {  // all of them, since racecheck takes a thread's own for those of others
+    barrier_init(summed, threads), barrier_init(summed + 8, threads);
+    if constexpr (split > 1) {
+#pragma unroll 1
+      for (int turn = 0; turn < turns; ++turn) barrier_init(arrived + turn * 8, 1);
+      publish_barriers();
+#pragma unroll 1
+      for (int turn = 0; turn < turns; ++turn)
+        barrier_expect(arrived + turn * 8, tokens * rows * 4);
+    }
+  }
   if constexpr (split > 1) cluster_arrive();
   wait_for_predecessors();
   const bool x_fits = load_x<false>(p, x, x_scales, token_scales, begin, share_end - begin, [&] {
