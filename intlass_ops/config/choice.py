@@ -68,10 +68,14 @@ def _few_tokens_for_hopper(device: Device, shape: Shape) -> bool:
     16 (beside the pick without wgmma, on 17 to 19 layers of benchmarks/results/h200-layers.json).
     And large INT4 ones that take their scales by one FMA, at 16 tokens by 2 to 33 % on eight
     layers (five are there, three the tuned table's); on smaller ones what is predicted is up to
-    13 % slower than skinny_held.cu.
+    13 % slower than skinny_held.cu. And INT4 ones with one scale a row under INT8 activations, at
+    16 tokens by 1 to 25 % on the six layers of the tuned table.
     """
     if why_not_hopper(device, shape) is not None:
         return False
+    kinds = BITS[shape.x_kind], BITS[shape.w_kind]
+    if kinds == (8, 4) and shape.group_size >= shape.k:
+        return shape.m > 8 and shape.n * shape.k >= 127_000 * device.sm_count
     if BITS[shape.w_kind] == 8:
         return BITS[shape.x_kind] == 8 or shape.m > 8
     one_fma = weights_take_scales(shape) and (shape.x_kind, shape.w_kind) == ("bf16", "s4")
