@@ -109,23 +109,14 @@ _int4_op = torch.ops.intlass.matmul_int4_bf16_tn.default
 _int8_op = torch.ops.intlass.matmul_int8_bf16_tn.default
 
 
-def dispatch(
-    op: str,
-    a: Tensor,
-    w: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    k: int | None,
-    a_scale: Tensor | None,
-    a_zero: Tensor | None,
-    *after: Any,
-) -> Tensor:
+def dispatch(op: str, a: Tensor, w: Tensor, scales: Tensor, *rest: Any) -> Tensor:
     """Either op, on arguments in the order of its kernels."""
+    zeros, k, a_scale, *after = rest
     y: Tensor
     if op == INT4:
-        y = _int4_op(a, w, scales, zeros, k, a_scale, a_zero, *after)
+        y = _int4_op(a, w, scales, zeros, k, a_scale, *after)
     else:
-        y = _int8_op(a, w, a_scale, scales, a_zero, *after)
+        y = _int8_op(a, w, a_scale, scales, *after)
     return y
 
 
