@@ -147,10 +147,10 @@ def quantize_(
     3-D weights that stay as they are. Scales of INT4 weights take the weight's dtype under "rtn",
     all others are fp32.
 
-    Raises, naming the layer and leaving the model as it was, ValueError for a K that is 0 or not a
-    multiple of the group size and for data that no Hessian can be made of, TypeError for a weight
-    that is not fp32, bf16 or fp16; TypeError for a model that is itself a Linear; ValueError for a
-    method that does not fit.
+    Raises, naming the layer and leaving the model's linears as they were, ValueError for a K that
+    is 0 or not a multiple of the group size and for data that no Hessian can be made of, TypeError
+    for a weight that is not fp32, bf16 or fp16; TypeError for a model that is itself a Linear;
+    ValueError for a method that does not fit.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(256, 64))

@@ -2,7 +2,7 @@
 has nothing to round, by the tolerance rule at random.
 
 Refusals: test_matmul_refusals.py. Compilation, gradients, vmap: test_compile_ops.py,
-test_opcheck.py. What only a GPU has: test_cuda_ops.py, test_cuda_streams.py.
+test_transforms.py. What only a GPU has: test_cuda_ops.py, test_cuda_streams.py.
 """
 
 from __future__ import annotations

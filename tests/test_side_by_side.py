@@ -208,11 +208,11 @@ def test_weights_that_are_gone_are_forgotten() -> None:
     model = three()
     lists = weights(model), [getattr(model, name).scales for name in "qkv"], [], []
     first = OP(X, *lists)
-    assert len(lowering.joined._ONES) == 1
+    assert len(lowering.joined._SIDE_BY_SIDE) == 1
     assert torch.equal(OP(X, *lists), first)
     del model, lists
     gc.collect()
-    assert not lowering.joined._ONES
+    assert not lowering.joined._SIDE_BY_SIDE
 
 
 def test_instances_that_lie_otherwise_run_the_same_graph() -> None:

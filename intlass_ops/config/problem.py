@@ -125,9 +125,15 @@ def weights_take_scales(shape: Shape) -> bool:
     weight that this type has no number for is as infinite, or as small, as it is there. An output
     of 16 bits hides the rounding; one of float32 is summed group by group and rounded once.
     """
+    floats = () if shape.x_kind == "fp16" else ("__nv_bfloat16",)
+    return shape.w_kind == "e2m1" or _types_allow(shape, floats)
+
+
+def _types_allow(shape: Shape, float_zeros: tuple[str, ...]) -> bool:
+    """Whether rounded weights are as good as scaled sums: groups in the activations' own type."""
     own = {"bf16": "__nv_bfloat16", "fp16": "__half"}.get(shape.x_kind)
-    zeros = ("int", "signed char", "unsigned char", *(["__nv_bfloat16"] if own != "__half" else []))
-    return shape.w_kind == "e2m1" or (
+    zeros = ("int", "signed char", "unsigned char", *float_zeros)
+    return (
         shape.group_size < shape.k
         and shape.scale_type == own
         and shape.out_type != "float"
@@ -143,13 +149,8 @@ def codes_take_scales(shape: Shape) -> bool:
     are no bytes, which would multiply sums of x. Types as in `weights_take_scales`; fp16 has a way
     of its own for fractions.
     """
-    own = {"bf16": "__nv_bfloat16", "fp16": "__half"}.get(shape.x_kind)
-    if BITS[shape.w_kind] != 4 or shape.scale_type != own or shape.out_type == "float":
-        return False
-    if shape.group_size >= shape.k:
-        return False
-    floats = ("__nv_bfloat16",) if own == "__nv_bfloat16" else ("__nv_bfloat16", "__half")
-    if shape.has_zeros and shape.zero_type not in ("int", "signed char", "unsigned char", *floats):
+    floats = ("__nv_bfloat16", *(["__half"] if shape.x_kind == "fp16" else []))
+    if BITS[shape.w_kind] != 4 or not _types_allow(shape, floats):
         return False
     in_sums = shape.has_zeros and TYPE_BYTES[shape.zero_type] > 1
     return shape.group_size in (32, 64) or (in_sums and shape.group_size % 128 == 0)

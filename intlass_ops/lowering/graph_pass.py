@@ -260,9 +260,10 @@ def waiting_first() -> bool:
 
 @functools.cache
 def without_dispatcher() -> None:
-    """Make Inductor's Python code call the kernels of our ops themselves (`_library.implement`):
-    dispatching to Python takes the host as long as a kernel of one token takes the GPU."""
-    original: Any = getattr(FallbackKernel, "set_python_kernel_name", None)
+    """Make Inductor's Python code call the kernels of our ops themselves (`_library.implement`),
+    which spares the host a way through the dispatcher back to Python."""
+    kernels: Any = FallbackKernel
+    original = getattr(kernels, "set_python_kernel_name", None)
     if original is None:
         return
 
@@ -274,7 +275,7 @@ def without_dispatcher() -> None:
         if in_python and ours and device is not None and hasattr(op, device.type):
             self.python_kernel_name += f".{device.type}"
 
-    FallbackKernel.set_python_kernel_name = named  # type: ignore[assignment, method-assign]
+    kernels.set_python_kernel_name = named
 
 
 class _Sources:

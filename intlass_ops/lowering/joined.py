@@ -39,21 +39,22 @@ def _siblings(
     run = matmul_kernels.run
     tensors = weights, scales, zeros, biases
     key = tuple(map(id, chain(*tensors)))
-    known = _ONES.get(key)
+    known = _SIDE_BY_SIDE.get(key)
     if known is not None and known.still(tensors):
         return _multiply(run, x, known.operands, k, a_scale, a_zero, out_dtype)
     order = _runs(weights)
     if order == [list(range(len(weights)))]:
         operands = [as_one(t) if t else None for t in tensors]
         if all(one is not None or not t for one, t in zip(operands, tensors, strict=True)):
-            _ONES[key] = _One(tensors, operands)
+            _SIDE_BY_SIDE[key] = _SideBySide(tensors, operands)
             if known is None:
-                weakref.finalize(weights[0], _ONES.pop, key, None)
+                weakref.finalize(weights[0], _SIDE_BY_SIDE.pop, key, None)
     return _in_runs(run, x, tensors, order, k, a_scale, a_zero, out_dtype)
 
 
-class _One:
-    """Lists of tensors that lie as one each: to look for that takes the host longer than a GEMM."""
+class _SideBySide:
+    """Lists of tensors that lie as one each, remembered while they do: looking costs the host more
+    than the GEMM."""
 
     def __init__(self, tensors: Lists, operands: Sequence[Tensor | None]) -> None:
         self.parts = [(weakref.ref(t), t.data_ptr()) for t in chain(*tensors)]
@@ -66,7 +67,7 @@ class _One:
         return True
 
 
-_ONES: dict[tuple[int, ...], _One] = {}
+_SIDE_BY_SIDE: dict[tuple[int, ...], _SideBySide] = {}
 
 
 def _siblings_fake(

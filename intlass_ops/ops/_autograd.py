@@ -66,12 +66,14 @@ def autograd_kernel(
                 "(backward, torch.func.vjp, jacrev)"
             )
 
+    differentiable: Any = Differentiable
+
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         try:
             wanted = torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args)
             if wanted or forward_ad._current_level >= 0:
                 with enable_single_level_autograd_function():
-                    return Differentiable.apply(*args, keyset)  # type: ignore[attr-defined]
+                    return differentiable.apply(*args, keyset)
             at_once = kernels.get(keyset.raw_repr() & _BELOW_AUTOGRAD)
             return beyond(keyset, args) if at_once is None else at_once(*args)
         except AttributeError:
