@@ -243,6 +243,19 @@ def qat_table() -> str:
     return table(["W4A4, scales", "floating point", "not trained", "trained", "won back"], rows)
 
 
+def stored_table() -> str:
+    """Linears as checkpoints store them: how many times as fast as bf16 of the same run."""
+    rows = read("stored-weights-h200.json")["rows"]
+    found = {(r["form"], r["n"], r["k"], r["m"]): r["us"] for r in rows}
+    layers = list(dict.fromkeys((n, k) for _, n, k, _ in found))
+    tokens = sorted({key[3] for key in found})
+    lines = []
+    for form in dict.fromkeys(key[0] for key in found if key[0] != "bf16"):
+        of = [[found["bf16", n, k, m] / found[form, n, k, m] for n, k in layers] for m in tokens]
+        lines.append([form, *(f"{geometric_mean(each):.2f} ({min(each):.2f})" for each in of)])
+    return table(["under bf16", *(f"M = {m}" for m in tokens)], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy_table,
     "accuracy_kinds": accuracy_kinds_table,
@@ -255,6 +268,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ratios": ratios_table,
     "reader": reader_table,
     "short": short_table,
+    "stored": stored_table,
 }
 
 
