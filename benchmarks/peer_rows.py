@@ -72,9 +72,8 @@ class W4A16(_Int4):
 
 @_both("w4a8_g128", act="xq", wbits=4, wref="w4", peak="int8")
 class W4A8(_Int4):
-    """INT8 activations as our quantiser leaves them for this product: in another order (lanes,
-    intlass_ops.packing) where hopper.cu takes it, from 17 tokens on or, with one scale a row, from
-    nine. Made outside the timing."""
+    """INT8 activations as our quantiser leaves them for this product (intlass_ops.packing: as bytes
+    or lanes), made outside the timing."""
 
     def prep_m(self, M):
         x = self.ctx.x(M)

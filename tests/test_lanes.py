@@ -198,6 +198,17 @@ def test_other_layers_do_not_ask(hopper: None, device: str) -> None:
     assert made(lambda: layer(odd)) == [torch.int8]
 
 
+def test_what_a_layer_refuses(hopper: None, device: str) -> None:
+    x, layer = torch.ones(32, 64, device=device), linear(40, 64).to(device)
+    with pytest.raises(TypeError, match="int8"):
+        layer(x.to(torch.int8))
+    with pytest.raises(TypeError, match="float64"):
+        layer(x.double())
+    layer.scales = layer.scales.double()
+    with pytest.raises(TypeError, match="scales"):
+        layer(x)
+
+
 @pytest.mark.gpu
 def test_a_layer_gets_what_the_picked_kernel_takes() -> None:
     """On a Hopper GPU no product of a layer puts lanes in order by itself."""
@@ -234,7 +245,8 @@ def test_lanes_are_for_hopper_cu(arch: str) -> None:
         return config.Shape(**(given | more))
 
     gpu = config.device_of(arch)
-    assert config.takes_lanes(gpu, shape()) == (arch == "sm_90a")
+    for one in ({}, {"m": 4096}, {"m": 256, "group_size": 4096}):
+        assert config.takes_lanes(gpu, shape(**one)) == (arch == "sm_90a")
     for other in (
         {"m": 1},
         {"k": 4112, "group_size": 4112},
@@ -242,6 +254,7 @@ def test_lanes_are_for_hopper_cu(arch: str) -> None:
         {"w_kind": "s8", "group_size": 4096},
         {"group_size": 48, "k": 4128},
         {"batch_invariant": True},
+        {"m": 257, "group_size": 4096},
     ):
         assert not config.takes_lanes(gpu, shape(**other))
 

@@ -1,4 +1,4 @@
-"""Whether a product with INT4 weights takes INT8 activations fastest as lanes (packing.py).
+"""Whether a product with INT4 weights is faster with INT8 activations as lanes (packing.py).
 
 Whoever quantises for known products asks here: nn.py, lowering/lanes.py.
 """
@@ -24,12 +24,12 @@ def takes_lanes(
     zeros: Tensor | None,
     out_dtype: torch.dtype,
 ) -> bool:
-    """Whether hopper.cu is what runs x [M, K] times ``weights`` [N, K/2], side by side or alone.
+    """Whether x [M, K] times ``weights`` [N, K/2], side by side or alone, is.
 
-    Any other kernel would have PyTorch put lanes in order first. ``scales``, ``zeros``: of the
+    Kernels that do not take them have PyTorch put them in order. ``scales``, ``zeros``: of the
     first weight, the others' are alike. M that torch.compile leaves open is no int: False.
     """
-    known = type(m) is type(k) is int and m > 0
+    known = type(m) is type(k) is int and m > 0 and {scales.dtype, out_dtype} <= plans.TYPE.keys()
     gpu = _gpu(weights[0].device) if known and not batch_invariance.enabled() else None
     if gpu is None:
         return False
@@ -40,7 +40,7 @@ def takes_lanes(
     )
     zero_type = None if zeros is None else plans.ZERO_TYPE.get(zeros.dtype, "float")
     types = plans.TYPE[scales.dtype], zero_type, plans.TYPE[out_dtype]
-    return all(_is_hopper(gpu, *types, m, n, k, k // groups) for n in {*sizes, sum(sizes)})
+    return all(_picked_takes_them(gpu, *types, m, n, k, k // groups) for n in {*sizes, sum(sizes)})
 
 
 def _gpu(device: torch.device) -> config.Device | None:
@@ -50,7 +50,7 @@ def _gpu(device: torch.device) -> config.Device | None:
 
 
 @lru_cache(maxsize=4096)
-def _is_hopper(
+def _picked_takes_them(
     gpu: config.Device,
     scale_type: str,
     zero_type: str | None,
