@@ -10,8 +10,9 @@ _sm80, the portable kernels (mma.sync), which a GPU of any age would run.
 import contextlib
 
 import intlass_ops
-from intlass_ops import config
+from intlass_ops import config, packing
 from intlass_ops.cuda import launch
+from intlass_ops.ops.lanes import takes_lanes
 
 ops = torch.ops.intlass
 _portable_plans = {}
@@ -36,6 +37,8 @@ def _both(name, **options):
         peer(f"intlass_{name}", **options)(row)
 
         class Portable(row):
+            portable = True
+
             def call(self, i, M):
                 with _portable():
                     return super().call(i, M)
@@ -49,6 +52,8 @@ def _both(name, **options):
 
 class _Int4(Base):
     """Signed codes q - 8 with one scale per group of 128."""
+
+    portable = False
 
     def build(self):
         codes = self.ctx.q4.to(torch.int8) - 8
@@ -67,9 +72,19 @@ class W4A16(_Int4):
 
 @_both("w4a8_g128", act="xq", wbits=4, wref="w4", peak="int8")
 class W4A8(_Int4):
-    def call(self, i, M):
+    """INT8 activations as our quantiser leaves them for this product (intlass_ops.packing: as bytes
+    or lanes), made outside the timing."""
+
+    def prep_m(self, M):
         x = self.ctx.x(M)
-        return ops.matmul_int4_bf16_tn(x["xq"], *self.c[i], a_scale=x["sx"])
+        self.a, self.a_scale = x["xq"], x["sx"]
+        w, scales = self.c[0]
+        k = self.a.shape[-1]
+        if not self.portable and takes_lanes(M, k, [w], scales, None, torch.bfloat16):
+            self.a = packing.to_lanes(self.a.contiguous())
+
+    def call(self, i, M):
+        return ops.matmul_int4_bf16_tn(self.a, *self.c[i], a_scale=self.a_scale)
 
 
 @_both("w4a8_chn", act="xq", wbits=4, wref="w4c", peak="int8")

@@ -19,6 +19,7 @@ from .ops import (
     quantize_int4,
     quantize_int8,
 )
+from .ops.lanes import takes_lanes
 from .side_by_side import Movable
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class _Codes(nn.Module):
         self.register_buffer("zeros", zeros)
         self.register_buffer("bias", bias)
 
-    def _activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _activations(self, x: Tensor, lanes: bool = False) -> tuple[Tensor, Tensor | None]:
         """(x, None), or its codes and their scales."""
         if not x.is_floating_point():
             raise TypeError(
@@ -103,7 +104,8 @@ class _Codes(nn.Module):
         if self.activation == "int4":
             codes, scales, _ = quantize_int4(x)
         else:
-            codes, scales, _ = quantize_int8(x, full_range=self.activation == "int8_full_range")
+            full_range = self.activation == "int8_full_range"
+            codes, scales, _ = quantize_int8(x, full_range=full_range, lanes=lanes)
         return codes, scales
 
     def extra_repr(self) -> str:
@@ -194,7 +196,9 @@ class IntLinear(Movable, _Codes):
         x = as_autocast(input)
         if self.input_scale is not None:
             x = x * self.input_scale.to(x.dtype)
-        a, a_scale = self._activations(x)
+        # A compiled graph sees to it itself, and its guards are few (lowering/lanes.py).
+        lanes = not torch.compiler.is_compiling() and self._takes_lanes(x)
+        a, a_scale = self._activations(x, lanes)
         if self.bits == 8:
             return matmul_int8_bf16_tn(
                 a, self.weight, a_scale, self.scales, bias=self.bias, out_dtype=x.dtype
@@ -209,6 +213,13 @@ class IntLinear(Movable, _Codes):
             bias=self.bias,
             out_dtype=x.dtype,
         )
+
+    def _takes_lanes(self, x: Tensor) -> bool:
+        k = self.in_features
+        if self.bits != 4 or _BITS[self.activation] != 8 or x.shape[-1:] != (k,):
+            return False
+        m = x.numel() // k
+        return takes_lanes(m, k, [self.weight], self.scales, self.zeros, x.dtype)
 
 
 class IntExpertLinear(_Codes):

@@ -77,7 +77,7 @@ def test_large_tiles_of_any_gpu(case: Case, arch: str) -> None:
     But not where weights with their scales are no 16-bit floats: 128 * 2^10, a quarter of 2^-132.
     """
     case = replace(case, lead=(150,), n=330, k=1024, out=None)
-    zeros = launch._ZERO_TYPE[case.zero] if case.w == "u4" else "float"
+    zeros = launch.ZERO_TYPE[case.zero] if case.w == "u4" else "float"
     types = launch.TYPE[case.scale], zeros, launch.TYPE[case.out_dtype]
     sizes = 8192, 8192, case.k, case.k // case.groups
     shape = config.Shape(case.x, case.w, *types, case.w == "u4", False, True, *sizes)

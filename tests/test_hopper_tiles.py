@@ -12,8 +12,7 @@ from tolerance import assert_close
 
 from intlass_ops import config, matmul_int4_bf16_tn, pack_int4
 from intlass_ops.cuda import jit, launch
-from intlass_ops.cuda.launch import _ZERO_TYPE
-from intlass_ops.cuda.plans import TYPE, device_of
+from intlass_ops.cuda.plans import TYPE, ZERO_TYPE, device_of
 
 BF16 = torch.bfloat16
 # Some tiles a block, and ends of rows, tokens and K that no tile divides
@@ -72,7 +71,7 @@ def tiles_of(case: Case, device: config.Device) -> list[config.Hopper]:
         x_kind=case.x,
         w_kind=case.w,
         scale_type=TYPE[case.scale],
-        zero_type=_ZERO_TYPE[case.zero] if case.w == "u4" else "float",
+        zero_type=ZERO_TYPE[case.zero] if case.w == "u4" else "float",
         out_type=TYPE[case.out_dtype],
         has_zeros=case.w == "u4",
         has_a_zero=False,

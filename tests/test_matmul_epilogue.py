@@ -171,7 +171,7 @@ def test_every_tile_of_every_kernel(kind: str) -> None:
         case = replace(case, a_zero=None, activation="relu", residual=True)
         wanted = explain(build(case, "cuda").run).dispatches[0].kernel
         assert wanted.endswith("relu residual")
-        zeros = launch._ZERO_TYPE[case.zero] if case.w == "u4" else "float"
+        zeros = launch.ZERO_TYPE[case.zero] if case.w == "u4" else "float"
         types = launch.TYPE[case.scale], zeros, launch.TYPE[case.out_dtype]
         sizes = m, case.n, case.k, case.k // case.groups
         shape = config.Shape(case.x, case.w, *types, case.w == "u4", False, True, *sizes)

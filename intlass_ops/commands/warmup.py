@@ -77,9 +77,12 @@ def kernels(gpu: config.Device, layer: tune.Work, m: int) -> Iterator[config.Con
     """What one call of ``layer`` with m tokens runs, its dynamic quantiser included."""
     shape = tuning.SCHEMES[layer.scheme].shape(m, layer.n, layer.k)
     c = config.pick(gpu, shape)
-    bits = config.BITS[shape.x_kind]
+    bits, lanes = config.BITS[shape.x_kind], config.takes_lanes(gpu, shape)
     if bits < 16:
-        yield config.pick_quantize(gpu, "__nv_bfloat16", bits, True, False, 8, m, layer.k)
+        rows = "__nv_bfloat16", bits, True, False, 8, m, layer.k
+        yield config.pick_quantize(gpu, *rows, lanes=lanes)
+    if lanes:
+        c = config.in_lane_order(c, layer.k, True)
     if config.widens(gpu, shape.x_kind):
         packed = config.of_int4(c, layer.k)
         if packed is None:

@@ -14,6 +14,7 @@ from .choice import of_int4 as of_int4
 from .choice import pick as pick
 from .choice import predicted as predicted
 from .choice import reason as reason
+from .choice import takes_lanes as takes_lanes
 from .epilogue import Activation as Activation
 from .epilogue import with_epilogue as with_epilogue
 from .fp4 import FP4_MAX_M as FP4_MAX_M

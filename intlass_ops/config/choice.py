@@ -108,9 +108,21 @@ def of_int4(c: Matmul, k: int) -> Matmul | None:
 
 
 def in_lane_order(c: Matmul, k: int, aligned: bool) -> Matmul:
-    """The same tile for activations that widen.cu orders for it, if rows are whole vectors."""
+    """The same tile for activations as lanes (packing.py), if rows are whole vectors."""
     whole = aligned and k % 32 == 0
     return replace(c, lane_order=True) if isinstance(c, Hopper) and whole else c
+
+
+def takes_lanes(device: Device, shape: Shape) -> bool:
+    """Whether what is picked is faster with INT8 activations as lanes.
+
+    With one scale a row it is up to 256 tokens, from 1024 on it is not (docs/notes/hopper.md).
+    """
+    in_groups = shape.group_size < shape.k
+    if (shape.x_kind, BITS[shape.w_kind]) != ("s8", 4) or not (in_groups or shape.m <= 256):
+        return False
+    c = in_lane_order(pick(device, shape), shape.k, shape.aligned)
+    return isinstance(c, Hopper) and c.lane_order
 
 
 def candidates(device: Device, shape: Shape) -> list[Matmul]:

@@ -48,6 +48,7 @@ class Quantize:
     cluster: int = 1
     blocks_per_sm: int = 1
     full_range: bool = False  # torchao's arithmetic (reference.quantize_full_range)
+    lanes: bool = False  # codes in the order of packing.to_lanes
 
     @property
     def smem_bytes(self) -> int:
@@ -64,6 +65,7 @@ class Quantize:
             f"{name}quantize int{self.bits}{' full range' if self.full_range else ''} "
             f"{self.threads_per_segment}x{self.vector}x{self.chunks} "
             f"{'ahead' if self.ahead else f'cluster={self.cluster}'}"
+            f"{' lanes' if self.lanes else ''}"
         )
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
@@ -88,6 +90,7 @@ def pick_quantize(
     length: int,
     before: Before = Before.NONE,
     full_range: bool = False,
+    lanes: bool = False,
 ) -> Quantize:
     """Blocks that load ahead for many segments of whole vectors, a cluster for few long ones.
 
@@ -126,6 +129,7 @@ def pick_quantize(
         before=before,
         cluster=cluster,
         full_range=full_range,
+        lanes=lanes and bits == 8 and vector == 8 and length % 32 == 0,
     )
     if not ahead or not c.chunks:
         return c

@@ -235,6 +235,11 @@ def _shipped_quantisers(types: tuple[str, ...]) -> Iterator[tuple[Config, tuple[
     ):
         kind = "__nv_bfloat16", 8, True, False, 8, segments, length
         yield pick_quantize(device_of(arch), *kind, before, full_range), (arch,)
+    for turn, before in enumerate(Before):
+        for segments, length in ((4096, 14336), (64, 4096), (4, 320_000)):
+            kind = "__nv_bfloat16", 8, True, False, 8, segments, length
+            c = pick_quantize(device_of("sm_90a"), *kind, before, turn % 2 == 0, lanes=True)
+            yield c, ("sm_90a",)
     for arch, x_type in itertools.product(ARCHS, types):
         kind = x_type, 8, True, False, 2, 4, 4096
         yield pick_quantize(device_of(arch), *kind, full_range=True), (arch,)

@@ -22,12 +22,21 @@ from . import jit, launch_hopper
 from .arrivals import arrival_counters
 from .kernel import Launch
 from .launch_widen import widen
-from .plans import ALIGNMENT, TYPE, Key, aligned, contiguous_strides, device_of, empty, remember
+from .plans import (
+    ALIGNMENT,
+    TYPE,
+    ZERO_TYPE,
+    Key,
+    aligned,
+    contiguous_strides,
+    device_of,
+    empty,
+    remember,
+)
 
 if TYPE_CHECKING:
     from ..ops.problem import Problem
 
-_ZERO_TYPE = {**TYPE, torch.int32: "int", torch.int8: "signed char", torch.uint8: "unsigned char"}
 # enum Dtype of memory.cuh
 _DTYPE_CODE = {
     torch.float32: 1,
@@ -168,7 +177,7 @@ def make(
         x_kind=p.x_kind,
         w_kind=p.w_kind,
         scale_type=TYPE[scales.dtype],
-        zero_type="float" if zeros is None else _ZERO_TYPE[zeros.dtype],
+        zero_type="float" if zeros is None else ZERO_TYPE[zeros.dtype],
         out_type=TYPE[p.out_dtype],
         has_zeros=zeros is not None,
         has_a_zero=a_zero is not None,
@@ -265,7 +274,7 @@ def _operands(
     residual: Tensor | None,
 ) -> Operands:
     """As the kernels read them: [M, K], unit strides along K, dtypes they know."""
-    if zeros is not None and zeros.dtype not in _ZERO_TYPE:
+    if zeros is not None and zeros.dtype not in ZERO_TYPE:
         zeros = zeros.float()
     if a_zero is not None:
         a_zero = (a_zero if a_zero.dtype in _DTYPE_CODE else a_zero.float()).reshape(-1)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import config, reference
+from .. import config, packing, reference
 from . import jit
 from .early_launch import quantised
 from .kernel import Launch
@@ -33,6 +33,7 @@ class QuantizePlan(NamedTuple):
     scale_strides: tuple[int, ...]
     symmetric: bool
     device: torch.device
+    to_lanes: bool = False  # by PyTorch, what the kernel writes as bytes
 
     def run(
         self, x: Tensor, seed: int | None = None, other: Tensor | None = None
@@ -61,7 +62,7 @@ class QuantizePlan(NamedTuple):
                 stream,
             )
             quantised(self.device.index, stream, q)
-        return q, scale, zero
+        return packing.to_lanes(q) if self.to_lanes else q, scale, zero
 
 
 _plans: dict[Key, QuantizePlan] = {}
@@ -77,7 +78,7 @@ def make(
     x: Tensor,
     segments: int,
     length: int,
-    codes_shape: tuple[int, ...],
+    codes: tuple[tuple[int, ...], torch.dtype],
     scale_shape: tuple[int, ...],
     bits: int,
     symmetric: bool,
@@ -86,16 +87,17 @@ def make(
     other: Tensor | None = None,
     eps: float = 0.0,
     full_range: bool = False,
+    lanes: bool = False,
 ) -> QuantizePlan:
     """The plan for segments [S, L] of x that have one scale each, remembered by ``key``.
 
-    For INT4, L is even unless a segment is a row of the tensor. ``other``: the weight of an RMS
-    norm, or the factor of silu(x).
+    For INT4, L is even unless a segment is a row of the tensor. ``codes``: their shape and dtype.
+    ``other``: the weight of an RMS norm, or the factor of silu(x).
     """
     strides = [_row_stride(t, length) for t in (x, other) if t is not None]
     copies = None in strides
     x_stride, other_stride = (length, length) if copies else (*strides, 0)[:2]
-    launch = None
+    launch, to_lanes = None, False
     if segments:
         device = device_of(x.device.index)
         c = config.pick_quantize(
@@ -109,7 +111,9 @@ def make(
             max(length, 1),
             before,
             full_range,
+            lanes,
         )
+        to_lanes = lanes and not c.lanes
         parameters = _PARAMS.pack(*[0] * _WORDS, segments, length, x_stride, other_stride, eps)
         blocks = math.ceil(segments / (c.threads // c.threads_per_segment))
         if c.ahead:  # they stay
@@ -117,18 +121,18 @@ def make(
         grid = blocks * c.cluster, 1, 1
         kernel = jit.get(c, x.device.index)
         launch = kernel.bind(grid, (c.threads, 1, 1), c.smem_bytes, parameters, _WORDS)
+    shape, dtype = codes
+    if to_lanes:
+        shape, dtype = (*shape[:-1], shape[-1] * 4), torch.int8
     plan = QuantizePlan(
         launch=launch,
         copies=Tensor.contiguous if copies else None,
-        codes=(
-            codes_shape,
-            contiguous_strides(codes_shape),
-            torch.uint8 if bits == 4 else torch.int8,
-        ),
+        codes=(shape, contiguous_strides(shape), dtype),
         scale_shape=scale_shape,
         scale_strides=contiguous_strides(scale_shape),
         symmetric=symmetric,
         device=x.device,
+        to_lanes=to_lanes,
     )
     return remember(_plans, key, plan)
 

@@ -20,6 +20,7 @@ from .. import config
 from . import jit
 
 TYPE = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+ZERO_TYPE = {**TYPE, torch.int32: "int", torch.int8: "signed char", torch.uint8: "unsigned char"}
 ALIGNMENT = 16
 _MAX_PLANS = 4096  # one a number of tokens: a server would otherwise collect them for ever
 

@@ -147,11 +147,25 @@ __device__ __forceinline__ u32 four_bytes(int a, int b, int c, int d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
+// `exists`: whether the vector is one of the segment's. All lanes of a warp come here, if they make lanes.
 __device__ __forceinline__ void store(const Params& p, i64 segment, i64 i, const Vector& x,
-                                      const Coder& coder) {
+                                      const Coder& coder, bool exists) {
+  if (!lanes && !exists) return;
   u32 c[vector];
   coder.codes(c, x, p.seed, segment * p.length + i);
-  if constexpr (bits == 8) {
+  if constexpr (lanes) {
+    // A quad has 32 k. Each lane gives its neighbour four codes for four others, and stores the even ones of
+    // both, or the odd ones: lanes 1 and 2 each where the other's neighbours lie.
+    const u32 even = four_bytes(c[0], c[2], c[4], c[6]), odd = four_bytes(c[1], c[3], c[5], c[7]);
+    const int quarter = threadIdx.x % 4;
+    const bool stores_odd = quarter % 2;
+    const u32 own = stores_odd ? odd : even;
+    const u32 others = __shfl_xor_sync(~0u, stores_odd ? even : odd, 1);
+    const i64 place = i + (quarter == 1 ? 8 : quarter == 2 ? -8 : 0);
+    if (exists)
+      *reinterpret_cast<uint2*>(static_cast<char*>(p.q) + segment * p.length + place) =
+          stores_odd ? uint2{others, own} : uint2{own, others};
+  } else if constexpr (bits == 8) {
     signed char* q = static_cast<signed char*>(p.q) + segment * p.length + i;
     if constexpr (vector == 8) {
       const uint2 words = {four_bytes(c[0], c[1], c[2], c[3]), four_bytes(c[4], c[5], c[6], c[7])};
@@ -342,12 +356,12 @@ extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_pe
     }
 #pragma unroll
     for (int c = 0; c < chunks; ++c)
-      if (c < chunks - 1 || whole) store(p, segment, first + c * step, kept[c], coder);
+      store(p, segment, first + c * step, kept[c], coder, c < chunks - 1 || whole);
     if constexpr (chunks == 0)
-      for (i64 i = first; i < p.length; i += step) {
+      for (i64 i = first; i - (lanes ? first % 256 : 0) < p.length; i += step) {
         Vector v = load(x, i, p.length);
         prepare(v, second(i));
-        store(p, segment, i, v, coder);
+        store(p, segment, i, v, coder, !lanes || i < p.length);
       }
   }
 }

@@ -22,6 +22,7 @@ constexpr bool ahead = Config::ahead;
 constexpr int bits = Config::bits;
 constexpr bool symmetric = Config::symmetric, stochastic = Config::stochastic;
 constexpr bool full_range = Config::full_range;
+constexpr bool lanes = Config::lanes;  // of each 32 codes the even ones first (packing.py)
 enum Before { none, rms_norm, silu_mul, rounded_norm };
 constexpr bool rounded = Config::before == rounded_norm;
 constexpr int before = rounded ? int(rms_norm) : Config::before;
@@ -35,6 +36,7 @@ template <class A, class B> struct Choose<false, A, B> { using type = B; };
 using Kind = typename Choose<same<T, __half>::value, fp16, bf16>::type;
 static_assert(threads % group == 0 && group % 32 == 0, "whole warps share a segment");
 static_assert(!ahead || (chunks > 0 && vector == 8 && paired), "vectors of 16 bytes");
+static_assert(!lanes || (bits == 8 && vector == 8), "a quad of threads has 32 codes");
 static_assert(!full_range || (bits == 8 && symmetric && !stochastic), "as torchao has it");
 static_assert(cluster == 1 || (threads == group && !ahead), "a cluster has one segment");
 

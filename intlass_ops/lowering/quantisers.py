@@ -19,8 +19,8 @@ from .editor import CAST, Editor, aten
 from .gemms import FLOATS, shape_of
 
 QUANTIZE: Any = torch.ops.intlass.quantize_dynamic.default
-_NORM: Any = torch.ops.intlass.rms_norm_quantize.default
-_SILU: Any = torch.ops.intlass.silu_mul_quantize.default
+NORM: Any = torch.ops.intlass.rms_norm_quantize.default
+SILU: Any = torch.ops.intlass.silu_mul_quantize.default
 
 
 def concerns(node: Node) -> bool:
@@ -31,13 +31,13 @@ def fuse(edit: Editor) -> int:
     """Returns how many quantisers now start one step earlier."""
     fused = 0
     for node in edit.graph.find_nodes(op="call_function", target=QUANTIZE):
-        x, bits, granularity, _, symmetric, seed, *full_range = node.args
+        x, bits, granularity, _, symmetric, seed, *more = node.args
         # Somebody else needs the result too: it is computed anyway.
         if node.kwargs or granularity != "token" or seed is not None or len(x.users) != 1:
             continue
         with edit.at(node):
-            new = _silu_mul(edit, x, bits, symmetric, *full_range) or _norm(
-                edit, x, bits, symmetric, *full_range
+            new = _silu_mul(edit, x, bits, symmetric, *more) or _norm(
+                edit, x, bits, symmetric, *more
             )
         if new is not None:
             node.replace_all_uses_with(new)
@@ -71,9 +71,7 @@ def _before_rounding(node: Any, dtype: torch.dtype) -> Any:
     return args[0] if args and _dtype(args[0]) == torch.float32 else node
 
 
-def _silu_mul(
-    edit: Editor, x: Node, bits: Any, symmetric: Any, full_range: Any = False
-) -> Node | None:
+def _silu_mul(edit: Editor, x: Node, bits: Any, symmetric: Any, *more: Any) -> Node | None:
     dtype, product = _dtype(x), _args(x, aten.mul.Tensor)
     if dtype not in FLOATS or product is None:
         return None
@@ -90,11 +88,11 @@ def _silu_mul(
             and _dtype(up) == dtype
             and shape_of(up) == shape_of(gate)
         ):
-            return edit.call(_SILU, gate, up, bits, symmetric, full_range)
+            return edit.call(SILU, gate, up, bits, symmetric, *more)
     return None
 
 
-def _norm(edit: Editor, x: Node, bits: Any, symmetric: Any, full_range: Any = False) -> Node | None:
+def _norm(edit: Editor, x: Node, bits: Any, symmetric: Any, *more: Any) -> Node | None:
     dtype = _dtype(x)
     if dtype not in FLOATS:
         return None
@@ -119,7 +117,7 @@ def _norm(edit: Editor, x: Node, bits: Any, symmetric: Any, full_range: Any = Fa
             if source is not None and eps is not None:
                 weight = None if weight is None else _narrow(weight, dtype)
                 first = rounded is not None
-                return edit.call(_NORM, source, weight, eps, bits, symmetric, first, full_range)
+                return edit.call(NORM, source, weight, eps, bits, symmetric, first, *more)
     return None
 
 

@@ -63,36 +63,52 @@ def _product(sizes: Any) -> Any:
     return total
 
 
-def codes_shape(x: Tensor, bits: int) -> tuple[Any, ...]:
-    k = x.shape[-1]
-    return (*x.shape[:-1], packing.packed_size(k) if bits == 4 else k)
+def stored(x: Tensor, bits: int, lanes: bool = False) -> tuple[tuple[Any, ...], torch.dtype]:
+    """Shape and dtype of the codes of ``x``."""
+    *lead, k = x.shape
+    if bits == 4:
+        return (*lead, packing.packed_size(k)), torch.uint8
+    return ((*lead, k // 4), torch.int32) if lanes else ((*lead, k), torch.int8)
 
 
 def empty_outputs(
-    x: Tensor, bits: int, scale_shape: tuple[Any, ...], symmetric: bool
+    x: Tensor, bits: int, scale_shape: tuple[Any, ...], symmetric: bool, lanes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and zeros of ``x``, to be filled; no zeros where they are all 0."""
+    shape, dtype = stored(x, bits, lanes)
     return (
-        x.new_empty(codes_shape(x, bits), dtype=torch.uint8 if bits == 4 else torch.int8),
+        x.new_empty(shape, dtype=dtype),
         x.new_empty(scale_shape, dtype=torch.float32),
         x.new_empty((0,) if symmetric else scale_shape, dtype=torch.int32),
     )
 
 
-def _codes(x: Tensor, q: Tensor, bits: int) -> Tensor:
+def _codes(x: Tensor, q: Tensor, bits: int, lanes: bool = False) -> Tensor:
     q = q.view(x.shape)
+    if lanes:
+        return packing.to_lanes(q)
     return packing.pack(q) if bits == 4 else q
 
 
-def require_full_range(
-    op: str, full_range: bool, bits: int, symmetric: bool, seed: int | None = None
+def require_options(
+    op: str,
+    x: Tensor,
+    bits: int,
+    symmetric: bool,
+    full_range: bool,
+    lanes: bool,
+    seed: int | None = None,
 ) -> None:
-    """Raise unless ``full_range`` is False or goes with the other options."""
+    """Raise unless ``full_range`` and ``lanes`` are False or go with the other options."""
     if full_range and (bits, symmetric, seed) != (8, True, None):
         raise ValueError(
             f"{op}: full_range=True with bits={bits}, symmetric={symmetric}, seed={seed}; "
             "it has 8 bits, is symmetric and rounds to nearest"
         )
+    if lanes and bits != 8:
+        raise ValueError(f"{op}: lanes=True with bits={bits}; lanes are of INT8 codes")
+    if lanes and x.shape[-1] % 32:
+        raise ValueError(f"{op}: K={x.shape[-1]} is not a multiple of 32, as lanes need")
 
 
 def _check_dynamic(
@@ -103,10 +119,12 @@ def _check_dynamic(
     symmetric: bool,
     seed: int | None,
     full_range: bool,
+    lanes: bool,
 ) -> tuple[Any, Any, tuple[Any, ...]]:
     op = _name(bits)
-    require_full_range(op, full_range, bits, symmetric, seed)
-    return _segments(op, x, granularity, group_size)
+    segments = _segments(op, x, granularity, group_size)
+    require_options(op, x, bits, symmetric, full_range, lanes, seed)
+    return segments
 
 
 def _dynamic_fake(
@@ -117,9 +135,12 @@ def _dynamic_fake(
     symmetric: bool,
     seed: int | None,
     full_range: bool = False,
+    lanes: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, shape = _check_dynamic(x, bits, granularity, group_size, symmetric, seed, full_range)
-    return empty_outputs(x, bits, shape, symmetric)
+    _, _, shape = _check_dynamic(
+        x, bits, granularity, group_size, symmetric, seed, full_range, lanes
+    )
+    return empty_outputs(x, bits, shape, symmetric, lanes)
 
 
 def _quantize_rows(
@@ -142,9 +163,10 @@ def _dynamic_cpu(
     symmetric: bool,
     seed: int | None,
     full_range: bool = False,
+    lanes: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     number, length, shape = _check_dynamic(
-        x, bits, granularity, group_size, symmetric, seed, full_range
+        x, bits, granularity, group_size, symmetric, seed, full_range, lanes
     )
     rows = x.reshape(number, length).contiguous()
     # A stochastic code depends on its place in the tensor.
@@ -154,14 +176,14 @@ def _dynamic_cpu(
         for part in rows.split(max(at_once, 1))
     ]
     q, scale, zero = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-    return _codes(x, q, bits), scale.view(shape), zero if symmetric else zero.view(shape)
+    return _codes(x, q, bits, lanes), scale.view(shape), zero if symmetric else zero.view(shape)
 
 
 def quantize_tokens(
-    x: Tensor, bits: int, symmetric: bool, full_range: bool
+    x: Tensor, bits: int, symmetric: bool, full_range: bool, lanes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `quantize_dynamic` returns for one scale per token, computed in PyTorch."""
-    return _dynamic_cpu(x, bits, "token", None, symmetric, None, full_range)
+    return _dynamic_cpu(x, bits, "token", None, symmetric, None, full_range, lanes)
 
 
 def _dynamic_cuda(
@@ -172,6 +194,7 @@ def _dynamic_cuda(
     symmetric: bool,
     seed: int | None,
     full_range: bool = False,
+    lanes: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     key = (
         plans.signature(x),
@@ -181,29 +204,33 @@ def _dynamic_cuda(
         symmetric,
         seed is None,
         full_range,
+        lanes,
         x.data_ptr() % 16,
     )
     plan = launch_quantize.find(key)
     if plan is None:
         number, length, shape = _check_dynamic(
-            x, bits, granularity, group_size, symmetric, seed, full_range
+            x, bits, granularity, group_size, symmetric, seed, full_range, lanes
         )
         # The kernel packs within a segment, so INT4 segments must not share or straddle a byte; one
         # scale for the whole tensor is a reduction over all blocks, which PyTorch does well.
         bytewise = bits == 8 or granularity == "token" or (length % 2 == 0 and x.shape[-1] % 2 == 0)
         if granularity == "tensor" or not bytewise:
-            return _dynamic_cpu(x, bits, granularity, group_size, symmetric, seed, full_range)
+            return _dynamic_cpu(
+                x, bits, granularity, group_size, symmetric, seed, full_range, lanes
+            )
         plan = launch_quantize.make(
             key,
             x,
             number,
             length,
-            codes_shape(x, bits),
+            stored(x, bits, lanes),
             shape,
             bits,
             symmetric,
             seed is not None,
             full_range=full_range,
+            lanes=lanes,
         )
     return plan.run(x, seed)
 
@@ -249,7 +276,8 @@ def _static_fake(
     seed: int | None,
 ) -> Tensor:
     _check_static(x, scale, zero, bits, granularity, group_size)
-    return x.new_empty(codes_shape(x, bits), dtype=torch.uint8 if bits == 4 else torch.int8)
+    shape, dtype = stored(x, bits)
+    return x.new_empty(shape, dtype=dtype)
 
 
 def _static(
@@ -279,7 +307,7 @@ def no_gradient(ctx: Any, *_: Tensor) -> None:
 
 define(
     "quantize_dynamic(Tensor x, int bits, str granularity, int? group_size, bool symmetric, "
-    "SymInt? seed, bool full_range=False) -> (Tensor, Tensor, Tensor)",
+    "SymInt? seed, bool full_range=False, bool lanes=False) -> (Tensor, Tensor, Tensor)",
     fake=_dynamic_fake,
     cpu=_dynamic_cpu,
     cuda=_dynamic_cuda,
@@ -308,6 +336,7 @@ def _quantize(
     rounding: str,
     seed: int | None,
     full_range: bool = False,
+    lanes: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     op = f"quantize_int{bits}"
     if rounding not in ("nearest", "stochastic"):
@@ -322,6 +351,8 @@ def _quantize(
     if scale is not None:
         if full_range:
             raise ValueError(f"{op}: full_range=True computes the scale, and one is given")
+        if lanes:
+            raise ValueError(f"{op}: lanes=True computes the scale, and one is given")
         q: Tensor = torch.ops.intlass.quantize_static(
             x, scale, zero, bits, granularity, group_size, seed
         )
@@ -329,7 +360,7 @@ def _quantize(
     if zero is not None:
         raise ValueError(f"{op}: zero is given without a scale")
     q, scale, zero = torch.ops.intlass.quantize_dynamic(
-        x, bits, granularity, group_size, symmetric, seed, full_range
+        x, bits, granularity, group_size, symmetric, seed, full_range, lanes
     )
     return q, scale, None if symmetric else zero
 
@@ -345,6 +376,7 @@ def quantize_int8(
     rounding: Literal["nearest", "stochastic"] = "nearest",
     seed: int | None = None,
     full_range: bool = False,
+    lanes: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """Quantise to INT8 so that x ~ (q - zero) * scale.
 
@@ -358,6 +390,8 @@ def quantize_int8(
     ``granularity``: "token" [..., 1]; "group" of ``group_size`` along K [..., K/group_size];
     "channel" (index of the first dimension) [N, 1, ...]; "tensor" []. Computed in fp32.
     ``rounding``: "nearest" ties to even; "stochastic" is unbiased, drawn from (seed, index) alone.
+    ``lanes``: q is int32 [..., K/4], the same codes in the order that a product with INT4 weights
+    takes fastest on a Hopper GPU where there are many tokens (`intlass_ops.packing`).
 
     Returns (q, scale, zero or None); with ``scale`` given, only q int8 [..., K] (``zero`` None
     saturates to [-127, 127]; a floating zero is added before rounding, an integer one after).
@@ -372,7 +406,7 @@ def quantize_int8(
     (tensor([[ -1,   0, 127]], dtype=torch.int8), tensor([[1.]]))
     """
     return _quantize(
-        8, x, scale, zero, granularity, group_size, symmetric, rounding, seed, full_range
+        8, x, scale, zero, granularity, group_size, symmetric, rounding, seed, full_range, lanes
     )
 
 

@@ -16,12 +16,12 @@ from ..config import Before
 from ..cuda import launch_quantize, plans
 from ._library import FLOATS, define, require_device, require_dtype
 from .quantize import (
-    codes_shape,
     empty_outputs,
     no_gradient,
     no_setup,
     quantize_tokens,
-    require_full_range,
+    require_options,
+    stored,
 )
 
 Quantized = tuple[Tensor, Tensor, Tensor]
@@ -49,8 +49,8 @@ def _check_silu(gate: Tensor, up: Tensor, bits: int) -> None:
     _check("silu_mul_quantize", gate, "up", up, tuple(gate.shape), bits)
 
 
-def _empty(x: Tensor, bits: int, symmetric: bool) -> Quantized:
-    return empty_outputs(x, bits, (*x.shape[:-1], 1), symmetric)
+def _empty(x: Tensor, bits: int, symmetric: bool, lanes: bool) -> Quantized:
+    return empty_outputs(x, bits, (*x.shape[:-1], 1), symmetric, lanes)
 
 
 def _cuda(
@@ -62,6 +62,7 @@ def _cuda(
     bits: int,
     symmetric: bool,
     full_range: bool,
+    lanes: bool,
 ) -> Quantized:
     key = (
         op,
@@ -72,6 +73,7 @@ def _cuda(
         bits,
         symmetric,
         full_range,
+        lanes,
         x.data_ptr() % 16,
         0 if other is None else other.data_ptr() % 16,
     )
@@ -82,13 +84,13 @@ def _cuda(
         else:
             assert other is not None
             _check_silu(x, other, bits)
-        require_full_range(op, full_range, bits, symmetric)
+        require_options(op, x, bits, symmetric, full_range, lanes)
         plan = launch_quantize.make(
             key,
             x,
             math.prod(x.shape[:-1]),
             x.shape[-1],
-            codes_shape(x, bits),
+            stored(x, bits, lanes),
             (*x.shape[:-1], 1),
             bits,
             symmetric,
@@ -96,6 +98,7 @@ def _cuda(
             other=other,
             eps=eps,
             full_range=full_range,
+            lanes=lanes,
         )
     return plan.run(x, None, other)
 
@@ -108,10 +111,11 @@ def _norm_fake(
     symmetric: bool = True,
     round_first: bool = False,
     full_range: bool = False,
+    lanes: bool = False,
 ) -> Quantized:
     _check_norm(x, weight, bits)
-    require_full_range("rms_norm_quantize", full_range, bits, symmetric)
-    return _empty(x, bits, symmetric)
+    require_options("rms_norm_quantize", x, bits, symmetric, full_range, lanes)
+    return _empty(x, bits, symmetric, lanes)
 
 
 def _norm_cpu(
@@ -122,14 +126,15 @@ def _norm_cpu(
     symmetric: bool = True,
     round_first: bool = False,
     full_range: bool = False,
+    lanes: bool = False,
 ) -> Quantized:
     _check_norm(x, weight, bits)
-    require_full_range("rms_norm_quantize", full_range, bits, symmetric)
+    require_options("rms_norm_quantize", x, bits, symmetric, full_range, lanes)
     v = x.float()
     y = v * (1 / (v.square().mean(-1, keepdim=True) + eps).sqrt())
     if weight is not None:
         y = (y.to(x.dtype) if round_first else y) * weight.float()
-    return quantize_tokens(y.to(x.dtype), bits, symmetric, full_range)
+    return quantize_tokens(y.to(x.dtype), bits, symmetric, full_range, lanes)
 
 
 def _norm_cuda(
@@ -140,36 +145,53 @@ def _norm_cuda(
     symmetric: bool = True,
     round_first: bool = False,
     full_range: bool = False,
+    lanes: bool = False,
 ) -> Quantized:
     before = Before.ROUNDED_NORM if round_first and weight is not None else Before.RMS_NORM
-    return _cuda("rms_norm_quantize", before, x, weight, eps, bits, symmetric, full_range)
+    return _cuda("rms_norm_quantize", before, x, weight, eps, bits, symmetric, full_range, lanes)
 
 
 def _silu_fake(
-    gate: Tensor, up: Tensor, bits: int = 8, symmetric: bool = True, full_range: bool = False
+    gate: Tensor,
+    up: Tensor,
+    bits: int = 8,
+    symmetric: bool = True,
+    full_range: bool = False,
+    lanes: bool = False,
 ) -> Quantized:
     _check_silu(gate, up, bits)
-    require_full_range("silu_mul_quantize", full_range, bits, symmetric)
-    return _empty(gate, bits, symmetric)
+    require_options("silu_mul_quantize", gate, bits, symmetric, full_range, lanes)
+    return _empty(gate, bits, symmetric, lanes)
 
 
 def _silu_cpu(
-    gate: Tensor, up: Tensor, bits: int = 8, symmetric: bool = True, full_range: bool = False
+    gate: Tensor,
+    up: Tensor,
+    bits: int = 8,
+    symmetric: bool = True,
+    full_range: bool = False,
+    lanes: bool = False,
 ) -> Quantized:
     _check_silu(gate, up, bits)
-    require_full_range("silu_mul_quantize", full_range, bits, symmetric)
-    return quantize_tokens(torch.nn.functional.silu(gate) * up, bits, symmetric, full_range)
+    require_options("silu_mul_quantize", gate, bits, symmetric, full_range, lanes)
+    return quantize_tokens(torch.nn.functional.silu(gate) * up, bits, symmetric, full_range, lanes)
 
 
 def _silu_cuda(
-    gate: Tensor, up: Tensor, bits: int = 8, symmetric: bool = True, full_range: bool = False
+    gate: Tensor,
+    up: Tensor,
+    bits: int = 8,
+    symmetric: bool = True,
+    full_range: bool = False,
+    lanes: bool = False,
 ) -> Quantized:
-    return _cuda("silu_mul_quantize", Before.SILU_MUL, gate, up, 0.0, bits, symmetric, full_range)
+    options = bits, symmetric, full_range, lanes
+    return _cuda("silu_mul_quantize", Before.SILU_MUL, gate, up, 0.0, *options)
 
 
 define(
     "rms_norm_quantize(Tensor x, Tensor? weight, float eps, int bits=8, bool symmetric=True, "
-    "bool round_first=False, bool full_range=False) -> (Tensor, Tensor, Tensor)",
+    "bool round_first=False, bool full_range=False, bool lanes=False) -> (Tensor, Tensor, Tensor)",
     fake=_norm_fake,
     cpu=_norm_cpu,
     cuda=_norm_cuda,
@@ -178,7 +200,7 @@ define(
 )
 define(
     "silu_mul_quantize(Tensor gate, Tensor up, int bits=8, bool symmetric=True, "
-    "bool full_range=False) -> (Tensor, Tensor, Tensor)",
+    "bool full_range=False, bool lanes=False) -> (Tensor, Tensor, Tensor)",
     fake=_silu_fake,
     cpu=_silu_cpu,
     cuda=_silu_cuda,
@@ -196,6 +218,7 @@ def rms_norm_quantize(
     symmetric: bool = True,
     round_first: bool = False,
     full_range: bool = False,
+    lanes: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """RMS norm and quantisation per token in one kernel.
 
@@ -203,8 +226,8 @@ def rms_norm_quantize(
         q, scale, zero = quantize_int8(y) or quantize_int4(y)
 
     ``round_first``: rounded before it is multiplied by ``weight`` too, as the Llama of transformers
-    does. ``full_range``: as in :func:`quantize_int8`. ``x`` [..., K] fp32, bf16 or fp16, ``weight``
-    [K] of the same dtype or None, as torch.nn.functional.rms_norm takes them. Returns
+    does. ``full_range``, ``lanes``: as in :func:`quantize_int8`. ``x`` [..., K] fp32, bf16 or fp16,
+    ``weight`` [K] of the same dtype or None, as torch.nn.functional.rms_norm takes them. Returns
     (q, scale [..., 1], zero or None).
     Raises TypeError or ValueError for dtypes and shapes that do not fit; no gradient.
 
@@ -214,7 +237,7 @@ def rms_norm_quantize(
     tensor([[ 127, -127]], dtype=torch.int8)
     """
     q, scale, zero = torch.ops.intlass.rms_norm_quantize(
-        x, weight, eps, bits, symmetric, round_first, full_range
+        x, weight, eps, bits, symmetric, round_first, full_range, lanes
     )
     return q, scale, None if symmetric else zero
 
@@ -226,6 +249,7 @@ def silu_mul_quantize(
     bits: int = 8,
     symmetric: bool = True,
     full_range: bool = False,
+    lanes: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """SwiGLU's product and its quantisation per token in one kernel.
 
@@ -233,13 +257,15 @@ def silu_mul_quantize(
         q, scale, zero = quantize_int8(y) or quantize_int4(y)
 
     ``gate``, ``up`` [..., K] of one dtype (fp32, bf16 or fp16), also the halves of one tensor.
-    ``full_range``: as in :func:`quantize_int8`. Returns (q, scale [..., 1], zero or None); errors
-    as in :func:`rms_norm_quantize`.
+    ``full_range``, ``lanes``: as in :func:`quantize_int8`. Returns (q, scale [..., 1], zero or
+    None); errors as in :func:`rms_norm_quantize`.
 
     >>> import torch
     >>> q, scale, zero = silu_mul_quantize(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, -1.0]]))
     >>> q
     tensor([[   0, -127]], dtype=torch.int8)
     """
-    q, scale, zero = torch.ops.intlass.silu_mul_quantize(gate, up, bits, symmetric, full_range)
+    q, scale, zero = torch.ops.intlass.silu_mul_quantize(
+        gate, up, bits, symmetric, full_range, lanes
+    )
     return q, scale, None if symmetric else zero
