@@ -15,6 +15,8 @@ from .. import batch_invariance, config
 from ..cuda import plans
 from .problem import INT4, check_parameters
 
+_FEW = 8  # tokens that hopper.cu never has with such weights (config/choice.py)
+
 
 def takes_lanes(
     m: Any,
@@ -29,8 +31,10 @@ def takes_lanes(
     Kernels that do not take them have PyTorch put them in order. ``scales``, ``zeros``: of the
     first weight, the others' are alike. M that torch.compile leaves open is no int: False.
     """
-    known = type(m) is type(k) is int and m > 0 and {scales.dtype, out_dtype} <= plans.TYPE.keys()
-    gpu = _gpu(weights[0].device) if known and not batch_invariance.enabled() else None
+    if type(m) is not int or type(k) is not int or m <= _FEW:  # few wait for their host
+        return False
+    known = {scales.dtype, out_dtype} <= plans.TYPE.keys() and not batch_invariance.enabled()
+    gpu = _gpu(weights[0].device) if known else None
     if gpu is None:
         return False
     sizes = [w.shape[0] for w in weights]
