@@ -109,6 +109,7 @@ _SHARE_X_US, _SHARE_X = 0.4, 0.95  # share_x: until a cluster is there; of a tim
 _SHARING = 1.025  # share_w, or share_x in turns or of 256 tokens: faster by how much, by two
 _PLACES_OF_FOUR = 0.9  # of an H200's SMs are found by clusters of four
 _DEEP = 0.92  # of its rate a single consumer reaches with all of an SM's shared memory
+_TWO_STAGES = 0.8  # of its rate a ring of two reaches
 _STREAMED = 0.06  # stream_k: slower over many rounds, in which tiles share less of what L2 holds
 
 
@@ -139,6 +140,8 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
     speed = 2 * _ALONE if c.blocks_per_sm == 2 and blocks <= device.sm_count else 1.0
     if c.consumers == 1 and c.blocks_per_sm == 1:
         speed = _DEEP
+    if c.num_stages == 2:
+        speed *= _TWO_STAGES
     shared = c.share_x if c.in_turns or c.block_m == 256 else c.share_w
     if shared == 2:
         speed *= _SHARING
