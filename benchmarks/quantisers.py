@@ -3,9 +3,9 @@
     python benchmarks/quantisers.py --out benchmarks/results/quantisers-h200
 
 Every row is a ratio of two times on this machine in this run, with the bar that it should reach.
-Device times are medians of a CUDA graph of calls over cold copies; searches, GPTQ and training
-steps are timed from outside. On a CPU, and with --quick, shapes are tiny: that shows that
-everything runs, not how fast.
+Device times are medians of two CUDA graphs of calls over cold copies that take turns; searches,
+GPTQ and training steps are timed from outside. On a CPU, and with --quick, shapes are tiny: that
+shows that everything runs, not how fast.
 
 Rows do not depend on each other: one that fails is noted and the others go on. --out.json and
 --out.md are written after each. Each section has its share of --seconds; started again with the
@@ -52,7 +52,7 @@ class Report:
 
     def measure(self, row: Row) -> None:
         try:
-            ours, other = row.ours(), row.other()
+            ours, other = row.medians()
         except Exception as problem:  # the other rows still count
             self.fail(row.name, problem)
             return

@@ -39,9 +39,12 @@ def rotate_and_quantise(b: Bench) -> Iterator[Case]:
         call, name = FUSED[format_], f"{format_} R={r}"
         ours = b.ms(lambda x: call(x, h), xs)
 
+        @functools.cache
+        def part_of_copy() -> float:
+            return (x.nbytes + sum(t.nbytes for t in call(x, h))) / (2 * x.nbytes)
+
         def at_copy_speed() -> float:
-            moved = x.nbytes + sum(t.nbytes for t in call(x, h))
-            return moved * copy() / (2 * x.nbytes)
+            return part_of_copy() * copy()
 
         yield Row("rotate + quantise, speed of a copy", name, 0.8, ours, at_copy_speed)
         if r != 32 and format_ in ("mx", "nv"):
@@ -50,16 +53,17 @@ def rotate_and_quantise(b: Bench) -> Iterator[Case]:
         method = "quest" if format_ == "mx" else "abs_max"
         plan = fused_quantize.plan_of("peer", format_, x, h, method, group)
 
-        def unfused() -> float:
+        @functools.cache
+        def unfused() -> Time:
             def maths(x: Tensor) -> tuple[Tensor, ...]:
                 # rounded to bf16 on the way, which ours is not: fewer bytes than the same maths
                 rotated = (x.view(-1, r) @ h).view(x.shape)
                 return fused_quantize.quantize_rotated(rotated.float(), plan)[:2]
 
-            run = b.compiled(maths)
-            return b.ms(run, xs)()
+            return b.ms(b.compiled(maths), xs)
 
-        yield Row("rotate + quantise over torch.compile", name, 3.0, ours, unfused)
+        what = "rotate + quantise over torch.compile"
+        yield Row(what, name, 3.0, ours, lambda: unfused()())
 
     for r in (32, 64, 128):
         for format_ in FUSED:
@@ -187,11 +191,12 @@ def mixed(b: Bench) -> Iterator[Case]:
         yield Row(what, at, 0.8, ours["transposed"], ours["forward"])
         if b.cuda:
 
-            def tinygemm() -> float:
+            @functools.cache
+            def tinygemm() -> Time:
                 run = torch.ops.aten._weight_int4pack_mm
-                return b.ms(lambda w, s: run(x, w, g, s), tinygemm_weights())()
+                return b.ms(lambda w, s: run(x, w, g, s), tinygemm_weights())
 
-            yield Row("mixed_mm over tinygemm", at, 1.0, ours["forward"], tinygemm)
+            yield Row("mixed_mm over tinygemm", at, 1.0, ours["forward"], lambda: tinygemm()())
 
     for m in (16, 32, 64, 128, 256, 512, 1024):
         yield functools.partial(case, m)
@@ -208,6 +213,7 @@ def searches(b: Bench) -> Iterator[Case]:
     def case(name: str, rows: int, columns: int, find: Callable[[Tensor], object]) -> Iterator[Row]:
         part = w[:rows, :columns]
 
+        @functools.cache
         def vectorised() -> float:
             by_triton = block_quantize._by_triton
             block_quantize._by_triton = lambda *_: False

@@ -1,7 +1,9 @@
 """How benchmarks/quantisers.py times things: a row, and medians on one device.
 
 Kernels are timed as `intlass bench` times them: calls go round over copies of what they read, more
-than any cache holds, in one CUDA graph. Not here: what is timed (quantisers_cases.py).
+than any cache holds, in one CUDA graph. The graphs of a row's two sides take turns: from some 512
+tokens on the GPU's power decides, and with it what ran before. Not here: what is timed
+(quantisers_cases.py).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from intlass_ops.bench import timing
 BF16 = torch.bfloat16
 Method = Callable[[], object]
 Call = Callable[..., object]  # of the tensors of a copy
-Time = Callable[[], float]
+Time = Callable[[], float]  # measured anew, or once if that takes long
 
 
 class Row(NamedTuple):
@@ -36,6 +38,10 @@ class Row(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.what}: {self.case}"
+
+    def medians(self) -> list[float]:
+        """Of ours and the other."""
+        return timing.medians((self.ours, self.other), 0.1)
 
 
 class Bench:
@@ -58,17 +64,16 @@ class Bench:
         return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(count - 1))]
 
     def ms(self, call: Call, copies: Sequence[tuple[Tensor, ...]]) -> Time:
-        """Median device time of ``call`` of one of the copies, measured when first asked for."""
+        """Device time of ``call`` of a copy; its graph is made when it is first asked for."""
         calls = 1 if self.tiny else None
 
         @functools.cache
-        def measured() -> float:
-            us = timing.microseconds(
-                lambda i: call(*copies[i]), len(copies), self.device.type, 0.05, calls=calls
+        def run() -> Time:
+            return timing.rounds(
+                lambda i: call(*copies[i]), len(copies), self.device.type, calls=calls
             )
-            return us / 1e3
 
-        return measured
+        return lambda: run()() / 1e3
 
     def wall_ms(self, run: Method, repeats: int = 3, warm: Method | None = None) -> Time:
         """Median time of ``run`` as its caller sees it, after ``warm`` or one call more."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -39,22 +39,36 @@ def microseconds(
 
     ``calls``: so many in one CUDA graph. ``give_up``: what takes longer at first is not repeated.
     """
+    with arrivals.borrowed():
+        return medians([rounds(call, copies, device, calls=calls)], seconds, give_up)[0]
+
+
+def rounds(
+    call: Callable[[int], object], copies: int, device: str, *, calls: int | None = None
+) -> Callable[[], float]:
+    """What measures ``call(i)`` anew each time: microseconds of a call, of a round of them."""
     calls = calls or max(_CALLS, copies)
     if device == "cpu":
-        return _median(lambda: [call(i % copies) for i in range(calls)], seconds) / calls
+
+        def run() -> float:
+            begin = time.perf_counter()
+            for i in range(calls):
+                call(i % copies)
+            return (time.perf_counter() - begin) * 1e6 / calls
+
+    else:
+        run = _replays(call, copies, calls)
+    run()
+    return run
+
+
+def _replays(call: Callable[[int], object], copies: int, calls: int) -> Callable[[], float]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for i in range(min(copies, 3)):
             call(i)
     torch.cuda.current_stream().wait_stream(stream)
-    with arrivals.borrowed():
-        return _median_of_replays(call, copies, calls, seconds, give_up) / calls
-
-
-def _median_of_replays(
-    call: Callable[[int], object], copies: int, calls: int, seconds: float, give_up: float
-) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(calls):
@@ -66,27 +80,23 @@ def _median_of_replays(
         graph.replay()
         end.record()
         end.synchronize()
-        return float(begin.elapsed_time(end)) * 1e3
+        return float(begin.elapsed_time(end)) * 1e3 / calls
 
-    replay()
-    times = [replay()]
+    return replay
+
+
+def medians(
+    runs: Sequence[Callable[[], float]], seconds: float, give_up: float = math.inf
+) -> list[float]:
+    """Of what runs measure that take turns: what ran before, and a GPU's power, count alike."""
+    times = [[run()] for run in runs]
     start = time.perf_counter()
-    while times[0] <= give_up * calls and (
-        len(times) < _MIN_REPEATS or time.perf_counter() - start < seconds
+    while min(t[0] for t in times) <= give_up and (
+        len(times[0]) < _MIN_REPEATS or time.perf_counter() - start < seconds
     ):
-        times.append(replay())
-    return statistics.median(times)
-
-
-def _median(work: Callable[[], object], seconds: float) -> float:
-    work()
-    times: list[float] = []
-    start = time.perf_counter()
-    while len(times) < _MIN_REPEATS or time.perf_counter() - start < seconds:
-        begin = time.perf_counter()
-        work()
-        times.append((time.perf_counter() - begin) * 1e6)
-    return statistics.median(times)
+        for run, own in zip(runs, times, strict=True):
+            own.append(run())
+    return [statistics.median(own) for own in times]
 
 
 def copy_bandwidth(device: str, seconds: float = 0.2) -> float:
