@@ -10,6 +10,10 @@ static_assert(slab % 16 == 0 && tokens % slab == 0, "slabs of whole pairs of tok
 constexpr int pitch = 64 * sizeof(Out) + 16;
 constexpr int vector = 16 / sizeof(Out);
 constexpr int staging_bytes = slab * pitch + tokens * 4;  // of a warpgroup, with a factor a token
+// Tiles that stage so few of their tokens at a time that the barriers count write from registers, if a row
+// of the output has whole pairs.
+constexpr bool may_skip_staging =
+    block_m == 256 && X::bits == 16 && sizeof(Out) == 2 && !Config::residual;
 
 __device__ __forceinline__ u32 packed(float a, float b, __nv_bfloat16) {
   const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
@@ -79,6 +83,48 @@ __device__ __forceinline__ void numbers(float (&v)[of_part], const int* sums, bo
   }
 }
 
+// Turns a block of eight by eight numbers of 16 bits, of which a lane has two neighbours
+__device__ __forceinline__ u32 transposed(u32 v) {
+  u32 t;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(t) : "r"(v));
+  return t;
+}
+// A warpgroup's outputs straight from registers, 32 bytes of a token at a time
+template <class T>
+__device__ __forceinline__ void write_unstaged(const Params& p, const float* factor, i64 m0,
+                                               i64 row0, int lane, int warp,
+                                               const RowVectors& vectors,
+                                               const T (&sums)[tiles_n][outputs]) {
+  const int quarter = lane % 4;
+  const bool near = are_near(sums);
+  const i64 m = m0 + lane / 8 * 2;
+#pragma unroll
+  for (int i = 0; i < tiles_n; ++i) {
+    const i64 n = row0 + i * 64 + warp * 16 + lane / 4 % 2 * 8 + quarter * 2;
+    Out* to = static_cast<Out*>(p.out) + m * p.n + n;
+    const int tokens_left = n < p.n ? int(min(i64(tokens), p.m - m)) : 0;
+#pragma unroll
+    for (int m1 = 0; m1 < tokens; m1 += part) {
+      if (m0 + m1 >= p.m) break;
+      float v[of_part];
+      numbers(v, sums[i] + m1 / 2, near);
+      auto y = [&](int e, float f) {
+        const int h = e % 4 / 2;
+        return output(direct ? vectors.scale[i][h] * v[e] : v[e], f, vectors.bias[i][h], Out());
+      };
+#pragma unroll
+      for (int j = 0; j < part / 8; ++j, to += 8 * p.n) {
+        const int token = m1 + j * 8, e = j * 4;
+        const float* f = factor + token + quarter * 2;
+        const u32 even = transposed(packed(y(e, f[0]), y(e + 2, f[0]), Out{}));
+        const u32 odd = transposed(packed(y(e + 1, f[1]), y(e + 3, f[1]), Out{}));
+        if (token < tokens_left) *reinterpret_cast<u32*>(to) = even;
+        if (token + 1 < tokens_left) *reinterpret_cast<u32*>(to + p.n) = odd;
+      }
+    }
+  }
+}
+
 // A thread's outputs of a part, tokens from m on and rows from n on, from where they are staged
 __device__ __forceinline__ void store_part(const Params& p, const char* from, i64 m, i64 n) {
   Out* to = static_cast<Out*>(p.out) + m * p.n + n;
@@ -134,6 +180,8 @@ __device__ __forceinline__ void write_out(const Params& p, char* staging, int wa
     residual.ask(p, m0 + row, row0 + column);
   else
     warpgroup_sync(warpgroup);
+  if constexpr (may_skip_staging)
+    if (p.n % 2 == 0) return write_unstaged(p, factor, m0, row0, lane, warp, vectors, sums);
 
 #pragma unroll
   for (int i = 0; i < tiles_n; ++i) {
