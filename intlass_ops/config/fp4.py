@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
 from .hopper import Hopper, why_not_hopper
 from .hopper_tiles import pick_hopper
-from .problem import Device, Shape
+from .problem import Device, Shape, decoded_fp4
 from .skinny import Skinny, pick_skinny, why_not_skinny
 from .skinny_held import SkinnyHeld, pick_held
 from .skinny_mx import SkinnyMx, pick_mx
@@ -52,12 +52,24 @@ class DecodeFp4:
 
 @lru_cache(maxsize=4096)
 def pick_fp4(device: Device, shape: Shape) -> FewTokens | Hopper | None:
-    """The configuration for a product with FP4 weights; None: no kernel takes it."""
-    if why_not_skinny(shape) is None:
+    """The configuration for a product with FP4 weights; None: no kernel takes it.
+
+    One of hopper.cu is for FP4 activations that decode_fp4.cu has decoded.
+    """
+    wide = shape
+    if shape.x_kind == "e2m1":
+        wide = replace(shape, x_kind=decoded_fp4(shape.scale_type))
+    by_hopper = why_not_hopper(device, wide) is None
+    if why_not_skinny(shape) is None and not (by_hopper and _few_tokens_for_hopper(device, wide)):
         held = pick_held(device, shape)
         ring = _pick_ring(device, shape, held)
         return pick_mx(device, shape) or ring or held or pick_skinny(device, shape)
-    return pick_hopper(device, shape) if why_not_hopper(device, shape) is None else None
+    return pick_hopper(device, wide) if by_hopper else None
+
+
+def _few_tokens_for_hopper(device: Device, shape: Shape) -> bool:
+    """Whether hopper.cu beats the kernels for few tokens, decoding the activations included."""
+    return shape.x_kind == "fp16" and shape.m > 8 and shape.k >= 16384 and shape.k % 256 == 0
 
 
 def _pick_ring(device: Device, shape: Shape, held: SkinnyHeld | None) -> SkinnyRing | None:

@@ -73,6 +73,8 @@ _TILES_BY_STAGES = {
     ("s8", 4, "channel"): ((128, 128, 2, 1121), (64, 256, 2, 800), (32, 256, 2, 480)),
 }  # fmt: skip
 _TILES_BY_STAGES["bf16", 8, "groups"] = _TILES_BY_STAGES["bf16", 4, "groups"]
+# Few tokens: four consumers of 64 rows each, stages of 256 k. block_m, TOPS
+_TILES_OF_LONG_STAGES = {("bf16", 4, "fp4"): ((16, 200),)}
 # Few tiles and much of K: by stream_k some clusters share each, by split_k their blocks. Fits to
 # 4096x14336, W4A16's to 4096x4096 too.
 _TILES_OF_SEVERAL = {
@@ -169,6 +171,7 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
         (m, 1, block_k, consumers, "by_stages" if consumers > 1 else "", rate)
         for m, block_k, consumers, rate in of_k
     ]
+    tiles += [(m, 1, 256, 4, "", rate) for m, rate in _TILES_OF_LONG_STAGES.get(key, ())]
     of_several = _TILES_OF_SEVERAL.get(key, ())
     tiles += [(m, n, 128, consumers, "several", rate) for m, n, consumers, rate in of_several]
     with_rest = _TILES_WITH_REST.get(key, ())
@@ -213,6 +216,8 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
             continue  # spills
         if not one_group and shape.group_size % block_k and block_k % shape.group_size:
             continue  # a stage would have parts of groups
+        if shape.w_kind == "e2m1" and shape.k % block_k:
+            continue  # a stage would have scales of another row
         small_groups = groups_per_tile * HOPPER_BLOCK_K > block_k
         if block_k > HOPPER_BLOCK_K and (small_groups or sums or consumers == split_k == 1):
             continue  # not measured; never the fastest

@@ -130,7 +130,7 @@ struct BlockScales {
   __device__ __forceinline__ void factors(RowScale (&rows)[row_scales][2], int i, int h, int chunk,
                                           int quarter) const {
     if constexpr (block_size<Scale> == 32) {
-      rows[0][h] = RowScale(e8m0_factor(words[i][h][0], chunk));
+      rows[0][h] = RowScale(e8m0_factor(words[i][h][chunk / 4], chunk % 4));
     } else if constexpr (lane_order) {
       rows[0][h] = RowScale(e4m3_factor(words[i][h][chunk / 2], chunk % 2 * 2 + quarter / 2));
     } else {
@@ -143,8 +143,13 @@ struct BlockScales {
   // Whether a row has a scale of 255. Those of e4m3 that are no numbers show as factors.
   __device__ __forceinline__ bool no_number(int i, int h) const {
     if constexpr (same<Scale, e4m3>::value) return false;
-    const u32 word = words[i][h][0];
-    return (((word & 0x7f7f7f7f) + 0x01010101) & word & 0x80808080) != 0;
+    u32 found = 0;
+#pragma unroll
+    for (int b = 0; b < block_words; ++b) {
+      const u32 word = words[i][h][b];
+      found |= ((word & 0x7f7f7f7f) + 0x01010101) & word & 0x80808080;
+    }
+    return found != 0;
   }
 };
 struct BlockReader {

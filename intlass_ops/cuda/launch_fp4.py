@@ -23,7 +23,8 @@ _SCALES = {torch.float8_e8m0fnu: ("e8m0", 32), torch.float8_e4m3fn: ("e4m3", 16)
 _KINDS = {torch.uint8: "e2m1", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _DTYPES = {kind: dtype for dtype, kind in _KINDS.items()}
 
-_plans: dict[Key, tuple[launch.MatmulPlan, str] | None] = {}
+# The plan and its name; or None and what FP4 activations are decoded to first. None: no kernel
+_plans: dict[Key, tuple[launch.MatmulPlan | None, str] | None] = {}
 _decoders: dict[Key, Launch] = {}
 
 
@@ -44,23 +45,15 @@ def run(
         x = x.clone(memory_format=torch.contiguous_format)
     operands = w, w_scales, blocked, alpha, k, out_dtype
     few = config.SKINNY_MAX_M
-    if x.shape[0] <= few:
-        return _run(x, x_scales, 1, *operands)
-    kind = "bf16" if x_scales is None else config.decoded_fp4(_SCALES[w_scales.dtype][0])
-    shape = _shape(kind, x.shape[0], w.shape, aligned(w), w_scales.dtype, out_dtype, blocked)
-    if config.why_not_hopper(device_of(x.device.index), shape) is None:
-        if x_scales is None:
-            return _run(x, None, 1, *operands)
-        decoded, unit = _decode_fp4(x.contiguous(), x_scales, blocked, kind, lane_order=True)
-        return _run(decoded, None, int(unit), *operands, lane_order=True)
-    if x.shape[0] > config.FP4_MAX_M:
-        return None
+    done = _run(x, x_scales, *operands)
+    if done is not None or not few < x.shape[0] <= config.FP4_MAX_M:
+        return done
     parts, name = [], ""
     for first in range(0, x.shape[0], few):
         scales = x_scales
         if scales is not None and first:
             scales = _readable(scales.view(-1)[_offset(first, scales.dtype, blocked, k) :])
-        done = _run(x[first : first + few], scales, 1, *operands)
+        done = _run(x[first : first + few], scales, *operands)
         if done is None:
             return None
         parts.append(done[0])
@@ -71,16 +64,16 @@ def run(
 def _run(
     x: Tensor,
     x_scales: Tensor | None,
-    x_unit: int,
     w: Tensor,
     w_scales: Tensor,
     blocked: bool,
     alpha: Tensor | None,
     k: int,
     out_dtype: torch.dtype,
+    x_unit: int = 1,
     lane_order: bool = False,
 ) -> tuple[Tensor, str] | None:
-    """One launch. ``x_unit``: what decoded activations were divided by; ``lane_order``: theirs."""
+    """One product. ``x_unit``: what decoded activations were divided by; ``lane_order``: theirs."""
     key = (
         signature(x),
         signature(w),
@@ -100,7 +93,9 @@ def _run(
         shape = _shape(kind, x.shape[0], w.shape, in_vectors, w_scales.dtype, out_dtype, blocked)
         c = config.pick_fp4(device_of(x.device.index), shape)
         planned = None
-        if c is not None:
+        if isinstance(c, config.Hopper) and x_scales is not None:
+            planned = None, c.x_kind
+        elif c is not None:
             if isinstance(c, config.Hopper):
                 c = replace(c, x_unit=x_unit, lane_order=lane_order)
             group = shape.group_size
@@ -112,6 +107,10 @@ def _run(
     if planned is None:
         return None
     plan, name = planned
+    if plan is None:
+        assert x_scales is not None
+        x, unit = _decode_fp4(x.contiguous(), x_scales, blocked, name, lane_order=True)
+        return _run(x, None, w, w_scales, blocked, alpha, k, out_dtype, int(unit), lane_order=True)
     return plan.run(x, w, w_scales, None, x_scales, None, alpha, None), name
 
 
