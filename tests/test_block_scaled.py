@@ -231,7 +231,11 @@ def test_two_bf16_terms_hold_every_fp16_number() -> None:
         ("sm_90a", "e2m1", 16, 28672, 4096, "skinny_held"),
         ("sm_90a", "e2m1", 1, 8192, 28672, "skinny_ring"),
         ("sm_90a", "e2m1", 1, 5120, 13824, "skinny_held"),
-        ("sm_90a", "e2m1", 16, 8192, 28672, "skinny_held"),
+        ("sm_90a", "e2m1", 8, 8192, 28672, "skinny_held"),
+        ("sm_90a", "e2m1", 16, 8192, 28672, "hopper"),
+        ("sm_90a", "e2m1", 16, 8192, 28800, "skinny"),
+        ("sm_90a", "bf16", 16, 8192, 28672, "skinny_held"),
+        ("sm_90a", "e2m1", 17, 4096, 4096, "hopper"),
         ("sm_90a", "bf16", 16, 28672, 4128, "skinny_ring"),
         ("sm_90a", "bf16", 1, 8192, 28672, "skinny_ring"),
         ("sm_90a", "bf16", 17, 4096, 4096, "hopper"),
@@ -348,6 +352,34 @@ def test_tiles_of_mx_products(apart: bool, blocked: bool, monkeypatch: pytest.Mo
                 assert_close(y, x @ w.T, x.abs() @ w.abs().T)
             else:
                 assert torch.equal(y, round_once(x @ w.T, BF16)), (m, n, k, str(c))
+    launch_fp4._plans.clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocked", [True, False])
+@pytest.mark.parametrize("format_", ["mx", "nv"])
+def test_tiles_of_hopper(format_: str, blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that may be picked for FP4 activations, with tails and a scale that is no number."""
+    gpu = launch_fp4.device_of(0)
+    if gpu.arch != "sm_90a":
+        pytest.skip(f"{gpu.arch} has no wgmma")
+    for m, n, k in ((13, 1000, 1280), (40, 1001, 1280), (300, 1000, 896)):
+        (a, a_scale), (b, b_scale) = (
+            quantized(format_, rows, k, "abs_max", seed) for seed, rows in enumerate((m, n))
+        )
+        b_scale.view(torch.uint8)[77, -1] = 255
+        operands = [t.cuda() for t in (a, b, ordered(a_scale, blocked), ordered(b_scale, blocked))]
+        expected = round_once(exact(a, a_scale) @ exact(b, b_scale).T, BF16)
+        scales = {"mx": E8M0, "nv": E4M3}[format_]
+        kind = config.decoded_fp4({"mx": "e8m0", "nv": "e4m3"}[format_])
+        shape = launch_fp4._shape(kind, m, b.shape, True, scales, BF16, blocked)
+        tiles = [c for c, _ in config.hopper_candidates(gpu, shape)]
+        assert {c.block_k for c in tiles} == ({128, 256} if m == 13 else {128})
+        for c in tiles:
+            monkeypatch.setattr(config, "pick_fp4", lambda *_, c=c: c)
+            launch_fp4._plans.clear()
+            y = op_of(format_, blocked)(*operands).cpu()
+            assert torch.equal(y.nan_to_num(-1), expected.nan_to_num(-1)), (m, n, k, str(c))
     launch_fp4._plans.clear()
 
 

@@ -245,6 +245,15 @@ def _shipped_quantisers(types: tuple[str, ...]) -> Iterator[tuple[Config, tuple[
         yield pick_quantize(device_of(arch), *kind, full_range=True), (arch,)
 
 
+def _shipped_fp4(arch: str, shape: Shape) -> Iterator[tuple[Config, tuple[str, ...]]]:
+    picked = pick_fp4(device_of(arch), shape)
+    if isinstance(picked, Hopper) and shape.x_kind == "e2m1":
+        unit = FP4_UNIT[picked.x_kind, shape.scale_type]
+        picked = replace(picked, lane_order=True, x_unit=unit)
+    if picked is not None:
+        yield picked, (arch,)
+
+
 def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
     """A covering set of what the picks can return, each with the architectures it is built for.
 
@@ -303,9 +312,8 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
     for turn, (x, (scale_type, group_size), m) in enumerate(
         itertools.product(FP4_X, formats, (1, 16, 4096))
     ):
-        decoded = x == "e2m1" and m > SKINNY_MAX_M
         shape = Shape(
-            x_kind=decoded_fp4(scale_type) if decoded else x,
+            x_kind=x,
             w_kind="e2m1",
             scale_type=scale_type,
             zero_type="float",
@@ -320,15 +328,13 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
             blocked=turn % 4 == 0,
         )
         for arch in ARCHS:
-            picked = pick_fp4(device_of(arch), shape)
-            if isinstance(picked, Hopper) and decoded:
-                unit = FP4_UNIT[shape.x_kind, scale_type]
-                picked = replace(picked, lane_order=True, x_unit=unit)
-            if picked is not None:
-                yield picked, (arch,)
-    mx = replace(_W4A16, x_kind="e2m1", w_kind="e2m1", scale_type="e8m0", n=8192, k=8192)
+            yield from _shipped_fp4(arch, shape)
+    two = replace(_W4A16, x_kind="e2m1", w_kind="e2m1", n=8192, k=8192)
+    long_rows = replace(two, scale_type="e4m3", group_size=16, m=16, k=28672, blocked=True)
+    yield from _shipped_fp4("sm_90a", long_rows)
     for turn, m in enumerate((1, 16)):
-        shape = replace(mx, group_size=32, out_type=types[turn], m=m, blocked=turn == 1)
+        mx = replace(two, scale_type="e8m0", group_size=32)
+        shape = replace(mx, out_type=types[turn], m=m, blocked=turn == 1)
         for c in mx_candidates(device_of("sm_90a"), shape):
             yield c, ("sm_90a",)
     for x in ("s4", "u4"):
