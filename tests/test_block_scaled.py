@@ -363,7 +363,8 @@ def test_tiles_of_hopper(format_: str, blocked: bool, monkeypatch: pytest.Monkey
     gpu = launch_fp4.device_of(0)
     if gpu.arch != "sm_90a":
         pytest.skip(f"{gpu.arch} has no wgmma")
-    for m, n, k in ((13, 1000, 1280), (40, 1001, 1280), (300, 1000, 896)):
+    few = (13, 1000, 1280), (20, 26000, 512), (40, 1001, 1280)
+    for m, n, k in (*few, (300, 1000, 896), (300, 1001, 896)):
         (a, a_scale), (b, b_scale) = (
             quantized(format_, rows, k, "abs_max", seed) for seed, rows in enumerate((m, n))
         )
@@ -374,7 +375,8 @@ def test_tiles_of_hopper(format_: str, blocked: bool, monkeypatch: pytest.Monkey
         kind = config.decoded_fp4({"mx": "e8m0", "nv": "e4m3"}[format_])
         shape = launch_fp4._shape(kind, m, b.shape, True, scales, BF16, blocked)
         tiles = [c for c, _ in config.hopper_candidates(gpu, shape)]
-        assert {c.block_k for c in tiles} == ({128, 256} if m == 13 else {128})
+        assert {c.block_k for c in tiles} == ({128, 256} if m < 64 else {128})
+        assert any(c.rest_by_k for c in tiles) == (n == 26000)
         for c in tiles:
             monkeypatch.setattr(config, "pick_fp4", lambda *_, c=c: c)
             launch_fp4._plans.clear()

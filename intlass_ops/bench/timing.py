@@ -39,8 +39,7 @@ def microseconds(
 
     ``calls``: so many in one CUDA graph. ``give_up``: what takes longer at first is not repeated.
     """
-    with arrivals.borrowed():
-        return medians([rounds(call, copies, device, calls=calls)], seconds, give_up)[0]
+    return medians([rounds(call, copies, device, calls=calls)], seconds, give_up)[0]
 
 
 def rounds(
@@ -70,7 +69,7 @@ def _replays(call: Callable[[int], object], copies: int, calls: int) -> Callable
             call(i)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with arrivals.borrowed(), torch.cuda.graph(graph):
         for i in range(calls):
             call(i % copies)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

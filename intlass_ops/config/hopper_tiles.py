@@ -73,8 +73,14 @@ _TILES_BY_STAGES = {
     ("s8", 4, "channel"): ((128, 128, 2, 1121), (64, 256, 2, 800), (32, 256, 2, 480)),
 }  # fmt: skip
 _TILES_BY_STAGES["bf16", 8, "groups"] = _TILES_BY_STAGES["bf16", 4, "groups"]
-# Few tokens: four consumers of 64 rows each, stages of 256 k. block_m, TOPS
-_TILES_OF_LONG_STAGES = {("bf16", 4, "fp4"): ((16, 200),)}
+# As many tokens and no more, of layers that are wide or long: stages of 256 k. block_m, consumers,
+# how, TOPS
+_TILES_OF_LONG_STAGES = {
+    ("bf16", 4, "fp4"): (
+        (16, 4, "", 200), (32, 4, "", 300), (32, 4, "rest", 300), (64, 3, "", 460),
+        (64, 4, "rest", 460),
+    ),
+}  # fmt: skip
 # Few tiles and much of K: by stream_k some clusters share each, by split_k their blocks. Fits to
 # 4096x14336, W4A16's to 4096x4096 too.
 _TILES_OF_SEVERAL = {
@@ -171,7 +177,10 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
         (m, 1, block_k, consumers, "by_stages" if consumers > 1 else "", rate)
         for m, block_k, consumers, rate in of_k
     ]
-    tiles += [(m, 1, 256, 4, "", rate) for m, rate in _TILES_OF_LONG_STAGES.get(key, ())]
+    of_long = _TILES_OF_LONG_STAGES.get(key, ())
+    tiles += [
+        (m, 1, 256, consumers, how, rate) for m, consumers, how, rate in of_long if shape.m <= m
+    ]
     of_several = _TILES_OF_SEVERAL.get(key, ())
     tiles += [(m, n, 128, consumers, "several", rate) for m, n, consumers, rate in of_several]
     with_rest = _TILES_WITH_REST.get(key, ())

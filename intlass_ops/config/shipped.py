@@ -330,8 +330,9 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
         for arch in ARCHS:
             yield from _shipped_fp4(arch, shape)
     two = replace(_W4A16, x_kind="e2m1", w_kind="e2m1", n=8192, k=8192)
-    long_rows = replace(two, scale_type="e4m3", group_size=16, m=16, k=28672, blocked=True)
-    yield from _shipped_fp4("sm_90a", long_rows)
+    nv = replace(two, scale_type="e4m3", group_size=16, blocked=True)
+    for m, n, k in ((16, 8192, 28672), (32, 28672, 4096), (64, 8192, 28672)):
+        yield from _shipped_fp4("sm_90a", replace(nv, m=m, n=n, k=k))
     for turn, m in enumerate((1, 16)):
         mx = replace(two, scale_type="e8m0", group_size=32)
         shape = replace(mx, out_type=types[turn], m=m, blocked=turn == 1)

@@ -47,9 +47,9 @@ _counters: dict[int, _Counters] = {}
 
 @contextlib.contextmanager
 def borrowed() -> Iterator[None]:
-    """What is captured inside gives its counters back: its graphs must not outlive the context.
+    """What is captured inside gives its counters back: its graphs must not run beside others.
 
-    For who times one graph after another; with no counters left, graphs are slower.
+    For who times one graph at a time; with no counters left, graphs are slower.
     """
     before = {index: counters.captured_used for index, counters in _counters.items()}
     try:

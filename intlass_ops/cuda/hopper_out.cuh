@@ -10,10 +10,10 @@ static_assert(slab % 16 == 0 && tokens % slab == 0, "slabs of whole pairs of tok
 constexpr int pitch = 64 * sizeof(Out) + 16;
 constexpr int vector = 16 / sizeof(Out);
 constexpr int staging_bytes = slab * pitch + tokens * 4;  // of a warpgroup, with a factor a token
-// Tiles that stage so few of their tokens at a time that the barriers count write from registers, if a row
-// of the output has whole pairs.
+// Tiles that stage so few of their tokens at a time that the barriers count write from registers, if a
+// row of the output has whole pairs. With stream_k that is slower.
 constexpr bool may_skip_staging =
-    block_m == 256 && X::bits == 16 && sizeof(Out) == 2 && !Config::residual;
+    block_m == 256 && X::bits == 16 && sizeof(Out) == 2 && !Config::residual && !Config::stream_k;
 
 __device__ __forceinline__ u32 packed(float a, float b, __nv_bfloat16) {
   const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
