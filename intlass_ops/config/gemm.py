@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .epilogue import Activation, named
-from .problem import BITS, SPAN_K, Device, Grouping, mma_sass
+from .problem import BITS, SPAN_K, Device, Grouping, mma_sass, scales_are_split
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class Gemm:
     def smem_bytes(self) -> int:
         """The ring, the epilogue's vectors of tokens and rows, and what GroupTable holds."""
         bits = self.block_m * BITS[self.x_kind] + self.block_n * BITS[self.w_kind]
-        scaled = self.grouping == Grouping.SCALED_WEIGHTS
-        table = 4 * (1 + self.has_zeros) * self.block_n if scaled else 0
+        entry = (4 if scales_are_split(self) else 2) * (1 + self.has_zeros)
+        groups = {Grouping.SCALED_WEIGHTS: 1, Grouping.SCALED_SPANS: self.block_k // SPAN_K}
+        table = 2 * entry * self.block_n * groups.get(Grouping(self.grouping), 0)
         vectors = 4 * (2 * self.block_m + self.block_n)
         return self.num_stages * bits * self.block_k // 8 + vectors + table
 

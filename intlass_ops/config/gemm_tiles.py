@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .gemm import Gemm, grouping_of, why_illegal
-from .problem import BITS, Device, Grouping, Shape, weights_take_scales
+from .problem import (
+    BITS,
+    SPAN_K,
+    Device,
+    Grouping,
+    Shape,
+    scales_are_split,
+    weights_take_scales,
+)
 
 # TOPS of an H200 full of blocks, by bits of activations and weights, block_m and block_n. These and
 # the times below are fits to 511 problems, M = 32..2048 on 21 layers that no table holds
@@ -71,16 +79,19 @@ _TALL, _SQUARE, _WIDE = (128, 128, 1, 4), (128, 128, 2, 2), (128, 256, 2, 4)
 def _large_tile(device: Device, shape: Shape) -> Tile | None:
     """For many tokens, where one set of accumulators is enough.
 
-    Warps of 64 tokens by 64 rows; of 128 by 32 where INT4 codes become 16-bit floats: that is done
-    half as often then.
+    Warps of 64 tokens by 64 rows; of 128 by 32 where INT4 codes become 16-bit floats, or INT8 ones
+    in several instructions: that is done half as often then.
     """
     channel = shape.group_size >= shape.k and not shape.has_zeros
     if BITS[shape.x_kind] == 16:
-        fits = shape.group_size % _SCALED_K == 0 and not _crowded(device, shape)
+        fits = shape.group_size % _SCALED_K == 0 or shape.group_size == SPAN_K
+        fits = fits and not _crowded(device, shape)
         scaled = weights_take_scales(shape) and fits
         if not (channel or scaled):
             return None
-        return _TALL if BITS[shape.w_kind] == 4 else _SQUARE
+        split = scaled and scales_are_split(shape)
+        tall = BITS[shape.w_kind] == 4 or split or shape.group_size == SPAN_K
+        return _TALL if tall else _SQUARE
     if not channel:
         return None
     return _WIDE if shape.w_kind == "s8" and not _little(device, shape) else _SQUARE
@@ -109,6 +120,9 @@ def _config(device: Device, shape: Shape, tile: Tile) -> Gemm:
     scaled = floats and large and weights_take_scales(shape)
     grouping = grouping_of(shape.k, shape.group_size, block_k)
     whole = shape.k * BITS[shape.x_kind] % 128 == 0 and shape.k * BITS[shape.w_kind] % 128 == 0
+    if scaled:
+        of_span = shape.group_size == SPAN_K
+        grouping = Grouping.SCALED_SPANS if of_span else Grouping.SCALED_WEIGHTS
     config = Gemm(
         x_kind=shape.x_kind,
         w_kind=shape.w_kind,
@@ -122,7 +136,7 @@ def _config(device: Device, shape: Shape, tile: Tile) -> Gemm:
         warps_n=warps_n,
         num_stages=3,
         split_k=1,
-        grouping=Grouping.SCALED_WEIGHTS if scaled else grouping,
+        grouping=grouping,
         has_zeros=shape.has_zeros,
         has_a_zero=shape.has_a_zero,
         aligned=shape.aligned and whole,

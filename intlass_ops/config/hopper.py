@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from .epilogue import Activation, named
-from .problem import BITS, TYPE_BYTES, Device, Grouping, Shape, decoded_fp4
+from .problem import (
+    BITS,
+    TYPE_BYTES,
+    Device,
+    Grouping,
+    Shape,
+    decoded_fp4,
+    scales_are_split,
+    weights_take_scales,
+)
 
 HOPPER_BLOCK_K = 128  # k of a stage, or twice as many
 PIECE = 3.0  # tiles of 128 k that a helper could compute while it leaves its sums of one
@@ -109,7 +118,8 @@ class Hopper:
         """Of a row and group in the ring: what weights, or sums, are multiplied by in groups."""
         if self.grouping == Grouping.CHANNEL or self.w_kind == "e2m1":
             return 0
-        return 8 if self.has_zeros or self.grouping == Grouping.SCALED_WEIGHTS else 4
+        scaled = self.grouping == Grouping.SCALED_WEIGHTS
+        return 8 if self.has_zeros or (scaled and not scales_are_split(self)) else 4
 
     @property
     def w_rows(self) -> int:
@@ -273,6 +283,11 @@ def why_not_hopper(device: Device, shape: Shape) -> str | None:
     whole = shape.group_size >= shape.k
     if shape.x_kind == "s8" and shape.w_kind == "s8" and not whole:
         return "INT8 weights under INT8 activations have one scale a row"
-    if not whole and shape.group_size % HOPPER_BLOCK_K and shape.group_size not in (32, 64):
-        return f"group_size={shape.group_size} is neither 32, 64 nor a multiple of {HOPPER_BLOCK_K}"
+    sizes = (16, 32, 64) if weights_take_scales(shape) and not shape.has_zeros else (32, 64)
+    if not whole and shape.group_size % HOPPER_BLOCK_K and shape.group_size not in sizes:
+        *few, last = map(str, sizes)
+        return (
+            f"group_size={shape.group_size} is neither {', '.join(few)}, {last} nor a multiple of "
+            f"{HOPPER_BLOCK_K}"
+        )
     return None

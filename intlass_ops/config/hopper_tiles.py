@@ -11,7 +11,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .hopper import HALF_SM, HOPPER_BLOCK_K, PIECE, Hopper
-from .problem import BITS, Device, Grouping, Shape, weights_take_scales
+from .problem import (
+    BITS,
+    TYPE_BYTES,
+    Device,
+    Grouping,
+    Shape,
+    scales_are_split,
+    weights_take_scales,
+)
 
 # Tiles of hopper.cu: block_m, tiles_n, consumers, and the TOPS of an H200 full of them, by kinds
 # of activations and weights. These and the times below are fits to 204 problems, M = 17..8192 on
@@ -118,6 +126,7 @@ _SHARING = 1.025  # share_w, or share_x in turns or of 256 tokens: faster by how
 _PLACES_OF_FOUR = 0.9  # of an H200's SMs are found by clusters of four
 _DEEP = 0.92  # of its rate a single consumer reaches with all of an SM's shared memory
 _TWO_STAGES = 0.8  # of its rate a ring of two reaches
+_SUMS_MAX_M = 128  # tokens
 _STREAMED = 0.06  # stream_k: slower over many rounds, in which tiles share less of what L2 holds
 
 
@@ -165,8 +174,18 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
 
 def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, float]]:
     """The tiles that fit a problem, with as deep a ring as fits, and their predicted times."""
-    whole = shape.group_size >= shape.k and not shape.has_zeros and shape.w_kind != "e2m1"
     scaled = weights_take_scales(shape)
+    yield from _candidates(device, shape, scaled)
+    # Sums that take scales are fewer instructions than two products a pair of weights, where few
+    # tokens meet them.
+    split = scaled and scales_are_split(shape) and not shape.has_zeros
+    if split and shape.group_size % HOPPER_BLOCK_K == 0:
+        of_sums = _candidates(device, shape, scaled=False)
+        yield from ((c, us) for c, us in of_sums if c.block_m <= _SUMS_MAX_M)
+
+
+def _candidates(device: Device, shape: Shape, scaled: bool) -> Iterator[tuple[Hopper, float]]:
+    whole = shape.group_size >= shape.k and not shape.has_zeros and shape.w_kind != "e2m1"
     kind = "s8" if shape.x_kind == "s8" else "bf16"
     scales = "fp4" if shape.w_kind == "e2m1" else "channel" if whole or scaled else "groups"
     key = kind, BITS[shape.w_kind], scales
@@ -230,7 +249,7 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
         small_groups = groups_per_tile * HOPPER_BLOCK_K > block_k
         if block_k > HOPPER_BLOCK_K and (small_groups or sums or consumers == split_k == 1):
             continue  # not measured; never the fastest
-        if consumers == 4 and (small_groups or sums):
+        if consumers == 4 and ((small_groups and not scaled) or sums):
             continue  # 112 registers a thread are too few
         if consumers > 2 and not by_stages and split_k * share_x * share_w > 1:
             continue  # never the fastest, or not measured
@@ -241,6 +260,7 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
         if scaled:
             most = 1 if stream_k else 2
             spills = block_m * tiles_n == 256 and shape.has_zeros and groups_per_tile > most
+            spills |= _scales_spill(shape, block_m, tiles_n, consumers, groups_per_tile, way)
         else:
             limit = 160 if stream_k or shape.has_zeros or kind != "s8" else 256
             spills = not whole and (block_m * tiles_n + 32 * extra > limit or extra == 3)
@@ -293,6 +313,27 @@ def hopper_candidates(device: Device, shape: Shape) -> Iterator[tuple[Hopper, fl
         fits = _deepest_ring(c, room)
         if fits is not None:
             yield fits, _hopper_time(fits, rate, device, shape)
+
+
+def _scales_spill(
+    shape: Shape,
+    block_m: int,
+    tiles_n: int,
+    consumers: int,
+    groups_per_tile: int,
+    way: tuple[bool, int, int, int],
+) -> bool:
+    """Whether registers are too few for scales that weights take: the warps that bring them hold
+    those of a tile of K or more."""
+    stream_k, split_k, _, _ = way
+    wide = TYPE_BYTES[shape.scale_type] > 2
+    if groups_per_tile > 4:
+        return tiles_n * consumers > 2 or (block_m == 256 and stream_k)
+    if not shape.has_zeros:
+        return wide and stream_k and groups_per_tile > 2 and block_m * tiles_n == 256
+    if TYPE_BYTES[shape.zero_type] == 1:
+        return wide and (consumers == 4 or (split_k > 1 and tiles_n > 1))
+    return consumers == 4 and groups_per_tile > 1
 
 
 def _deepest_ring(c: Hopper, room: int) -> Hopper | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Protocol
 
 SPAN_K = 32  # k of one span, operands.cuh
 BITS = {"bf16": 16, "fp16": 16, "s8": 8, "s4": 4, "u4": 4, "e2m1": 4}
@@ -36,6 +37,22 @@ class Grouping(IntEnum):
     SPAN = 2  # groups of whole spans
     STRADDLING = 3  # a group may end inside a span: group_size 16, 48, ...
     SCALED_WEIGHTS = 4  # each weight takes its scale before it is multiplied
+    SCALED_SPANS = 6  # the same in groups of one span (gemm.cu)
+
+
+class _Types(Protocol):
+    """The operands' of a Shape, and of each configuration."""
+
+    @property
+    def x_kind(self) -> str: ...
+    @property
+    def w_kind(self) -> str: ...
+    @property
+    def scale_type(self) -> str: ...
+    @property
+    def zero_type(self) -> str: ...
+    @property
+    def has_zeros(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -121,12 +138,26 @@ class Shape:
 def weights_take_scales(shape: Shape) -> bool:
     """Whether scales of groups multiply the weights, which are rounded to the activations' type.
 
-    So does a dequantised model, and scales of the activations' own type say that this one was; a
-    weight that this type has no number for is as infinite, or as small, as it is there. An output
-    of 16 bits hides the rounding; one of float32 is summed group by group and rounded once.
+    So does a dequantised model. Under bf16, whatever float types scales and zero points have: a
+    weight is within 2^-8 of itself, and 2^-12 scale where zero points are no integers
+    (split_scales.cuh). Under fp16 scales of its own type, which say that the model was one; a
+    weight that fp16 has no number for is as infinite, or as small, as it is there. An output of 16
+    bits hides the rounding; one of float32 is summed group by group and rounded once.
     """
-    floats = () if shape.x_kind == "fp16" else ("__nv_bfloat16",)
-    return shape.w_kind == "e2m1" or _types_allow(shape, floats)
+    if shape.x_kind == "bf16" and shape.group_size < shape.k:
+        return shape.out_type != "float" or shape.w_kind == "e2m1"
+    return shape.w_kind == "e2m1" or _types_allow(shape, ())
+
+
+def scales_are_split(types: _Types) -> bool:
+    """Whether weights that take scales under bf16 have them as two numbers of it: they, or the zero
+    points, have bits that bf16 has not."""
+    floats = types.has_zeros and types.zero_type in ("float", "__half")
+    return (
+        types.x_kind == "bf16"
+        and types.w_kind != "e2m1"
+        and (types.scale_type != "__nv_bfloat16" or floats)
+    )
 
 
 def _types_allow(shape: Shape, float_zeros: tuple[str, ...]) -> bool:

@@ -11,7 +11,7 @@
 // `w` makes the A fragment of 16 rows from their words, `x` the B fragment of 8 tokens from theirs;
 // `half` makes half of an A fragment of 16-bit floats, and these may take their row's scale.
 #pragma once
-#include "operands.cuh"
+#include "split_scales.cuh"
 
 __device__ __forceinline__ void mma(float (&d)[4], const u32* a, const u32* b, const float* c,
                                     bf16) {
@@ -75,8 +75,16 @@ template <class X> struct Float16Fragments {
   }
   static __device__ __forceinline__ int k_of(int, int quarter) { return 8 * quarter; }
   // What turns a row's codes into weights, twice in a word: an addend that makes the zero point's
-  // code 0, and the scale
-  struct Row { u32 offset, scale; };
+  // code 0, and the scale; or both as split_scales.cuh has them
+  struct Row {
+    u32 offset, scale;
+    __device__ __forceinline__ u32 addend() const {
+      return split_scales && has_zeros ? low_twice(offset) : offset;
+    }
+    __device__ __forceinline__ u32 times(u32 codes) const {
+      return split_scales ? times_split(codes, scale, offset) : mul2<X>(codes, scale);
+    }
+  };
 };
 
 // INT4: bytes j of w and of w >> 4, spread to half words, are codes 2j and 2j + 1
@@ -123,8 +131,8 @@ template <class X, class W> struct Int4Float16Fragments : Float16Fragments<X> {
     for (int r = 0; r < 4; ++r) {
       const int byte = 2 * part + r / 2;
       const u32 nibbles = __byte_perm(v[r % 2], 0, byte * 0x101);
-      const u32 code = fma2<X>(and_xor(nibbles, 0x00f0000f, flip), factors, rows[r % 2].offset);
-      a[r] = scaled ? mul2<X>(code, rows[r % 2].scale) : code;
+      const u32 code = fma2<X>(and_xor(nibbles, 0x00f0000f, flip), factors, rows[r % 2].addend());
+      a[r] = scaled ? rows[r % 2].times(code) : code;
     }
   }
 };
@@ -132,9 +140,11 @@ template <class X, class W> struct Int4Float16Fragments : Float16Fragments<X> {
 template <class X> struct Int8Float16Fragments : Float16Fragments<X> {
   static constexpr int words_w = 2;
   static constexpr bool matrix_w = false;
+  static __device__ __forceinline__ u32 bytes(u32 w, int j) {
+    return __byte_perm(w, 0, j ? 0x4342 : 0x4140);
+  }
   static __device__ __forceinline__ u32 pair(u32 w, int j) {
-    const u32 bytes = __byte_perm(w, 0, j ? 0x4342 : 0x4140);
-    return Int8Float16Pair<X>::even_bytes(bytes);
+    return Int8Float16Pair<X>::even_bytes(bytes(w, j));
   }
   static __device__ __forceinline__ typename Float16Fragments<X>::A w(const u32* v) {
     const u32 *lo = v, *hi = v + 2;
@@ -142,18 +152,18 @@ template <class X> struct Int8Float16Fragments : Float16Fragments<X> {
              pair(hi[1], 0), pair(lo[1], 1), pair(hi[1], 1)}};
   }
   using Row = typename Float16Fragments<X>::Row;
-  static constexpr u32 factors = 0;
-  static constexpr float unit = 1.f;
+  static constexpr u32 factors = Bytes<X>::factors;
+  static constexpr float unit = Bytes<X>::unit;
   static __device__ __forceinline__ Row plain() { return {0, 0}; }
   static __device__ __forceinline__ u32 entry(float s) { return halves<X>(s, 0.f); }
   static __device__ __forceinline__ Row row(u32 scale) { return {0, scale}; }
   template <bool scaled>
-  static __device__ __forceinline__ void half(u32 (&a)[4], const u32* v, int part, u32,
+  static __device__ __forceinline__ void half(u32 (&a)[4], const u32* v, int part, u32 factors,
                                               const Row (&rows)[2]) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const u32 code = pair(v[r % 2 * 2 + part], r / 2);
-      a[r] = scaled ? mul2<X>(code, rows[r % 2].scale) : code;
+      const u32 code = Bytes<X>::codes(bytes(v[r % 2 * 2 + part], r / 2), factors);
+      a[r] = scaled ? rows[r % 2].times(code) : code;
     }
   }
 };

@@ -11,13 +11,18 @@
 template <class F> struct RowScales {
   typename F::Row rows[tiles_n][2];
 
-  __device__ __forceinline__ void take(const GroupTable<F>& table) {
+  // For a step
+  __device__ __forceinline__ void take(const GroupTable<F>& table, int step) {
     [[maybe_unused]] u32 v[GroupTable<F>::lane_words];
-    if constexpr (scaled) table.read(v);
+    if constexpr (scaled) table.read(v, step);
 #pragma unroll
     for (int r = 0; r < lane_rows; ++r)
       if constexpr (!scaled)
         rows[r / 2][r % 2] = F::plain();
+      else if constexpr (split_scales && has_zeros)
+        rows[r / 2][r % 2] = {v[2 * r + 1], v[2 * r]};
+      else if constexpr (split_scales)
+        rows[r / 2][r % 2] = {F::plain().offset, v[r]};
       else if constexpr (has_zeros)
         rows[r / 2][r % 2] = F::row(__byte_perm(v[r], 0, 0x3232), __byte_perm(v[r], 0, 0x1010));
       else
@@ -55,7 +60,7 @@ __device__ __forceinline__ void sum_ahead(const Params& p, char* entries, i64 n0
     F::template half<scaled>(a[part][i], w.r + i * regs_w, part, factors, rows.rows[i]);
   };
   ring.wait();
-  rows.take(table);
+  rows.take(table, 0);
   read_w.load<tiles_n * regs_w>(w.r, ring.from, 0);
   read_x.load<tiles_m * regs_x>(x[0].r, ring.from, 0);
 #pragma unroll
@@ -64,11 +69,11 @@ __device__ __forceinline__ void sum_ahead(const Params& p, char* entries, i64 n0
   for (int tile = 0; tile < num_tiles; ++tile)
     each_step([&](auto at) {
       constexpr int s = at.value, next = (s + 1) % steps;
-      if constexpr (scaled && s == 0) table.write_next(p);
+      if constexpr (scaled) table.write_next(p, s);
       if constexpr (s == steps - 1) ring.advance();
       StepX& x_now = x[x_ahead ? s % 2 : 0];
       StepX& x_next = x[x_ahead ? 1 - s % 2 : 0];
-      const bool new_group = scaled && s == steps - 1 && table.next();
+      const bool new_group = scaled && (s == steps - 1 ? table.next() : of_span);
       if constexpr (x_ahead) read_x.template load<tiles_m * regs_x>(x_next.r, ring.from, next);
       multiply<F>(sum, a[0], x_now, 0, [&](int j0, int i) {
         if (j0 > 0) return;
@@ -79,7 +84,7 @@ __device__ __forceinline__ void sum_ahead(const Params& p, char* entries, i64 n0
       });
       multiply<F>(sum, a[1], x_now, 1, [&](int j0, int i) {
         if (j0 == tiles_m - share) {
-          if (i == 0 && new_group) rows.take(table);
+          if (i == 0 && new_group) rows.take(table, next);
           decode(0, i);
         }
         if constexpr (!x_ahead)

@@ -3,14 +3,16 @@
 #pragma once
 #include "gemm_tile.cuh"
 
-// Of the group being summed and of the next; groups are whole tiles of K.
+// Of the group being summed and of the next; groups are whole tiles of K. Or, if they are steps, of those of
+// a tile and of the next.
 template <class F> struct GroupTable {
-  static constexpr int entry_bytes = has_zeros ? 4 : 2, bytes = block_n * entry_bytes;
+  static constexpr int entry_bytes = (split_scales ? 4 : 2) * (1 + has_zeros);
+  static constexpr int group_bytes = block_n * entry_bytes, bytes = tile_scales * group_bytes;
   static constexpr int lane_words = lane_rows * entry_bytes / 4;
   static_assert(!scaled || block_n <= threads, "a thread for each row");
 
   char* entries;
-  const Scale* scale;  // of the thread's row, in the group after those
+  const Scale* scale;  // of the thread's row, in the group after those it has
   const Zero* zero;
   Scale s;
   Zero z;
@@ -29,8 +31,11 @@ template <class F> struct GroupTable {
       left = int(((group + 1) * p.group_size - k_begin) / block_k);
       unread = int(p.k / p.group_size - group);
       fetch(p);
-      write(entries);
-      fetch(p);
+#pragma unroll
+      for (int g = 0; g < tile_scales; ++g) {
+        write(entries + g * group_bytes);
+        fetch(p);
+      }
     }
   }
   __device__ __forceinline__ void fetch(const Params& p) {
@@ -43,29 +48,35 @@ template <class F> struct GroupTable {
   __device__ __forceinline__ void write(char* to) const {
     if (block_n < threads && threadIdx.x >= block_n) return;
     to += threadIdx.x * entry_bytes;
-    if constexpr (has_zeros)
+    if constexpr (split_scales) {
+      u32* words = reinterpret_cast<u32*>(to);
+      words[0] = split_scale(as_float(s));
+      if constexpr (has_zeros)
+        words[1] = split_offset(Nibbles<X>::bottom(as_float(z)), 1 / F::unit, as_float(s));
+    } else if constexpr (has_zeros)
       *reinterpret_cast<u32*>(to) = F::entry(as_float(s), as_float(z));
     else
       *reinterpret_cast<unsigned short*>(to) = F::entry(as_float(s));
   }
-  // Those of the next group, in the last tile of K of this one. Between this and the next reading
-  // of them, and the last one of what they replace, there is a barrier.
-  __device__ __forceinline__ void write_next(const Params& p) {
-    if (left > 1) return;
-    write(entries + (odd ? 0 : bytes));
+  // Those of the next group, in the last tile of K of this one; or of a step's in the next tile. Between
+  // this and the next reading of them, and the last one of what they replace, there is a barrier.
+  __device__ __forceinline__ void write_next(const Params& p, int step) {
+    if (of_span ? false : step > 0 || left > 1) return;
+    write(entries + (odd ? 0 : bytes) + (of_span ? step * group_bytes : 0));
     fetch(p);
   }
   // One tile of K less; true if a group begins with the next.
   __device__ __forceinline__ bool next() {
-    if (--left > 0) return false;
+    if (!of_span && --left > 0) return false;
     left = tiles;
     odd = !odd;
     return true;
   }
-  // Of the lane's rows
-  __device__ __forceinline__ void read(u32 (&v)[lane_words]) const {
+  // Of the lane's rows, for a step
+  __device__ __forceinline__ void read(u32 (&v)[lane_words], int step) const {
     const int row = (threadIdx.x / 32 % warps_n * 8 + threadIdx.x % 32 / 4) * lane_rows;
     const char* from = entries + (odd ? bytes : 0) + row * entry_bytes;
+    if constexpr (of_span) from += step * group_bytes;
     if constexpr (lane_words < 4) {
       load_shared(v, from);
     } else {

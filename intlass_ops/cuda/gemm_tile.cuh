@@ -16,7 +16,8 @@ static_assert(num_stages >= 2, "the ring needs a stage to fill while another is 
 
 // One set of accumulators holds the sums over all of K: one scale a row, or weights that have taken
 // theirs.
-constexpr bool scaled = grouping == scaled_weights, direct = grouping == channel || scaled;
+constexpr bool of_span = grouping == scaled_spans, scaled = grouping == scaled_weights || of_span;
+constexpr bool direct = grouping == channel || scaled;
 constexpr bool sums_of_x = has_zeros && !scaled;
 // Then 16-bit weights are decoded while those before them are multiplied (gemm_ahead.cuh), unless
 // their zero points need sums of x.
@@ -24,7 +25,8 @@ constexpr bool decodes_ahead = direct && X::bits == 16 && !sums_of_x;
 
 constexpr bool wide_steps = grouping <= tile_groups && block_k >= 128;
 using F = Fragments<X, W, wide_steps>;
-constexpr int steps = block_k / F::step_k;  // of a tile of K
+constexpr int steps = block_k / F::step_k;          // of a tile of K
+constexpr int tile_scales = of_span ? steps : 1;  // that weights of a row take there
 static_assert(steps % 2 == 0, "two register buffers take turns");
 
 // Which row of W is which row of an MMA is free: a lane's rows, lane / 4 and lane / 4 + 8 of each
@@ -112,9 +114,9 @@ struct GroupScales {
   }
 };
 
-// What the sums of weights decoded ahead stand for, where these took no scale
+// What the sums of weights decoded ahead stand for, where no scale took it in
 template <class F> constexpr float sum_unit() {
-  if constexpr (decodes_ahead && !scaled)
+  if constexpr (decodes_ahead && (!scaled || split_scales || W::bits == 8))
     return F::unit;
   else
     return 1.f;

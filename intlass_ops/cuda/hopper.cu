@@ -159,11 +159,10 @@ __device__ __forceinline__ void sum_fragments(const Params& p, int k_tiles, Ring
   };
   auto make_fragments = [&](int t) {
     const int c = chunk_of(t), i = tile_of(t);
-    const int f = kept_scales > 1 ? c / chunks_per_flush : 0;
     if constexpr (fp4)
 #pragma unroll
       for (int h = 0; h < 2; ++h) blocks.factors(rows[i][0], i, h, c, lane % 4);
-    own.fragments(a[t % 2], raw[t % ahead], rows[i][f]);
+    own.fragments(a[t % 2], raw[t % ahead], rows[i], c * chunk_steps);
   };
   auto load = [&](const char* tile, int t) {
     raw[t % ahead] = own.load(tile + x_bytes, tile_of(t), chunk_of(t));

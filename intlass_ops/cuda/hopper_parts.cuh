@@ -15,7 +15,7 @@ __device__ __forceinline__ void sum_parts(Ring& ring, const Segment& segment, in
   scale[0].values[0] = scale[1].values[0] = 0;
   // The first halves of two tiles' fragments take turns: the next ones are made while wgmma reads these.
   u32 first_half[2][2][4], second_half[2][4];
-  const RowScale unscaled[row_scales][2];
+  const RowScale unscaled[kept_scales][row_scales][2];
   u32 data = ring.data(), full = ring.full();
   u64 x_tile = tile_descriptor(data);
   int words_at[steps];  // where a lane's words of a chunk lie in a stage
@@ -25,7 +25,7 @@ __device__ __forceinline__ void sum_parts(Ring& ring, const Segment& segment, in
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       u32 made[turn_steps][4];
-      own.fragments(made, own.load(tile + words_at[first_chunk + s]), unscaled);
+      own.fragments(made, own.load(tile + words_at[first_chunk + s]), unscaled, 0);
 #pragma unroll
       for (int r = 0; r < 4; ++r) half[s][r] = made[0][r];
     }

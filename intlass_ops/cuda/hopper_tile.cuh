@@ -3,6 +3,7 @@
 #pragma once
 #include "epilogue.cuh"
 #include "hopper.cuh"
+#include "split_scales.cuh"
 
 constexpr int block_m = Config::block_m, tiles_n = Config::tiles_n, num_stages = Config::num_stages;
 // A cluster of blocks shares a tile by k, or the tokens or the weights of neighbouring tiles: each block
@@ -33,21 +34,24 @@ constexpr int values = block_m / 2;  // of a thread, for one row tile of 64
 constexpr bool scaled = grouping == scaled_weights, direct = grouping == channel || scaled;
 constexpr bool needs_sums = has_zeros && !scaled;
 // What weights take their scales by, or sums theirs, lies in the stage, made by the warps beside the
-// producer's (hopper_staged.cuh): 8 bytes a row and group, or 4 of sums without zero points
+// producer's (hopper_staged.cuh): 8 bytes a row and group, or 4 of sums or split scales without zero points
 constexpr bool staged_scales = grouping != channel && !same<W, e2m1>::value;
-constexpr int staged_bytes = scaled || has_zeros ? 8 : 4;
+constexpr int staged_bytes = (scaled && !split_scales) || has_zeros ? 8 : 4;
 constexpr int flushes = Config::groups_per_tile;  // groups in a tile of K, at least one
 // The launch gives all threads the same registers; the consumers then take what the producer leaves.
 // A single consumer may have two blocks on an SM, which hide each other's latencies.
 constexpr int threads = 128 * (consumers + 1), blocks_per_sm = consumers == 1 ? 2 : 1;
 constexpr bool leaves_sums = Config::stream_k || rest_by_k;  // for other blocks
 // What the producer's warpgroup keeps: most where its warps make scales and zero points of sums
+constexpr bool wide_zeros =
+    split_scales && has_zeros && (sizeof(Scale) > 2 || sizeof(Zero) > 1);
 constexpr int of_two = Config::parts > 1                          ? 24
-                       : needs_sums                               ? 88
+                       : needs_sums || wide_zeros                 ? 88
+                       : split_scales && sizeof(Scale) > 2        ? 72
                        : staged_scales && (scaled || flushes > 1) ? 56
                        : staged_scales || leaves_sums             ? 40
                                                                   : 24;
-constexpr int of_three = needs_sums ? 80 : staged_scales ? 56 : 32;
+constexpr int of_three = needs_sums || wide_zeros ? 80 : staged_scales ? 56 : 32;
 constexpr int of_four = staged_scales && stage_rows >= 256 && (scaled || X::bits == 8) ? 64 : 32;
 constexpr int shares_of_producer[] = {40, of_two, of_three, of_four};
 constexpr int shares_of_consumer[] = {208, (504 - of_two) / 2, (512 - of_three) / 3,
@@ -89,11 +93,12 @@ __device__ __forceinline__ void release(u32 empty, int lane, bool filled = true)
 // Fragments come in chunks: 16 bytes of a row of W
 constexpr int steps = x_columns * 4, chunks = from_registers ? w_row_bytes / 16 : steps;
 constexpr int chunk_steps = steps / chunks;
-[[maybe_unused]] constexpr int chunks_per_flush = chunks / flushes;
+[[maybe_unused]] constexpr int steps_per_flush = steps / flushes;
+[[maybe_unused]] constexpr int chunks_per_flush = direct ? chunks : chunks / flushes;
 static_assert(steps % chunks == 0, "a chunk of W is one or two steps of wgmma");
 // A turn of the tensor cores takes one, or two where there are registers for them
 constexpr int turn_chunks =
-    scaled && staged_scales && flushes <= block_k / 128 && block_m * tiles_n <= 32 ? 2 : 1;
+    (direct && from_registers && W::bits == 8) || (scaled && staged_scales && flushes <= block_k / 128 && block_m * tiles_n <= 32) ? 2 : 1;
 constexpr int turn_steps = turn_chunks * chunk_steps;
 constexpr int ahead = direct && turn_chunks == 1 ? 2 : 1;  // turns whose words are read early
 

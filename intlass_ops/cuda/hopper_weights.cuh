@@ -16,31 +16,33 @@ constexpr int kept_scales = scaled && staged_scales ? flushes : 1;  // of those,
 // What sums are too small by: FP4's scales, and what its activations were divided by
 constexpr float sum_unit = (fp4 ? block_unit<Scale> : 1.f) * Config::x_unit;
 // What a product of codes stands for, beside P::unit
-constexpr float code_unit = W::bits == 4 ? Nibbles<X>::unit : 1.f;
+using Codes = Select<W::bits == 4, Nibbles<X>, Bytes<X>>::type;
+constexpr float code_unit = Codes::unit;
 // Signed codes in groups under bf16: a code as it lies, a subnormal's bits of code * 2^-133, times the
 // scale, less 8 scales, is (code - 8) * scale in one FMA, which rounds as dequantising does. The sums are
 // too small by `weight_unit`. It takes scales below 2^7 that keep all bits below 2^-12; others become
 // NaN, and the rows of a warp that has NaN sums are summed again, slowly.
-constexpr bool one_fma = scaled && !has_zeros && same<X, bf16>::value && same<W, s4>::value;
-constexpr float weight_unit = one_fma ? 4096.f : 1.f;
+constexpr bool one_fma =
+    scaled && !split_scales && !has_zeros && same<X, bf16>::value && same<W, s4>::value;
+constexpr float weight_unit = one_fma ? 4096.f : split_scales || W::bits == 8 ? code_unit : 1.f;
 
-// How a lane finds its pieces of k in a word of W: four neighbours, or two
+// How a lane finds its pieces of k in a word of W, or of INT8 codes in two: four neighbours, or two
 template <class X, class W> struct Pieces {
-  static constexpr bool whole_chunk = X::bits == 16 && W::bits == 4;  // a byte of each word
+  static constexpr bool whole_chunk = X::bits == 16;  // all lanes of a quad need some of each word
   u32 selector;
-  u32 factors = Nibbles<X>::factors + blockIdx.z;  // 0: ptxas would make the constant for each FMA
+  u32 factors = Codes::factors + blockIdx.z;  // 0: ptxas would make the constant for each FMA
 
   __device__ __forceinline__ Pieces(u32 quarter) {
-    const u32 b = whole_chunk ? quarter : quarter % 2 * 2;
+    const u32 b = X::bits == 8 ? quarter % 2 * 2 : W::bits == 4 ? quarter : quarter * 2;
     selector = fp4            ? b * 0x11 | (b + 4) * 0x1100
-               : whole_chunk  ? b | b << 8
-               : W::bits == 4 ? (b + 4) | b << 4 | (b + 5) << 8 | (b + 1) << 12
+               : X::bits == 8 ? (b + 4) | b << 4 | (b + 5) << 8 | (b + 1) << 12
+               : W::bits == 4 ? b | b << 8
                               : b | (b + 1) << 8;
     if constexpr (!lane_order) pin(selector);  // else ptxas makes it anew in each tile of K
   }
   // One register of wgmma's A. `offset`: minus what is to be a code of zero, of INT4 as 16-bit floats,
   // times `scale` if one FMA does both
-  __device__ __forceinline__ u32 fragment(u32 w, u32 offset, u32 scale) const {
+  __device__ __forceinline__ u32 fragment(u32 w, u32 next, u32 offset, u32 scale) const {
     if constexpr (fp4) {  // each code twice, at the top of a byte: sign and the rest come together
       const u32 twice = __byte_perm(w << 4, w, selector);
       return and_or(twice, 0x80008000, twice << 2 & 0x01c001c0);
@@ -48,7 +50,7 @@ template <class X, class W> struct Pieces {
       return xor_and(__byte_perm(w, w << 4, selector), same<W, u4>::value ? 0x80808080u : 0u,
                      0xf0f0f0f0);
     } else if constexpr (W::bits == 8) {
-      return Int8Float16Pair<X>::even_bytes(__byte_perm(w, 0, selector));
+      return Bytes<X>::codes(__byte_perm(w, next, selector), factors);
     } else {
       using C = Nibbles<X>;
       constexpr u32 flip = C::magic ^ (same<W, s4>::value ? 0x00800008u : 0u);
@@ -58,30 +60,55 @@ template <class X, class W> struct Pieces {
   }
 };
 
+// A group's scale in a word, which has those of two if they are 16 bits: the place of this one is odd or even
+__device__ __forceinline__ float scale_in(u32 word, int place) {
+  if (sizeof(Scale) == 2 && place % 2) word >>= 16;
+  return as_float(reinterpret_cast<const Scale&>(word));
+}
+
 // What becomes of a row's codes in the fragments, where they take their scale there: the difference
 // from the zero point, times the scale, each rounded to X's type. FP4 times its scale is exact.
-struct RowScale {
-  u32 offset = Nibbles<X>::minus_8, scale = 0;
+// Where scales are split (split_scales.cuh) both are such words, and an offset that is none is not kept.
+template <bool> struct Offset {
+  u32 offset = Nibbles<X>::minus_8;
+  __device__ __forceinline__ void set(u32 v) { offset = v; }
+};
+template <> struct Offset<false> {
+  static constexpr u32 offset = Nibbles<X>::minus_8;
+  __device__ __forceinline__ void set(u32) {}
+};
+struct RowScale : Offset<has_zeros || !split_scales> {
+  u32 scale = 0;
 
   __device__ __forceinline__ RowScale() {}
-  // `two`: the scales of two groups, of which this one's place is odd or even
-  __device__ __forceinline__ RowScale(u32 two, int place, Zero z)
-      : scale(__byte_perm(two, 0, place % 2 ? 0x3232 : 0x1010)) {
-    if constexpr (one_fma) {
-      offset = mul2<X>(scale, 0xbb00bb00);  // -8 / weight_unit
-      scale = mul2<X>(scale, 0x7a007c00);   // 2^133 / weight_unit, for the nibble above 2^129
+  __device__ __forceinline__ RowScale(u32 word, int place, Zero z)
+      : scale(__byte_perm(word, 0, place % 2 ? 0x3232 : 0x1010)) {
+    if constexpr (split_scales) {
+      const float s = scale_in(word, place);
+      scale = split_scale(s);
+      if constexpr (has_zeros)
+        set(split_offset(Nibbles<X>::bottom(as_float(z)), 1 / code_unit, s));
       return;
     }
-    if constexpr (code_unit != 1.f) scale = mul2<X>(scale, halves<X>(code_unit, code_unit));
+    if constexpr (one_fma) {
+      set(mul2<X>(scale, 0xbb00bb00));     // -8 / weight_unit
+      scale = mul2<X>(scale, 0x7a007c00);  // 2^133 / weight_unit, for the nibble above 2^129
+      return;
+    }
+    if constexpr (code_unit != weight_unit)
+      scale = mul2<X>(scale, halves<X>(code_unit, code_unit));
     if constexpr (has_zeros)
-      offset = halves<X>(Nibbles<X>::bottom(as_float(z)), Nibbles<X>::above(as_float(z)));
+      set(halves<X>(Nibbles<X>::bottom(as_float(z)), Nibbles<X>::above(as_float(z))));
   }
   __device__ __forceinline__ explicit RowScale(u32 block_factor) : scale(block_factor) {}
+  // What is added to a code
+  __device__ __forceinline__ u32 addend() const {
+    return split_scales && has_zeros ? low_twice(offset) : offset;
+  }
   __device__ __forceinline__ u32 times(u32 codes) const {
-    if constexpr (fp4)
-      return scaled_codes<Scale>(codes, Factor{scale, true});
-    else
-      return scaled && !one_fma ? mul2<X>(codes, scale) : codes;
+    if constexpr (fp4) return scaled_codes<Scale>(codes, Factor{scale, true});
+    if constexpr (split_scales) return times_split(codes, scale, offset);
+    return scaled && !one_fma ? mul2<X>(codes, scale) : codes;
   }
 };
 // What becomes of a row's sums in groups, sum by sum: scale * (sum - zero * the token's sum)
@@ -89,10 +116,8 @@ struct SumScale {
   float values[1 + has_zeros];  // scale, zero
 
   __device__ __forceinline__ SumScale() {}
-  // `word`: the scale of a group, or of two, of which this one's place is odd or even
   __device__ __forceinline__ SumScale(u32 word, int place, Zero z) {
-    if (sizeof(Scale) == 2 && place % 2) word >>= 16;
-    values[0] = in_units_of_scale(reinterpret_cast<const Scale&>(word)) * code_unit;
+    values[0] = scale_in(word, place) * (P::unit * code_unit);
     if constexpr (has_zeros) values[1] = in_units_of_zero(z) * (1 / code_unit);
   }
 };
@@ -178,7 +203,7 @@ struct BlockReader {
 };
 
 // A turn's chunks of a lane's two rows, as stored, and the lane's place in a tile of W
-constexpr int chunk_words = lane_order ? 1 : 2 * chunk_steps;
+constexpr int chunk_words = lane_order ? 1 : Pieces<X, W>::whole_chunk ? 4 : 2;
 struct Chunk { u32 lo[turn_chunks][chunk_words], hi[turn_chunks][chunk_words]; };
 
 struct Lane {
@@ -231,13 +256,15 @@ struct Lane {
   __device__ __forceinline__ void fragments_of_word(u32 (&f)[4], u32 w, const RowScale& row) const {
     eight_codes<Scale>(w, Factor{row.scale, true}, f);
   }
+  // `step`: of the tile of K, the turn's first
   __device__ __forceinline__ void fragments(u32 (&a)[turn_steps][4], const Chunk& c,
-                                            const RowScale (&rows)[row_scales][2]) const {
+                                            const RowScale (&rows)[kept_scales][row_scales][2],
+                                            int step) const {
     if constexpr (lane_order) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         u32 f[2 * chunk_steps];
-        fragments_of_word(f, h ? c.hi[0][0] : c.lo[0][0], rows[0][h]);
+        fragments_of_word(f, h ? c.hi[0][0] : c.lo[0][0], rows[0][0][h]);
 #pragma unroll
         for (int i = 0; i < 2 * chunk_steps; ++i) a[i / 2][i % 2 * 2 + h] = f[i];
       }
@@ -247,9 +274,13 @@ struct Lane {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const int j = t / chunk_steps, u = t % chunk_steps;
-          const RowScale& row = rows[u * row_scales / chunk_steps][r % 2];
-          const u32 w = r % 2 ? c.hi[j][2 * u + r / 2] : c.lo[j][2 * u + r / 2];
-          a[t][r] = row.times(pieces.fragment(w, row.offset, row.scale));
+          const int group = kept_scales > 1 ? (step + t) / steps_per_flush : 0;
+          const RowScale& row = rows[group][u * row_scales / chunk_steps][r % 2];
+          const int at = (2 * u + r / 2) * chunk_words / (2 * chunk_steps);
+          const u32(&words)[chunk_words] = r % 2 ? c.hi[j] : c.lo[j];
+          const u32 code =
+              pieces.fragment(words[at], words[(at + 1) % chunk_words], row.addend(), row.scale);
+          a[t][r] = row.times(code);
         }
     }
   }

@@ -235,6 +235,15 @@ template <> struct Nibbles<fp16> {
   static __device__ __forceinline__ float above(float zero) { return -64.f - zero; }
 };
 
+// INT8 codes in the same way, from the lower bytes of half words: all bits of a byte lie on that line
+template <class X> struct Bytes : Nibbles<X> {
+  static constexpr u32 factors = same<X, bf16>::value ? 0x7f007f00 : 0;  // 2^127
+  static __device__ __forceinline__ u32 codes(u32 w, u32 factors) {
+    if constexpr (!same<X, bf16>::value) return Int8Float16Pair<X>::even_bytes(w);
+    return fma2<X>(and_xor(w, 0x00ff00ff, 0x00800080), factors, 0xc000c000);  // less 128
+  }
+};
+
 // The same fragments with one shift a word instead of three
 template <class X, class W> struct FewShifts : Pair<X, W> {
   struct Row {};
