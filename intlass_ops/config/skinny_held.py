@@ -8,8 +8,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .epilogue import Activation, named
-from .problem import BITS, Device, Shape, codes_take_scales, decoded_fp4, mma_sass
-from .skinny import few_tokens_grouping, groups_of_chunk
+from .problem import (
+    BITS,
+    Device,
+    Shape,
+    codes_take_scales,
+    columns_of,
+    decoded_fp4,
+    groups_in_columns,
+    groups_of_chunk,
+    mma_sass,
+)
+from .skinny import few_tokens_grouping
 
 # Clusters of so many blocks that an H200 holds at once, of its SMs
 PLACES = {1: 1.0, 2: 1.0, 4: 0.88, 8: 0.85}
@@ -93,7 +103,7 @@ def why_not_held(shape: Shape) -> str | None:
     chunk_k = 512 // BITS[shape.w_kind]
     if shape.k == 0 or shape.k % chunk_k:
         return f"K={shape.k} is not a multiple of {chunk_k}"
-    if shape.w_kind == "e2m1" or codes_take_scales(shape):
+    if shape.w_kind == "e2m1" or codes_take_scales(shape) or groups_in_columns(shape):
         return None
     if shape.group_size < shape.k and shape.group_size % chunk_k:
         return f"group_size={shape.group_size} is not a multiple of {chunk_k}"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .epilogue import Activation, named
-from .problem import BITS, Device, Shape, decoded_fp4, mma_sass
-from .skinny import few_tokens_grouping, groups_of_chunk, passes_of
+from .problem import BITS, Device, Shape, columns_of, decoded_fp4, groups_of_chunk, mma_sass
+from .skinny import few_tokens_grouping, passes_of
 
 # (tiles_n, warps, most of them in a group, num_stages, blocks_per_sm)
 _LONG_ROWS = (2, 16, 16, 3, 1)
@@ -127,7 +127,7 @@ def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
     chunks = max(1, math.ceil(shape.k / chunk_k))
     tokens = 1 << (shape.m - 1).bit_length()
     zeros = shape.has_zeros and (shape.zeros_in_sums or shape.x_kind == "fp16")
-    heavy = shape.m > 8 or zeros or passes_of(shape) > 1  # registers for 8 warps only
+    heavy = columns_of(shape) > 8 or zeros or passes_of(shape) > 1  # registers for 8 warps only
     if shape.w_kind == "e2m1":  # others were not tried
         fewest = _FEWEST_TOKENS[1:3] if device.arch.startswith("sm_90") and shape.k > 8192 else ()
     else:

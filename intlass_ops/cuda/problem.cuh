@@ -36,8 +36,15 @@ constexpr bool has_zeros = Config::has_zeros, has_a_zero = Config::has_a_zero;
 
 // channel: one scale a row, applied after all of K. tile: groups of whole block_k. span: groups of
 // whole spans. straddling: a group may end inside a span (group_size 16, 48, ...). scaled_weights:
-// each weight takes its scale before it is multiplied
-enum Grouping { channel, tile_groups, span_groups, straddling_groups, scaled_weights };
+// each weight takes its scale before it is multiplied. column_groups: see skinny.cuh
+enum Grouping {
+  channel,
+  tile_groups,
+  span_groups,
+  straddling_groups,
+  scaled_weights,
+  column_groups
+};
 constexpr int grouping = Config::grouping;
 
 // Scale and zero point in the units of the accumulators: total += s * (acc - z * xsum). The units are

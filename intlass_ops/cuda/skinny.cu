@@ -13,7 +13,7 @@
 #include "skinny.cuh"
 
 constexpr int warps = Config::warps, threads = 32 * warps;
-constexpr int tiles_m = Config::tiles_m, tokens = 8 * tiles_m;
+constexpr int tiles_m = Config::tiles_m, tokens = column_tokens * tiles_m;
 constexpr int unroll = Config::unroll;  // chunks a warp has in flight
 
 // `inside` is known to hold where the warps' shares of K have no tail (Config::whole)
@@ -27,7 +27,7 @@ __device__ __forceinline__ void load_weights(u32 (&v)[4], const char* from, bool
 
 template <int words>
 __device__ __forceinline__ void load_tokens(u32 (&v)[words], const char* from, bool inside) {
-  if constexpr (!Config::whole) {
+  if constexpr (!Config::whole || in_columns) {
 #pragma unroll
     for (int i = 0; i < words; ++i) v[i] = 0;
     if (!inside) return;
@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   const char* x_row[tiles_m];
 #pragma unroll
   for (int j = 0; j < tiles_m; ++j) {  // nor is a repeated token
-    const i64 token = min(i64(j * 8 + lane / 4), p.m - 1);
+    const i64 token = min(i64(token_of_column(j, lane / 4)), p.m - 1);
     x_row[j] = p.x + token * p.x_stride + quarter * lane_k * X::bits / 8;
     x_blocks_row[j] = lane_scales(p.a_scale, token, p.a_scale_row, quarter);
   }
@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       }
   };
   auto group_of = [&](int chunk, int pass) {
-    const int group = passes == 1 ? chunk / Config::chunks_per_group : chunk * passes + pass;
+    const int group = first_group(chunk) + (in_columns ? group_of_lane(quarter) : pass);
     return Config::whole ? group : min(group, groups - 1);
   };
   auto load_codes = [&](Chunk& c, int chunk) {
@@ -153,17 +153,18 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   };
   auto load_rest = [&](Chunk& c, int chunk) {
     const bool inside = chunk * chunk_k + quarter * lane_k < k;
+    const bool has_x = (Config::whole || inside) && has_column(lane);
 #pragma unroll
     for (int j = 0; j < tiles_m; ++j) {
       if constexpr (X::bits == 4) {
         u32 v[spans];
-        load_tokens(v, x_row[j] + chunk * (chunk_k / 2), inside);
+        load_tokens(v, x_row[j] + chunk * (chunk_k / 2), has_x);
 #pragma unroll
         for (int t = 0; t < spans; ++t) c.x[j][t][0] = v[t];
       } else {
 #pragma unroll
         for (int t = 0; t < spans; ++t)
-          load_tokens(c.x[j][t], x_row[j] + (chunk * chunk_k + t * 8) * X::bits / 8, inside);
+          load_tokens(c.x[j][t], x_row[j] + (chunk * chunk_k + t * 8) * X::bits / 8, has_x);
       }
       if constexpr (fp4_x)
         c.x_blocks[j] =
@@ -273,15 +274,16 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       for (int u = 0; u < unroll; ++u) use_chunk(c[u], false);
     }
   }
+  add_columns<tokens>(total);
   __shared__ Sum partial[warps][tokens][rows];
   __shared__ Acc partial_x[!grouped && zeros_in_sums ? warps : 1][tokens];
 #pragma unroll
   for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int m = j * 8 + quarter * 2 + e % 2;
+      const int m = token_of_column(j, quarter * 2 + e % 2);
 #pragma unroll
-      for (int i = 0; i < tiles_n; ++i)
+      for (int i = 0; i < tiles_n; ++i)  // of as many lanes as have groups, all write the same
         partial[warp][m][i * 16 + e / 2 * 8 + lane / 4] =
             Select<grouped, float, Acc>::of(total[i][j][e], sum.y[i][j][e]);
       if constexpr (!grouped && zeros_in_sums) partial_x[warp][m] = sum.x[j][e];

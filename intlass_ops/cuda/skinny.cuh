@@ -56,7 +56,26 @@ constexpr int tiles_n = Config::tiles_n, rows = 16 * tiles_n;
 constexpr int chunk_k = 512 / W::bits;                   // k of 64 bytes of a row
 constexpr int lane_k = chunk_k / 4, spans = lane_k / 8;  // k of a lane, in words of eight
 // Groups that a chunk holds, at least one, and those that it is multiplied for one by one
-constexpr int chunk_groups = Config::groups_per_chunk, passes = scaled ? 1 : chunk_groups;
+constexpr bool in_columns = grouping == column_groups;
+constexpr int chunk_groups = Config::groups_per_chunk;
+constexpr int passes = scaled || in_columns ? 1 : chunk_groups;
+// Or a column of x has one token's k of one of the groups, and zeros for the others: a product's columns
+// are the sums of each group then, and those of a lane belong to the group that its k lie in. So many tokens
+// are in eight columns, in this order:
+constexpr int column_tokens = in_columns ? 8 / chunk_groups : 8;
+__device__ __forceinline__ int first_group(int chunk) {
+  return chunk_groups > 1 ? chunk * chunk_groups : chunk / Config::chunks_per_group;
+}
+__device__ __forceinline__ int group_of_lane(int quarter) {  // of a chunk's
+  return quarter / (4 / chunk_groups);
+}
+__device__ __forceinline__ int token_of_column(int tile, int column) {
+  return tile * column_tokens + column % column_tokens;
+}
+// Whether the column of x that a lane's fragments are of has the lane's k
+__device__ __forceinline__ bool has_column(int lane) {
+  return !in_columns || lane / 4 / column_tokens == group_of_lane(lane % 4);
+}
 // Zero points that are bytes leave the codes as these become fragments: exact, and free. So do all of
 // codes that take their scales. Others multiply sums of x.
 constexpr bool zeros_in_codes =
@@ -121,7 +140,7 @@ template <class D> struct RowOfScales<GroupScale<D>> {
 
   __device__ __forceinline__ RowOfScales() {}
   __device__ __forceinline__ RowOfScales(const Params& p, i64 row, int quarter) {
-    const int group = quarter / (4 / chunk_groups);
+    const int group = group_of_lane(quarter);
     s = static_cast<const Scale*>(p.scales) + row * p.scale_row + group * p.scale_group;
     if constexpr (has_zeros)
       z = static_cast<const Zero*>(p.zeros) + row * p.zero_row + group * p.zero_group;
@@ -134,9 +153,6 @@ template <class D> struct RowOfScales<GroupScale<D>> {
   }
   __device__ __forceinline__ void prefetch(const Params& p, int chunk) const {
     prefetch_l2(s + first_group(chunk) * int(p.scale_group));
-  }
-  static __device__ __forceinline__ int first_group(int chunk) {
-    return chunk_groups > 1 ? chunk * chunk_groups : chunk / Config::chunks_per_group;
   }
 };
 using ScaleRow = RowOfScales<LaneScales>;
@@ -176,6 +192,25 @@ template <class First, class Second> struct Select<false, First, Second> {
 // Grouped: fp32 totals. One scale a row: the accumulators, so that integers are summed exactly; the
 // scale comes after.
 using Sum = typename Select<grouped, float, Acc>::type;
+
+// What the lane of the quad has that fetched it for piece i: each its own, where it has a group to itself
+__device__ __forceinline__ float of_piece(float v, int i, int lane) {
+  return in_columns ? v : __shfl_sync(~0u, v, lane / 4 * 4 + i % 4);
+}
+// The sums of a token over the groups of each chunk, which lie in lanes of a quad
+template <int tokens, int tiles_m, class T>
+__device__ __forceinline__ void add_columns(T (&total)[tiles_n][tiles_m][4]) {
+  if constexpr (in_columns)
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int j = 0; j < tiles_m; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+#pragma unroll
+          for (int step = 4 / chunk_groups; step < 4 && e % 2 < tokens; step *= 2)
+            total[i][j][e] += __shfl_xor_sync(~0u, total[i][j][e], step);
+}
 
 // An output from its sum over all of K and, for zero points, the sum of its activations.
 __device__ __forceinline__ void finish(const Params& p, u32 n, u32 m, Sum y, Acc sum_x,

@@ -18,7 +18,8 @@ constexpr int split = Config::split_k;  // blocks of a cluster, which share K
 constexpr int num_stages = Config::num_stages;
 constexpr int row_pieces = 2 * tiles_n;           // rows that a lane has words of
 constexpr int pieces = row_pieces * warp_chunks;  // of 16 bytes, of a lane in a turn
-constexpr int quad_pieces = (pieces + 3) / 4;     // whose scales a lane fetches for its quad
+// Whose scales a lane fetches: a quad's share them, but where each lane has a group of its own
+constexpr int quad_pieces = in_columns ? pieces : (pieces + 3) / 4;
 constexpr int scales_ahead = num_stages > 2 ? 2 : 1;
 static_assert(warps % k_warps == 0 && groups < 16, "a group has a barrier of its own");
 static_assert(passes == 1, "a chunk is multiplied once");
@@ -118,11 +119,12 @@ struct Share {
 #pragma unroll
         for (int c = 0; c < warp_chunks; ++c) to.rows[c * row_pieces + i] = from.load(p, chunk + c);
       }
-    } else if constexpr (grouped || has_zeros) {  // the lanes of a quad share out its pieces
+    } else if constexpr (grouped || has_zeros) {
 #pragma unroll
       for (int i = 0; i < quad_pieces; ++i) {
-        const int piece = (i * 4 + lane % 4) % pieces;
-        const int of_k = grouped ? (chunk + piece / row_pieces) / Config::chunks_per_group : 0;
+        const int piece = in_columns ? i : (i * 4 + lane % 4) % pieces;
+        const int within = in_columns ? group_of_lane(lane % 4) : 0;
+        const int of_k = grouped ? first_group(chunk + piece / row_pieces) + within : 0;
         const u64 n = row(p, tile, piece % row_pieces);
         if constexpr (grouped)
           to.s[i] = static_cast<const Scale*>(p.scales)[n * p.scale_row + of_k * p.scale_group];
@@ -137,7 +139,7 @@ __device__ __forceinline__ void load_x(Fragments& x, const Params& p, const Shar
   const int lane = threadIdx.x % 32, quarter = lane % 4;
 #pragma unroll
   for (int j = 0; j < tiles_m; ++j) {
-    const i64 token = min(i64(j * 8 + lane / 4), p.m - 1);
+    const i64 token = min(i64(token_of_column(j, lane / 4)), p.m - 1);
     const char* from = p.x + token * p.x_stride;
 #pragma unroll
     for (int c = 0; c < warp_chunks; ++c) {
@@ -156,7 +158,7 @@ __device__ __forceinline__ void load_x(Fragments& x, const Params& p, const Shar
       for (int t = 0; t < spans; ++t) {
 #pragma unroll
         for (int i = 0; i < span_words<X>; ++i)
-          if (!share.inside) v[t][i] = 0;
+          if (!share.inside || !has_column(lane)) v[t][i] = 0;
         x[c][t][j] =
             token_fragment<P>(v[t], blocks.factor(t * SpanScales<Scale>::count / spans, true));
       }
@@ -193,8 +195,9 @@ __device__ __forceinline__ void load_x_staged(Fragments& x, const Params& p, con
 #pragma unroll
       for (int t = 0; t < spans; ++t) {
         u32 v[span_words<X>];
-        load_shared(v, at(c, min(j * 8 + lane / 4, tokens - 1), lane % 4 * 4 + t));
+        load_shared(v, at(c, min(token_of_column(j, lane / 4), tokens - 1), lane % 4 * 4 + t));
         x[c][t][j] = token_fragment<P>(v, {});
+        if constexpr (in_columns) x[c][t][j] = masked(x[c][t][j], has_column(lane));
       }
   __syncwarp();
 }
@@ -225,11 +228,11 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
     [[maybe_unused]] float s[row_pieces], z[row_pieces];
 #pragma unroll
     for (int i = 0; i < row_pieces; ++i) {
-      const int piece = c * row_pieces + i, from = lane / 4 * 4 + piece % 4;
+      const int piece = c * row_pieces + i, at = in_columns ? piece : piece / 4;
       load_shared(w[i], words + piece * 512);
-      if constexpr (grouped) s[i] = __shfl_sync(~0u, scale_in_units(scales.s[piece / 4]), from);
+      if constexpr (grouped) s[i] = of_piece(scale_in_units(scales.s[at]), piece, lane);
       if constexpr (has_zeros && !scaled)
-        z[i] = __shfl_sync(~0u, zero_of_codes(scales.z[piece / 4]), from);
+        z[i] = of_piece(zero_of_codes(scales.z[at]), piece, lane);
       zero[i] = Of::zero(zeros_in_codes && !scaled ? z[i] : 8.f);
     }
 #pragma unroll
@@ -374,15 +377,16 @@ extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_pe
     stage = stage == num_stages - 1 ? 0 : stage + 1;
 
     Sum* sums = partial + (turn % 2 * groups + group) * k_warps * slab;
-    Sum* own = sums + k_warp * slab + lane % 4 * 2 * pitch + lane / 4;
+    add_columns<tokens>(total);
+    Sum* own = sums + k_warp * slab + lane % 4 * 2 % column_tokens * pitch + lane / 4;
 #pragma unroll
     for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (tokens % 8 && lane % 4 * 2 + e % 2 >= tokens) continue;
+        if (tokens % 8 && token_of_column(j, lane % 4 * 2) + e % 2 >= tokens) continue;
 #pragma unroll
         for (int i = 0; i < tiles_n; ++i)
-          own[(j * 8 + e % 2) * pitch + i * 16 + e / 2 * 8] = total[i][j][e];
+          own[(j * column_tokens + e % 2) * pitch + i * 16 + e / 2 * 8] = total[i][j][e];
       }
     group_sync(group);
 #pragma unroll 1

@@ -61,11 +61,11 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       if (grouped && passes == 1 && part == codes)
 #pragma unroll
         for (int i = 0; i < quad_rows; ++i)
-          prefetch_l2(ahead.s_row[i] + ahead.chunk / Config::chunks_per_group * scale_group);
+          prefetch_l2(ahead.s_row[i] + first_group(ahead.chunk) * scale_group);
       if (part == codes) ahead.prefetch_taken(p, ahead.chunk);
       if (part != codes && inside) ahead.load_taken(result, p, ahead.chunk);
       if (grouped && passes == 1 && part != codes) {
-        const int group = ahead.chunk / Config::chunks_per_group;
+        const int group = first_group(ahead.chunk);
 #pragma unroll
         for (int i = 0; i < quad_rows; ++i) {
           result.s[i] = ahead.s_row[i][group * scale_group];
@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 
   int token[tiles_m];
 #pragma unroll
-  for (int j = 0; j < tiles_m; ++j) token[j] = min(j * 8 + lane / 4, tokens - 1);
+  for (int j = 0; j < tiles_m; ++j) token[j] = min(token_of_column(j, lane / 4), tokens - 1);
   const float alpha = alpha_of(p) * sum_unit;
 
   int stage = 0, buffer = 0;
@@ -149,10 +149,9 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
             if constexpr (passes == 1) {
 #pragma unroll
               for (int i = 0; i < pieces; ++i) {
-                const int from = lane / 4 * 4 + i % 4;
-                s[i] = __shfl_sync(~0u, scale_in_units(mine.s[i / 4]), from);
-                if constexpr (has_zeros)
-                  z[i] = __shfl_sync(~0u, zero_of_codes(mine.z[i / 4]), from);
+                const int at = in_columns ? i : i / 4;
+                s[i] = of_piece(scale_in_units(mine.s[at]), i, lane);
+                if constexpr (has_zeros) z[i] = of_piece(zero_of_codes(mine.z[at]), i, lane);
               }
             } else {
               const int group = min(chunk * passes + pass, int(p.k / p.group_size) - 1);
@@ -175,7 +174,10 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
             for (int t = 0; t < spans; ++t) {
               typename P::B b[tiles_m];
 #pragma unroll
-              for (int j = 0; j < tiles_m; ++j) b[j] = x_chunk[(t * tokens + token[j]) * 4];
+              for (int j = 0; j < tiles_m; ++j) {
+                b[j] = x_chunk[(t * tokens + token[j]) * 4];
+                if constexpr (in_columns) b[j] = masked(b[j], has_column(lane));
+              }
               if constexpr (zeros_in_sums) {
                 const typename P::A ones = passes == 1 ? P::ones_w() : masked(P::ones_w(), keep);
 #pragma unroll
@@ -224,12 +226,13 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
         }
       }
 
+      add_columns<tokens>(total);
       Sum* mine = partial + (buffer * warps + warp) * slab;
 #pragma unroll
       for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int m = j * 8 + quarter * 2 + e % 2;
+          const int m = token_of_column(j, quarter * 2 + e % 2);
           if (tokens % 8 && m >= tokens) continue;
 #pragma unroll
           for (int i = 0; i < tiles_n; ++i)

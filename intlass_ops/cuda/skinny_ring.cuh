@@ -5,11 +5,12 @@
 
 constexpr int warps = Config::warps, threads = 32 * warps;
 constexpr int groups = Config::groups, group_warps = warps / groups;
-constexpr int tokens = Config::tokens, tiles_m = (tokens + 7) / 8;
+constexpr int tokens = Config::tokens, tiles_m = (tokens + column_tokens - 1) / column_tokens;
 constexpr int num_stages = Config::num_stages;
 constexpr int segment_chunks = Config::segment_k / chunk_k;
 constexpr int pieces = 2 * tiles_n;          // of 16 bytes that a lane holds of a chunk: one a row
-constexpr int quad_rows = (pieces + 3) / 4;  // rows whose scales a lane fetches for its quad
+// rows whose scales a lane fetches: a quad's share them, but where each lane has a group of its own
+constexpr int quad_rows = in_columns ? pieces : (pieces + 3) / 4;
 static_assert(Config::segment_k % chunk_k == 0, "a segment of K is whole chunks");
 static_assert(warps % groups == 0 && groups < 16, "a group has a barrier of its own");
 
@@ -77,9 +78,10 @@ struct Cursor : Select<scaled, TakenRows, NoTakenRows>::type {
     if constexpr (grouped && passes == 1)  // the lanes of a quad share out its rows
 #pragma unroll
       for (int i = 0; i < quad_rows; ++i) {
-        const i64 row = min(n0 + (i * 4 + lane % 4) % pieces * 8, p.n - 1);
-        s_row[i] = static_cast<const Scale*>(p.scales) + row * p.scale_row;
-        z_row[i] = static_cast<const Zero*>(p.zeros) + row * p.zero_row;
+        const int group = in_columns ? group_of_lane(lane % 4) : 0;
+        const i64 row = min(n0 + (in_columns ? i : (i * 4 + lane % 4) % pieces) * 8, p.n - 1);
+        s_row[i] = static_cast<const Scale*>(p.scales) + row * p.scale_row + group * p.scale_group;
+        z_row[i] = static_cast<const Zero*>(p.zeros) + row * p.zero_row + group * p.zero_group;
       }
   }
 };
