@@ -171,7 +171,13 @@ def groups_in_columns(shape: Shape) -> bool:
     Two of them at most: with four a chunk would be multiplied as often as once for each group.
     """
     groups = groups_of_chunk(shape)
-    return groups > 1 and shape.m * groups <= 16
+    return groups > 1 and (BITS[shape.w_kind] == 8 or shape.m * groups <= 8)
+
+
+def groups_spread(shape: Shape) -> bool:
+    """Whether a chunk's groups lie in spans of their own, which the lanes of a quad share."""
+    apart = codes_take_scales(shape) or groups_in_columns(shape)
+    return groups_of_chunk(shape) > 1 and not apart
 
 
 def columns_of(shape: Shape) -> int:

@@ -18,6 +18,7 @@ from .problem import (
     decoded_fp4,
     groups_in_columns,
     groups_of_chunk,
+    groups_spread,
     mma_sass,
 )
 
@@ -127,11 +128,10 @@ def skinny_candidates(device: Device, shape: Shape) -> Iterator[Skinny]:
     """
     chunks = math.ceil(shape.k * BITS[shape.w_kind] / 512)
     for tiles_n, unroll in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)):
-        if passes_of(shape) > 1:
-            break
         threads = _threads(device, shape, tiles_n * unroll, unroll)
         for warps in (4, 8, 16):
-            if 32 * warps <= threads and warps * unroll <= chunks:
+            handed = not groups_spread(shape) or tiles_n * warps <= 16
+            if 32 * warps <= threads and warps * unroll <= chunks and handed:
                 yield _config(shape, (tiles_n, warps, unroll, threads // (32 * warps)))
 
 
@@ -159,12 +159,6 @@ def few_tokens_grouping(shape: Shape) -> Grouping:
     if groups_in_columns(shape):
         return Grouping.COLUMNS
     return Grouping.CHANNEL if shape.group_size >= shape.k else Grouping.SPAN
-
-
-def passes_of(shape: Shape) -> int:
-    """How often a chunk of k is multiplied: once for each group whose sums end in it."""
-    at_once = codes_take_scales(shape) or groups_in_columns(shape)
-    return 1 if at_once else groups_of_chunk(shape)
 
 
 def _config(shape: Shape, tile: tuple[int, int, int, int]) -> Skinny:
@@ -197,11 +191,11 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     are chosen for the bytes in flight, not measured.
     """
     chunks = math.ceil(shape.k / (512 // BITS[shape.w_kind]))
-    masked = passes_of(shape) > 1
+    spread = groups_spread(shape)
     blocks, sms = math.ceil(shape.n / 32), device.sm_count
     few_tokens = columns_of(shape) <= 8
     light_x = shape.x_kind == "e2m1" and device.arch.startswith("sm_90")  # others spill
-    if masked or (shape.zeros_in_sums and not few_tokens and blocks > sms):
+    if spread or (shape.zeros_in_sums and not few_tokens and blocks > sms):
         warps = max(1, min(8, chunks))
         fewer = 2 * blocks <= sms or not few_tokens
         return (1 if fewer else 2), warps, 1, min(4, 8 // warps)

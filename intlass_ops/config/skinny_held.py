@@ -12,11 +12,11 @@ from .problem import (
     BITS,
     Device,
     Shape,
-    codes_take_scales,
     columns_of,
     decoded_fp4,
     groups_in_columns,
     groups_of_chunk,
+    groups_spread,
     mma_sass,
 )
 from .skinny import few_tokens_grouping
@@ -103,11 +103,7 @@ def why_not_held(shape: Shape) -> str | None:
     chunk_k = 512 // BITS[shape.w_kind]
     if shape.k == 0 or shape.k % chunk_k:
         return f"K={shape.k} is not a multiple of {chunk_k}"
-    if shape.w_kind == "e2m1" or codes_take_scales(shape) or groups_in_columns(shape):
-        return None
-    if shape.group_size < shape.k and shape.group_size % chunk_k:
-        return f"group_size={shape.group_size} is not a multiple of {chunk_k}"
-    if shape.group_size >= shape.k and shape.zeros_in_sums:
+    if shape.group_size >= shape.k and shape.zeros_in_sums and shape.w_kind != "e2m1":
         return "sums of x for one scale a row"
     return None
 
@@ -155,7 +151,7 @@ def _tiles(shape: Shape, many_rows: bool, split_k: int) -> list[tuple[int, ...]]
         tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), (16, 4, 2)]
         if shape.m <= 2 or not many_turns:
             tiles.insert(0, (16, 2, 2))
-    elif shape.m > 8:
+    elif columns_of(shape) > 8:
         tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), (8, 4, 2), (8, 4, 5), (16, 2, 5)]
         if not many_turns and shape.x_kind != "e2m1":
             tiles = tiles[4:] + tiles[:4]
@@ -171,7 +167,7 @@ def _tiles(shape: Shape, many_rows: bool, split_k: int) -> list[tuple[int, ...]]
             tiles.insert(0, (8, 4, 2))
         elif shape.m > 4 and shape.w_kind != "e2m1":
             tiles[:0] = (16, 2, 3), (8, 4, 3), (8, 8, 3)
-    return [tile for tile in tiles if tile[0] == 8] if shape.zeros_in_sums else tiles
+    return tiles
 
 
 def _config(
@@ -197,6 +193,11 @@ def _config(
     warps = groups * k_warps
     x_stages = max(1, tokens // 4)
     few_turns = shape.n * split_k <= 64 * groups * resident
+    groups_at_once = groups_of_chunk(shape) if groups_in_columns(shape) else 1
+    tiles_m = math.ceil(tokens * groups_at_once / 8)
+    x_sums = warp_chunks * groups_of_chunk(shape) * tiles_m * 8 * shape.zeros_in_sums
+    left = 2 * warp_chunks * 32 * (1 + shape.has_zeros) * groups_spread(shape)
+    floats = 2 * tokens * 20 + x_sums + left
     mx = (shape.x_kind, shape.w_kind, shape.scale_type) == ("e2m1", "e2m1", "e8m0")
     c = SkinnyHeld(
         x_kind=shape.x_kind,
@@ -214,7 +215,7 @@ def _config(
         x_staged=BITS[shape.x_kind] == 16 and x_stages < num_stages,
         blocks_per_sm=blocks_per_sm,
         resident_blocks=resident,
-        fixed_smem=warps * (num_stages * warp_chunks * 1024 + 2 * tokens * 20 * 4),
+        fixed_smem=warps * (num_stages * warp_chunks * 1024 + 4 * floats),
         groups_per_chunk=groups_of_chunk(shape),
         chunks_per_group=max(1, min(shape.group_size, shape.k) // chunk_k),
         grouping=few_tokens_grouping(shape),

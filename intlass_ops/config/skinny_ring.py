@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .epilogue import Activation, named
-from .problem import BITS, Device, Shape, columns_of, decoded_fp4, groups_of_chunk, mma_sass
-from .skinny import few_tokens_grouping, passes_of
+from .problem import BITS, Device, Grouping, Shape, columns_of, decoded_fp4, groups_of_chunk, groups_spread, mma_sass
+from .skinny import few_tokens_grouping
 
 # (tiles_n, warps, most of them in a group, num_stages, blocks_per_sm)
 _LONG_ROWS = (2, 16, 16, 3, 1)
@@ -92,7 +92,10 @@ def _ring_slab(tokens: int, tiles_n: int) -> int:
 def _ring_smem(c: SkinnyRing) -> int:
     ring = c.warps * c.num_stages * 1024 * c.tiles_n
     x = c.segment_k * c.tokens * 2  # fragments of 16 bits
-    return ring + x + (1 if c.tokens > 8 else 2) * c.warps * _ring_slab(c.tokens, c.tiles_n)
+    sums = (1 if c.tokens > 8 else 2) * c.warps * _ring_slab(c.tokens, c.tiles_n)
+    spread = c.grouping == Grouping.SPAN and c.groups_per_chunk > 1
+    left = c.warps * 2 * c.tiles_n * 128 * (1 + c.has_zeros) if spread else 0
+    return ring + x + sums + left
 
 
 def _even_share(chunks: int, most: int) -> int:
@@ -111,8 +114,6 @@ def why_not_ring(shape: Shape) -> str | None:
         return None
     if BITS[shape.w_kind] != 4 or BITS[shape.x_kind] != 16:
         return "decoding costs nothing that a ring could hide"
-    if shape.has_zeros and passes_of(shape) > 1:
-        return "registers would spill"
     return None
 
 
@@ -127,7 +128,7 @@ def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
     chunks = max(1, math.ceil(shape.k / chunk_k))
     tokens = 1 << (shape.m - 1).bit_length()
     zeros = shape.has_zeros and (shape.zeros_in_sums or shape.x_kind == "fp16")
-    heavy = columns_of(shape) > 8 or zeros or passes_of(shape) > 1  # registers for 8 warps only
+    heavy = columns_of(shape) > 8 or zeros or groups_spread(shape)  # registers for 8 warps only
     if shape.w_kind == "e2m1":  # others were not tried
         fewest = _FEWEST_TOKENS[1:3] if device.arch.startswith("sm_90") and shape.k > 8192 else ()
     else:

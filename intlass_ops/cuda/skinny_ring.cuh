@@ -10,7 +10,7 @@ constexpr int num_stages = Config::num_stages;
 constexpr int segment_chunks = Config::segment_k / chunk_k;
 constexpr int pieces = 2 * tiles_n;          // of 16 bytes that a lane holds of a chunk: one a row
 // rows whose scales a lane fetches: a quad's share them, but where each lane has a group of its own
-constexpr int quad_rows = in_columns ? pieces : (pieces + 3) / 4;
+constexpr int quad_rows = own_group ? pieces : (pieces + 3) / 4;
 static_assert(Config::segment_k % chunk_k == 0, "a segment of K is whole chunks");
 static_assert(warps % groups == 0 && groups < 16, "a group has a barrier of its own");
 
@@ -21,7 +21,8 @@ constexpr int x_bytes = segment_chunks * spans * tokens * 4 * int(sizeof(typenam
 constexpr int pitch = rows + 4;  // of the sums of a token; the first of the four is a sum of x
 constexpr int slab = tokens * pitch;
 constexpr int buffers = tokens > 8 ? 1 : 2;
-static_assert(ring_bytes + x_bytes + buffers * warps * slab * 4 == Config::fixed_smem,
+constexpr int left = pieces * left_floats;  // floats of a warp's scales, handed round
+static_assert(ring_bytes + x_bytes + (buffers * slab + left) * warps * 4 == Config::fixed_smem,
               "config/skinny_ring.py and the kernel disagree about shared memory");
 
 // Scales that weights take, of the rows that a lane holds pieces of: of a chunk, and where they lie.
@@ -75,11 +76,11 @@ struct Cursor : Select<scaled, TakenRows, NoTakenRows>::type {
     for (int i = 0; i < pieces; ++i)  // a repeated row is never stored
       w_row[i] = w + min(n0 + i * 8, p.n - 1) * p.w_stride;
     enter_rows(p, n0, lane % 4);
-    if constexpr (grouped && passes == 1)  // the lanes of a quad share out its rows
+    if constexpr (grouped)  // the lanes of a quad share out its rows
 #pragma unroll
       for (int i = 0; i < quad_rows; ++i) {
-        const int group = in_columns ? group_of_lane(lane % 4) : 0;
-        const i64 row = min(n0 + (in_columns ? i : (i * 4 + lane % 4) % pieces) * 8, p.n - 1);
+        const int group = own_group ? group_of_lane(lane % 4) : 0;
+        const i64 row = min(n0 + (own_group ? i : (i * 4 + lane % 4) % pieces) * 8, p.n - 1);
         s_row[i] = static_cast<const Scale*>(p.scales) + row * p.scale_row + group * p.scale_group;
         z_row[i] = static_cast<const Zero*>(p.zeros) + row * p.zero_row + group * p.zero_group;
       }
@@ -153,7 +154,8 @@ struct XBlock {
     }
   }
   __device__ __forceinline__ void store(typename P::B* x_frags, int b) const {
-    const int t = b % spans, q = b / spans % 4, c = b / spans / 4;
+    const int c = b / spans / 4, i = b % (spans * 4);
+    const int t = spread ? i / 4 : i % spans, q = spread ? i % 4 : i / spans;  // eight_of(t, q) is i
 #pragma unroll
     for (int m = 0; m < tokens; ++m)
       x_frags[((c * spans + t) * tokens + m) * 4 + q] =
