@@ -12,9 +12,9 @@ from .problem import (
     BITS,
     Device,
     Shape,
+    codes_take_scales,
     columns_of,
     decoded_fp4,
-    groups_in_columns,
     groups_of_chunk,
     groups_spread,
     mma_sass,
@@ -184,6 +184,8 @@ def _config(
     k_warps = math.ceil(chunks / (split_k * warp_chunks))
     resident = int(device.sm_count * blocks_per_sm * PLACES[split_k]) // split_k * split_k
     spills = warps == 16 and warp_chunks == 4 and k_warps > 8 and BITS[shape.x_kind] == 16
+    if groups_of_chunk(shape) > 1 and not codes_take_scales(shape) and BITS[shape.x_kind] == 16:
+        spills = warp_chunks > 4 or (warps == 16 and warp_chunks * math.ceil(shape.m / 8) > 2)
     if chunks % warp_chunks or k_warps > warps or not resident or spills:
         return None
     tokens = 1 << (shape.m - 1).bit_length()
@@ -193,11 +195,11 @@ def _config(
     warps = groups * k_warps
     x_stages = max(1, tokens // 4)
     few_turns = shape.n * split_k <= 64 * groups * resident
-    groups_at_once = groups_of_chunk(shape) if groups_in_columns(shape) else 1
-    tiles_m = math.ceil(tokens * groups_at_once / 8)
-    x_sums = warp_chunks * groups_of_chunk(shape) * tiles_m * 8 * shape.zeros_in_sums
-    left = 2 * warp_chunks * 32 * (1 + shape.has_zeros) * groups_spread(shape)
-    floats = 2 * tokens * 20 + x_sums + left
+    spread = groups_spread(shape)
+    tiles_m = math.ceil(tokens / 8)
+    x_sums = warp_chunks * (groups_of_chunk(shape) if spread else 1) * tiles_m * 8
+    left = 2 * warp_chunks * 32 * (1 + shape.has_zeros) * spread
+    floats = 2 * tokens * 20 + x_sums * shape.zeros_in_sums + left
     mx = (shape.x_kind, shape.w_kind, shape.scale_type) == ("e2m1", "e2m1", "e8m0")
     c = SkinnyHeld(
         x_kind=shape.x_kind,

@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
   for (int j = 0; j < tiles_m; ++j) {  // nor is a repeated token
     const i64 token = min(i64(token_of_column(j, lane / 4)), p.m - 1);
-    x_row[j] = p.x + token * p.x_stride + eight_of(0, quarter) * 8 * X::bits / 8;
+    x_row[j] = p.x + token * p.x_stride + first_k(quarter) * X::bits / 8;
     x_blocks_row[j] = lane_scales(p.a_scale, token, p.a_scale_row, quarter);
   }
   const int scale_group = int(p.scale_group), zero_group = int(p.zero_group);
@@ -139,15 +139,15 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     for (int j = 0; j < tiles_m; ++j) {
       if constexpr (X::bits == 4 && !spread) {
         u32 v[spans];
-        load_tokens(v, x_row[j] + chunk * (chunk_k / 2), inside && has_column(lane));
+        load_tokens(v, x_row[j] + chunk * (chunk_k / 2), inside && (!in_columns || has_column(lane)));
 #pragma unroll
         for (int t = 0; t < spans; ++t) c.x[j][t][0] = v[t];
       } else {
 #pragma unroll
         for (int t = 0; t < spans; ++t) {
-          const int k0 = chunk * chunk_k + eight_of(t, 0) * 8;  // of the quad
+          const int k0 = chunk * chunk_k + t * word_k;  // of the quad
           load_tokens(c.x[j][t], x_row[j] + k0 * X::bits / 8,
-                      (spread ? k0 < k : inside) && has_column(lane));
+                      (spread ? k0 < k : inside) && (!in_columns || has_column(lane)));
         }
       }
       if constexpr (fp4_x)
@@ -180,37 +180,37 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   sum.clear();
   auto use_chunk = [&](const Chunk& c, bool wide) {
     u32 w[2 * tiles_n][4];
-    float s[2 * tiles_n], z[2 * tiles_n];
     [[maybe_unused]] QuadScales<1> quad[2 * tiles_n];
     if constexpr (spread) __syncwarp();  // all have read the chunk before
 #pragma unroll
-    for (int i = 0; i < 2 * tiles_n; ++i)
+    for (int i = 0; i < 2 * tiles_n; ++i) {
+      const u32(&v)[4] = c.w[i / 2][i % 2];
       if constexpr (spread) {
-        char* piece = handed[warp][i];
-        const u32(&v)[4] = c.w[i / 2][i % 2];
-        *reinterpret_cast<uint4*>(piece + own_place(lane) * 16) = make_uint4(v[0], v[1], v[2], v[3]);
-        leave_scales<D>(reinterpret_cast<float*>(piece + 512), c.s[i / 2][i % 2],
-                        c.z[i / 2][i % 2], lane);
+        char* to = handed[warp][i];
+        *reinterpret_cast<uint4*>(to + own_place(lane) * 16) = make_uint4(v[0], v[1], v[2], v[3]);
+        leave_scales<D>(reinterpret_cast<float*>(to + 512), c.s[i / 2][i % 2], c.z[i / 2][i % 2],
+                        lane);
       } else {
 #pragma unroll
-        for (int v = 0; v < 4; ++v) w[i][v] = c.w[i / 2][i % 2][v];
-        if constexpr (grouped) s[i] = scale_in_units(c.s[i / 2][i % 2]);
-        if constexpr (grouped && has_zeros) z[i] = zero_of_codes(c.z[i / 2][i % 2]);
+        for (int j = 0; j < 4; ++j) w[i][j] = v[j];
       }
+    }
     if constexpr (spread) {
       __syncwarp();
 #pragma unroll
-      for (int i = 0; i < 2 * tiles_n; ++i)
+      for (int i = 0; i < 2 * tiles_n; ++i) {
         load_matrices<4>(w[i], smem_address(handed[warp][i] + read_place<4>(lane) * 16));
+        quad[i].load(reinterpret_cast<const float*>(handed[warp][i] + 512), 0, lane);
+      }
     }
+    auto scale_of = [&](int t, int i) {
+      return spread ? quad[i].s[t] : scale_in_units(c.s[i / 2][i % 2]);
+    };
+    auto zero_of = [&](int t, int i) {
+      return spread ? quad[i].z[t] : zero_of_codes(c.z[i / 2][i % 2]);
+    };
 #pragma unroll
     for (int t = 0; t < spans; ++t) {
-      if (spread && t % group_spans == 0)
-#pragma unroll
-        for (int i = 0; i < 2 * tiles_n; ++i) {
-          quad[i].load(reinterpret_cast<const float*>(handed[warp][i] + 512), t, lane);
-          s[i] = quad[i].s[t], z[i] = quad[i].z[t];
-        }
       typename P::B b[tiles_m];
 #pragma unroll
       for (int j = 0; j < tiles_m; ++j)
@@ -227,25 +227,26 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
           lo[v] = w[2 * i][t * span_words<W> + v];
           hi[v] = w[2 * i + 1][t * span_words<W> + v];
         }
-        const typename P::A a = D::w(lo, row_of(c, wide, z[2 * i], t, i, 0), hi,
-                                     row_of(c, wide, z[2 * i + 1], t, i, 1));
+        const typename P::A a = D::w(lo, row_of(c, wide, zero_of(t, 2 * i), t, i, 0), hi,
+                                     row_of(c, wide, zero_of(t, 2 * i + 1), t, i, 1));
 #pragma unroll
         for (int j = 0; j < tiles_m; ++j) P::mma(sum.y[i][j], a, b[j]);
       }
-      if (!grouped || t % group_spans < group_spans - 1) continue;
+      if (grouped && t % group_spans == group_spans - 1) {
 #pragma unroll
-      for (int i = 0; i < tiles_n; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
+        for (int i = 0; i < 2 * tiles_n; ++i) {
+          const float scale = scale_of(t, i);
 #pragma unroll
           for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              float v = value(sum.y[i][j][2 * h + e]);
-              if constexpr (zeros_in_sums) v -= z[2 * i + h] * value(sum.x[j][e]);
-              total[i][j][2 * h + e] += s[2 * i + h] * v;
+              float v = value(sum.y[i / 2][j][i % 2 * 2 + e]);
+              if constexpr (zeros_in_sums) v -= zero_of(t, i) * value(sum.x[j][e]);
+              total[i / 2][j][i % 2 * 2 + e] += scale * v;
             }
-      sum.clear();
+        }
+        sum.clear();
+      }
     }
   };
 
@@ -296,8 +297,9 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int m = token_of_column(j, quarter * 2 + e % 2);
+      if (in_columns && quarter * 2 >= column_tokens) continue;  // another group's lane has the same
 #pragma unroll
-      for (int i = 0; i < tiles_n; ++i)  // of as many lanes as have groups, all write the same
+      for (int i = 0; i < tiles_n; ++i)
         partial[warp][m][i * 16 + e / 2 * 8 + lane / 4] =
             Select<grouped, float, Acc>::of(total[i][j][e], sum.y[i][j][e]);
       if constexpr (!grouped && zeros_in_sums) partial_x[warp][m] = sum.x[j][e];

@@ -70,16 +70,17 @@ constexpr bool spread = grouped && !in_columns && chunk_groups > 1;
 static_assert(!spread || W::bits == 4, "16 bytes of INT8 are half a span");
 constexpr bool own_group = in_columns || spread;
 constexpr int group_spans = spread ? spans / chunk_groups : spans;  // of a group in a chunk
-// Which eight k of a chunk a lane's word t has
-__device__ __forceinline__ int eight_of(int t, int quarter) {
-  return spread ? t * 4 + quarter : quarter * spans + t;
-}
+// Where a lane's words lie in a chunk: the first k, and from one to the next
+__device__ __forceinline__ int first_k(int quarter) { return quarter * (spread ? 8 : lane_k); }
+constexpr int word_k = spread ? 32 : 8;
 // Where the lanes of a warp leave their 16 bytes of eight rows, and which of them each gives ldmatrix the
 // address of: those that are written or read at once are in all banks
 __device__ __forceinline__ int place_of(int row, int quarter) {
-  return spread ? quarter * 8 + (row ^ 2 * quarter) : row * 4 + quarter;
+  return quarter * 8 + (row ^ 2 * quarter);
 }
-__device__ __forceinline__ int own_place(int lane) { return place_of(lane / 4, lane % 4); }
+__device__ __forceinline__ int own_place(int lane) {
+  return spread ? place_of(lane / 4, lane % 4) : lane;
+}
 // Spans that a lane has words and scales of at a time: 16 tokens leave registers for fewer
 template <int tiles_m> constexpr int spans_at_once = spread && tiles_m > 1 ? spans / 2 : spans;
 template <int at_once> __device__ __forceinline__ int read_place(int lane) {
@@ -87,22 +88,19 @@ template <int at_once> __device__ __forceinline__ int read_place(int lane) {
   return at_once == 4 ? place_of(lane % 8, lane / 8)
                       : lane / 16 * 32 + place_of(lane % 8, lane / 8 % 2);
 }
-// A lane's words of a tile's rows from span t on. `from`: its read_place of the first eight.
+// A lane's words of piece i from span t on, or of two pieces together. `from`: its read_place of the first.
 template <int at_once, int count>
-__device__ __forceinline__ void load_rows(u32 (&v)[count][4], const char* from, int t) {
+__device__ __forceinline__ void load_piece(u32 (&v)[count][4], const char* from, int i, int t) {
+  if constexpr (!spread) {
+    load_shared(v[i], from + i * 512);
+  } else if constexpr (at_once == 4) {
+    load_matrices<4>(v[i], smem_address(from + i * 512));
+  } else if (i % 2 == 0) {
+    u32 r[4];
+    const u32 at = smem_address(from + i * 512);
+    load_matrices<4>(r, t ? (at ^ 64) + 256 : at);  // place_of two quarters further
 #pragma unroll
-  for (int i = 0; i < count; i += 4 / at_once) {
-    if constexpr (!spread) {
-      load_shared(v[i], from + i * 512);
-    } else if constexpr (at_once == 4) {
-      load_matrices<4>(v[i], smem_address(from + i * 512));
-    } else {
-      u32 r[4];
-      const u32 at = smem_address(from + i * 512);
-      load_matrices<4>(r, t ? (at ^ 64) + 256 : at);  // place_of two quarters further
-#pragma unroll
-      for (int h = 0; h < 4; ++h) v[i + h / 2][t + h % 2] = r[h];
-    }
+    for (int h = 0; h < 4; ++h) v[i + h / 2][t + h % 2] = r[h];
   }
 }
 __device__ __forceinline__ int first_group(int chunk) {
@@ -112,11 +110,11 @@ __device__ __forceinline__ int group_of_lane(int quarter) {  // of a chunk's
   return quarter / (4 / chunk_groups);
 }
 __device__ __forceinline__ int token_of_column(int tile, int column) {
-  return tile * column_tokens + column % column_tokens;
+  return tile * column_tokens + (in_columns ? column % column_tokens : column);
 }
 // Whether the column of x that a lane's fragments are of has the lane's k
 __device__ __forceinline__ bool has_column(int lane) {
-  return !in_columns || lane / 4 / column_tokens == group_of_lane(lane % 4);
+  return lane / 4 / column_tokens == group_of_lane(lane % 4);
 }
 // Zero points that are bytes leave the codes as these become fragments: exact, and free. So do all of
 // codes that take their scales. Others multiply sums of x.

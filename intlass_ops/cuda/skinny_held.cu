@@ -44,7 +44,8 @@ enum Codes { as_fp16, as_bf16, as_wide };
 constexpr int stage_bytes = pieces * 512, ring_bytes = warps * num_stages * stage_bytes;
 constexpr int pitch = rows + 4, slab = tokens * pitch;  // of a token, of a warp
 // Floats of a warp alone: its sums of x, by chunk, group and column, and scales that its lanes hand round
-constexpr int x_sums = zeros_in_sums ? warp_chunks * chunk_groups * tiles_m * 8 : 0;
+constexpr int x_groups = spans / group_spans;
+constexpr int x_sums = zeros_in_sums ? warp_chunks * x_groups * tiles_m * 8 : 0;
 constexpr int warp_floats = x_sums + pieces * left_floats;
 static_assert(ring_bytes + (2 * slab + warp_floats) * warps * 4 == Config::fixed_smem,
               "config/skinny_held.py and the kernel disagree about shared memory");
@@ -147,14 +148,14 @@ __device__ __forceinline__ void load_x(Fragments& x, const Params& p, const Shar
     const char* from = p.x + token * p.x_stride;
 #pragma unroll
     for (int c = 0; c < warp_chunks; ++c) {
-      const int k0 = (share.chunk + c) * chunk_k;
+      const int k0 = (share.chunk + c) * chunk_k + first_k(quarter);
       u32 v[spans][span_words<X>];
       if constexpr (X::bits == 4 && !spread)
-        load_global(reinterpret_cast<u32(&)[spans]>(v), from + (k0 + quarter * lane_k) / 2);
+        load_global(reinterpret_cast<u32(&)[spans]>(v), from + k0 / 2);
       else
 #pragma unroll
         for (int t = 0; t < spans; ++t)
-          load_global(v[t], from + (k0 + eight_of(t, quarter) * 8) * X::bits / 8);
+          load_global(v[t], from + (k0 + t * word_k) * X::bits / 8);
       SpanScales<Scale> blocks = {};
       if constexpr (fp4_x)
         blocks =
@@ -163,7 +164,7 @@ __device__ __forceinline__ void load_x(Fragments& x, const Params& p, const Shar
       for (int t = 0; t < spans; ++t) {
 #pragma unroll
         for (int i = 0; i < span_words<X>; ++i)
-          if (!share.inside || !has_column(lane)) v[t][i] = 0;
+          if (!share.inside || (in_columns && !has_column(lane))) v[t][i] = 0;
         x[c][t][j] =
             token_fragment<P>(v[t], blocks.factor(t * SpanScales<Scale>::count / spans, true));
       }
@@ -201,7 +202,7 @@ __device__ __forceinline__ void load_x_staged(Fragments& x, const Params& p, con
 #pragma unroll
       for (int t = 0; t < spans; ++t) {
         u32 v[span_words<X>];
-        load_shared(v, at(c, min(token_of_column(j, lane / 4), tokens - 1), eight_of(t, lane % 4)));
+        load_shared(v, at(c, min(token_of_column(j, lane / 4), tokens - 1), first_k(lane % 4) / 8 + t * (word_k / 8)));
         x[c][t][j] = token_fragment<P>(v, {});
         if constexpr (in_columns) x[c][t][j] = masked(x[c][t][j], has_column(lane));
       }
@@ -228,8 +229,8 @@ __device__ __forceinline__ void sum_x(float* sums, const Fragments& x) {
 #pragma unroll
     for (int t = 0; t < spans; ++t)
       P::mma(sum, masked(P::ones_w(), row == t / group_spans), x[i / tiles_m][t][i % tiles_m]);
-    const int at = (i / tiles_m * chunk_groups + row) * tiles_m + i % tiles_m;
-    if (row < spans / group_spans)
+    const int at = (i / tiles_m * x_groups + row) * tiles_m + i % tiles_m;
+    if (row < x_groups)
 #pragma unroll
       for (int e = 0; e < 2; ++e) sums[at * 8 + column + e] = value(sum[e]);
   }
@@ -252,10 +253,10 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
 #pragma unroll
     for (int t = 0; t < spans; ++t) {
       const int group = t / group_spans;
-      if (t % at_once == 0) load_rows<at_once>(w, words + c * row_pieces * 512, t);
-      if (t % group_spans == 0)
 #pragma unroll
-        for (int i = 0; i < row_pieces; ++i) {
+      for (int i = 0; i < row_pieces; ++i) {
+        if (t % at_once == 0) load_piece<at_once>(w, words + c * row_pieces * 512, i, t);
+        if (t % group_spans == 0) {
           const int piece = c * row_pieces + i, at = own_group ? piece : piece / 4;
           if constexpr (spread) {
             quad[i].load(floats + x_sums + piece * left_floats, t, lane);
@@ -267,6 +268,7 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
           }
           zero[i] = row_zero<Of>(z[i]);
         }
+      }
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i) {
         const int at = scaled ? c * row_pieces + 2 * i : 0;
@@ -288,7 +290,7 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
           [[maybe_unused]] u32 of_x[2];
           if constexpr (zeros_in_sums)
             load_shared(of_x, reinterpret_cast<const char*>(
-                                  floats + ((c * chunk_groups + group) * tiles_m + j) * 8 + lane % 4 * 2));
+                                  floats + ((c * x_groups + group) * tiles_m + j) * 8 + lane % 4 * 2));
 #pragma unroll
           for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
@@ -336,7 +338,7 @@ __device__ __forceinline__ void group_sync(int group) {
 extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_per_sm)
     skinny_held(const __grid_constant__ Params p) {
   launch_dependents();
-  extern __shared__ __align__(16) char smem[];
+  extern __shared__ __align__(128) char smem[];
   // A shuffle, so that the compiler knows it for the same in all lanes: what is reckoned from it takes
   // uniform registers, and no branch of the loop can part the lanes
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
@@ -416,12 +418,13 @@ extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_pe
 
     Sum* sums = partial + (turn % 2 * groups + group) * k_warps * slab;
     add_columns<tokens>(total);
-    Sum* own = sums + k_warp * slab + lane % 4 * 2 % column_tokens * pitch + lane / 4;
+    Sum* own = sums + k_warp * slab + token_of_column(0, lane % 4 * 2) * pitch + lane / 4;
 #pragma unroll
     for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         if (tokens % 8 && token_of_column(j, lane % 4 * 2) + e % 2 >= tokens) continue;
+        if (in_columns && lane % 4 * 2 >= column_tokens) continue;
 #pragma unroll
         for (int i = 0; i < tiles_n; ++i)
           own[(j * column_tokens + e % 2) * pitch + i * 16 + e / 2 * 8] = total[i][j][e];

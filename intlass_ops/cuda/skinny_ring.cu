@@ -15,7 +15,7 @@
 extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     skinny_ring(const __grid_constant__ Params p) {
   launch_dependents();
-  extern __shared__ __align__(16) char smem[];
+  extern __shared__ __align__(128) char smem[];
   // a shuffle: the same in all lanes, as in skinny_held.cu
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
   const int group = groups > 1 ? warp / group_warps : 0, quarter = lane % 4;
@@ -24,7 +24,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   const int tiles = int((p.n + rows - 1) / rows);
   const int first_tile = int(blockIdx.x) * groups + group, step = int(gridDim.x) * groups;
   const int scale_group = int(p.scale_group), zero_group = int(p.zero_group);
-  char* ring = smem + warp * num_stages * stage_bytes;
+  char* ring = smem + warp * num_stages * stage_bytes + own_place(lane) * 16;
+  const char* words = ring + (read_place<at_once>(lane) - own_place(lane)) * 16;
   typename P::B* x_frags = reinterpret_cast<typename P::B*>(smem + ring_bytes);
   Sum* partial = reinterpret_cast<Sum*>(smem + ring_bytes + x_bytes);
   // [turns][groups][tokens][pitch]: sums of earlier segments, where there are several
@@ -53,13 +54,13 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       ahead.enter_tile(p, lane);
     }
     if (ahead.segment < segments) {
-      const u32 to = smem_address(ring + own_place(lane) * 16 + stage * stage_bytes);
+      const u32 to = smem_address(ring + stage * stage_bytes);
       const bool inside = Config::whole || ahead.chunk * chunk_k + quarter * lane_k < k;
       if (part != scales_alone)
 #pragma unroll
         for (int i = 0; i < pieces; ++i)
           cp_async_16(to + i * 512, inside ? ahead.w_row[i] + ahead.chunk * 64 : p.w, !inside);
-      if (grouped && part == codes)
+      if (grouped && part == codes && (inside || !own_group))
 #pragma unroll
         for (int i = 0; i < quad_rows; ++i)
           prefetch_l2(ahead.s_row[i] + first_group(ahead.chunk) * scale_group);
@@ -69,6 +70,10 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
         const int group = first_group(ahead.chunk);
 #pragma unroll
         for (int i = 0; i < quad_rows; ++i) {
+          if (own_group && !inside) {  // no such group
+            result.s[i] = Scale(), result.z[i] = Zero();
+            continue;
+          }
           result.s[i] = ahead.s_row[i][group * scale_group];
           if constexpr (has_zeros) result.z[i] = ahead.z_row[i][group * zero_group];
         }
@@ -93,7 +98,6 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     for (int s = 0; s < num_stages - 1; ++s) scales[s] = request(s, scales_alone);
   }
 
-  constexpr int at_once = spans_at_once<tiles_m>;
   int token[tiles_m];
 #pragma unroll
   for (int j = 0; j < tiles_m; ++j) token[j] = min(token_of_column(j, lane / 4), tokens - 1);
@@ -132,6 +136,13 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       Acc sum[tiles_n][tiles_m][4] = {}, sum_x[tiles_m][4] = {};
       for (int chunk = chunk0 + warp % group_warps; chunk < end; chunk += group_warps) {
         cp_async_wait<num_stages - 2>();
+        u32 w[pieces][4];
+        const char* of_stage = words + stage * stage_bytes;
+        auto load_rows = [&](int t) {
+#pragma unroll
+          for (int i = 0; i < pieces; ++i) load_piece<at_once>(w, of_stage, i, t);
+        };
+        if constexpr (!spread) load_rows(0);
         const Scales mine = scales[0];
         if constexpr (spread) {
           __syncwarp();  // all have read what was left before
@@ -139,10 +150,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
           for (int i = 0; i < pieces; ++i)
             leave_scales<D>(scales_left + i * left_floats, mine.s[i], mine.z[i], lane);
           __syncwarp();
+          load_rows(0);
         }
-        u32 w[pieces][4];
-        const char* words = ring + read_place<at_once>(lane) * 16 + stage * stage_bytes;
-        load_rows<at_once>(w, words, 0);
 #pragma unroll
         for (int s = 0; s < num_stages - 2; ++s) scales[s] = scales[s + 1];
         // into the stage that the chunk before this one has left
@@ -155,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
         auto multiply = [&](bool wide) {
 #pragma unroll
           for (int t = 0; t < spans; ++t) {
-            if (t && t % at_once == 0) load_rows<at_once>(w, words, t);
+            if (t && t % at_once == 0) load_rows(t);
             if (grouped && t % group_spans == 0)
 #pragma unroll
               for (int i = 0; i < pieces; ++i) {
@@ -193,22 +202,22 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
               for (int j = 0; j < tiles_m; ++j) P::mma(sum[i][j], a, b[j]);
             }
-            if (!grouped || t % group_spans < group_spans - 1) continue;
+            if (grouped && t % group_spans == group_spans - 1)
 #pragma unroll
-            for (int j = 0; j < tiles_m; ++j) {
+              for (int j = 0; j < tiles_m; ++j) {
 #pragma unroll
-              for (int i = 0; i < tiles_n; ++i)
+                for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                  float v = value(sum[i][j][e]);
-                  if constexpr (zeros_in_sums) v -= z[2 * i + e / 2] * value(sum_x[j][e % 2]);
-                  total[i][j][e] += s[2 * i + e / 2] * v;
-                  sum[i][j][e] = 0;
-                }
-              if constexpr (zeros_in_sums)
+                  for (int e = 0; e < 4; ++e) {
+                    float v = value(sum[i][j][e]);
+                    if constexpr (zeros_in_sums) v -= z[2 * i + e / 2] * value(sum_x[j][e % 2]);
+                    total[i][j][e] += s[2 * i + e / 2] * v;
+                    sum[i][j][e] = 0;
+                  }
+                if constexpr (zeros_in_sums)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) sum_x[j][e] = 0;
-            }
+                  for (int e = 0; e < 4; ++e) sum_x[j][e] = 0;
+              }
           }
         };
         if (any_wide(mine.wide()))
@@ -224,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int m = token_of_column(j, quarter * 2 + e % 2);
-          if (tokens % 8 && m >= tokens) continue;
+          if ((tokens % 8 && m >= tokens) || (in_columns && quarter * 2 >= column_tokens)) continue;
 #pragma unroll
           for (int i = 0; i < tiles_n; ++i)
             mine[m * pitch + i * 16 + e / 2 * 8 + lane / 4] =

@@ -14,6 +14,8 @@ constexpr int quad_rows = own_group ? pieces : (pieces + 3) / 4;
 static_assert(Config::segment_k % chunk_k == 0, "a segment of K is whole chunks");
 static_assert(warps % groups == 0 && groups < 16, "a group has a barrier of its own");
 
+constexpr int at_once = spans_at_once<tiles_m>;
+
 // Shared memory: ring, fragments of x, the warps' sums, and sums of earlier segments.
 constexpr int stage_bytes = pieces * 512;
 constexpr int ring_bytes = warps * num_stages * stage_bytes;
@@ -154,8 +156,9 @@ struct XBlock {
     }
   }
   __device__ __forceinline__ void store(typename P::B* x_frags, int b) const {
-    const int c = b / spans / 4, i = b % (spans * 4);
-    const int t = spread ? i / 4 : i % spans, q = spread ? i % 4 : i / spans;  // eight_of(t, q) is i
+    // word t of lane q of a quad (first_k), of chunk c
+    const int t = spread ? b / 4 % spans : b % spans, q = spread ? b % 4 : b / spans % 4;
+    const int c = b / spans / 4;
 #pragma unroll
     for (int m = 0; m < tokens; ++m)
       x_frags[((c * spans + t) * tokens + m) * 4 + q] =
