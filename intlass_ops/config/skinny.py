@@ -195,10 +195,13 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     blocks, sms = math.ceil(shape.n / 32), device.sm_count
     few_tokens = columns_of(shape) <= 8
     light_x = shape.x_kind == "e2m1" and device.arch.startswith("sm_90")  # others spill
-    if spread or (shape.zeros_in_sums and not few_tokens and blocks > sms):
+    if spread or columns_of(shape) > 16:
+        deep = few_tokens and chunks >= 16
+        tiles_n = 1 if 2 * blocks <= sms or columns_of(shape) > 16 else 2
+        return tiles_n, max(1, min(8, chunks)), 1 + deep, 1
+    if shape.zeros_in_sums and not few_tokens and blocks > sms:
         warps = max(1, min(8, chunks))
-        fewer = 2 * blocks <= sms or not few_tokens
-        return (1 if fewer else 2), warps, 1, min(4, 8 // warps)
+        return 1, warps, 1, min(4, 8 // warps)
     if chunks <= 16 and 2 * blocks <= sms:  # a small layer: each warp one chunk
         return 1, max(1, chunks), 1, 1
     measured = None

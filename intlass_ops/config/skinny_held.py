@@ -13,8 +13,8 @@ from .problem import (
     Device,
     Shape,
     codes_take_scales,
-    columns_of,
     decoded_fp4,
+    groups_in_columns,
     groups_of_chunk,
     groups_spread,
     mma_sass,
@@ -147,11 +147,20 @@ def _tiles(shape: Shape, many_rows: bool, split_k: int) -> list[tuple[int, ...]]
     """
     many_turns = many_rows or split_k > 1
     tiles: list[tuple[int, ...]]
+    own_groups = groups_of_chunk(shape) > 1 and not codes_take_scales(shape)
+    if own_groups and BITS[shape.x_kind] == 16:
+        if shape.m > 8 and split_k > 1 and shape.has_zeros and not shape.zeros_in_sums:
+            return []  # two registers short
+        tiles = (
+            [(8, 4, 2), (8, 4, 3)] if shape.m <= 4 and not many_turns else [(8, 4, 3), (8, 4, 2)]
+        )
+        few = groups_in_columns(shape) and not shape.zeros_in_sums
+        return [*tiles, *([(16, 2, 2)] if shape.m <= 8 else []), *([(8, 8, 2)] if few else [])]
     if BITS[shape.x_kind] == 8:
-        tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), (16, 4, 2)]
+        tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), *([] if own_groups else [(16, 4, 2)])]
         if shape.m <= 2 or not many_turns:
             tiles.insert(0, (16, 2, 2))
-    elif columns_of(shape) > 8:
+    elif shape.m > 8:
         tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), (8, 4, 2), (8, 4, 5), (16, 2, 5)]
         if not many_turns and shape.x_kind != "e2m1":
             tiles = tiles[4:] + tiles[:4]
@@ -184,8 +193,6 @@ def _config(
     k_warps = math.ceil(chunks / (split_k * warp_chunks))
     resident = int(device.sm_count * blocks_per_sm * PLACES[split_k]) // split_k * split_k
     spills = warps == 16 and warp_chunks == 4 and k_warps > 8 and BITS[shape.x_kind] == 16
-    if groups_of_chunk(shape) > 1 and not codes_take_scales(shape) and BITS[shape.x_kind] == 16:
-        spills = warp_chunks > 4 or (warps == 16 and warp_chunks * math.ceil(shape.m / 8) > 2)
     if chunks % warp_chunks or k_warps > warps or not resident or spills:
         return None
     tokens = 1 << (shape.m - 1).bit_length()

@@ -250,6 +250,7 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
     typename Of::Row zero[row_pieces];
     [[maybe_unused]] float s[row_pieces], z[row_pieces];
     [[maybe_unused]] QuadScales<tiles_m> quad[row_pieces];
+    if (spread && tiles_m > 1 && c > 0) __syncwarp();
 #pragma unroll
     for (int t = 0; t < spans; ++t) {
       const int group = t / group_spans;

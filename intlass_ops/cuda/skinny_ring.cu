@@ -103,6 +103,9 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   for (int j = 0; j < tiles_m; ++j) token[j] = min(token_of_column(j, lane / 4), tokens - 1);
   const float alpha = alpha_of(p) * sum_unit;
 
+  if constexpr (in_columns)
+    for (int i = threadIdx.x; i < chunk_frags; i += threads)
+      x_frags[segment_chunks * chunk_frags + i] = {};
   int stage = 0, buffer = 0;
   for (int segment = 0; segment < segments; ++segment) {
     const int chunk0 = segment * segment_chunks, end = min(chunk0 + segment_chunks, chunks);
@@ -158,7 +161,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
         scales[num_stages - 2] = request(stage == 0 ? num_stages - 1 : stage - 1, both);
         stage = stage == num_stages - 1 ? 0 : stage + 1;
 
-        const typename P::B* x_chunk = x_frags + (chunk - chunk0) * (spans * tokens * 4) + quarter;
+        const int x_at = in_columns && !has_column(lane) ? segment_chunks : chunk - chunk0;
+        const typename P::B* x_chunk = x_frags + x_at * chunk_frags + quarter;
         [[maybe_unused]] float s[pieces], z[pieces];
         [[maybe_unused]] QuadScales<tiles_m> quad[pieces];
         auto multiply = [&](bool wide) {
@@ -180,10 +184,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
               }
             typename P::B b[tiles_m];
 #pragma unroll
-            for (int j = 0; j < tiles_m; ++j) {
-              b[j] = x_chunk[(t * tokens + token[j]) * 4];
-              if constexpr (in_columns) b[j] = masked(b[j], has_column(lane));
-            }
+            for (int j = 0; j < tiles_m; ++j) b[j] = x_chunk[(t * tokens + token[j]) * 4];
             if constexpr (zeros_in_sums)
 #pragma unroll
               for (int j = 0; j < tiles_m; ++j) P::mma(sum_x[j], P::ones_w(), b[j]);

@@ -19,7 +19,9 @@ constexpr int at_once = spans_at_once<tiles_m>;
 // Shared memory: ring, fragments of x, the warps' sums, and sums of earlier segments.
 constexpr int stage_bytes = pieces * 512;
 constexpr int ring_bytes = warps * num_stages * stage_bytes;
-constexpr int x_bytes = segment_chunks * spans * tokens * 4 * int(sizeof(typename P::B));
+// With groups in columns a chunk of zeros comes last, for the lanes of other groups.
+constexpr int chunk_frags = spans * tokens * 4;
+constexpr int x_bytes = (segment_chunks + in_columns) * chunk_frags * int(sizeof(typename P::B));
 constexpr int pitch = rows + 4;  // of the sums of a token; the first of the four is a sum of x
 constexpr int slab = tokens * pitch;
 constexpr int buffers = tokens > 8 ? 1 : 2;
