@@ -15,7 +15,7 @@ from .problem import BITS, Device, Shape, weights_take_scales, widens, without_w
 from .quantize import Quantize
 from .rotate_hopper import RotateHopper
 from .rotate_quantize import RotateQuantize
-from .skinny import Skinny, passes_of, pick_skinny, skinny_candidates, why_not_skinny
+from .skinny import Skinny, pick_skinny, skinny_candidates, why_not_skinny
 from .skinny_held import SkinnyHeld, held_candidates, pick_held, why_not_held
 from .skinny_mx import SkinnyMx
 from .skinny_ring import SkinnyRing, pick_ring, ring_candidates, why_not_ring
@@ -91,10 +91,8 @@ def _streams(device: Device, shape: Shape) -> bool:
     """
     if why_not_ring(shape) is not None:
         return False
-    # groups within 128 k are not among them, and short of registers
-    size, rows = (80_000, 64) if passes_of(shape) == 1 else (180_000, 128)
-    fewest_tokens = shape.m <= 2 and shape.n * shape.k >= size * device.sm_count
-    return fewest_tokens or shape.n >= rows * device.sm_count
+    fewest_tokens = shape.m <= 2 and shape.n * shape.k >= 80_000 * device.sm_count
+    return fewest_tokens or shape.n >= 64 * device.sm_count
 
 
 def of_int4(c: Matmul, k: int) -> Matmul | None:

@@ -37,6 +37,7 @@ class Grouping(IntEnum):
     SPAN = 2  # groups of whole spans
     STRADDLING = 3  # a group may end inside a span: group_size 16, 48, ...
     SCALED_WEIGHTS = 4  # each weight takes its scale before it is multiplied
+    COLUMNS = 5  # groups of a chunk in columns of their own (skinny.cuh)
     SCALED_SPANS = 6  # the same in groups of one span (gemm.cu)
 
 
@@ -181,10 +182,38 @@ def codes_take_scales(shape: Shape) -> bool:
     of its own for fractions.
     """
     floats = ("__nv_bfloat16", *(["__half"] if shape.x_kind == "fp16" else []))
-    if BITS[shape.w_kind] != 4 or not _types_allow(shape, floats):
+    if BITS[shape.w_kind] != 4 or not _types_allow(shape, floats) or groups_in_columns(shape):
         return False
     in_sums = shape.has_zeros and TYPE_BYTES[shape.zero_type] > 1
     return shape.group_size in (32, 64) or (in_sums and shape.group_size % 128 == 0)
+
+
+def groups_of_chunk(shape: Shape) -> int:
+    """Groups that a chunk of k holds, at least one; blocks of FP4 are not counted."""
+    if shape.w_kind == "e2m1":
+        return 1
+    chunk_k = 512 // BITS[shape.w_kind]
+    return max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
+
+
+def groups_in_columns(shape: Shape) -> bool:
+    """Whether the eight columns of an MMA, which few tokens leave free, part a chunk's groups.
+
+    Two of them at most: with four a chunk would be multiplied as often as once for each group.
+    """
+    groups = groups_of_chunk(shape)
+    return groups > 1 and (BITS[shape.w_kind] == 8 or shape.m * groups <= 8)
+
+
+def groups_spread(shape: Shape) -> bool:
+    """Whether a chunk's groups lie in spans of their own, which the lanes of a quad share."""
+    apart = codes_take_scales(shape) or groups_in_columns(shape)
+    return groups_of_chunk(shape) > 1 and not apart
+
+
+def columns_of(shape: Shape) -> int:
+    """Of the activations' operand: tokens, each once for every group that has a column."""
+    return shape.m * (groups_of_chunk(shape) if groups_in_columns(shape) else 1)
 
 
 def decoded_fp4(scale_type: str) -> str:

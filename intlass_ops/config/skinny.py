@@ -8,7 +8,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .epilogue import Activation, named
-from .problem import BITS, Device, Grouping, Shape, codes_take_scales, decoded_fp4, mma_sass
+from .problem import (
+    BITS,
+    Device,
+    Grouping,
+    Shape,
+    codes_take_scales,
+    columns_of,
+    decoded_fp4,
+    groups_in_columns,
+    groups_of_chunk,
+    groups_spread,
+    mma_sass,
+)
 
 SKINNY_MAX_M = 16
 # (tiles_n, warps, unroll), by kind of W, for up to 8 tokens and for more; where a block of 16 rows
@@ -116,11 +128,10 @@ def skinny_candidates(device: Device, shape: Shape) -> Iterator[Skinny]:
     """
     chunks = math.ceil(shape.k * BITS[shape.w_kind] / 512)
     for tiles_n, unroll in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)):
-        if passes_of(shape) > 1:
-            break
         threads = _threads(device, shape, tiles_n * unroll, unroll)
         for warps in (4, 8, 16):
-            if 32 * warps <= threads and warps * unroll <= chunks:
+            handed = not groups_spread(shape) or tiles_n * warps <= 16
+            if 32 * warps <= threads and warps * unroll <= chunks and handed:
                 yield _config(shape, (tiles_n, warps, unroll, threads // (32 * warps)))
 
 
@@ -130,7 +141,7 @@ def _threads(device: Device, shape: Shape, pieces: int, unroll: int) -> int:
     What nearly always compiles without spilling in the 64, 128 and 255 registers that so many
     threads leave each other.
     """
-    heavy = (shape.m > 8) + shape.zeros_in_sums
+    heavy = (columns_of(shape) > 8) + shape.zeros_in_sums
     for threads, most in ((_most_threads(device), 1 >> heavy), (512, 4 >> heavy)):
         if pieces <= most and unroll < 4:
             return threads
@@ -145,20 +156,9 @@ def _most_threads(device: Device) -> int:
 def few_tokens_grouping(shape: Shape) -> Grouping:
     if shape.w_kind == "e2m1" or codes_take_scales(shape):
         return Grouping.SCALED_WEIGHTS
+    if groups_in_columns(shape):
+        return Grouping.COLUMNS
     return Grouping.CHANNEL if shape.group_size >= shape.k else Grouping.SPAN
-
-
-def passes_of(shape: Shape) -> int:
-    """How often a chunk of k is multiplied: once for each group whose sums end in it."""
-    return 1 if codes_take_scales(shape) else groups_of_chunk(shape)
-
-
-def groups_of_chunk(shape: Shape) -> int:
-    """Groups that a chunk of k holds, at least one; blocks of FP4 are not counted."""
-    if shape.w_kind == "e2m1":
-        return 1
-    chunk_k = 512 // BITS[shape.w_kind]
-    return max(1, chunk_k // shape.group_size) if shape.group_size < shape.k else 1
 
 
 def _config(shape: Shape, tile: tuple[int, int, int, int]) -> Skinny:
@@ -170,7 +170,7 @@ def _config(shape: Shape, tile: tuple[int, int, int, int]) -> Skinny:
         scale_type=shape.scale_type,
         zero_type=shape.zero_type,
         out_type=shape.out_type,
-        tiles_m=math.ceil(shape.m / 8),
+        tiles_m=math.ceil(columns_of(shape) / 8),
         tiles_n=tiles_n,
         warps=warps,
         unroll=unroll,
@@ -191,20 +191,23 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     are chosen for the bytes in flight, not measured.
     """
     chunks = math.ceil(shape.k / (512 // BITS[shape.w_kind]))
-    masked = passes_of(shape) > 1
+    spread = groups_spread(shape)
     blocks, sms = math.ceil(shape.n / 32), device.sm_count
-    few_tokens = shape.m <= 8
+    few_tokens = columns_of(shape) <= 8
     light_x = shape.x_kind == "e2m1" and device.arch.startswith("sm_90")  # others spill
-    if masked or (shape.zeros_in_sums and not few_tokens and blocks > sms):
+    if spread or columns_of(shape) > 16:
+        deep = few_tokens and chunks >= 16
+        tiles_n = 1 if 2 * blocks <= sms or columns_of(shape) > 16 else 2
+        return tiles_n, max(1, min(8, chunks)), 1 + deep, 1
+    if shape.zeros_in_sums and not few_tokens and blocks > sms:
         warps = max(1, min(8, chunks))
-        fewer = 2 * blocks <= sms or (shape.m > 8)
-        return (1 if fewer else 2), warps, 1, min(4, 8 // warps)
+        return 1, warps, 1, min(4, 8 // warps)
     if chunks <= 16 and 2 * blocks <= sms:  # a small layer: each warp one chunk
         return 1, max(1, chunks), 1, 1
     measured = None
     if not shape.has_zeros and shape.w_kind in ("s4", "s8"):
         rounds = 0 if 2 * blocks <= sms else min(math.ceil(blocks / sms), 3)
-        measured = _TILES[shape.w_kind][shape.m > 8][rounds]
+        measured = _TILES[shape.w_kind][not few_tokens][rounds]
     if measured is not None:
         tiles_n, warps, unroll = measured
         tile = *measured, _threads(device, shape, tiles_n * unroll, unroll) // (32 * warps)

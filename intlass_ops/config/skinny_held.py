@@ -8,8 +8,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .epilogue import Activation, named
-from .problem import BITS, Device, Shape, codes_take_scales, decoded_fp4, mma_sass
-from .skinny import few_tokens_grouping, groups_of_chunk
+from .problem import (
+    BITS,
+    Device,
+    Shape,
+    codes_take_scales,
+    decoded_fp4,
+    groups_in_columns,
+    groups_of_chunk,
+    groups_spread,
+    mma_sass,
+)
+from .skinny import few_tokens_grouping
 
 # Clusters of so many blocks that an H200 holds at once, of its SMs
 PLACES = {1: 1.0, 2: 1.0, 4: 0.88, 8: 0.85}
@@ -93,11 +103,7 @@ def why_not_held(shape: Shape) -> str | None:
     chunk_k = 512 // BITS[shape.w_kind]
     if shape.k == 0 or shape.k % chunk_k:
         return f"K={shape.k} is not a multiple of {chunk_k}"
-    if shape.w_kind == "e2m1" or codes_take_scales(shape):
-        return None
-    if shape.group_size < shape.k and shape.group_size % chunk_k:
-        return f"group_size={shape.group_size} is not a multiple of {chunk_k}"
-    if shape.group_size >= shape.k and shape.zeros_in_sums:
+    if shape.group_size >= shape.k and shape.zeros_in_sums and shape.w_kind != "e2m1":
         return "sums of x for one scale a row"
     return None
 
@@ -141,8 +147,17 @@ def _tiles(shape: Shape, many_rows: bool, split_k: int) -> list[tuple[int, ...]]
     """
     many_turns = many_rows or split_k > 1
     tiles: list[tuple[int, ...]]
+    own_groups = groups_of_chunk(shape) > 1 and not codes_take_scales(shape)
+    if own_groups and BITS[shape.x_kind] == 16:
+        if shape.m > 8 and split_k > 1 and shape.has_zeros and not shape.zeros_in_sums:
+            return []  # two registers short
+        tiles = (
+            [(8, 4, 2), (8, 4, 3)] if shape.m <= 4 and not many_turns else [(8, 4, 3), (8, 4, 2)]
+        )
+        few = groups_in_columns(shape) and not shape.zeros_in_sums
+        return [*tiles, *([(16, 2, 2)] if shape.m <= 8 else []), *([(8, 8, 2)] if few else [])]
     if BITS[shape.x_kind] == 8:
-        tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), (16, 4, 2)]
+        tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), *([] if own_groups else [(16, 4, 2)])]
         if shape.m <= 2 or not many_turns:
             tiles.insert(0, (16, 2, 2))
     elif shape.m > 8:
@@ -161,7 +176,7 @@ def _tiles(shape: Shape, many_rows: bool, split_k: int) -> list[tuple[int, ...]]
             tiles.insert(0, (8, 4, 2))
         elif shape.m > 4 and shape.w_kind != "e2m1":
             tiles[:0] = (16, 2, 3), (8, 4, 3), (8, 8, 3)
-    return [tile for tile in tiles if tile[0] == 8] if shape.zeros_in_sums else tiles
+    return tiles
 
 
 def _config(
@@ -187,6 +202,11 @@ def _config(
     warps = groups * k_warps
     x_stages = max(1, tokens // 4)
     few_turns = shape.n * split_k <= 64 * groups * resident
+    spread = groups_spread(shape)
+    tiles_m = math.ceil(tokens / 8)
+    x_sums = warp_chunks * (groups_of_chunk(shape) if spread else 1) * tiles_m * 8
+    left = 2 * warp_chunks * 32 * (1 + shape.has_zeros) * spread
+    floats = 2 * tokens * 20 + x_sums * shape.zeros_in_sums + left
     mx = (shape.x_kind, shape.w_kind, shape.scale_type) == ("e2m1", "e2m1", "e8m0")
     c = SkinnyHeld(
         x_kind=shape.x_kind,
@@ -204,7 +224,7 @@ def _config(
         x_staged=BITS[shape.x_kind] == 16 and x_stages < num_stages,
         blocks_per_sm=blocks_per_sm,
         resident_blocks=resident,
-        fixed_smem=warps * (num_stages * warp_chunks * 1024 + 2 * tokens * 20 * 4),
+        fixed_smem=warps * (num_stages * warp_chunks * 1024 + 4 * floats),
         groups_per_chunk=groups_of_chunk(shape),
         chunks_per_group=max(1, min(shape.group_size, shape.k) // chunk_k),
         grouping=few_tokens_grouping(shape),

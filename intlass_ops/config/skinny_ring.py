@@ -8,8 +8,18 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .epilogue import Activation, named
-from .problem import BITS, Device, Shape, decoded_fp4, mma_sass
-from .skinny import few_tokens_grouping, groups_of_chunk, passes_of
+from .problem import (
+    BITS,
+    Device,
+    Grouping,
+    Shape,
+    decoded_fp4,
+    groups_in_columns,
+    groups_of_chunk,
+    groups_spread,
+    mma_sass,
+)
+from .skinny import few_tokens_grouping
 
 # (tiles_n, warps, most of them in a group, num_stages, blocks_per_sm)
 _LONG_ROWS = (2, 16, 16, 3, 1)
@@ -91,8 +101,12 @@ def _ring_slab(tokens: int, tiles_n: int) -> int:
 
 def _ring_smem(c: SkinnyRing) -> int:
     ring = c.warps * c.num_stages * 1024 * c.tiles_n
-    x = c.segment_k * c.tokens * 2  # fragments of 16 bits
-    return ring + x + (1 if c.tokens > 8 else 2) * c.warps * _ring_slab(c.tokens, c.tiles_n)
+    x_k = c.segment_k + 128 * (c.grouping == Grouping.COLUMNS)  # a chunk of zeros, of INT4
+    x = x_k * c.tokens * 2  # fragments of 16 bits
+    sums = (1 if c.tokens > 8 else 2) * c.warps * _ring_slab(c.tokens, c.tiles_n)
+    spread = c.grouping == Grouping.SPAN and c.groups_per_chunk > 1
+    left = c.warps * 2 * c.tiles_n * 128 * (1 + c.has_zeros) if spread else 0
+    return ring + x + sums + left
 
 
 def _even_share(chunks: int, most: int) -> int:
@@ -111,8 +125,6 @@ def why_not_ring(shape: Shape) -> str | None:
         return None
     if BITS[shape.w_kind] != 4 or BITS[shape.x_kind] != 16:
         return "decoding costs nothing that a ring could hide"
-    if shape.has_zeros and passes_of(shape) > 1:
-        return "registers would spill"
     return None
 
 
@@ -123,11 +135,15 @@ def pick_ring(device: Device, shape: Shape) -> SkinnyRing | None:
 
 def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
     """What fits shared memory, the best of what was measured first."""
+    crowded = groups_spread(shape) and shape.has_zeros and shape.m > 8
+    if crowded and device.arch in ("sm_100", "sm_120"):
+        return  # NVRTC 12.9 spills
     chunk_k = 512 // BITS[shape.w_kind]
     chunks = max(1, math.ceil(shape.k / chunk_k))
     tokens = 1 << (shape.m - 1).bit_length()
     zeros = shape.has_zeros and (shape.zeros_in_sums or shape.x_kind == "fp16")
-    heavy = shape.m > 8 or zeros or passes_of(shape) > 1  # registers for 8 warps only
+    own_groups = groups_spread(shape) or (groups_in_columns(shape) and tokens > 1)
+    heavy = shape.m > 8 or zeros or own_groups  # registers for 8 warps only
     if shape.w_kind == "e2m1":  # others were not tried
         fewest = _FEWEST_TOKENS[1:3] if device.arch.startswith("sm_90") and shape.k > 8192 else ()
     else:

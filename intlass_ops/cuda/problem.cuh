@@ -36,14 +36,16 @@ constexpr bool has_zeros = Config::has_zeros, has_a_zero = Config::has_a_zero;
 
 // channel: one scale a row, applied after all of K. tile: groups of whole block_k. span: groups of
 // whole spans. straddling: a group may end inside a span (group_size 16, 48, ...). scaled_weights:
-// each weight takes its scale before it is multiplied, in groups of whole tiles; scaled_spans: of one span
+// each weight takes its scale before it is multiplied, in groups of whole tiles; scaled_spans: of one span.
+// column_groups: see skinny.cuh
 enum Grouping {
   channel,
   tile_groups,
   span_groups,
   straddling_groups,
   scaled_weights,
-  scaled_spans = 6
+  column_groups,
+  scaled_spans
 };
 constexpr int grouping = Config::grouping;
 

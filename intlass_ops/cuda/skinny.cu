@@ -13,7 +13,7 @@
 #include "skinny.cuh"
 
 constexpr int warps = Config::warps, threads = 32 * warps;
-constexpr int tiles_m = Config::tiles_m, tokens = 8 * tiles_m;
+constexpr int tiles_m = Config::tiles_m, tokens = column_tokens * tiles_m;
 constexpr int unroll = Config::unroll;  // chunks a warp has in flight
 
 // `inside` is known to hold where the warps' shares of K have no tail (Config::whole)
@@ -27,7 +27,7 @@ __device__ __forceinline__ void load_weights(u32 (&v)[4], const char* from, bool
 
 template <int words>
 __device__ __forceinline__ void load_tokens(u32 (&v)[words], const char* from, bool inside) {
-  if constexpr (!Config::whole) {
+  if constexpr (!Config::whole || in_columns) {
 #pragma unroll
     for (int i = 0; i < words; ++i) v[i] = 0;
     if (!inside) return;
@@ -59,30 +59,12 @@ struct Sums {
 
 typedef float Totals[tiles_n][tiles_m][4];
 
-__device__ __forceinline__ void flush(Totals& total, const Sums& sum, const Scale (&s)[tiles_n][2],
-                                      const Zero (&z)[tiles_n][2]) {
-#pragma unroll
-  for (int i = 0; i < tiles_n; ++i)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float scale = scale_in_units(s[i][h]);
-#pragma unroll
-      for (int j = 0; j < tiles_m; ++j)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float v = value(sum.y[i][j][2 * h + c]);
-          if constexpr (zeros_in_sums) v -= zero_in_units(z[i][h]) * value(sum.x[j][c]);
-          total[i][j][2 * h + c] += scale * v;
-        }
-    }
-}
-
 // What a lane needs of one chunk, all of it in flight before any of it is used.
 struct Chunk {
   u32 w[tiles_n][2][4];
   u32 x[tiles_m][spans][span_words<X>];
-  Scale s[passes][tiles_n][2];
-  Zero z[passes][tiles_n][2];
+  Scale s[tiles_n][2];
+  Zero z[tiles_n][2];
   LaneScales row[tiles_n][2];
   SpanScales<Scale> x_blocks[tiles_m];
 
@@ -125,8 +107,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   const char* x_row[tiles_m];
 #pragma unroll
   for (int j = 0; j < tiles_m; ++j) {  // nor is a repeated token
-    const i64 token = min(i64(j * 8 + lane / 4), p.m - 1);
-    x_row[j] = p.x + token * p.x_stride + quarter * lane_k * X::bits / 8;
+    const i64 token = min(i64(token_of_column(j, lane / 4)), p.m - 1);
+    x_row[j] = p.x + token * p.x_stride + first_k(quarter) * X::bits / 8;
     x_blocks_row[j] = lane_scales(p.a_scale, token, p.a_scale_row, quarter);
   }
   const int scale_group = int(p.scale_group), zero_group = int(p.zero_group);
@@ -140,8 +122,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
         if constexpr (has_zeros) z[i][h] = z_row[i][h][group * zero_group];
       }
   };
-  auto group_of = [&](int chunk, int pass) {
-    const int group = passes == 1 ? chunk / Config::chunks_per_group : chunk * passes + pass;
+  auto group_of = [&](int chunk) {
+    const int group = first_group(chunk) + (own_group ? group_of_lane(quarter) : 0);
     return Config::whole ? group : min(group, groups - 1);
   };
   auto load_codes = [&](Chunk& c, int chunk) {
@@ -152,18 +134,21 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       for (int h = 0; h < 2; ++h) load_weights(c.w[i][h], w_row[i][h] + chunk * 64, inside);
   };
   auto load_rest = [&](Chunk& c, int chunk) {
-    const bool inside = chunk * chunk_k + quarter * lane_k < k;
+    const bool inside = Config::whole || chunk * chunk_k + quarter * lane_k < k;
 #pragma unroll
     for (int j = 0; j < tiles_m; ++j) {
-      if constexpr (X::bits == 4) {
+      if constexpr (X::bits == 4 && !spread) {
         u32 v[spans];
-        load_tokens(v, x_row[j] + chunk * (chunk_k / 2), inside);
+        load_tokens(v, x_row[j] + chunk * (chunk_k / 2), inside && (!in_columns || has_column(lane)));
 #pragma unroll
         for (int t = 0; t < spans; ++t) c.x[j][t][0] = v[t];
       } else {
 #pragma unroll
-        for (int t = 0; t < spans; ++t)
-          load_tokens(c.x[j][t], x_row[j] + (chunk * chunk_k + t * 8) * X::bits / 8, inside);
+        for (int t = 0; t < spans; ++t) {
+          const int k0 = chunk * chunk_k + t * word_k;  // of the quad
+          load_tokens(c.x[j][t], x_row[j] + k0 * X::bits / 8,
+                      (spread ? k0 < k : inside) && (!in_columns || has_column(lane)));
+        }
       }
       if constexpr (fp4_x)
         c.x_blocks[j] =
@@ -175,60 +160,91 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
           c.row[i][h] = Config::whole || inside ? scale_row[i][h].load(p, chunk) : LaneScales{};
-    if constexpr (grouped)
-#pragma unroll
-      for (int pass = 0; pass < passes; ++pass)
-        load_scales(c.s[pass], c.z[pass], group_of(chunk, pass));
+    if constexpr (grouped) load_scales(c.s, c.z, group_of(chunk));
   };
 
-  typename D::Row row_zero[tiles_n][2] = {};  // with one zero point a row
-  auto row_of = [&](const Chunk& c, bool wide, int pass, int t, int i, int h) {
+  typename D::Row channel_zero[tiles_n][2] = {};  // with one zero point a row
+  auto row_of = [&](const Chunk& c, bool wide, float z, int t, int i, int h) {
     if constexpr (scaled)
       return c.row[i][h].factor(t * LaneScales::count / spans, wide);
-    else if constexpr (!zeros_in_codes)
-      return D::zero(8.f);
-    else if constexpr (grouped)
-      return D::zero(as_float(c.z[pass][i][h]));
+    else if constexpr (zeros_in_codes && grouping == channel)
+      return channel_zero[i][h];
     else
-      return row_zero[i][h];
+      return row_zero<D>(z);
   };
 
+  constexpr int piece_bytes = spread ? 512 + 4 * left_floats : 1;  // of eight rows of a chunk
+  __shared__ __align__(16) char handed[spread ? warps : 1][2 * tiles_n][piece_bytes];
   Totals total = {};
   Sums sum;
   sum.clear();
   auto use_chunk = [&](const Chunk& c, bool wide) {
+    u32 w[2 * tiles_n][4];
+    [[maybe_unused]] QuadScales<1> quad[2 * tiles_n];
+    if constexpr (spread) __syncwarp();  // all have read the chunk before
 #pragma unroll
-    for (int pass = 0; pass < passes; ++pass) {
-      const bool mine = passes == 1 || quarter / (4 / passes) == pass;
+    for (int i = 0; i < 2 * tiles_n; ++i) {
+      const u32(&v)[4] = c.w[i / 2][i % 2];
+      if constexpr (spread) {
+        char* to = handed[warp][i];
+        *reinterpret_cast<uint4*>(to + own_place(lane) * 16) = make_uint4(v[0], v[1], v[2], v[3]);
+        leave_scales<D>(reinterpret_cast<float*>(to + 512), c.s[i / 2][i % 2], c.z[i / 2][i % 2],
+                        lane);
+      } else {
 #pragma unroll
-      for (int t = 0; t < spans; ++t) {
-        typename P::B b[tiles_m];
-#pragma unroll
-        for (int j = 0; j < tiles_m; ++j)
-          b[j] = token_fragment<P>(
-              c.x[j][t], c.x_blocks[j].factor(t * SpanScales<Scale>::count / spans, wide));
-        if constexpr (zeros_in_sums) {
-          const typename P::A ones = passes == 1 ? P::ones_w() : masked(P::ones_w(), mine);
-#pragma unroll
-          for (int j = 0; j < tiles_m; ++j) P::mma(sum.x[j], ones, b[j]);
-        }
-#pragma unroll
-        for (int i = 0; i < tiles_n; ++i) {
-          u32 lo[span_words<W>], hi[span_words<W>];
-#pragma unroll
-          for (int v = 0; v < span_words<W>; ++v) {
-            lo[v] = c.w[i][0][t * span_words<W> + v];
-            hi[v] = c.w[i][1][t * span_words<W> + v];
-          }
-          typename P::A a =
-              D::w(lo, row_of(c, wide, pass, t, i, 0), hi, row_of(c, wide, pass, t, i, 1));
-          if constexpr (passes > 1) a = masked(a, mine);
-#pragma unroll
-          for (int j = 0; j < tiles_m; ++j) P::mma(sum.y[i][j], a, b[j]);
-        }
+        for (int j = 0; j < 4; ++j) w[i][j] = v[j];
       }
-      if constexpr (grouped) {
-        flush(total, sum, c.s[pass], c.z[pass]);
+    }
+    if constexpr (spread) {
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 2 * tiles_n; ++i) {
+        load_matrices<4>(w[i], smem_address(handed[warp][i] + read_place<4>(lane) * 16));
+        quad[i].load(reinterpret_cast<const float*>(handed[warp][i] + 512), 0, lane);
+      }
+    }
+    auto scale_of = [&](int t, int i) {
+      return spread ? quad[i].s[t] : scale_in_units(c.s[i / 2][i % 2]);
+    };
+    auto zero_of = [&](int t, int i) {
+      return spread ? quad[i].z[t] : zero_of_codes(c.z[i / 2][i % 2]);
+    };
+#pragma unroll
+    for (int t = 0; t < spans; ++t) {
+      typename P::B b[tiles_m];
+#pragma unroll
+      for (int j = 0; j < tiles_m; ++j)
+        b[j] = token_fragment<P>(c.x[j][t],
+                                 c.x_blocks[j].factor(t * SpanScales<Scale>::count / spans, wide));
+      if constexpr (zeros_in_sums)
+#pragma unroll
+        for (int j = 0; j < tiles_m; ++j) P::mma(sum.x[j], P::ones_w(), b[j]);
+#pragma unroll
+      for (int i = 0; i < tiles_n; ++i) {
+        u32 lo[span_words<W>], hi[span_words<W>];
+#pragma unroll
+        for (int v = 0; v < span_words<W>; ++v) {
+          lo[v] = w[2 * i][t * span_words<W> + v];
+          hi[v] = w[2 * i + 1][t * span_words<W> + v];
+        }
+        const typename P::A a = D::w(lo, row_of(c, wide, zero_of(t, 2 * i), t, i, 0), hi,
+                                     row_of(c, wide, zero_of(t, 2 * i + 1), t, i, 1));
+#pragma unroll
+        for (int j = 0; j < tiles_m; ++j) P::mma(sum.y[i][j], a, b[j]);
+      }
+      if (grouped && t % group_spans == group_spans - 1) {
+#pragma unroll
+        for (int i = 0; i < 2 * tiles_n; ++i) {
+          const float scale = scale_of(t, i);
+#pragma unroll
+          for (int j = 0; j < tiles_m; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float v = value(sum.y[i / 2][j][i % 2 * 2 + e]);
+              if constexpr (zeros_in_sums) v -= zero_of(t, i) * value(sum.x[j][e]);
+              total[i / 2][j][i % 2 * 2 + e] += scale * v;
+            }
+        }
         sum.clear();
       }
     }
@@ -245,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        prefetch_l2(s_row[i][h] + group_of(min(warp * unroll, chunks - 1), 0) * scale_group);
+        prefetch_l2(s_row[i][h] + group_of(min(warp * unroll, chunks - 1)) * scale_group);
   if constexpr (scaled)
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i)
@@ -257,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) row_zero[i][h] = D::zero(as_float(*z_row[i][h]));
+      for (int h = 0; h < 2; ++h) channel_zero[i][h] = D::zero(as_float(*z_row[i][h]));
   for (int chunk0 = warp * unroll; chunk0 < chunks; chunk0 += warps * unroll) {
     if (chunk0 != warp * unroll) load_all_codes(chunk0);
 #pragma unroll
@@ -273,13 +289,15 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       for (int u = 0; u < unroll; ++u) use_chunk(c[u], false);
     }
   }
+  add_columns<tokens>(total);
   __shared__ Sum partial[warps][tokens][rows];
   __shared__ Acc partial_x[!grouped && zeros_in_sums ? warps : 1][tokens];
 #pragma unroll
   for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int m = j * 8 + quarter * 2 + e % 2;
+      const int m = token_of_column(j, quarter * 2 + e % 2);
+      if (in_columns && quarter * 2 >= column_tokens) continue;  // another group's lane has the same
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i)
         partial[warp][m][i * 16 + e / 2 * 8 + lane / 4] =

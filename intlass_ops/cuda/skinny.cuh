@@ -55,15 +55,72 @@ using D = Decoder<scaled && !fp4_w>::type;
 constexpr int tiles_n = Config::tiles_n, rows = 16 * tiles_n;
 constexpr int chunk_k = 512 / W::bits;                   // k of 64 bytes of a row
 constexpr int lane_k = chunk_k / 4, spans = lane_k / 8;  // k of a lane, in words of eight
-// Groups that a chunk holds, at least one, and those that it is multiplied for one by one
-constexpr int chunk_groups = Config::groups_per_chunk, passes = scaled ? 1 : chunk_groups;
+constexpr int chunk_groups = Config::groups_per_chunk;   // that a chunk holds, at least one
+static_assert(chunk_groups == 1 || chunk_groups == 2 || chunk_groups == 4,
+              "a group is whole lanes of a chunk");
+// Groups within a chunk have sums of their own in one of two ways, and each lane fetches the scale of the
+// group that its 16 bytes lie in.
+// Few tokens: a column of x has the k of one token and one group, zeros for the others, so that those of
+// a product are the sums of each group, and a lane's own belong to its group. Eight hold so many tokens:
+constexpr bool in_columns = grouping == column_groups;
+constexpr int column_tokens = in_columns ? 8 / chunk_groups : 8;
+// More tokens, INT4: a lane takes one word of each of its quad's 16 bytes, so that a span, the words of one
+// number, lies in one group. Words and scales are handed round by shared memory.
+constexpr bool spread = grouped && !in_columns && chunk_groups > 1;
+static_assert(!spread || W::bits == 4, "16 bytes of INT8 are half a span");
+constexpr bool own_group = in_columns || spread;
+constexpr int group_spans = spread ? spans / chunk_groups : spans;  // of a group in a chunk
+// Where a lane's words lie in a chunk: the first k, and from one to the next
+__device__ __forceinline__ int first_k(int quarter) { return quarter * (spread ? 8 : lane_k); }
+constexpr int word_k = spread ? 32 : 8;
+// Where the lanes of a warp leave their 16 bytes of eight rows, and which of them each gives ldmatrix the
+// address of: those that are written or read at once are in all banks
+__device__ __forceinline__ int place_of(int row, int quarter) {
+  return quarter * 8 + (row ^ 2 * quarter);
+}
+__device__ __forceinline__ int own_place(int lane) {
+  return spread ? place_of(lane / 4, lane % 4) : lane;
+}
+// Spans that a lane has words and scales of at a time: 16 tokens leave registers for fewer
+template <int tiles_m> constexpr int spans_at_once = spread && tiles_m > 1 ? spans / 2 : spans;
+template <int at_once> __device__ __forceinline__ int read_place(int lane) {
+  if constexpr (!spread) return lane;
+  return at_once == 4 ? place_of(lane % 8, lane / 8)
+                      : lane / 16 * 32 + place_of(lane % 8, lane / 8 % 2);
+}
+// A lane's words of piece i from span t on, or of two pieces together. `from`: its read_place of the first.
+template <int at_once, int count>
+__device__ __forceinline__ void load_piece(u32 (&v)[count][4], const char* from, int i, int t) {
+  if constexpr (!spread) {
+    load_shared(v[i], from + i * 512);
+  } else if constexpr (at_once == 4) {
+    load_matrices<4>(v[i], smem_address(from + i * 512));
+  } else if (i % 2 == 0) {
+    u32 r[4];
+    const u32 at = smem_address(from + i * 512);
+    load_matrices<4>(r, t ? (at ^ 64) + 256 : at);  // place_of two quarters further
+#pragma unroll
+    for (int h = 0; h < 4; ++h) v[i + h / 2][t + h % 2] = r[h];
+  }
+}
+__device__ __forceinline__ int first_group(int chunk) {
+  return chunk_groups > 1 ? chunk * chunk_groups : chunk / Config::chunks_per_group;
+}
+__device__ __forceinline__ int group_of_lane(int quarter) {  // of a chunk's
+  return quarter / (4 / chunk_groups);
+}
+__device__ __forceinline__ int token_of_column(int tile, int column) {
+  return tile * column_tokens + (in_columns ? column % column_tokens : column);
+}
+// Whether the column of x that a lane's fragments are of has the lane's k
+__device__ __forceinline__ bool has_column(int lane) {
+  return lane / 4 / column_tokens == group_of_lane(lane % 4);
+}
 // Zero points that are bytes leave the codes as these become fragments: exact, and free. So do all of
 // codes that take their scales. Others multiply sums of x.
 constexpr bool zeros_in_codes =
     has_zeros && W::bits == 4 && X::bits == 16 && (scaled || sizeof(Zero) == 1);
 constexpr bool zeros_in_sums = has_zeros && !zeros_in_codes;
-static_assert(chunk_groups == 1 || chunk_groups == 2 || chunk_groups == 4,
-              "a group is whole lanes of a chunk");
 
 // D::unit, split so that the largest scale does not overflow: what exceeds 1 multiplies the sums.
 constexpr float lift = D::unit > 1.f ? D::unit : 1.f, unit = D::unit / lift;
@@ -121,7 +178,7 @@ template <class D> struct RowOfScales<GroupScale<D>> {
 
   __device__ __forceinline__ RowOfScales() {}
   __device__ __forceinline__ RowOfScales(const Params& p, i64 row, int quarter) {
-    const int group = quarter / (4 / chunk_groups);
+    const int group = group_of_lane(quarter);
     s = static_cast<const Scale*>(p.scales) + row * p.scale_row + group * p.scale_group;
     if constexpr (has_zeros)
       z = static_cast<const Zero*>(p.zeros) + row * p.zero_row + group * p.zero_group;
@@ -134,9 +191,6 @@ template <class D> struct RowOfScales<GroupScale<D>> {
   }
   __device__ __forceinline__ void prefetch(const Params& p, int chunk) const {
     prefetch_l2(s + first_group(chunk) * int(p.scale_group));
-  }
-  static __device__ __forceinline__ int first_group(int chunk) {
-    return chunk_groups > 1 ? chunk * chunk_groups : chunk / Config::chunks_per_group;
   }
 };
 using ScaleRow = RowOfScales<LaneScales>;
@@ -176,6 +230,59 @@ template <class First, class Second> struct Select<false, First, Second> {
 // Grouped: fp32 totals. One scale a row: the accumulators, so that integers are summed exactly; the
 // scale comes after.
 using Sum = typename Select<grouped, float, Acc>::type;
+
+// What the lane of the quad has that fetched it for piece i: each its own, where it has a group to itself
+__device__ __forceinline__ float from_quad(float v, int i, int lane) {
+  return in_columns ? v : __shfl_sync(~0u, v, lane / 4 * 4 + i % 4);
+}
+// Where groups are spread, a lane leaves what it has fetched for eight rows in shared memory, and reads what
+// its quad has left, for some spans
+constexpr int left_floats = spread ? 32 * (1 + has_zeros) : 0;
+template <class D>
+__device__ __forceinline__ void leave_scales(float* left, Scale s, Zero z, int lane) {
+  left[lane] = scale_in_units(s);
+  if constexpr (zeros_in_codes)
+    left[32 + lane] = __uint_as_float(D::zero(as_float(z)).bottom);
+  else if constexpr (has_zeros)
+    left[32 + lane] = zero_in_units(z);
+}
+template <int tiles_m> struct QuadScales {
+  float s[4], z[4];  // of a chunk's 16-byte pieces
+
+  __device__ __forceinline__ void load(const float* left, int t, int lane) {
+    load(s, left + lane / 4 * 4, t);
+    if constexpr (has_zeros) load(z, left + 32 + lane / 4 * 4, t);
+  }
+  // All at first, or with 16 tokens, which leave too few registers, one at a time
+  static __device__ __forceinline__ void load(float (&v)[4], const float* from, int t) {
+    if constexpr (tiles_m > 1)
+      v[t] = static_cast<const volatile float*>(from)[t];
+    else if (t == 0)
+      load_shared(reinterpret_cast<u32(&)[4]>(v), reinterpret_cast<const char*>(from));
+  }
+};
+// What codes lose as they become fragments, from a zero point as it was fetched or left
+template <class D> __device__ __forceinline__ typename D::Row row_zero(float z) {
+  if constexpr (spread && zeros_in_codes)
+    return D::of_bottom(__float_as_uint(z));
+  else
+    return D::zero(zeros_in_codes ? z : 8.f);
+}
+
+// The sums of a token over the groups of each chunk, which lie in lanes of a quad
+template <int tokens, int tiles_m, class T>
+__device__ __forceinline__ void add_columns(T (&total)[tiles_n][tiles_m][4]) {
+  if constexpr (in_columns)
+#pragma unroll
+    for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+      for (int j = 0; j < tiles_m; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+#pragma unroll
+          for (int step = 4 / chunk_groups; step < 4 && e % 2 < tokens; step *= 2)
+            total[i][j][e] += __shfl_xor_sync(~0u, total[i][j][e], step);
+}
 
 // An output from its sum over all of K and, for zero points, the sum of its activations.
 __device__ __forceinline__ void finish(const Params& p, u32 n, u32 m, Sum y, Acc sum_x,

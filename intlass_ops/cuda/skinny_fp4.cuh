@@ -7,7 +7,7 @@
 #pragma once
 #include "skinny.cuh"
 
-constexpr int tokens = Config::tokens, tiles_m = (tokens + 7) / 8;
+constexpr int tokens = Config::tokens, tiles_m = (tokens + column_tokens - 1) / column_tokens;
 constexpr int warp_chunks = Config::warp_chunks;
 typedef typename P::B Fragments[warp_chunks][spans][tiles_m];
 

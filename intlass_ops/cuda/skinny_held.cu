@@ -18,10 +18,10 @@ constexpr int split = Config::split_k;  // blocks of a cluster, which share K
 constexpr int num_stages = Config::num_stages;
 constexpr int row_pieces = 2 * tiles_n;           // rows that a lane has words of
 constexpr int pieces = row_pieces * warp_chunks;  // of 16 bytes, of a lane in a turn
-constexpr int quad_pieces = (pieces + 3) / 4;     // whose scales a lane fetches for its quad
-constexpr int scales_ahead = num_stages > 2 ? 2 : 1;
+// Whose scales a lane fetches: a quad's share them, but where each lane has a group of its own
+constexpr int quad_pieces = own_group ? pieces : (pieces + 3) / 4;
+constexpr int scales_ahead = num_stages > 2 && !(spread && tiles_m > 1) ? 2 : 1;
 static_assert(warps % k_warps == 0 && groups < 16, "a group has a barrier of its own");
-static_assert(passes == 1, "a chunk is multiplied once");
 static_assert(32 % rows == 0, "a tile of rows lies in one tile of blocked scales");
 static_assert(grouped || !zeros_in_sums, "one scale a row leaves sums of x to other kernels");
 
@@ -35,13 +35,19 @@ constexpr bool shared_x = fp4_x && tokens < 4 && (may_be_fp16 || same<Scale, e4m
 constexpr bool asked_x = shared_x || may_be_fp16;
 constexpr int early_chunks = may_be_fp16 ? warp_chunks / 2 : warp_chunks;  // of the last early turn
 
+constexpr int at_once = spans_at_once<tiles_m>;
+
 // How codes of W become fragments: of bf16's, those with large scales apart
 enum Codes { as_fp16, as_bf16, as_wide };
 
 // Shared memory: ring, the warps' sums of this turn and the one before, and this block's of all rows
 constexpr int stage_bytes = pieces * 512, ring_bytes = warps * num_stages * stage_bytes;
 constexpr int pitch = rows + 4, slab = tokens * pitch;  // of a token, of a warp
-static_assert(ring_bytes + 2 * warps * slab * 4 == Config::fixed_smem,
+// Floats of a warp alone: its sums of x, by chunk, group and column, and scales that its lanes hand round
+constexpr int x_groups = spans / group_spans;
+constexpr int x_sums = zeros_in_sums ? warp_chunks * x_groups * tiles_m * 8 : 0;
+constexpr int warp_floats = x_sums + pieces * left_floats;
+static_assert(ring_bytes + (2 * slab + warp_floats) * warps * 4 == Config::fixed_smem,
               "config/skinny_held.py and the kernel disagree about shared memory");
 
 struct TurnScales {
@@ -118,11 +124,12 @@ struct Share {
 #pragma unroll
         for (int c = 0; c < warp_chunks; ++c) to.rows[c * row_pieces + i] = from.load(p, chunk + c);
       }
-    } else if constexpr (grouped || has_zeros) {  // the lanes of a quad share out its pieces
+    } else if constexpr (grouped || has_zeros) {
 #pragma unroll
       for (int i = 0; i < quad_pieces; ++i) {
-        const int piece = (i * 4 + lane % 4) % pieces;
-        const int of_k = grouped ? (chunk + piece / row_pieces) / Config::chunks_per_group : 0;
+        const int piece = own_group ? i : (i * 4 + lane % 4) % pieces;
+        const int within = own_group ? group_of_lane(lane % 4) : 0;
+        const int of_k = grouped ? first_group(chunk + piece / row_pieces) + within : 0;
         const u64 n = row(p, tile, piece % row_pieces);
         if constexpr (grouped)
           to.s[i] = static_cast<const Scale*>(p.scales)[n * p.scale_row + of_k * p.scale_group];
@@ -137,17 +144,18 @@ __device__ __forceinline__ void load_x(Fragments& x, const Params& p, const Shar
   const int lane = threadIdx.x % 32, quarter = lane % 4;
 #pragma unroll
   for (int j = 0; j < tiles_m; ++j) {
-    const i64 token = min(i64(j * 8 + lane / 4), p.m - 1);
+    const i64 token = min(i64(token_of_column(j, lane / 4)), p.m - 1);
     const char* from = p.x + token * p.x_stride;
 #pragma unroll
     for (int c = 0; c < warp_chunks; ++c) {
-      const int k0 = (share.chunk + c) * chunk_k + quarter * lane_k;
+      const int k0 = (share.chunk + c) * chunk_k + first_k(quarter);
       u32 v[spans][span_words<X>];
-      if constexpr (X::bits == 4)
+      if constexpr (X::bits == 4 && !spread)
         load_global(reinterpret_cast<u32(&)[spans]>(v), from + k0 / 2);
       else
 #pragma unroll
-        for (int t = 0; t < spans; ++t) load_global(v[t], from + (k0 + t * 8) * X::bits / 8);
+        for (int t = 0; t < spans; ++t)
+          load_global(v[t], from + (k0 + t * word_k) * X::bits / 8);
       SpanScales<Scale> blocks = {};
       if constexpr (fp4_x)
         blocks =
@@ -156,7 +164,7 @@ __device__ __forceinline__ void load_x(Fragments& x, const Params& p, const Shar
       for (int t = 0; t < spans; ++t) {
 #pragma unroll
         for (int i = 0; i < span_words<X>; ++i)
-          if (!share.inside) v[t][i] = 0;
+          if (!share.inside || (in_columns && !has_column(lane))) v[t][i] = 0;
         x[c][t][j] =
             token_fragment<P>(v[t], blocks.factor(t * SpanScales<Scale>::count / spans, true));
       }
@@ -170,7 +178,8 @@ __device__ __forceinline__ void load_x_staged(Fragments& x, const Params& p, con
   const int lane = threadIdx.x % 32;
   auto at = [&](int c, int m,
                 int i) {  // 16 bytes; the eight that are read at once are in all banks
-    return staged + ((c * tokens + m) * 16 + (i ^ (i >> 3 | (m & 1) << 1))) * 16;
+    return staged +
+           ((c * tokens + m) * 16 + (i ^ (spread ? (m & 1) << 2 : i >> 3 | (m & 1) << 1))) * 16;
   };
 #pragma unroll
   for (int c = 0; c < warp_chunks; ++c)
@@ -193,8 +202,9 @@ __device__ __forceinline__ void load_x_staged(Fragments& x, const Params& p, con
 #pragma unroll
       for (int t = 0; t < spans; ++t) {
         u32 v[span_words<X>];
-        load_shared(v, at(c, min(j * 8 + lane / 4, tokens - 1), lane % 4 * 4 + t));
+        load_shared(v, at(c, min(token_of_column(j, lane / 4), tokens - 1), first_k(lane % 4) / 8 + t * (word_k / 8)));
         x[c][t][j] = token_fragment<P>(v, {});
+        if constexpr (in_columns) x[c][t][j] = masked(x[c][t][j], has_column(lane));
       }
   __syncwarp();
 }
@@ -210,11 +220,27 @@ __device__ __forceinline__ Row row_of(const LaneScales& scales, int t, Row zero)
     return zero;
 }
 
-// One turn of a warp: total = its sums, scaled where groups are; sum_x for zero points
+// Sums of a warp's x for zero points: a row of ones for each group of a chunk
+__device__ __forceinline__ void sum_x(float* sums, const Fragments& x) {
+  const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < warp_chunks * tiles_m; ++i) {
+    Acc sum[4] = {};
+#pragma unroll
+    for (int t = 0; t < spans; ++t)
+      P::mma(sum, masked(P::ones_w(), row == t / group_spans), x[i / tiles_m][t][i % tiles_m]);
+    const int at = (i / tiles_m * x_groups + row) * tiles_m + i % tiles_m;
+    if (row < x_groups)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) sums[at * 8 + column + e] = value(sum[e]);
+  }
+}
+
+// One turn of a warp: total = its sums, scaled where groups are
 template <Codes codes>
 __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], const char* words,
                                          const TurnScales& scales, const Fragments& x,
-                                         const Acc (&sum_x)[warp_chunks][tiles_m][4]) {
+                                         const float* floats) {
   using Of = typename Select<codes == as_fp16, Fp16Codes, D>::type;
   const int lane = threadIdx.x % 32;
   Acc sum[tiles_n][tiles_m][4] = {};
@@ -223,17 +249,27 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
     u32 w[row_pieces][4];
     typename Of::Row zero[row_pieces];
     [[maybe_unused]] float s[row_pieces], z[row_pieces];
+    [[maybe_unused]] QuadScales<tiles_m> quad[row_pieces];
+    if (spread && tiles_m > 1 && c > 0) __syncwarp();
 #pragma unroll
-    for (int i = 0; i < row_pieces; ++i) {
-      const int piece = c * row_pieces + i, from = lane / 4 * 4 + piece % 4;
-      load_shared(w[i], words + piece * 512);
-      if constexpr (grouped) s[i] = __shfl_sync(~0u, scale_in_units(scales.s[piece / 4]), from);
-      if constexpr (has_zeros && !scaled)
-        z[i] = __shfl_sync(~0u, zero_of_codes(scales.z[piece / 4]), from);
-      zero[i] = Of::zero(zeros_in_codes && !scaled ? z[i] : 8.f);
-    }
+    for (int t = 0; t < spans; ++t) {
+      const int group = t / group_spans;
 #pragma unroll
-    for (int t = 0; t < spans; ++t)
+      for (int i = 0; i < row_pieces; ++i) {
+        if (t % at_once == 0) load_piece<at_once>(w, words + c * row_pieces * 512, i, t);
+        if (t % group_spans == 0) {
+          const int piece = c * row_pieces + i, at = own_group ? piece : piece / 4;
+          if constexpr (spread) {
+            quad[i].load(floats + x_sums + piece * left_floats, t, lane);
+            s[i] = quad[i].s[t], z[i] = quad[i].z[t];
+          } else {
+            if constexpr (grouped) s[i] = from_quad(scale_in_units(scales.s[at]), piece, lane);
+            if constexpr (has_zeros && !scaled)
+              z[i] = from_quad(zero_of_codes(scales.z[at]), piece, lane);
+          }
+          zero[i] = row_zero<Of>(z[i]);
+        }
+      }
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i) {
         const int at = scaled ? c * row_pieces + 2 * i : 0;
@@ -249,18 +285,23 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
         for (int j = 0; j < tiles_m; ++j)
           Of::mma(sum[i][j], a, reinterpret_cast<const typename Of::B&>(x[c][t][j]));
       }
-    if constexpr (grouped) {
+      if (grouped && t % group_spans == group_spans - 1)
 #pragma unroll
-      for (int i = 0; i < tiles_n; ++i)
+        for (int j = 0; j < tiles_m; ++j) {
+          [[maybe_unused]] u32 of_x[2];
+          if constexpr (zeros_in_sums)
+            load_shared(of_x, reinterpret_cast<const char*>(
+                                  floats + ((c * x_groups + group) * tiles_m + j) * 8 + lane % 4 * 2));
 #pragma unroll
-        for (int j = 0; j < tiles_m; ++j)
+          for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float v = value(sum[i][j][e]);
-            if constexpr (zeros_in_sums) v -= z[2 * i + e / 2] * value(sum_x[c][j][e]);
-            total[i][j][e] += s[2 * i + e / 2] * v;
-            sum[i][j][e] = 0;
-          }
+            for (int e = 0; e < 4; ++e) {
+              float v = value(sum[i][j][e]);
+              if constexpr (zeros_in_sums) v -= z[2 * i + e / 2] * __uint_as_float(of_x[e % 2]);
+              total[i][j][e] += s[2 * i + e / 2] * v;
+              sum[i][j][e] = 0;
+            }
+        }
     }
   }
   if constexpr (!grouped)
@@ -298,7 +339,7 @@ __device__ __forceinline__ void group_sync(int group) {
 extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_per_sm)
     skinny_held(const __grid_constant__ Params p) {
   launch_dependents();
-  extern __shared__ __align__(16) char smem[];
+  extern __shared__ __align__(128) char smem[];
   // A shuffle, so that the compiler knows it for the same in all lanes: what is reckoned from it takes
   // uniform registers, and no branch of the loop can part the lanes
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
@@ -308,8 +349,9 @@ extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_pe
   const int first_tile = block_tile + group;
   char* ring = smem + warp * num_stages * stage_bytes;
   Sum* partial = reinterpret_cast<Sum*>(smem + ring_bytes);
-  Sum* kept = partial + 2 * warps * slab;  // [turns][groups][tokens][rows] of this share of K
-  const Share share(p, (rank * k_warps + k_warp) * warp_chunks, smem_address(ring) + lane * 16);
+  float* floats = reinterpret_cast<float*>(partial + 2 * warps * slab) + warp * warp_floats;
+  Sum* kept = partial + warps * (2 * slab + warp_floats);  // [turns][groups][tokens][rows] of this share of K
+  const Share share(p, (rank * k_warps + k_warp) * warp_chunks, smem_address(ring) + own_place(lane) * 16);
 
 #pragma unroll
   for (int s = 0; s < early; ++s)
@@ -335,14 +377,10 @@ extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_pe
     request_rest();
     if constexpr (x_stages == 0) load_x(x, p, share);
   }
-  Acc sum_x[warp_chunks][tiles_m][4] = {};
-  if constexpr (zeros_in_sums)
-#pragma unroll
-    for (int c = 0; c < warp_chunks; ++c)
-#pragma unroll
-      for (int j = 0; j < tiles_m; ++j)
-#pragma unroll
-        for (int t = 0; t < spans; ++t) P::mma(sum_x[c][j], P::ones_w(), x[c][t][j]);
+  if constexpr (zeros_in_sums) {
+    sum_x(floats, x);
+    __syncwarp();
+  }
   const float alpha = alpha_of(p) * sum_unit;
 
   int stage = 0, turn = 0;
@@ -350,6 +388,12 @@ extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_pe
   for (int tile = first_tile; tile < share.tiles; tile += step, ++turn) {
     cp_async_wait<num_stages - 2>();
     const TurnScales mine = scales[0];
+    if constexpr (spread) {
+#pragma unroll
+      for (int i = 0; i < pieces; ++i)
+        leave_scales<D>(floats + x_sums + i * left_floats, mine.s[i], mine.z[i], lane);
+      __syncwarp();
+    }
 #pragma unroll
     for (int s = 0; s < scales_ahead - 1; ++s) scales[s] = scales[s + 1];
     share.load(scales[scales_ahead - 1], p, tile + scales_ahead * step);
@@ -359,30 +403,32 @@ extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_pe
       prefetch_residual<tokens, rows, 32 * k_warps>(p, 0, i64(tile) * rows, k_warp * 32 + lane);
 
     Sum total[tiles_n][tiles_m][4] = {};
-    const char* words = ring + stage * stage_bytes + lane * 16;
+    const char* words = ring + stage * stage_bytes + read_place<at_once>(lane) * 16;
     if constexpr (may_be_fp16)
       if (fp16_x && __any_sync(~0u, !mine.fit_fp16())) {
         widen(x);
         fp16_x = false;
       }
     if (fp16_x)
-      multiply<may_be_fp16 ? as_fp16 : as_bf16>(total, words, mine, x, sum_x);
+      multiply<may_be_fp16 ? as_fp16 : as_bf16>(total, words, mine, x, floats);
     else if (any_wide(mine.wide()))
-      multiply<as_wide>(total, words, mine, x, sum_x);
+      multiply<as_wide>(total, words, mine, x, floats);
     else
-      multiply<as_bf16>(total, words, mine, x, sum_x);
+      multiply<as_bf16>(total, words, mine, x, floats);
     stage = stage == num_stages - 1 ? 0 : stage + 1;
 
     Sum* sums = partial + (turn % 2 * groups + group) * k_warps * slab;
-    Sum* own = sums + k_warp * slab + lane % 4 * 2 * pitch + lane / 4;
+    add_columns<tokens>(total);
+    Sum* own = sums + k_warp * slab + token_of_column(0, lane % 4 * 2) * pitch + lane / 4;
 #pragma unroll
     for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (tokens % 8 && lane % 4 * 2 + e % 2 >= tokens) continue;
+        if (tokens % 8 && token_of_column(j, lane % 4 * 2) + e % 2 >= tokens) continue;
+        if (in_columns && lane % 4 * 2 >= column_tokens) continue;
 #pragma unroll
         for (int i = 0; i < tiles_n; ++i)
-          own[(j * 8 + e % 2) * pitch + i * 16 + e / 2 * 8] = total[i][j][e];
+          own[(j * column_tokens + e % 2) * pitch + i * 16 + e / 2 * 8] = total[i][j][e];
       }
     group_sync(group);
 #pragma unroll 1

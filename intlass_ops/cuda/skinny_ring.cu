@@ -15,7 +15,7 @@
 extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     skinny_ring(const __grid_constant__ Params p) {
   launch_dependents();
-  extern __shared__ __align__(16) char smem[];
+  extern __shared__ __align__(128) char smem[];
   // a shuffle: the same in all lanes, as in skinny_held.cu
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
   const int group = groups > 1 ? warp / group_warps : 0, quarter = lane % 4;
@@ -24,11 +24,13 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   const int tiles = int((p.n + rows - 1) / rows);
   const int first_tile = int(blockIdx.x) * groups + group, step = int(gridDim.x) * groups;
   const int scale_group = int(p.scale_group), zero_group = int(p.zero_group);
-  char* ring = smem + warp * num_stages * stage_bytes + lane * 16;
+  char* ring = smem + warp * num_stages * stage_bytes + own_place(lane) * 16;
+  const char* words = ring + (read_place<at_once>(lane) - own_place(lane)) * 16;
   typename P::B* x_frags = reinterpret_cast<typename P::B*>(smem + ring_bytes);
   Sum* partial = reinterpret_cast<Sum*>(smem + ring_bytes + x_bytes);
   // [turns][groups][tokens][pitch]: sums of earlier segments, where there are several
-  Sum* kept = partial + buffers * warps * slab;
+  float* scales_left = reinterpret_cast<float*>(partial + buffers * warps * slab) + warp * left;
+  Sum* kept = partial + warps * (buffers * slab + left);
 
   Cursor ahead;
   ahead.segment = 0, ahead.tile = first_tile, ahead.chunk = warp % group_warps;
@@ -58,16 +60,20 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
         for (int i = 0; i < pieces; ++i)
           cp_async_16(to + i * 512, inside ? ahead.w_row[i] + ahead.chunk * 64 : p.w, !inside);
-      if (grouped && passes == 1 && part == codes)
+      if (grouped && part == codes && (inside || !own_group))
 #pragma unroll
         for (int i = 0; i < quad_rows; ++i)
-          prefetch_l2(ahead.s_row[i] + ahead.chunk / Config::chunks_per_group * scale_group);
+          prefetch_l2(ahead.s_row[i] + first_group(ahead.chunk) * scale_group);
       if (part == codes) ahead.prefetch_taken(p, ahead.chunk);
       if (part != codes && inside) ahead.load_taken(result, p, ahead.chunk);
-      if (grouped && passes == 1 && part != codes) {
-        const int group = ahead.chunk / Config::chunks_per_group;
+      if (grouped && part != codes) {
+        const int group = first_group(ahead.chunk);
 #pragma unroll
         for (int i = 0; i < quad_rows; ++i) {
+          if (own_group && !inside) {  // no such group
+            result.s[i] = Scale(), result.z[i] = Zero();
+            continue;
+          }
           result.s[i] = ahead.s_row[i][group * scale_group];
           if constexpr (has_zeros) result.z[i] = ahead.z_row[i][group * zero_group];
         }
@@ -86,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   XBlock x_block[x_ahead];
 #pragma unroll
   for (int i = 0; i < x_ahead; ++i) x_block[i].load(p, (i * threads + int(threadIdx.x)) * 8);
-  if (scaled || (grouped && passes == 1)) {
+  if (scaled || grouped) {
     ahead = first;
 #pragma unroll
     for (int s = 0; s < num_stages - 1; ++s) scales[s] = request(s, scales_alone);
@@ -94,9 +100,12 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 
   int token[tiles_m];
 #pragma unroll
-  for (int j = 0; j < tiles_m; ++j) token[j] = min(j * 8 + lane / 4, tokens - 1);
+  for (int j = 0; j < tiles_m; ++j) token[j] = min(token_of_column(j, lane / 4), tokens - 1);
   const float alpha = alpha_of(p) * sum_unit;
 
+  if constexpr (in_columns)
+    for (int i = threadIdx.x; i < chunk_frags; i += threads)
+      x_frags[segment_chunks * chunk_frags + i] = {};
   int stage = 0, buffer = 0;
   for (int segment = 0; segment < segments; ++segment) {
     const int chunk0 = segment * segment_chunks, end = min(chunk0 + segment_chunks, chunks);
@@ -131,106 +140,101 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
       for (int chunk = chunk0 + warp % group_warps; chunk < end; chunk += group_warps) {
         cp_async_wait<num_stages - 2>();
         u32 w[pieces][4];
+        const char* of_stage = words + stage * stage_bytes;
+        auto load_rows = [&](int t) {
 #pragma unroll
-        for (int i = 0; i < pieces; ++i) load_shared(w[i], ring + stage * stage_bytes + i * 512);
+          for (int i = 0; i < pieces; ++i) load_piece<at_once>(w, of_stage, i, t);
+        };
+        if constexpr (!spread) load_rows(0);
         const Scales mine = scales[0];
+        if constexpr (spread) {
+          __syncwarp();  // all have read what was left before
+#pragma unroll
+          for (int i = 0; i < pieces; ++i)
+            leave_scales<D>(scales_left + i * left_floats, mine.s[i], mine.z[i], lane);
+          __syncwarp();
+          load_rows(0);
+        }
 #pragma unroll
         for (int s = 0; s < num_stages - 2; ++s) scales[s] = scales[s + 1];
         // into the stage that the chunk before this one has left
         scales[num_stages - 2] = request(stage == 0 ? num_stages - 1 : stage - 1, both);
         stage = stage == num_stages - 1 ? 0 : stage + 1;
 
-        const typename P::B* x_chunk = x_frags + (chunk - chunk0) * (spans * tokens * 4) + quarter;
+        const int x_at = in_columns && !has_column(lane) ? segment_chunks : chunk - chunk0;
+        const typename P::B* x_chunk = x_frags + x_at * chunk_frags + quarter;
+        [[maybe_unused]] float s[pieces], z[pieces];
+        [[maybe_unused]] QuadScales<tiles_m> quad[pieces];
+        auto multiply = [&](bool wide) {
 #pragma unroll
-        for (int pass = 0; pass < passes; ++pass) {
-          const bool keep = passes == 1 || quarter / (4 / passes) == pass;
-          [[maybe_unused]] float s[pieces], z[pieces];
-          if constexpr (grouped) {
-            if constexpr (passes == 1) {
-#pragma unroll
-              for (int i = 0; i < pieces; ++i) {
-                const int from = lane / 4 * 4 + i % 4;
-                s[i] = __shfl_sync(~0u, scale_in_units(mine.s[i / 4]), from);
-                if constexpr (has_zeros)
-                  z[i] = __shfl_sync(~0u, zero_of_codes(mine.z[i / 4]), from);
-              }
-            } else {
-              const int group = min(chunk * passes + pass, int(p.k / p.group_size) - 1);
+          for (int t = 0; t < spans; ++t) {
+            if (t && t % at_once == 0) load_rows(t);
+            if (grouped && t % group_spans == 0)
 #pragma unroll
               for (int i = 0; i < pieces; ++i) {
-                const i64 row = min(i64(tile) * rows + i * 8 + lane / 4, p.n - 1);
-                s[i] = scale_in_units(
-                    static_cast<const Scale*>(p.scales)[row * p.scale_row + group * scale_group]);
-                if constexpr (has_zeros)
-                  z[i] = zero_of_codes(
-                      static_cast<const Zero*>(p.zeros)[row * p.zero_row + group * zero_group]);
-              }
-            }
-            if constexpr (zeros_in_codes)
-#pragma unroll
-              for (int i = 0; i < pieces; ++i) code_zero[i] = D::zero(z[i]);
-          }
-          auto multiply = [&](bool wide) {
-#pragma unroll
-            for (int t = 0; t < spans; ++t) {
-              typename P::B b[tiles_m];
-#pragma unroll
-              for (int j = 0; j < tiles_m; ++j) b[j] = x_chunk[(t * tokens + token[j]) * 4];
-              if constexpr (zeros_in_sums) {
-                const typename P::A ones = passes == 1 ? P::ones_w() : masked(P::ones_w(), keep);
-#pragma unroll
-                for (int j = 0; j < tiles_m; ++j) P::mma(sum_x[j], ones, b[j]);
-              }
-#pragma unroll
-              for (int i = 0; i < tiles_n; ++i) {
-                u32 lo[span_words<W>], hi[span_words<W>];
-#pragma unroll
-                for (int v = 0; v < span_words<W>; ++v) {
-                  lo[v] = w[2 * i][t * span_words<W> + v];
-                  hi[v] = w[2 * i + 1][t * span_words<W> + v];
+                if constexpr (spread) {
+                  quad[i].load(scales_left + i * left_floats, t, lane);
+                  s[i] = quad[i].s[t], z[i] = quad[i].z[t];
+                } else {
+                  const int at = own_group ? i : i / 4;
+                  s[i] = from_quad(scale_in_units(mine.s[at]), i, lane);
+                  if constexpr (has_zeros) z[i] = from_quad(zero_of_codes(mine.z[at]), i, lane);
                 }
-#pragma unroll
-                for (int h = 0; h < 2; ++h)
-                  take_factor(code_zero[2 * i + h], mine, wide, 2 * i + h, t);
-                typename P::A a = D::w(lo, code_zero[2 * i], hi, code_zero[2 * i + 1]);
-                if constexpr (passes > 1) a = masked(a, keep);
-#pragma unroll
-                for (int j = 0; j < tiles_m; ++j) P::mma(sum[i][j], a, b[j]);
+                if constexpr (zeros_in_codes) code_zero[i] = row_zero<D>(z[i]);
               }
-            }
-          };
-          if (any_wide(mine.wide()))
-            multiply(true);
-          else
-            multiply(false);
-          if constexpr (grouped) {
+            typename P::B b[tiles_m];
 #pragma unroll
-            for (int i = 0; i < tiles_n; ++i)
-#pragma unroll
-              for (int j = 0; j < tiles_m; ++j)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                  float v = value(sum[i][j][e]);
-                  if constexpr (zeros_in_sums) v -= z[2 * i + e / 2] * value(sum_x[j][e % 2]);
-                  total[i][j][e] += s[2 * i + e / 2] * v;
-                  sum[i][j][e] = 0;
-                }
+            for (int j = 0; j < tiles_m; ++j) b[j] = x_chunk[(t * tokens + token[j]) * 4];
             if constexpr (zeros_in_sums)
 #pragma unroll
-              for (int j = 0; j < tiles_m; ++j)
+              for (int j = 0; j < tiles_m; ++j) P::mma(sum_x[j], P::ones_w(), b[j]);
 #pragma unroll
-                for (int e = 0; e < 4; ++e) sum_x[j][e] = 0;
+            for (int i = 0; i < tiles_n; ++i) {
+              u32 lo[span_words<W>], hi[span_words<W>];
+#pragma unroll
+              for (int v = 0; v < span_words<W>; ++v) {
+                lo[v] = w[2 * i][t * span_words<W> + v];
+                hi[v] = w[2 * i + 1][t * span_words<W> + v];
+              }
+#pragma unroll
+              for (int h = 0; h < 2; ++h)
+                take_factor(code_zero[2 * i + h], mine, wide, 2 * i + h, t);
+              const typename P::A a = D::w(lo, code_zero[2 * i], hi, code_zero[2 * i + 1]);
+#pragma unroll
+              for (int j = 0; j < tiles_m; ++j) P::mma(sum[i][j], a, b[j]);
+            }
+            if (grouped && t % group_spans == group_spans - 1)
+#pragma unroll
+              for (int j = 0; j < tiles_m; ++j) {
+#pragma unroll
+                for (int i = 0; i < tiles_n; ++i)
+#pragma unroll
+                  for (int e = 0; e < 4; ++e) {
+                    float v = value(sum[i][j][e]);
+                    if constexpr (zeros_in_sums) v -= z[2 * i + e / 2] * value(sum_x[j][e % 2]);
+                    total[i][j][e] += s[2 * i + e / 2] * v;
+                    sum[i][j][e] = 0;
+                  }
+                if constexpr (zeros_in_sums)
+#pragma unroll
+                  for (int e = 0; e < 4; ++e) sum_x[j][e] = 0;
+              }
           }
-        }
+        };
+        if (any_wide(mine.wide()))
+          multiply(true);
+        else
+          multiply(false);
       }
 
+      add_columns<tokens>(total);
       Sum* mine = partial + (buffer * warps + warp) * slab;
 #pragma unroll
       for (int j = 0; j < tiles_m; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int m = j * 8 + quarter * 2 + e % 2;
-          if (tokens % 8 && m >= tokens) continue;
+          const int m = token_of_column(j, quarter * 2 + e % 2);
+          if ((tokens % 8 && m >= tokens) || (in_columns && quarter * 2 >= column_tokens)) continue;
 #pragma unroll
           for (int i = 0; i < tiles_n; ++i)
             mine[m * pitch + i * 16 + e / 2 * 8 + lane / 4] =

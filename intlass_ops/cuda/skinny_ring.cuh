@@ -5,22 +5,28 @@
 
 constexpr int warps = Config::warps, threads = 32 * warps;
 constexpr int groups = Config::groups, group_warps = warps / groups;
-constexpr int tokens = Config::tokens, tiles_m = (tokens + 7) / 8;
+constexpr int tokens = Config::tokens, tiles_m = (tokens + column_tokens - 1) / column_tokens;
 constexpr int num_stages = Config::num_stages;
 constexpr int segment_chunks = Config::segment_k / chunk_k;
 constexpr int pieces = 2 * tiles_n;          // of 16 bytes that a lane holds of a chunk: one a row
-constexpr int quad_rows = (pieces + 3) / 4;  // rows whose scales a lane fetches for its quad
+// rows whose scales a lane fetches: a quad's share them, but where each lane has a group of its own
+constexpr int quad_rows = own_group ? pieces : (pieces + 3) / 4;
 static_assert(Config::segment_k % chunk_k == 0, "a segment of K is whole chunks");
 static_assert(warps % groups == 0 && groups < 16, "a group has a barrier of its own");
+
+constexpr int at_once = spans_at_once<tiles_m>;
 
 // Shared memory: ring, fragments of x, the warps' sums, and sums of earlier segments.
 constexpr int stage_bytes = pieces * 512;
 constexpr int ring_bytes = warps * num_stages * stage_bytes;
-constexpr int x_bytes = segment_chunks * spans * tokens * 4 * int(sizeof(typename P::B));
+// With groups in columns a chunk of zeros comes last, for the lanes of other groups.
+constexpr int chunk_frags = spans * tokens * 4;
+constexpr int x_bytes = (segment_chunks + in_columns) * chunk_frags * int(sizeof(typename P::B));
 constexpr int pitch = rows + 4;  // of the sums of a token; the first of the four is a sum of x
 constexpr int slab = tokens * pitch;
 constexpr int buffers = tokens > 8 ? 1 : 2;
-static_assert(ring_bytes + x_bytes + buffers * warps * slab * 4 == Config::fixed_smem,
+constexpr int left = pieces * left_floats;  // floats of a warp's scales, handed round
+static_assert(ring_bytes + x_bytes + (buffers * slab + left) * warps * 4 == Config::fixed_smem,
               "config/skinny_ring.py and the kernel disagree about shared memory");
 
 // Scales that weights take, of the rows that a lane holds pieces of: of a chunk, and where they lie.
@@ -74,12 +80,13 @@ struct Cursor : Select<scaled, TakenRows, NoTakenRows>::type {
     for (int i = 0; i < pieces; ++i)  // a repeated row is never stored
       w_row[i] = w + min(n0 + i * 8, p.n - 1) * p.w_stride;
     enter_rows(p, n0, lane % 4);
-    if constexpr (grouped && passes == 1)  // the lanes of a quad share out its rows
+    if constexpr (grouped)  // the lanes of a quad share out its rows
 #pragma unroll
       for (int i = 0; i < quad_rows; ++i) {
-        const i64 row = min(n0 + (i * 4 + lane % 4) % pieces * 8, p.n - 1);
-        s_row[i] = static_cast<const Scale*>(p.scales) + row * p.scale_row;
-        z_row[i] = static_cast<const Zero*>(p.zeros) + row * p.zero_row;
+        const int group = own_group ? group_of_lane(lane % 4) : 0;
+        const i64 row = min(n0 + (own_group ? i : (i * 4 + lane % 4) % pieces) * 8, p.n - 1);
+        s_row[i] = static_cast<const Scale*>(p.scales) + row * p.scale_row + group * p.scale_group;
+        z_row[i] = static_cast<const Zero*>(p.zeros) + row * p.zero_row + group * p.zero_group;
       }
   }
 };
@@ -151,7 +158,9 @@ struct XBlock {
     }
   }
   __device__ __forceinline__ void store(typename P::B* x_frags, int b) const {
-    const int t = b % spans, q = b / spans % 4, c = b / spans / 4;
+    // word t of lane q of a quad (first_k), of chunk c
+    const int t = spread ? b / 4 % spans : b % spans, q = spread ? b % 4 : b / spans % 4;
+    const int c = b / spans / 4;
 #pragma unroll
     for (int m = 0; m < tokens; ++m)
       x_frags[((c * spans + t) * tokens + m) * 4 + q] =
