@@ -11,7 +11,17 @@ from .gemm import Gemm
 from .gemm_tiles import gemm_candidates, pick_gemm
 from .hopper import Hopper, TokenSums, why_not_hopper
 from .hopper_tiles import hopper_candidates, pick_hopper
-from .problem import BITS, Device, Shape, weights_take_scales, widens, without_wgmma
+from .problem import (
+    BITS,
+    Device,
+    Shape,
+    groups_of_chunk,
+    groups_spread,
+    scales_are_split,
+    weights_take_scales,
+    widens,
+    without_wgmma,
+)
 from .quantize import Quantize
 from .rotate_hopper import RotateHopper
 from .rotate_quantize import RotateQuantize
@@ -45,10 +55,11 @@ def predicted(device: Device, shape: Shape) -> Matmul:
     """The configuration without any table."""
     shape = shape.on(device)
     if why_not_skinny(shape) is None and not _few_tokens_for_hopper(device, shape):
-        held = pick_held(device, shape)
+        by_groups = groups_spread(shape) and BITS[shape.x_kind] == 16
+        held = None if by_groups else pick_held(device, shape)
         if held is not None:
             return held
-        ring = pick_ring(device, shape) if _streams(device, shape) else None
+        ring = pick_ring(device, shape) if _streams(device, shape) and not by_groups else None
         if ring is not None:
             return ring
         # INT8 times INT4 of many rows, where nothing is held: the H200's tuner took gemm.cu
@@ -69,16 +80,20 @@ def _few_tokens_for_hopper(device: Device, shape: Shape) -> bool:
     And large INT4 ones that take their scales by one FMA, at 16 tokens by 2 to 33 % on eight
     layers (five are there, three the tuned table's); on smaller ones what is predicted is up to
     13 % slower than skinny_held.cu. And INT4 ones with one scale a row under INT8 activations, at
-    16 tokens by 1 to 25 % on the six layers of the tuned table.
+    16 tokens by 1 to 25 % on the six layers of the tuned table. And large ones whose groups lie
+    within a chunk, where they take scales (two layers, benchmarks/results/stored-weights-h200.md).
     """
     if why_not_hopper(device, shape) is not None:
         return False
     kinds = BITS[shape.x_kind], BITS[shape.w_kind]
     if kinds == (8, 4) and shape.group_size >= shape.k:
         return shape.m > 8 and shape.n * shape.k >= 127_000 * device.sm_count
-    if BITS[shape.w_kind] == 8:
-        return BITS[shape.x_kind] == 8 or shape.m > 8
-    one_fma = weights_take_scales(shape) and (shape.x_kind, shape.w_kind) == ("bf16", "s4")
+    if BITS[shape.w_kind] == 8:  # in groups of 16 each token has four columns of skinny.cu
+        return BITS[shape.x_kind] == 8 or shape.m > (4 if groups_of_chunk(shape) > 2 else 8)
+    if groups_spread(shape) and weights_take_scales(shape):
+        return shape.m > 8 and shape.n > 32 * device.sm_count
+    one_fma = weights_take_scales(shape) and not scales_are_split(shape)
+    one_fma = one_fma and (shape.x_kind, shape.w_kind) == ("bf16", "s4")
     large = shape.n * shape.k >= 490_000 * device.sm_count
     return shape.m > 8 and one_fma and not shape.has_zeros and shape.group_size % 128 == 0 and large
 

@@ -195,6 +195,11 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     blocks, sms = math.ceil(shape.n / 32), device.sm_count
     few_tokens = columns_of(shape) <= 8
     light_x = shape.x_kind == "e2m1" and device.arch.startswith("sm_90")  # others spill
+    own_groups = groups_of_chunk(shape) > 1 and not codes_take_scales(shape)
+    if own_groups and BITS[shape.x_kind] == 16 and device.arch.startswith("sm_90"):
+        tiles_n, warps, unroll = _tile_of_groups(shape, blocks > sms)
+        threads = _threads(device, shape, tiles_n * unroll, unroll)
+        return _within(device, chunks, (tiles_n, warps, unroll, threads // (32 * warps)))
     if spread or columns_of(shape) > 16:
         deep = few_tokens and chunks >= 16
         tiles_n = 1 if 2 * blocks <= sms or columns_of(shape) > 16 else 2
@@ -235,6 +240,29 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     else:
         warps = 8 if chunks > 32 else 4
         tile = 2, warps, 2, (16 if few_tokens or light_x else 8) // warps
+    return _within(device, chunks, tile)
+
+
+def _tile_of_groups(shape: Shape, many_rows: bool) -> tuple[int, int, int]:
+    """For groups within a chunk under 16-bit activations: of the candidates the fastest, or nearly,
+    on an H200 with 1, 8 and 16 tokens of 28672x4096 and 4096x4096."""
+    operands = math.ceil(columns_of(shape) / 8)
+    if groups_spread(shape):
+        if operands > 1:
+            return 2, 8, 2
+        # a tail of K takes registers
+        return (2 if shape.k % 128 == 0 else 1, 4, 1) if many_rows else (1, 8, 2)
+    if operands > 4:
+        return 1, 4, 4
+    if operands > 1:
+        return (2, 4, 2) if many_rows and operands == 2 else (1, 8, 2)
+    return 1, 8, 2 if many_rows or BITS[shape.w_kind] == 4 else 4
+
+
+def _within(
+    device: Device, chunks: int, tile: tuple[int, int, int, int]
+) -> tuple[int, int, int, int]:
+    """A tile with no more warps than there is work for, or room."""
     tiles_n, warps, unroll, blocks_per_sm = tile
     while warps > 1 and warps * unroll > chunks:
         warps, unroll = (warps, unroll // 2) if unroll > 1 else (warps // 2, 1)
