@@ -119,6 +119,33 @@ def _shipped_rest() -> Iterator[tuple[Hopper, tuple[str, ...]]]:
         yield min(tiles, key=lambda c: (-c.consumers, c.block_m)), ("sm_90a",)
 
 
+def _shipped_stored() -> Iterator[tuple[Config, tuple[str, ...]]]:
+    """Weights as GGUF and GPTQ store them, whose scales are not of the activations' type."""
+    forms = (
+        ("s4", 32, "__half", ""),
+        ("u4", 32, "float", "float"),
+        ("s8", 32, "__half", ""),
+        ("s8", 16, "float", ""),
+        ("u4", 128, "__half", "unsigned char"),
+    )
+    calls = ((1, 28672), (8, 4096), (64, 28672), (2048, 4096))
+    for turn, ((w, group_size, scale_type, zero_type), (m, n)) in enumerate(
+        itertools.product(forms, calls)
+    ):
+        shape = replace(
+            _W4A16,
+            w_kind=w,
+            scale_type=scale_type,
+            zero_type=zero_type or "float",
+            has_zeros=bool(zero_type),
+            m=m,
+            n=n,
+            group_size=group_size,
+        )
+        for arch in {"sm_90a", ARCHS[turn % len(ARCHS)]}:
+            yield pick(device_of(arch), shape), (arch,)
+
+
 def _shipped_takers() -> Iterator[tuple[Config, tuple[str, ...]]]:
     """Kernels of few tokens whose codes take their scales, of few rows and of many."""
     cases = (
@@ -296,6 +323,7 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
     yield from _shipped_rest()
     yield from _shipped_scaled()
     yield from _shipped_takers()
+    yield from _shipped_stored()
     yield from _shipped_epilogues()
     yield from _shipped_rotations()
     for arch in ARCHS:

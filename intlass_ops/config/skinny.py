@@ -10,6 +10,7 @@ from typing import ClassVar
 from .epilogue import Activation, named
 from .problem import (
     BITS,
+    TYPE_BYTES,
     Device,
     Grouping,
     Shape,
@@ -250,8 +251,9 @@ def _tile_of_groups(shape: Shape, many_rows: bool) -> tuple[int, int, int]:
     if groups_spread(shape):
         if operands > 1:
             return 2, 8, 2
-        # a tail of K takes registers
-        return (2 if shape.k % 128 == 0 else 1, 4, 1) if many_rows else (1, 8, 2)
+        # a tail of K takes registers, and so do zero points that are bytes
+        short = shape.k % 128 or (shape.has_zeros and TYPE_BYTES[shape.zero_type] == 1)
+        return (1 if short else 2, 4, 1) if many_rows else (1, 8, 2)
     if operands > 4:
         return 1, 4, 4
     if operands > 1:
