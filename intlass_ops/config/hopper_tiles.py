@@ -260,6 +260,10 @@ def _candidates(device: Device, shape: Shape, scaled: bool) -> Iterator[tuple[Ho
         if scaled:
             most = 1 if stream_k else 2
             spills = block_m * tiles_n == 256 and shape.has_zeros and groups_per_tile > most
+            # zero points of 16 bits that are not split, in the warps that make scales
+            halves = shape.has_zeros and TYPE_BYTES[shape.zero_type] == 2
+            if halves and not scales_are_split(shape) and groups_per_tile > 1:
+                spills |= consumers == 3 or (tiles_n == 2 and stream_k)
             spills |= _scales_spill(shape, block_m, tiles_n, consumers, groups_per_tile, way)
         else:
             limit = 160 if stream_k or shape.has_zeros or kind != "s8" else 256
