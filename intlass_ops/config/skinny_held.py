@@ -157,7 +157,12 @@ def _tiles(shape: Shape, many_rows: bool, split_k: int) -> list[tuple[int, ...]]
         few = groups_in_columns(shape) and not shape.zeros_in_sums
         return [*tiles, *([(16, 2, 2)] if shape.m <= 8 else []), *([(8, 8, 2)] if few else [])]
     if BITS[shape.x_kind] == 8:
-        tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), *([] if own_groups else [(16, 4, 2)])]
+        tiles = [
+            (16, 2, 3),
+            (16, 2, 2),
+            (8, 4, 3),
+            *([] if own_groups or shape.zeros_in_sums else [(16, 4, 2)]),
+        ]
         if shape.m <= 2 or not many_turns:
             tiles.insert(0, (16, 2, 2))
     elif shape.m > 8:

@@ -135,14 +135,15 @@ def pick_ring(device: Device, shape: Shape) -> SkinnyRing | None:
 
 def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
     """What fits shared memory, the best of what was measured first."""
-    crowded = groups_spread(shape) and shape.has_zeros and shape.m > 8
-    if crowded and device.arch in ("sm_100", "sm_120"):
-        return  # NVRTC 12.9 spills
+    spills = device.arch in ("sm_100", "sm_120")  # NVRTC 12.9
+    if spills and groups_spread(shape) and shape.has_zeros and shape.m > 8:
+        return
     chunk_k = 512 // BITS[shape.w_kind]
     chunks = max(1, math.ceil(shape.k / chunk_k))
     tokens = 1 << (shape.m - 1).bit_length()
     zeros = shape.has_zeros and (shape.zeros_in_sums or shape.x_kind == "fp16")
-    own_groups = groups_spread(shape) or (groups_in_columns(shape) and tokens > 1)
+    columns = groups_in_columns(shape) and (tokens > 1 or (spills and shape.has_zeros))
+    own_groups = groups_spread(shape) or columns
     heavy = shape.m > 8 or zeros or own_groups  # registers for 8 warps only
     if shape.w_kind == "e2m1":  # others were not tried
         fewest = _FEWEST_TOKENS[1:3] if device.arch.startswith("sm_90") and shape.k > 8192 else ()
