@@ -37,20 +37,24 @@ W4A16 = config.Shape(
 def is_scaled(**change: Any) -> bool:
     c = config.pick(A100, replace(W4A16, **change))
     assert isinstance(c, config.Gemm)
-    assert (c.block_m == 128) == (c.grouping == config.Grouping.SCALED_WEIGHTS)
+    taken = config.Grouping.SCALED_WEIGHTS, config.Grouping.SCALED_SPANS
+    assert (c.block_m == 128) == (c.grouping in taken)
     return c.block_m == 128
 
 
-def test_weights_take_scales_of_their_own_type_where_tiles_are_large() -> None:
+def test_weights_take_scales_where_tiles_are_large() -> None:
     assert is_scaled()
     assert is_scaled(group_size=64, m=4096)
+    assert is_scaled(group_size=32)
     assert is_scaled(w_kind="s8", has_zeros=False)
+    assert is_scaled(scale_type="float")
+    assert is_scaled(zero_type="float")
+    assert is_scaled(x_kind="fp16", scale_type="__half")
+    assert not is_scaled(x_kind="fp16", scale_type="float")
     assert not is_scaled(m=64)
     assert not is_scaled(n=256)
-    assert not is_scaled(scale_type="float")
     assert not is_scaled(out_type="float")
-    assert not is_scaled(zero_type="float")
-    assert not is_scaled(group_size=32)
+    assert not is_scaled(group_size=48)
     assert not is_scaled(batch_invariant=True)
 
 
@@ -66,6 +70,18 @@ LARGE = [
     )
 ]
 LARGE += [Case("s8", "s8", a_scale="token"), Case("s8", "s4", a_scale="token")]
+LARGE += [
+    Case("bf16", w, groups=groups, scale=scale, zero=zero)
+    for w, groups, scale, zero in (
+        ("s4", 8, torch.half, torch.uint8),
+        ("s4", 32, torch.half, torch.uint8),
+        ("s4", 32, torch.bfloat16, torch.uint8),
+        ("u4", 8, torch.half, torch.uint8),
+        ("u4", 32, torch.float32, torch.float32),
+        ("s8", 16, torch.float32, torch.uint8),
+        ("s8", 32, torch.half, torch.uint8),
+    )
+]
 
 
 @pytest.mark.gpu
@@ -84,6 +100,7 @@ def test_large_tiles_of_any_gpu(case: Case, arch: str) -> None:
     whole = pick_gemm(config.device_of(arch), shape)
     assert whole.block_m == 128
     all_scales = (case.x, case.w) != ("fp16", "s8") and not case.zero.is_floating_point
+    all_scales &= case.groups == 1 or case.scale != torch.float32
     tiles = [whole, replace(whole, split_k=2), replace(whole, aligned=False)]
     jit.warmup(tiles, progress=False)
     for tile in tiles:

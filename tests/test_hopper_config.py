@@ -114,7 +114,11 @@ def test_the_pick_is_close_to_the_best_tile_measured() -> None:
         ({"aligned": False}, "rows do not start on 16-byte boundaries"),
         ({"apart": False}, "rows overlap, which TMA does not take"),
         ({"has_a_zero": True}, "activations with a zero point need row sums of W"),
-        ({"group_size": 48}, "group_size=48 is neither 32, 64 nor a multiple of 128"),
+        ({"group_size": 48}, "group_size=48 is neither 16, 32, 64 nor a multiple of 128"),
+        (
+            {"group_size": 16, "out_type": "float"},
+            "group_size=16 is neither 32, 64 nor a multiple of 128",
+        ),
         ({"x_kind": "s8", "w_kind": "s8"}, "INT8 weights under INT8 activations have one scale"),
     ],
 )
@@ -140,6 +144,35 @@ def test_many_tokens_in_groups_are_multiplied_part_by_part() -> None:
     for w, group_size in (("u4", 128), ("s4", 64), ("s4", 4096)):
         tiles = config.hopper_candidates(H200, a_shape("s8", w, 2048, 28672, 4096, group_size))
         assert {c.parts for c, _ in tiles} == {1}
+
+
+def test_under_bf16_weights_take_scales_of_any_float_type() -> None:
+    """Under fp16 they take its own alone. Few tokens may have sums that take them instead."""
+    for scale_type, w, group_size in itertools.product(
+        ("__half", "float"), ("s4", "u4", "s8"), (32, 128)
+    ):
+        shape = dataclasses.replace(
+            a_shape("bf16", w, 512, 4096, 4096, group_size), scale_type=scale_type
+        )
+        tiles = [c for c, _ in config.hopper_candidates(H200, shape)]
+        assert {c.grouping for c in tiles if c.block_m > 128} <= {config.Grouping.SCALED_WEIGHTS}
+        assert not any(c.needs_token_sums for c in tiles)
+        of_sums = any(c.grouping != config.Grouping.SCALED_WEIGHTS for c in tiles)
+        assert of_sums == (w != "u4" and group_size == 128)
+        # four bytes for a row and group: both numbers that the scale is split into
+        assert {c.staged_bytes for c in tiles} == {8 if w == "u4" else 4}
+        for change in ({"x_kind": "fp16"}, {"out_type": "float"}):
+            other = dataclasses.replace(shape, **change)
+            if change == {"x_kind": "fp16"}:
+                other = dataclasses.replace(other, scale_type="float")
+            found = {c.grouping for c, _ in config.hopper_candidates(H200, other)}
+            assert config.Grouping.SCALED_WEIGHTS not in found
+
+
+def test_groups_of_16_are_for_weights_that_take_scales() -> None:
+    shape = dataclasses.replace(a_shape("bf16", "s8", 64, 4096, 4096, 16), scale_type="float")
+    assert isinstance(config.pick(H200, shape), config.Hopper)
+    assert config.why_not_hopper(H200, dataclasses.replace(shape, out_type="float")) is not None
 
 
 def test_stages_of_256_k_have_whole_groups() -> None:

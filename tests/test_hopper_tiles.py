@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import oracle
 import pytest
 import torch
 from gemm_case import Case, build
@@ -51,6 +52,14 @@ CASES = [
     replace(SIZES, lead=(20,), a_scale="token"),
     replace(SIZES, lead=(13,), w="s4", scale=BF16, a_scale="token", k=1280, groups=10),
     replace(SIZES, lead=(300,), w="s4", a_scale="token", k=1344, groups=21),
+    # scales and zero points that bf16 has not the bits for
+    replace(SMALL, scale=torch.half),
+    replace(SIZES, lead=(300,), x="bf16", w="s4", scale=torch.half, k=1344, groups=42),
+    replace(SMALL, lead=(30,), w="u4", scale=torch.half, k=1536, groups=12),
+    replace(SIZES, lead=(300,), x="bf16", w="u4", zero=torch.float32, k=1376, groups=43),
+    replace(SMALL, lead=(60,), w="u4", zero=torch.half, groups=20),
+    replace(SIZES, lead=(60,), x="bf16", w="s8", scale=torch.half, k=1344, groups=42),
+    replace(SIZES, lead=(300,), x="bf16", w="s8", k=1376, groups=86),
 ]  # fmt: skip
 # Rows left over, which all SMs share by K: about 40, 80 and 40 tiles of 64 rows, by 10 to 12 of K
 WITH_REST = [
@@ -62,6 +71,8 @@ WITH_REST = [
     replace(SIZES, lead=(13,), n=22000, w="s4", scale=BF16, a_scale="token", k=1280, groups=10),
     replace(SIZES, lead=(100,), n=22000, w="s4", a_scale="token", residual=True),
     replace(SIZES, lead=(100,), n=22000, x="bf16", w="s8", bias=BF16),
+    replace(SIZES, lead=(60,), n=28000, x="bf16", w="s4", scale=torch.half, k=1280, groups=40),
+    replace(SIZES, lead=(60,), n=22000, x="bf16", w="u4", zero=torch.float32, k=1280, groups=10),
 ]
 
 
@@ -87,8 +98,9 @@ def tiles_of(case: Case, device: config.Device) -> list[config.Hopper]:
 
 def test_the_cases_meet_every_form_of_tile() -> None:
     tiles = [c for case in CASES + WITH_REST for c in tiles_of(case, config.device_of("sm_90a"))]
-    others = {config.Grouping.STRADDLING, config.Grouping.COLUMNS}
-    assert {c.grouping for c in tiles} == set(config.Grouping) - others
+    g = config.Grouping
+    others = {g.STRADDLING, g.COLUMNS, g.SCALED_SPANS}
+    assert {c.grouping for c in tiles} == set(g) - others
     assert any(c.in_turns and c.stream_k for c in tiles)
     assert {c.consumers for c in tiles if c.by_stages} == {2, 4}
     assert {c.consumers for c in tiles if not c.by_stages} == {1, 2, 3, 4}
@@ -142,6 +154,40 @@ def test_every_tile_takes_scales_of_any_size(rows: int, k: int, groups: int) -> 
         with launch.forced(tile):
             check_exact(replace(case, special=True), "cuda")
             assert_close(few.run(), *expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("w", ["s4", "u4", "s8"])
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("scale", [torch.half, torch.float32])
+@pytest.mark.parametrize("zero", [torch.uint8, torch.half, torch.float32])
+def test_weights_are_as_near_as_is_said(
+    w: str, group_size: int, scale: torch.dtype, zero: torch.dtype
+) -> None:
+    """Where bf16 has not the bits of scales and zero points (split_scales.cuh): tokens that are
+    rows of one show each weight. Kernels whose sums take the scales round it once."""
+    if w != "u4" and zero != torch.uint8:
+        pytest.skip("zero points are u4's")
+    n, k = 256, 512
+    case = Case("bf16", w, (k,), n, k, groups=k // group_size, scale=scale, zero=zero)
+    call = build(case, "cuda", numbers="random")
+    call.a = torch.eye(k, dtype=BF16, device="cuda")
+    if w == "u4" and zero != torch.uint8:
+        call.options["zeros"] = (15 * torch.rand(n, k // group_size)).to(zero).cuda()
+    weights = call.expected().y.T
+    sizes = oracle.per_weight(call.scales, n, k)
+    allowed = (2**-8 + 2**-14) * weights.abs() + (2**-12 * sizes if zero != torch.uint8 else 0)
+    device = device_of(0)
+    types = TYPE[scale], _ZERO_TYPE[zero] if w == "u4" else "float", TYPE[BF16]
+    shape = config.Shape("bf16", w, *types, w == "u4", False, True, 8192, 8192, k, group_size)
+    tiles: list[config.Matmul] = [config.pick(config.without_wgmma(device), shape)]
+    if device.arch == "sm_90a":
+        tiles += [c for c in tiles_of(case, device) if not c.rest_by_k]
+    jit.warmup(tiles, progress=False)
+    for tile in tiles:
+        with launch.forced(tile):
+            error = (call.run().T.double() - weights).abs()
+        assert (error <= allowed).all(), f"{tile}: {float((error - allowed).max())}"
 
 
 @pytest.mark.gpu
