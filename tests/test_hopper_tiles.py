@@ -178,7 +178,7 @@ def test_weights_are_as_near_as_is_said(
     sizes = oracle.per_weight(call.scales, n, k)
     allowed = (2**-8 + 2**-14) * weights.abs() + (2**-12 * sizes if zero != torch.uint8 else 0)
     device = device_of(0)
-    types = TYPE[scale], _ZERO_TYPE[zero] if w == "u4" else "float", TYPE[BF16]
+    types = TYPE[scale], ZERO_TYPE[zero] if w == "u4" else "float", TYPE[BF16]
     shape = config.Shape("bf16", w, *types, w == "u4", False, True, 8192, 8192, k, group_size)
     tiles: list[config.Matmul] = [config.pick(config.without_wgmma(device), shape)]
     if device.arch == "sm_90a":
