@@ -260,11 +260,8 @@ def _candidates(device: Device, shape: Shape, scaled: bool) -> Iterator[tuple[Ho
         if scaled:
             most = 1 if stream_k else 2
             spills = block_m * tiles_n == 256 and shape.has_zeros and groups_per_tile > most
-            # zero points of 16 bits that are not split, in the warps that make scales
-            halves = shape.has_zeros and TYPE_BYTES[shape.zero_type] == 2
-            if halves and not scales_are_split(shape) and groups_per_tile > 1:
-                spills |= consumers == 3 or (tiles_n == 2 and stream_k)
-            spills |= _scales_spill(shape, block_m, tiles_n, consumers, groups_per_tile, way)
+            if shape.w_kind != "e2m1":
+                spills |= _scales_spill(shape, block_m, tiles_n, consumers, groups_per_tile, way)
         else:
             limit = 160 if stream_k or shape.has_zeros or kind != "s8" else 256
             spills = not whole and (block_m * tiles_n + 32 * extra > limit or extra == 3)
@@ -337,6 +334,8 @@ def _scales_spill(
         return wide and stream_k and groups_per_tile > 2 and block_m * tiles_n == 256
     if TYPE_BYTES[shape.zero_type] == 1:
         return wide and (consumers == 4 or (split_k > 1 and tiles_n > 1))
+    if groups_per_tile > 1 and not scales_are_split(shape):
+        return consumers > 2 or (tiles_n == 2 and stream_k)
     return consumers == 4 and groups_per_tile > 1
 
 

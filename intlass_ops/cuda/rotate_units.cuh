@@ -1,8 +1,8 @@
 // What rotate_quantize.cu and rotate_hopper.cu have in common: parameters, formats, how x is cut into
 // units and how these come into shared memory.
 #pragma once
-#include "fragments.cuh"
 #include "memory.cuh"
+#include "mma.cuh"
 
 struct Params {
   const void* x;
