@@ -169,6 +169,25 @@ def test_under_bf16_weights_take_scales_of_any_float_type() -> None:
             assert config.Grouping.SCALED_WEIGHTS not in found
 
 
+def test_tables_say_nothing_of_scales_that_are_split() -> None:
+    """They were measured with scales of bf16, which take an instruction where these take three."""
+    h200 = dataclasses.replace(H200, name="NVIDIA H200")
+    shape = a_shape("bf16", "s4", 64, 28672, 4096, 128)
+    halves = dataclasses.replace(shape, scale_type="__half")
+    if config.reason(h200, shape).startswith("tuned"):
+        assert not config.reason(h200, halves).startswith("tuned")
+    few = dataclasses.replace(halves, m=1)  # whose sums take either
+    assert config.pick(h200, few).entry == config.pick(h200, dataclasses.replace(shape, m=1)).entry
+
+
+def test_few_tokens_have_sums_that_take_scales_which_would_be_split() -> None:
+    for m, of_sums in ((32, True), (64, True), (256, False), (2048, False)):
+        shape = dataclasses.replace(a_shape("bf16", "s4", m, 28672, 4096, 128), scale_type="__half")
+        c = config.pick(H200, shape)
+        assert isinstance(c, config.Hopper)
+        assert (c.grouping != config.Grouping.SCALED_WEIGHTS) == of_sums
+
+
 def test_groups_of_16_are_for_weights_that_take_scales() -> None:
     shape = dataclasses.replace(a_shape("bf16", "s8", 64, 4096, 4096, 16), scale_type="float")
     assert isinstance(config.pick(H200, shape), config.Hopper)

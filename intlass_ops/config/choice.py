@@ -14,6 +14,7 @@ from .hopper_tiles import hopper_candidates, pick_hopper
 from .problem import (
     BITS,
     Device,
+    Grouping,
     Shape,
     groups_of_chunk,
     groups_spread,
@@ -183,6 +184,12 @@ def _measured(device: Device, shape: Shape) -> tuple[Matmul, str] | None:
     legal = {(c.entry, tuned.tile_of(c)): c for c in reversed(candidates(device, shape))}
     for entry in entries:
         c = legal.get((entry.kernel, entry.tile))
-        if c is not None:
+        if c is not None and not _takes_split_scales(c):
             return c, f"tuned: the fastest at M={entry.m}"
     return None
+
+
+def _takes_split_scales(c: Matmul) -> bool:
+    """Whether tables, which know no types of scales, were measured without what this tile does."""
+    scaled = isinstance(c, Hopper) and c.grouping == Grouping.SCALED_WEIGHTS
+    return scaled and scales_are_split(c)
