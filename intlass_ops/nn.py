@@ -196,7 +196,7 @@ class IntLinear(Movable, _Codes):
         x = as_autocast(input)
         if self.input_scale is not None:
             x = x * self.input_scale.to(x.dtype)
-        # A compiled graph sees to it itself, and its guards are few (lowering/lanes.py).
+        # Not in compiled graphs: docs/notes/lowering.md, "Open".
         lanes = not torch.compiler.is_compiling() and self._takes_lanes(x)
         a, a_scale = self._activations(x, lanes)
         if self.bits == 8:

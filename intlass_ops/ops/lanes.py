@@ -1,6 +1,6 @@
 """Whether a product with INT4 weights is faster with INT8 activations as lanes (packing.py).
 
-Whoever quantises for known products asks here: nn.py, lowering/lanes.py.
+Whoever quantises for known products asks here: nn.py.
 """
 
 from __future__ import annotations
