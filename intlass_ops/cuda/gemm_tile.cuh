@@ -25,7 +25,7 @@ constexpr bool decodes_ahead = direct && X::bits == 16 && !sums_of_x;
 
 constexpr bool wide_steps = grouping <= tile_groups && block_k >= 128;
 using F = Fragments<X, W, wide_steps>;
-constexpr int steps = block_k / F::step_k;          // of a tile of K
+constexpr int steps = block_k / F::step_k;        // of a tile of K
 constexpr int tile_scales = of_span ? steps : 1;  // that weights of a row take there
 static_assert(steps % 2 == 0, "two register buffers take turns");
 

@@ -43,8 +43,7 @@ constexpr int flushes = Config::groups_per_tile;  // groups in a tile of K, at l
 constexpr int threads = 128 * (consumers + 1), blocks_per_sm = consumers == 1 ? 2 : 1;
 constexpr bool leaves_sums = Config::stream_k || rest_by_k;  // for other blocks
 // What the producer's warpgroup keeps: most where its warps make scales and zero points of sums
-constexpr bool wide_zeros =
-    split_scales && has_zeros && (sizeof(Scale) > 2 || sizeof(Zero) > 1);
+constexpr bool wide_zeros = split_scales && has_zeros && (sizeof(Scale) > 2 || sizeof(Zero) > 1);
 constexpr int of_two = Config::parts > 1                          ? 24
                        : needs_sums || wide_zeros                 ? 88
                        : split_scales && sizeof(Scale) > 2        ? 72
@@ -98,7 +97,10 @@ constexpr int chunk_steps = steps / chunks;
 static_assert(steps % chunks == 0, "a chunk of W is one or two steps of wgmma");
 // A turn of the tensor cores takes one, or two where there are registers for them
 constexpr int turn_chunks =
-    (direct && from_registers && W::bits == 8) || (scaled && staged_scales && flushes <= block_k / 128 && block_m * tiles_n <= 32) ? 2 : 1;
+    (direct && from_registers && W::bits == 8) ||
+            (scaled && staged_scales && flushes <= block_k / 128 && block_m * tiles_n <= 32)
+        ? 2
+        : 1;
 constexpr int turn_steps = turn_chunks * chunk_steps;
 constexpr int ahead = direct && turn_chunks == 1 ? 2 : 1;  // turns whose words are read early
 

@@ -86,8 +86,7 @@ struct RowScale : Offset<has_zeros || !split_scales> {
     if constexpr (split_scales) {
       const float s = scale_in(word, place);
       scale = split_scale(s);
-      if constexpr (has_zeros)
-        set(split_offset(Nibbles<X>::bottom(as_float(z)), 1 / code_unit, s));
+      if constexpr (has_zeros) set(split_offset(Nibbles<X>::bottom(as_float(z)), 1 / code_unit, s));
       return;
     }
     if constexpr (one_fma) {
@@ -95,8 +94,7 @@ struct RowScale : Offset<has_zeros || !split_scales> {
       scale = mul2<X>(scale, 0x7a007c00);  // 2^133 / weight_unit, for the nibble above 2^129
       return;
     }
-    if constexpr (code_unit != weight_unit)
-      scale = mul2<X>(scale, halves<X>(code_unit, code_unit));
+    if constexpr (code_unit != weight_unit) scale = mul2<X>(scale, halves<X>(code_unit, code_unit));
     if constexpr (has_zeros)
       set(halves<X>(Nibbles<X>::bottom(as_float(z)), Nibbles<X>::above(as_float(z))));
   }

@@ -263,7 +263,8 @@ template <class X, class W> struct FewShiftsInt4 : Pair<X, W> {
     return {bottom, same<X, bf16>::value ? bottom : halves<X>(N::above(z), N::above(z))};
   }
   static __device__ __forceinline__ Row of_bottom(u32 bottom) {  // of an integer
-    return {bottom, same<X, bf16>::value ? bottom : fma2<X>(bottom, half_words<X>::one, 0x63806380)};
+    return {bottom,
+            same<X, bf16>::value ? bottom : fma2<X>(bottom, half_words<X>::one, 0x63806380)};
   }
   static __device__ __forceinline__ void row(u32 w, Row z, u32 (&f)[4]) {
     constexpr u32 flip = same<W, s4>::value ? 0x00080008u : 0u;

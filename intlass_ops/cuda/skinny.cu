@@ -139,7 +139,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     for (int j = 0; j < tiles_m; ++j) {
       if constexpr (X::bits == 4 && !spread) {
         u32 v[spans];
-        load_tokens(v, x_row[j] + chunk * (chunk_k / 2), inside && (!in_columns || has_column(lane)));
+        load_tokens(v, x_row[j] + chunk * (chunk_k / 2),
+                    inside && (!in_columns || has_column(lane)));
 #pragma unroll
         for (int t = 0; t < spans; ++t) c.x[j][t][0] = v[t];
       } else {
@@ -297,7 +298,8 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int m = token_of_column(j, quarter * 2 + e % 2);
-      if (in_columns && quarter * 2 >= column_tokens) continue;  // another group's lane has the same
+      if (in_columns && quarter * 2 >= column_tokens)
+        continue;  // another group's lane has the same
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i)
         partial[warp][m][i * 16 + e / 2 * 8 + lane / 4] =

@@ -154,8 +154,7 @@ __device__ __forceinline__ void load_x(Fragments& x, const Params& p, const Shar
         load_global(reinterpret_cast<u32(&)[spans]>(v), from + k0 / 2);
       else
 #pragma unroll
-        for (int t = 0; t < spans; ++t)
-          load_global(v[t], from + (k0 + t * word_k) * X::bits / 8);
+        for (int t = 0; t < spans; ++t) load_global(v[t], from + (k0 + t * word_k) * X::bits / 8);
       SpanScales<Scale> blocks = {};
       if constexpr (fp4_x)
         blocks =
@@ -202,7 +201,8 @@ __device__ __forceinline__ void load_x_staged(Fragments& x, const Params& p, con
 #pragma unroll
       for (int t = 0; t < spans; ++t) {
         u32 v[span_words<X>];
-        load_shared(v, at(c, min(token_of_column(j, lane / 4), tokens - 1), first_k(lane % 4) / 8 + t * (word_k / 8)));
+        load_shared(v, at(c, min(token_of_column(j, lane / 4), tokens - 1),
+                          first_k(lane % 4) / 8 + t * (word_k / 8)));
         x[c][t][j] = token_fragment<P>(v, {});
         if constexpr (in_columns) x[c][t][j] = masked(x[c][t][j], has_column(lane));
       }
@@ -290,8 +290,9 @@ __device__ __forceinline__ void multiply(Sum (&total)[tiles_n][tiles_m][4], cons
         for (int j = 0; j < tiles_m; ++j) {
           [[maybe_unused]] u32 of_x[2];
           if constexpr (zeros_in_sums)
-            load_shared(of_x, reinterpret_cast<const char*>(
-                                  floats + ((c * x_groups + group) * tiles_m + j) * 8 + lane % 4 * 2));
+            load_shared(of_x,
+                        reinterpret_cast<const char*>(
+                            floats + ((c * x_groups + group) * tiles_m + j) * 8 + lane % 4 * 2));
 #pragma unroll
           for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
@@ -350,8 +351,10 @@ extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_pe
   char* ring = smem + warp * num_stages * stage_bytes;
   Sum* partial = reinterpret_cast<Sum*>(smem + ring_bytes);
   float* floats = reinterpret_cast<float*>(partial + 2 * warps * slab) + warp * warp_floats;
-  Sum* kept = partial + warps * (2 * slab + warp_floats);  // [turns][groups][tokens][rows] of this share of K
-  const Share share(p, (rank * k_warps + k_warp) * warp_chunks, smem_address(ring) + own_place(lane) * 16);
+  Sum* kept = partial +
+              warps * (2 * slab + warp_floats);  // [turns][groups][tokens][rows] of this share of K
+  const Share share(p, (rank * k_warps + k_warp) * warp_chunks,
+                    smem_address(ring) + own_place(lane) * 16);
 
 #pragma unroll
   for (int s = 0; s < early; ++s)

@@ -8,7 +8,7 @@ constexpr int groups = Config::groups, group_warps = warps / groups;
 constexpr int tokens = Config::tokens, tiles_m = (tokens + column_tokens - 1) / column_tokens;
 constexpr int num_stages = Config::num_stages;
 constexpr int segment_chunks = Config::segment_k / chunk_k;
-constexpr int pieces = 2 * tiles_n;          // of 16 bytes that a lane holds of a chunk: one a row
+constexpr int pieces = 2 * tiles_n;  // of 16 bytes that a lane holds of a chunk: one a row
 // rows whose scales a lane fetches: a quad's share them, but where each lane has a group of its own
 constexpr int quad_rows = own_group ? pieces : (pieces + 3) / 4;
 static_assert(Config::segment_k % chunk_k == 0, "a segment of K is whole chunks");

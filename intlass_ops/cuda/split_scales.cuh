@@ -12,9 +12,9 @@
 #include "problem.cuh"
 
 template <class T> constexpr bool is_float = same<T, float>::value || same<T, __half>::value;
-constexpr bool split_scales =
-    (grouping == scaled_weights || grouping == scaled_spans) && same<X, bf16>::value && !same<W, e2m1>::value &&
-    (!same<Scale, __nv_bfloat16>::value || (has_zeros && is_float<Zero>));
+constexpr bool split_scales = (grouping == scaled_weights || grouping == scaled_spans) &&
+                              same<X, bf16>::value && !same<W, e2m1>::value &&
+                              (!same<Scale, __nv_bfloat16>::value || (has_zeros && is_float<Zero>));
 
 // One of the two in a word, twice: instructions of bf16 pairs read either half so, without a PRMT
 __device__ __forceinline__ u32 low_twice(u32 v) {
