@@ -219,7 +219,7 @@ class IntLinear(Movable, _Codes):
         if self.bits != 4 or _BITS[self.activation] != 8 or x.shape[-1:] != (k,):
             return False
         m = x.numel() // k
-        return takes_lanes(m, k, [self.weight], self.scales, self.zeros, x.dtype)
+        return takes_lanes(m, k, self.weight, self.scales, self.zeros, x.dtype)
 
 
 class IntExpertLinear(_Codes):

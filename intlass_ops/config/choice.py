@@ -82,7 +82,7 @@ def _few_tokens_for_hopper(device: Device, shape: Shape) -> bool:
     layers (five are there, three the tuned table's); on smaller ones what is predicted is up to
     13 % slower than skinny_held.cu. And INT4 ones with one scale a row under INT8 activations, at
     16 tokens by 1 to 25 % on the six layers of the tuned table. And large ones whose groups lie
-    within a chunk, where they take scales (two layers, benchmarks/results/stored-weights-h200.md).
+    within a chunk, where they take scales, and INT8 ones in groups of 16 (two layers, kernels.md).
     """
     if why_not_hopper(device, shape) is not None:
         return False

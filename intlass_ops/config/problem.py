@@ -174,12 +174,11 @@ def _types_allow(shape: Shape, float_zeros: tuple[str, ...]) -> bool:
 
 
 def codes_take_scales(shape: Shape) -> bool:
-    """Whether INT4 weights of few tokens take their scales, which the sums of other groups take.
+    """Whether INT4 weights of few tokens take their scales, instead of the sums of their groups.
 
-    A lane's 16 bytes of a row lie in one group, of 32 or 64 k say: for sums of each, a chunk of 64
-    bytes would be multiplied two or four times. Larger groups do for the sake of zero points that
-    are no bytes, which would multiply sums of x. Types as in `weights_take_scales`; fp16 has a way
-    of its own for fractions.
+    Groups of 32 and 64, of which a chunk has several, where these are not in columns; and larger
+    ones for the sake of zero points that are no bytes, which would multiply sums of x. Types as in
+    `_types_allow`; fp16 has a way of its own for fractions.
     """
     floats = ("__nv_bfloat16", *(["__half"] if shape.x_kind == "fp16" else []))
     if BITS[shape.w_kind] != 4 or not _types_allow(shape, floats) or groups_in_columns(shape):

@@ -142,8 +142,8 @@ def _tiles(shape: Shape, many_rows: bool, split_k: int) -> list[tuple[int, ...]]
     """(warps, warp_chunks, num_stages): 64 registers of x among 16 warps, 128 among eight.
 
     Five stages have room for 16 tokens on their way to registers, three for eight, two for four: x
-    is there sooner, which few turns are worth. Where sums of x need registers too, eight warps. A
-    fourth number: so many blocks of an SM. For FP4 two are 5 to 10 % faster than one.
+    is there sooner, which few turns are worth. A fourth number: so many
+    blocks of an SM. For FP4 two are 5 to 10 % faster than one.
     """
     many_turns = many_rows or split_k > 1
     tiles: list[tuple[int, ...]]

@@ -20,31 +20,27 @@ _FEW = 8  # tokens that hopper.cu never has with such weights (config/choice.py)
 
 def takes_lanes(
     m: Any,
-    k: Any,
-    weights: list[Tensor],
+    k: int,
+    weight: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
     out_dtype: torch.dtype,
 ) -> bool:
-    """Whether x [M, K] times ``weights`` [N, K/2], side by side or alone, is.
-
-    Kernels that do not take them have PyTorch put them in order. ``scales``, ``zeros``: of the
-    first weight, the others' are alike. M that torch.compile leaves open is no int: False.
-    """
-    if type(m) is not int or type(k) is not int or m <= _FEW:  # few wait for their host
+    """Whether x [M, K] times ``weight`` [N, K/2] is. Others put lanes in order."""
+    if type(m) is not int or m <= _FEW:  # a traced M is no int; few tokens wait for their host
         return False
     known = {scales.dtype, out_dtype} <= plans.TYPE.keys() and not batch_invariance.enabled()
-    gpu = _gpu(weights[0].device) if known else None
+    gpu = _gpu(weight.device) if known else None
     if gpu is None:
         return False
-    sizes = [w.shape[0] for w in weights]
+    n = weight.shape[0]
     groups = max(
-        check_parameters(INT4, "scales", scales, sizes[0], k),
-        check_parameters(INT4, "zeros", zeros, sizes[0], k),
+        check_parameters(INT4, "scales", scales, n, k),
+        check_parameters(INT4, "zeros", zeros, n, k),
     )
     zero_type = None if zeros is None else plans.ZERO_TYPE.get(zeros.dtype, "float")
     types = plans.TYPE[scales.dtype], zero_type, plans.TYPE[out_dtype]
-    return all(_picked_takes_them(gpu, *types, m, n, k, k // groups) for n in {*sizes, sum(sizes)})
+    return _picked_takes_them(gpu, *types, m, n, k, k // groups)
 
 
 def _gpu(device: torch.device) -> config.Device | None:

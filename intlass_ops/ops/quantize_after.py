@@ -27,7 +27,9 @@ from .quantize import (
 Quantized = tuple[Tensor, Tensor, Tensor]
 
 
-def _check(op: str, x: Tensor, name: str, other: Tensor | None, shape: object, bits: int) -> None:
+def _check(
+    op: str, x: Tensor, name: str, other: Tensor | None, shape: object, bits: int, *options: bool
+) -> None:
     require_dtype(op, "x", x.dtype, FLOATS)
     if x.dim() == 0:
         raise ValueError(f"{op}: x is a scalar; expected [..., K]")
@@ -39,14 +41,15 @@ def _check(op: str, x: Tensor, name: str, other: Tensor | None, shape: object, b
             raise TypeError(f"{op}: {name} has dtype {other.dtype}, x {x.dtype}")
         if tuple(other.shape) != shape:
             raise ValueError(f"{op}: {name} has shape {tuple(other.shape)}; expected {shape}")
+    require_options(op, x, bits, *options)
 
 
-def _check_norm(x: Tensor, weight: Tensor | None, bits: int) -> None:
-    _check("rms_norm_quantize", x, "weight", weight, tuple(x.shape[-1:]), bits)
+def _check_norm(x: Tensor, weight: Tensor | None, bits: int, *options: bool) -> None:
+    _check("rms_norm_quantize", x, "weight", weight, tuple(x.shape[-1:]), bits, *options)
 
 
-def _check_silu(gate: Tensor, up: Tensor, bits: int) -> None:
-    _check("silu_mul_quantize", gate, "up", up, tuple(gate.shape), bits)
+def _check_silu(gate: Tensor, up: Tensor, bits: int, *options: bool) -> None:
+    _check("silu_mul_quantize", gate, "up", up, tuple(gate.shape), bits, *options)
 
 
 def _empty(x: Tensor, bits: int, symmetric: bool, lanes: bool) -> Quantized:
@@ -79,12 +82,12 @@ def _cuda(
     )
     plan = launch_quantize.find(key)
     if plan is None:
+        options = symmetric, full_range, lanes
         if before.is_norm:
-            _check_norm(x, other, bits)
+            _check_norm(x, other, bits, *options)
         else:
             assert other is not None
-            _check_silu(x, other, bits)
-        require_options(op, x, bits, symmetric, full_range, lanes)
+            _check_silu(x, other, bits, *options)
         plan = launch_quantize.make(
             key,
             x,
@@ -113,8 +116,7 @@ def _norm_fake(
     full_range: bool = False,
     lanes: bool = False,
 ) -> Quantized:
-    _check_norm(x, weight, bits)
-    require_options("rms_norm_quantize", x, bits, symmetric, full_range, lanes)
+    _check_norm(x, weight, bits, symmetric, full_range, lanes)
     return _empty(x, bits, symmetric, lanes)
 
 
@@ -128,8 +130,7 @@ def _norm_cpu(
     full_range: bool = False,
     lanes: bool = False,
 ) -> Quantized:
-    _check_norm(x, weight, bits)
-    require_options("rms_norm_quantize", x, bits, symmetric, full_range, lanes)
+    _check_norm(x, weight, bits, symmetric, full_range, lanes)
     v = x.float()
     y = v * (1 / (v.square().mean(-1, keepdim=True) + eps).sqrt())
     if weight is not None:
@@ -159,8 +160,7 @@ def _silu_fake(
     full_range: bool = False,
     lanes: bool = False,
 ) -> Quantized:
-    _check_silu(gate, up, bits)
-    require_options("silu_mul_quantize", gate, bits, symmetric, full_range, lanes)
+    _check_silu(gate, up, bits, symmetric, full_range, lanes)
     return _empty(gate, bits, symmetric, lanes)
 
 
@@ -172,8 +172,7 @@ def _silu_cpu(
     full_range: bool = False,
     lanes: bool = False,
 ) -> Quantized:
-    _check_silu(gate, up, bits)
-    require_options("silu_mul_quantize", gate, bits, symmetric, full_range, lanes)
+    _check_silu(gate, up, bits, symmetric, full_range, lanes)
     return quantize_tokens(torch.nn.functional.silu(gate) * up, bits, symmetric, full_range, lanes)
 
 
