@@ -102,7 +102,8 @@ constexpr int turn_chunks =
         ? 2
         : 1;
 constexpr int turn_steps = turn_chunks * chunk_steps;
-constexpr int ahead = direct && turn_chunks == 1 ? 2 : 1;  // turns whose words are read early
+// Turns whose words are read early, fewer than a stage has
+constexpr int ahead = direct && turn_chunks == 1 && chunks * tiles_n > 2 ? 2 : 1;
 
 // What a thread keeps of its rows and tokens: if not direct, an accumulator that is emptied into the
 // totals group by group, or two of a part of the tokens (hopper_parts.cuh)
