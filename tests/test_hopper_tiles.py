@@ -115,6 +115,11 @@ def test_the_cases_meet_every_form_of_tile() -> None:
     assert {c.block_m for c in tiles} >= {16, 32, 64, 128, 256}
     assert {(c.x_kind, c.block_k) for c in tiles if c.by_stages} >= {("bf16", 256), ("s8", 256)}
     assert any(c.block_k == 256 and c.consumers == 1 for c in tiles)
+    short = [c for c in tiles if c.block_k == 64]
+    assert {c.groups_per_tile for c in short} == {1, 2, 4}
+    assert {c.has_zeros for c in short} == {c.by_stages for c in short} == {False, True}
+    assert {c.share_x for c in short} == {c.split_k for c in short} == {1, 2}
+    assert any(c.stream_k for c in short)
 
 
 @pytest.mark.gpu

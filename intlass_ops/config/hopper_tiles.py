@@ -82,6 +82,12 @@ _TILES_BY_STAGES = {
     ("s8", 4, "channel"): ((128, 128, 2, 1121), (64, 256, 2, 800), (32, 256, 2, 480)),
 }  # fmt: skip
 _TILES_BY_STAGES["bf16", 8, "groups"] = _TILES_BY_STAGES["bf16", 4, "groups"]
+# Weights in small groups: of stages of 64 k, with a group's scales or two's, five have room for 256
+# tokens, which are half the decoding that 128 are. block_m, tiles_n, consumers, how, TOPS
+_TILES_OF_SHORT_STAGES = {
+    ("bf16", 4, "channel"): ((256, 1, 2, "", 770), (256, 1, 2, "by_stages", 500)),
+    ("bf16", 8, "channel"): ((256, 1, 2, "", 770), (256, 1, 2, "by_stages", 500)),
+}
 # As many tokens and no more, of layers that are wide or long: stages of 256 k. block_m, consumers,
 # how, TOPS
 _TILES_OF_LONG_STAGES = {
@@ -130,6 +136,7 @@ _TWO_STAGES = 0.8  # of its rate a ring of two reaches; that of INT8 weights was
 # Scales that are split (two layers, six forms): of its rate a tile of few tokens reaches, and where
 # the warps that split them have float zero points too, of more than 64 rows
 _SPLIT, _SPLIT_WITH_ZEROS, _FEW = 0.9, 0.6, 64
+_SMALL_GROUPS = 0.8  # of its rate a tile of many tokens reaches, several groups to a stage of 128 k
 _SUMS_MAX_M = 128  # tokens
 _STREAMED = 0.06  # stream_k: slower over many rounds, in which tiles share less of what L2 holds
 
@@ -163,6 +170,8 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
         speed = _DEEP
     if c.num_stages == 2 and c.w_kind != "s8":
         speed *= _TWO_STAGES
+    if c.grouping == Grouping.SCALED_WEIGHTS and c.block_m > _FEW and c.groups_per_tile > 1:
+        speed *= _SMALL_GROUPS if c.block_k == HOPPER_BLOCK_K else 1.0
     if c.grouping == Grouping.SCALED_WEIGHTS and c.block_m <= _FEW and scales_are_split(c):
         wide = c.has_zeros and TYPE_BYTES[c.zero_type] > 1 and c.groups_per_tile > 1
         speed *= _SPLIT_WITH_ZEROS if wide and c.block_n + c.rest_rows > 64 else _SPLIT
@@ -207,6 +216,8 @@ def _candidates(device: Device, shape: Shape, scaled: bool) -> Iterator[tuple[Ho
     tiles += [
         (m, 1, 256, consumers, how, rate) for m, consumers, how, rate in of_long if shape.m <= m
     ]
+    of_short = _TILES_OF_SHORT_STAGES.get(key, ()) if shape.group_size < HOPPER_BLOCK_K else ()
+    tiles += [(m, n, 64, consumers, how, rate) for m, n, consumers, how, rate in of_short]
     of_several = _TILES_OF_SEVERAL.get(key, ())
     tiles += [(m, n, 128, consumers, "several", rate) for m, n, consumers, rate in of_several]
     with_rest = _TILES_WITH_REST.get(key, ())
