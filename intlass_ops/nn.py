@@ -196,7 +196,7 @@ class IntLinear(Movable, _Codes):
         x = as_autocast(input)
         if self.input_scale is not None:
             x = x * self.input_scale.to(x.dtype)
-        # Not in compiled graphs: docs/notes/lowering.md, "Open".
+        # A compiled graph sees to it itself, and its guards are few (lowering/lanes.py).
         lanes = not torch.compiler.is_compiling() and self._takes_lanes(x)
         a, a_scale = self._activations(x, lanes)
         if self.bits == 8:
@@ -219,7 +219,7 @@ class IntLinear(Movable, _Codes):
         if self.bits != 4 or _BITS[self.activation] != 8 or x.shape[-1:] != (k,):
             return False
         m = x.numel() // k
-        return takes_lanes(m, k, self.weight, self.scales, self.zeros, x.dtype)
+        return takes_lanes(m, k, [self.weight], self.scales, self.zeros, x.dtype)
 
 
 class IntExpertLinear(_Codes):

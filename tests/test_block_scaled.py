@@ -18,7 +18,7 @@ from torch import Tensor
 import intlass_ops as ia
 from intlass_ops import config, fp4, fused_quantize, packing
 from intlass_ops.config.skinny_mx import mx_candidates
-from intlass_ops.cuda import launch_fp4
+from intlass_ops.cuda import launch_fp4, launch_mx
 from intlass_ops.ops import block_scaled_kernels
 from intlass_ops.reference import round_once
 from intlass_ops.rotation import hadamard_matrix
@@ -383,6 +383,107 @@ def test_tiles_of_hopper(format_: str, blocked: bool, monkeypatch: pytest.Monkey
             y = op_of(format_, blocked)(*operands).cpu()
             assert torch.equal(y.nan_to_num(-1), expected.nan_to_num(-1)), (m, n, k, str(c))
     launch_fp4._plans.clear()
+
+
+@pytest.mark.parametrize(
+    ("arch", "scales", "m", "k", "integers"),
+    [
+        ("sm_90a", E8M0, 512, 4096, True),
+        ("sm_90a", E8M0, 8192, 28672, True),
+        ("sm_90a", E8M0, 511, 4096, False),
+        ("sm_90a", E8M0, 512, 1 << 18, False),  # INT32 does not hold the sums
+        ("sm_90a", E4M3, 512, 4096, False),
+        ("sm_100", E8M0, 512, 4096, False),
+    ],
+)
+def test_which_mx_products_may_be_integers(
+    arch: str, scales: torch.dtype, m: int, k: int, integers: bool
+) -> None:
+    shape = launch_fp4._shape("e2m1", m, torch.Size((4096, k // 2)), True, scales, BF16, True)
+    picked = config.pick_mx_integers(config.device_of(arch), shape)
+    assert (picked is not None) == integers
+    if picked is not None:
+        assert (picked.entry, picked.x_kind, picked.only_if) == ("hopper", "s8", 0)
+
+
+def mx_operand(case: str, rows: int, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random codes, and scales within a factor of 8 in each row but for what the case says."""
+    rng = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, k // 2), generator=rng, dtype=torch.uint8)
+    of_row = torch.randint(107, 147, (rows, 1), generator=rng)
+    scales = (of_row + torch.randint(0, 4, (rows, k // 32), generator=rng)).to(torch.uint8)
+    blocks = codes.view(rows, k // 32, 16)
+    if case == "zeros":
+        blocks[:, ::3], scales[:, ::3] = 8, torch.randint(0, 255, (rows, 1), generator=rng).byte()
+        blocks[:, 0] = 0x80
+        codes[5] = 0
+    elif case == "wide":
+        scales[rows // 2, :2] = torch.tensor([120, 124])
+        blocks[rows // 2, :2] = 0x22
+    elif case == "far":
+        scales[1] += 50
+    elif case == "no number":
+        codes[3], scales[3, 1] = 0, 255
+    return codes, scales.view(E8M0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocked", [True, False])
+@pytest.mark.parametrize("case", ["narrow", "zeros", "wide", "far", "no number"])
+def test_mx_products_as_integers(case: str, blocked: bool) -> None:
+    """Exact where scales allow it; else, whichever operand it is, as before."""
+    gpu = launch_fp4.device_of(0)
+    if gpu.arch != "sm_90a":
+        pytest.skip(f"{gpu.arch} has no wgmma")
+    m, n, k = 700, 1000, 896
+    exactly = case in ("narrow", "zeros")
+    for turn in range(2):
+        (a, a_scale), (b, b_scale) = (
+            mx_operand(case if exactly or at == turn else "narrow", rows, k, at)
+            for at, rows in enumerate((m, n))
+        )
+        x, w = exact(a, a_scale).cuda(), exact(b, b_scale).cuda()
+        expected = x @ w.T * 0.5
+        operands = [t.cuda() for t in (a, b, ordered(a_scale, blocked), ordered(b_scale, blocked))]
+        alpha = torch.tensor(0.5, device="cuda")
+        for out_dtype in (BF16, FP16, FP32):
+            found = ia.explain(op_of("mx", blocked), *operands, alpha, out_dtype=out_dtype)
+            assert "s8xs8" in found.dispatches[0].kernel
+            y = found.result
+            if exactly:
+                assert torch.equal(y, round_once(expected, out_dtype))
+            elif case == "no number":
+                at_nan = expected.isnan()
+                assert torch.equal(y.isnan(), at_nan)
+                assert_close(y[~at_nan], expected[~at_nan], (x.abs() @ w.abs().T)[~at_nan])
+            else:
+                assert_close(y, expected, x.abs() @ w.abs().T)
+        shape = launch_fp4._shape("e2m1", m, b.shape, True, E8M0, BF16, blocked)
+        a_, b_, *scales = operands
+        begun = launch_mx.begin(a_, b_, *scales, blocked, alpha, shape, BF16)
+        assert begun is not None
+        assert bool(begun.flag) != exactly
+
+
+@pytest.mark.gpu
+def test_mx_products_in_cuda_graphs() -> None:
+    """A replay decides anew whether its operands allow integers."""
+    if launch_fp4.device_of(0).arch != "sm_90a":
+        pytest.skip("made for sm_90a")
+    m, n, k = 512, 512, 1024
+    cases = [[mx_operand(case, rows, k, rows) for rows in (m, n)] for case in ("narrow", "wide")]
+    (a, a_scale), (b, b_scale) = ([t.cuda() for t in pair] for pair in cases[0])
+    ia.matmul_ada_mxf4_bf16_tn(a, b, a_scale, b_scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ia.matmul_ada_mxf4_bf16_tn(a, b, a_scale, b_scale)
+    for case in (*cases, *cases):
+        for to, (codes, scales) in zip(((a, a_scale), (b, b_scale)), case, strict=True):
+            to[0].copy_(codes)
+            to[1].view(torch.uint8).copy_(scales.view(torch.uint8))
+        graph.replay()
+        x, w = (exact(*pair).cuda() for pair in case)
+        assert_close(y, x @ w.T, x.abs() @ w.abs().T)
 
 
 def test_gradient_and_compile(device: str) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from lowering_helpers import Counting, fresh, relative_error
+from torch import Tensor, nn
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import intlass_ops as ia
-from intlass_ops import batch_invariant, config, packing
+from intlass_ops import batch_invariant, config, lowering, packing
 from intlass_ops.ops import lanes
 
 H200 = config.device_of("sm_90a")
@@ -256,3 +257,92 @@ def test_lanes_are_for_hopper_cu(arch: str) -> None:
         {"m": 257, "group_size": 4096},
     ):
         assert not config.takes_lanes(gpu, shape(**other))
+
+
+# ----------------------------------------------------------------------------------------- compiled
+
+
+class Block(nn.Module):
+    """q, k and v of one norm, then a gated pair and what follows it."""
+
+    def __init__(self, last: str | None = "int8") -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64, dtype=BF16)
+        self.q, self.k, self.v = (linear(n, 64, seed=n) for n in (64, 32, 32))
+        self.gate, self.up = (linear(96, 64, seed=n) for n in (1, 2))
+        self.down = linear(64, 96, last, seed=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        x = x + self.q(y) + torch.cat((self.k(y), self.v(y)), -1)
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+def compiled_codes(module: nn.Module, x: Tensor, **options: Any) -> tuple[Tensor, list[bool]]:
+    """A compiled module's result, and of each quantiser in its graph whether it writes lanes."""
+    backend = Counting()
+    with fresh(), torch.no_grad():
+        y = torch.compile(module, backend=backend, fullgraph=True, **options)(x)
+    (graph,) = backend.graphs
+    targets = (OPS.quantize_dynamic, OPS.rms_norm_quantize, OPS.silu_mul_quantize)
+    nodes = [
+        node for node in graph.graph.nodes if node.target in [each.default for each in targets]
+    ]
+    return y, [bool(node.kwargs.get("lanes")) for node in nodes]
+
+
+def test_compiled_quantisers_write_lanes(hopper: None) -> None:
+    """One for q, k and v, which stay one product, one for gate and up, one fused with SiLU."""
+    module, x = Block(), numbers(2, 10, 64)
+    with torch.no_grad():
+        expected = module(x)
+    y, asked = compiled_codes(module, x)
+    assert asked == [True, True, True]
+    assert lowering.counters()["lanes"] == 3
+    assert lowering.counters()["joined"] == 3
+    assert torch.equal(y, expected)
+    assert all(d.scheme == "w4a8" for d in lowering.report())
+
+
+def test_few_or_unknown_numbers_of_tokens_do_not(hopper: None) -> None:
+    assert compiled_codes(Block(), numbers(2, 8, 64))[1] == [False] * 3
+    assert compiled_codes(Block(), numbers(2, 10, 64), dynamic=True)[1] == [False] * 3
+    with batch_invariant():
+        assert compiled_codes(Block(), numbers(2, 10, 64))[1] == [False] * 3
+
+
+def test_a_gpu_that_has_no_use_for_them() -> None:
+    assert compiled_codes(Block(), numbers(2, 10, 64))[1] == [False] * 3
+
+
+class Shared(nn.Module):
+    """Codes that an INT8 weight, or the caller, gets too."""
+
+    def __init__(self, returned: bool) -> None:
+        super().__init__()
+        self.narrow = linear(64, 64)
+        codes = torch.randint(-128, 128, (64, 64), dtype=torch.int8)
+        self.wide = ia.IntLinear(codes, torch.ones(64), activation="int8")
+        self.returned = returned
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        codes = ia.quantize_int8(x)[0]
+        return self.narrow(x), codes if self.returned else self.wide(x)
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_codes_that_others_read_stay_bytes(returned: bool, hopper: None) -> None:
+    module, x = Shared(returned), numbers(32, 64)
+    y, asked = compiled_codes(module, x)
+    assert not any(asked)
+    for a, b in zip(y, module(x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inductor_runs_them(hopper: None) -> None:
+    module, x = Block(), numbers(20, 64)
+    with fresh(), torch.no_grad():
+        y = torch.compile(module, backend="intlass", fullgraph=True)(x)
+    assert lowering.counters()["lanes"] == 3
+    with torch.no_grad():
+        assert relative_error(y, module(x)) < 2e-2

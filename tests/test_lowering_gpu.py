@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from intlass_ops import (
     Int4WeightOnly,
+    Int8DynamicActivationInt4Weight,
     Int8DynamicActivationInt8Weight,
     explain,
     lowering,
@@ -97,12 +98,19 @@ class Residuals(nn.Module):
         return x + self.second(nn.functional.silu(self.first(y)) * y)
 
 
-@pytest.mark.parametrize("config", [Int4WeightOnly(128), Int8DynamicActivationInt8Weight()])
-def test_kernels_that_start_early_compute_the_same(config: Scheme) -> None:
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        (Int4WeightOnly(128), 1),
+        (Int8DynamicActivationInt8Weight(), 1),
+        (Int8DynamicActivationInt4Weight(128), 64),  # quantisers that write lanes
+    ],
+)
+def test_kernels_that_start_early_compute_the_same(config: Scheme, tokens: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(Residuals(1024) for _ in range(4))).cuda().bfloat16()
     quantize_(model.requires_grad_(False), config)
-    x = torch.randn(1, 1024, device="cuda").bfloat16()
+    x = torch.randn(tokens, 1024, device="cuda").bfloat16()
     results = []
     for early in (False, True):
         options = {"triton.cudagraphs": True, graph_pass.EARLY: early}

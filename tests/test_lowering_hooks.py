@@ -11,14 +11,14 @@ from unittest.mock import Mock
 import graph_zoo
 import pytest
 import torch
-from lowering_helpers import SWAPPED, fresh, outcomes, relative_error
+from lowering_helpers import SWAPPED, Counting, fresh, outcomes, relative_error
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import intlass_ops
 from intlass_ops import lowering
-from intlass_ops.lowering import editor, graph_pass, program, rules
+from intlass_ops.lowering import editor, graph_pass, program, rules, under_way
 
 
 def test_inductor_hook_and_entry_point() -> None:
@@ -155,3 +155,21 @@ def test_recipes_survive_as_text() -> None:
     assert Recipe.parse(recipe.text()) == recipe
     assert len({rule.name for rule in rules.RULES}) == len(rules.RULES)
     assert editor.CAST is torch.ops.prims.convert_element_type.default
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_graphs_that_compute_codes_are_known(computed: bool) -> None:
+    """A GEMM that starts early must not read them (lowering/under_way.py)."""
+    backend = Counting()
+    given = torch.randint(-8, 8, (32, 64), dtype=torch.int8)
+    scales = torch.ones(32)
+
+    def step(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        a, a_scale, _ = intlass_ops.quantize_int8(x)
+        b = weight + 1 if computed else weight
+        return intlass_ops.matmul_int8_bf16_tn(a, b, a_scale, scales)
+
+    with fresh(), torch.no_grad():
+        torch.compile(step, backend=backend, fullgraph=True)(torch.randn(3, 64), given)
+    (graph,) = backend.graphs
+    assert under_way.computes_codes(graph.graph) == computed

@@ -12,6 +12,7 @@ from .choice import candidates as candidates
 from .choice import in_lane_order as in_lane_order
 from .choice import of_int4 as of_int4
 from .choice import pick as pick
+from .choice import pick_mx_integers as pick_mx_integers
 from .choice import predicted as predicted
 from .choice import reason as reason
 from .choice import takes_lanes as takes_lanes
@@ -21,6 +22,7 @@ from .fp4 import FP4_MAX_M as FP4_MAX_M
 from .fp4 import FP4_UNIT as FP4_UNIT
 from .fp4 import FP4_X as FP4_X
 from .fp4 import DecodeFp4 as DecodeFp4
+from .fp4 import MxCodes as MxCodes
 from .fp4 import pick_fp4 as pick_fp4
 from .gemm import Gemm as Gemm
 from .gemm_tiles import is_idle as is_idle

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from . import tuned
-from .fp4 import DecodeFp4
+from .fp4 import DecodeFp4, MxCodes
 from .gemm import Gemm
 from .gemm_tiles import gemm_candidates, pick_gemm
 from .hopper import Hopper, TokenSums, why_not_hopper
@@ -36,9 +36,11 @@ from .transposed_wgmma import TransposedWgmma
 from .widen import Widen
 
 Matmul = Gemm | Skinny | SkinnyRing | SkinnyHeld | SkinnyMx | Hopper
-Tools = TokenSums | Quantize | RotateQuantize | RotateHopper | DecodeFp4 | Widen | StoreRows
+Rewriting = DecodeFp4 | MxCodes | Widen | StoreRows
+Tools = TokenSums | Quantize | RotateQuantize | RotateHopper | Rewriting
 Config = Matmul | Transposed | TransposedWgmma | Tools
 
+_MX_INTEGERS_MIN_M = 512  # below, making the codes costs what INT8 gains
 _BATCH_INVARIANT_M = 64  # the tokens that the one kernel of batch_invariant() is picked for
 
 
@@ -137,6 +139,21 @@ def takes_lanes(device: Device, shape: Shape) -> bool:
         return False
     c = in_lane_order(pick(device, shape), shape.k, shape.aligned)
     return isinstance(c, Hopper) and c.lane_order
+
+
+@lru_cache(maxsize=4096)
+def pick_mx_integers(device: Device, shape: Shape) -> Hopper | None:
+    """What multiplies MXFP4 by MXFP4 as INT8, where that is faster if it is exact.
+
+    It is for scales that differ by a factor of 8 at most in each row (mx_codes.cu). INT32 holds
+    sums of 2^17 such products.
+    """
+    mxfp4 = (shape.x_kind, shape.scale_type) == ("e2m1", "e8m0")
+    if not mxfp4 or shape.m < _MX_INTEGERS_MIN_M or not 0 < shape.k <= 1 << 17:
+        return None
+    kinds = {"x_kind": "s8", "w_kind": "s8", "scale_type": "float", "blocked": False}
+    c = pick(device, replace(shape, **kinds, group_size=shape.k))  # type: ignore[arg-type]
+    return replace(c, only_if=0) if isinstance(c, Hopper) else None
 
 
 def candidates(device: Device, shape: Shape) -> list[Matmul]:

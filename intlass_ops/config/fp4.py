@@ -37,6 +37,7 @@ class DecodeFp4:
     scale_type: str  # e8m0, e4m3
     blocked: bool  # scales in the order of fp4.to_blocked
     lane_order: bool  # of each 32 k, as hopper.cu takes them
+    only_if: int = -1  # as Hopper's
     threads: int = 128
     rows: int = 4
 
@@ -45,6 +46,28 @@ class DecodeFp4:
 
     def __str__(self) -> str:
         return f"decode_fp4 {self.scale_type}"
+
+    def expected_sass(self, arch: str) -> tuple[str, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class MxCodes:
+    """mx_codes.cu: MXFP4 as INT8 codes with one scale a row, a warp a row."""
+
+    source: ClassVar[str] = "mx_codes.cu"
+    entry: ClassVar[str] = "mx_codes"
+    starts_early: ClassVar[bool] = True
+    blocked: bool  # scales in the order of fp4.to_blocked
+    x_kind: str = "e2m1"
+    scale_type: str = "e8m0"
+    threads: int = 256
+
+    def grid(self, rows: int) -> tuple[int, int, int]:
+        return math.ceil(rows / (self.threads // 32)), 1, 1
+
+    def __str__(self) -> str:
+        return "mx_codes"
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
         return ()

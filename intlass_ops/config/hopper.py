@@ -74,6 +74,7 @@ class Hopper:
     blocked: bool = False  # FP4: scales in the order of fp4.to_blocked
     lane_order: bool = False  # of each 32 k of X: widen.cu and decode_fp4.cu make it
     x_unit: int = 1  # what decoded activations were divided by
+    only_if: int = -1  # what a flag must be, or nothing is done; less than 0: there is none
     activation: Activation = Activation.NONE
     residual: bool = False  # the output's type, added after the activation
 

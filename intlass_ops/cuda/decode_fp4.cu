@@ -14,6 +14,7 @@ constexpr int blocks = lane_order ? 32 / block_size<Scale> : 1;
 struct Params {
   const unsigned char *codes, *scales;
   uint4* out;                              // [num_rows, words]
+  const int* flag;                         // Config::only_if
   i64 num_rows, words, stride, scale_row;  // words of eight codes; bytes from row to row; scale_at
 };
 
@@ -28,6 +29,7 @@ __device__ __forceinline__ u32 two_codes(u32 w, int i, Factor factor) {
 extern "C" __global__ void __launch_bounds__(threads) decode_fp4(const __grid_constant__ Params p) {
   launch_dependents();
   wait_for_predecessors();
+  if (Config::only_if >= 0 && *p.flag != Config::only_if) return;  // mx_codes.cu
   const i64 row0 = i64(blockIdx.x) * rows, word = i64(blockIdx.y) * threads + threadIdx.x;
   if (word >= p.words) return;
   const i64 first = word / words * words;

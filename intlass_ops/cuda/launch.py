@@ -80,8 +80,12 @@ class MatmulPlan(NamedTuple):
         alpha: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None = None,
+        out: Tensor | None = None,
+        flag: Tensor | None = None,
     ) -> Tensor:
-        out = empty(self.out_shape, self.out_strides, self.out_dtype, self.device)
+        """``flag``: what a configuration with ``only_if`` asks, whose plan writes to ``out``."""
+        if out is None:
+            out = empty(self.out_shape, self.out_strides, self.out_dtype, self.device)
         if self.launch is None:
             return out
         kept: Any = None  # what must live until the launch is enqueued
@@ -98,7 +102,7 @@ class MatmulPlan(NamedTuple):
             arrivals, counters = arrival_counters(a, stream, self.tiles)
             kept = kept, partial, counters
         if self.tail is not None:
-            tail, sums = self.tail(a, w, stream)
+            tail, sums = self.tail(a, w, stream, flag)
             kept = kept, sums
         codes = w.data_ptr()
         words: tuple[int, ...] = (

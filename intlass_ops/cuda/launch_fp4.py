@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import config, fp4, packing
-from . import jit, launch
+from . import jit, launch, launch_mx
 from .kernel import Launch
 from .plans import ALIGNMENT, TYPE, Key, aligned, device_of, empty, remember, signature
 
@@ -72,8 +72,14 @@ def _run(
     out_dtype: torch.dtype,
     x_unit: int = 1,
     lane_order: bool = False,
+    begun: launch_mx.Begun | None = None,
 ) -> tuple[Tensor, str] | None:
-    """One product. ``x_unit``: what decoded activations were divided by; ``lane_order``: theirs."""
+    """One product. ``x_unit``: what decoded activations were divided by; ``lane_order``: theirs.
+
+    ``begun``: it was computed as INT8 if it could be, and is computed here if not.
+    """
+    out, flag, _ = begun or (None, None, "")
+    only_if = -1 if flag is None else 1
     key = (
         signature(x),
         signature(w),
@@ -81,6 +87,7 @@ def _run(
         blocked,
         x_unit,
         lane_order,
+        only_if,
         out_dtype,
         None if alpha is None else alpha.dtype,
         w.data_ptr() % ALIGNMENT,
@@ -97,7 +104,7 @@ def _run(
             planned = None, c.x_kind
         elif c is not None:
             if isinstance(c, config.Hopper):
-                c = replace(c, x_unit=x_unit, lane_order=lane_order)
+                c = replace(c, x_unit=x_unit, lane_order=lane_order, only_if=only_if)
             group = shape.group_size
             row = -(-k // group // 4) if blocked else k // group
             codes = map(launch.dtype_code, (None, alpha, None, None))
@@ -109,9 +116,34 @@ def _run(
     plan, name = planned
     if plan is None:
         assert x_scales is not None
-        x, unit = _decode_fp4(x.contiguous(), x_scales, blocked, name, lane_order=True)
-        return _run(x, None, w, w_scales, blocked, alpha, k, out_dtype, int(unit), lane_order=True)
-    return plan.run(x, w, w_scales, None, x_scales, None, alpha, None), name
+        return _decoded(x.contiguous(), x_scales, w, w_scales, blocked, alpha, k, out_dtype, name)
+    y = plan.run(x, w, w_scales, None, x_scales, None, alpha, None, out=out, flag=flag)
+    return y, name
+
+
+def _decoded(
+    x: Tensor,
+    x_scales: Tensor,
+    w: Tensor,
+    w_scales: Tensor,
+    blocked: bool,
+    alpha: Tensor | None,
+    k: int,
+    out_dtype: torch.dtype,
+    kind: str,
+) -> tuple[Tensor, str] | None:
+    """A product of activations that hopper.cu takes as ``kind``, or as INT8 where that is exact."""
+    if x.data_ptr() % ALIGNMENT:
+        x = x.clone()
+    shape = _shape("e2m1", x.shape[0], w.shape, True, w_scales.dtype, out_dtype, blocked)
+    begun = launch_mx.begin(x, w, x_scales, w_scales, blocked, alpha, shape, out_dtype)
+    flag = None if begun is None else begun.flag
+    x, unit = _decode_fp4(x, x_scales, blocked, kind, lane_order=True, flag=flag)
+    rest = w, w_scales, blocked, alpha, k, out_dtype, int(unit)
+    done = _run(x, None, *rest, lane_order=True, begun=begun)
+    if done is None or begun is None:
+        return done
+    return done[0], f"{begun.kernel}; scales of a row beyond a factor of 8: {done[1]}"
 
 
 @functools.lru_cache
@@ -182,26 +214,41 @@ def decode(
 
 
 def _decode_fp4(
-    codes: Tensor, scales: Tensor, blocked: bool, kind: str, *, lane_order: bool
+    codes: Tensor,
+    scales: Tensor,
+    blocked: bool,
+    kind: str,
+    *,
+    lane_order: bool,
+    flag: Tensor | None = None,
 ) -> tuple[Tensor, float]:
-    """`decode` by decode_fp4.cu, to bf16 or fp16. ``lane_order``: for hopper.cu; whole 32 k."""
-    if codes.data_ptr() % (ALIGNMENT if lane_order else 4):
+    """`decode` by decode_fp4.cu, to bf16 or fp16. ``lane_order``: for hopper.cu; whole 32 k.
+
+    ``flag``: of launch_mx.py, where nothing is to be decoded unless it is 1.
+    """
+    if codes.data_ptr() % 4:
         codes = codes.clone()
     rows, k = codes.shape[0], 2 * codes.shape[1]
     scale_type, group = _SCALES[scales.dtype]
     index = codes.device.index
-    key = "decode", rows, k, scale_type, blocked, kind, lane_order, index
+    only_if = -1 if flag is None else 1
+    key = "decode", rows, k, scale_type, blocked, kind, lane_order, only_if, index
     launch_decode = _decoders.get(key)
     if launch_decode is None:
-        c = config.DecodeFp4(kind, scale_type, blocked, lane_order)
+        c = config.DecodeFp4(kind, scale_type, blocked, lane_order, only_if)
         row = -(-k // group // 4) if blocked else k // group
-        words = 0, 0, 0, rows, k // 8, codes.stride(0), row
-        launch_decode = jit.get(c, index).bind(c.grid(rows, k), (c.threads, 1, 1), 0, words, 3)
+        words = 0, 0, 0, 0, rows, k // 8, codes.stride(0), row
+        launch_decode = jit.get(c, index).bind(c.grid(rows, k), (c.threads, 1, 1), 0, words, 4)
         remember(_decoders, key, launch_decode)
     out = empty((rows, k), (k, 1), _DTYPES[kind], codes.device)
     if out.numel():
         launch_decode(
-            (codes.data_ptr(), scales.data_ptr(), out.data_ptr()),
+            (
+                codes.data_ptr(),
+                scales.data_ptr(),
+                out.data_ptr(),
+                0 if flag is None else flag.data_ptr(),
+            ),
             torch._C._cuda_getCurrentRawStream(index),
         )
     return out, float(config.FP4_UNIT[kind, scale_type])

@@ -36,12 +36,15 @@ class Tail(NamedTuple):
     sums_shape: tuple[int, int]
     device: torch.device
 
-    def __call__(self, x: Tensor, w: Tensor, stream: int) -> tuple[bytes, Tensor | None]:
+    def __call__(
+        self, x: Tensor, w: Tensor, stream: int, flag: Tensor | None
+    ) -> tuple[bytes, Tensor | None]:
         """The bytes, and a tensor that must live until the launch is enqueued."""
         w_map = tensor_map.of_rows(w.data_ptr(), *self.rows, *self.w_box)
         x_map = tensor_map.of_rows(x.data_ptr(), *self.tokens, *self.x_box)
         if self.sums is None:
-            return w_map + x_map + bytes(16), None
+            extra = bytes(16) if flag is None else struct.pack("=2q", flag.data_ptr(), 0)
+            return w_map + x_map + extra, None
         sums = empty(self.sums_shape, contiguous_strides(self.sums_shape), torch.float32, x.device)
         self.sums((x.data_ptr(), sums.data_ptr()), stream)
         return w_map + x_map + struct.pack("=2q", sums.data_ptr(), self.sums_shape[1]), sums

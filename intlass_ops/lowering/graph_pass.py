@@ -46,6 +46,7 @@ from ..explain import is_strict
 from ..ops._library import NAMESPACE
 from . import (
     epilogues,
+    lanes,
     linears,
     quantisers,
     records,
@@ -100,6 +101,7 @@ def rewrite(graph: torch.fx.Graph, edit: Editor) -> None:
     records.count("fused", siblings.fuse(edit))
     if not edit.training:
         records.count("epilogues", epilogues.fuse(edit))
+        records.count("lanes", lanes.ask(edit))
     # The old dequantisation must go before Inductor plans memory for it.
     graph.eliminate_dead_code()
     graph.lint()

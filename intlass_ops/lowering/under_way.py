@@ -17,8 +17,9 @@ def computes_codes(graph: Graph) -> bool:
         _is_codes(each) and not _is_given(each)
         for node in graph.nodes
         if getattr(node.target, "namespace", "") == NAMESPACE
-        for each in node.all_input_nodes
-        if each is not node.args[0]  # activations, which no kernel reads early
+        for each in node.all_input_nodes[
+            1:
+        ]  # the first are activations, which no kernel reads early
     )
 
 

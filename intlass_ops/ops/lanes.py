@@ -1,6 +1,6 @@
 """Whether a product with INT4 weights is faster with INT8 activations as lanes (packing.py).
 
-Whoever quantises for known products asks here: nn.py.
+Whoever quantises for known products asks here: nn.py, lowering/lanes.py.
 """
 
 from __future__ import annotations
@@ -20,27 +20,31 @@ _FEW = 8  # tokens that hopper.cu never has with such weights (config/choice.py)
 
 def takes_lanes(
     m: Any,
-    k: int,
-    weight: Tensor,
+    k: Any,
+    weights: list[Tensor],
     scales: Tensor,
     zeros: Tensor | None,
     out_dtype: torch.dtype,
 ) -> bool:
-    """Whether x [M, K] times ``weight`` [N, K/2] is. Others put lanes in order."""
-    if type(m) is not int or m <= _FEW:  # a traced M is no int; few tokens wait for their host
+    """Whether x [M, K] times ``weights`` [N, K/2], side by side or alone, is.
+
+    Kernels that do not take them have PyTorch put them in order. ``scales``, ``zeros``: of the
+    first weight, the others' are alike. M that torch.compile leaves open is no int: False.
+    """
+    if type(m) is not int or type(k) is not int or m <= _FEW:  # few wait for their host
         return False
     known = {scales.dtype, out_dtype} <= plans.TYPE.keys() and not batch_invariance.enabled()
-    gpu = _gpu(weight.device) if known else None
+    gpu = _gpu(weights[0].device) if known else None
     if gpu is None:
         return False
-    n = weight.shape[0]
+    sizes = [w.shape[0] for w in weights]
     groups = max(
-        check_parameters(INT4, "scales", scales, n, k),
-        check_parameters(INT4, "zeros", zeros, n, k),
+        check_parameters(INT4, "scales", scales, sizes[0], k),
+        check_parameters(INT4, "zeros", zeros, sizes[0], k),
     )
     zero_type = None if zeros is None else plans.ZERO_TYPE.get(zeros.dtype, "float")
     types = plans.TYPE[scales.dtype], zero_type, plans.TYPE[out_dtype]
-    return _picked_takes_them(gpu, *types, m, n, k, k // groups)
+    return all(_picked_takes_them(gpu, *types, m, n, k, k // groups) for n in {*sizes, sum(sizes)})
 
 
 def _gpu(device: torch.device) -> config.Device | None:
