@@ -137,6 +137,10 @@ def fp4_products(b: Bench) -> Iterator[Case]:
         }
         if m <= 16:
             calls["ada mxf4"] = ada, b.copies(mx_w, mx_s)
+        else:  # INT8 would not be exact (launch_mx.py)
+            wide = mx_s.clone()
+            wide.view(torch.uint8)[0, :2] += 4
+            calls["mxf4, wide scales"] = mxf4, b.copies(mx_w, ia.to_blocked(wide))
         dense = b.ms(lambda w: x @ w.T, b.copies(w))
         for name, (call, copies) in calls.items():
             at, bar = f"{name} M={m} N={n} K={k}", 2.5 if m <= 16 else 1.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -164,6 +165,23 @@ def main() -> None:
             with mock.patch.object(config, "pick_fp4", return_value=c):
                 launch_fp4.run(w[:m], w, x_scales, w_scales, blocked, None, 2048, torch.bfloat16)
             launches += 1
+    w = w[:1100]
+    for blocked, wide in itertools.product((True, False), repeat=2):  # mx_codes.cu
+        scales = torch.randint(124, 128, (1100, 64), dtype=torch.uint8, device="cuda")
+        scales[77, 3] = 131 if wide else 124
+        scales = scales.view(torch.float8_e8m0fnu)
+        operands = (
+            intlass_ops.to_blocked(scales[:m]) if blocked else scales[:m] for m in (300, 1100)
+        )
+        shape = launch_fp4._shape(
+            "e2m1", 300, w.shape, True, scales.dtype, torch.bfloat16, blocked=blocked
+        )
+        integers = replace(shape, x_kind="s8", w_kind="s8", scale_type="float", group_size=2048)
+        c = replace(config.pick(device_of(0), integers), only_if=0)
+        launch_fp4._plans.clear()
+        with mock.patch.object(config, "pick_mx_integers", return_value=c):
+            launch_fp4.run(w[:300], w, *operands, blocked, None, 2048, torch.bfloat16)
+        launches += 5
     torch.cuda.synchronize()
     print(f"{launches} launches on {torch.cuda.get_device_name()}, {jit.arch_of(0)}")
 

@@ -8,6 +8,7 @@ which is as exact as long as these integers, and so it is for data like QuTLASS'
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -388,12 +389,12 @@ def test_tiles_of_hopper(format_: str, blocked: bool, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("arch", "scales", "m", "k", "integers"),
     [
-        ("sm_90a", E8M0, 512, 4096, True),
-        ("sm_90a", E8M0, 8192, 28672, True),
-        ("sm_90a", E8M0, 511, 4096, False),
-        ("sm_90a", E8M0, 512, 1 << 18, False),  # INT32 does not hold the sums
-        ("sm_90a", E4M3, 512, 4096, False),
-        ("sm_100", E8M0, 512, 4096, False),
+        ("sm_90a", E8M0, 2048, 4096, True),
+        ("sm_90a", E8M0, 1024, 28672, True),
+        ("sm_90a", E8M0, 256, 4096, False),  # the codes would cost more than they gain
+        ("sm_90a", E8M0, 2048, 1 << 18, False),  # INT32 does not hold the sums
+        ("sm_90a", E4M3, 2048, 4096, False),
+        ("sm_100", E8M0, 2048, 4096, False),
     ],
 )
 def test_which_mx_products_may_be_integers(
@@ -414,9 +415,9 @@ def mx_operand(case: str, rows: int, k: int, seed: int) -> tuple[Tensor, Tensor]
     scales = (of_row + torch.randint(0, 4, (rows, k // 32), generator=rng)).to(torch.uint8)
     blocks = codes.view(rows, k // 32, 16)
     if case == "zeros":
-        blocks[:, ::3], scales[:, ::3] = 8, torch.randint(0, 255, (rows, 1), generator=rng).byte()
+        blocks[:, ::3], scales[:, ::3] = 8, torch.randint(0, 107, (rows, 1), generator=rng).byte()
         blocks[:, 0] = 0x80
-        codes[5] = 0
+        codes[5], scales[6], codes[6] = 0, 0, 0
     elif case == "wide":
         scales[rows // 2, :2] = torch.tensor([120, 124])
         blocks[rows // 2, :2] = 0x22
@@ -427,14 +428,25 @@ def mx_operand(case: str, rows: int, k: int, seed: int) -> tuple[Tensor, Tensor]
     return codes, scales.view(E8M0)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("blocked", [True, False])
-@pytest.mark.parametrize("case", ["narrow", "zeros", "wide", "far", "no number"])
-def test_mx_products_as_integers(case: str, blocked: bool) -> None:
-    """Exact where scales allow it; else, whichever operand it is, as before."""
+def tile_of_integers(gpu: config.Device, shape: config.Shape) -> config.Matmul:
+    """However small the product is."""
+    kinds: dict[str, Any] = {"x_kind": "s8", "w_kind": "s8", "scale_type": "float"}
+    return replace(config.pick(gpu, replace(shape, **kinds, group_size=shape.k)), only_if=0)  # type: ignore[call-arg]
+
+
+@pytest.fixture
+def integers(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = launch_fp4.device_of(0)
     if gpu.arch != "sm_90a":
         pytest.skip(f"{gpu.arch} has no wgmma")
+    monkeypatch.setattr(config, "pick_mx_integers", tile_of_integers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocked", [True, False])
+@pytest.mark.parametrize("case", ["narrow", "zeros", "wide", "far", "no number"])
+def test_mx_products_as_integers(case: str, blocked: bool, integers: None) -> None:
+    """Exact where scales allow it; else, whichever operand it is, as before."""
     m, n, k = 700, 1000, 896
     exactly = case in ("narrow", "zeros")
     for turn in range(2):
@@ -466,10 +478,8 @@ def test_mx_products_as_integers(case: str, blocked: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_mx_products_in_cuda_graphs() -> None:
+def test_mx_products_in_cuda_graphs(integers: None) -> None:
     """A replay decides anew whether its operands allow integers."""
-    if launch_fp4.device_of(0).arch != "sm_90a":
-        pytest.skip("made for sm_90a")
     m, n, k = 512, 512, 1024
     cases = [[mx_operand(case, rows, k, rows) for rows in (m, n)] for case in ("narrow", "wide")]
     (a, a_scale), (b, b_scale) = ([t.cuda() for t in pair] for pair in cases[0])

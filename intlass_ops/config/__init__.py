@@ -23,6 +23,7 @@ from .fp4 import FP4_UNIT as FP4_UNIT
 from .fp4 import FP4_X as FP4_X
 from .fp4 import DecodeFp4 as DecodeFp4
 from .fp4 import MxCodes as MxCodes
+from .fp4 import MxRange as MxRange
 from .fp4 import pick_fp4 as pick_fp4
 from .gemm import Gemm as Gemm
 from .gemm_tiles import is_idle as is_idle

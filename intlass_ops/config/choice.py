@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from . import tuned
-from .fp4 import DecodeFp4, MxCodes
+from .fp4 import DecodeFp4, MxRange
 from .gemm import Gemm
 from .gemm_tiles import gemm_candidates, pick_gemm
 from .hopper import Hopper, TokenSums, why_not_hopper
@@ -36,11 +36,10 @@ from .transposed_wgmma import TransposedWgmma
 from .widen import Widen
 
 Matmul = Gemm | Skinny | SkinnyRing | SkinnyHeld | SkinnyMx | Hopper
-Rewriting = DecodeFp4 | MxCodes | Widen | StoreRows
+Rewriting = DecodeFp4 | MxRange | Widen | StoreRows
 Tools = TokenSums | Quantize | RotateQuantize | RotateHopper | Rewriting
 Config = Matmul | Transposed | TransposedWgmma | Tools
 
-_MX_INTEGERS_MIN_M = 512  # below, making the codes costs what INT8 gains
 _BATCH_INVARIANT_M = 64  # the tokens that the one kernel of batch_invariant() is picked for
 
 
@@ -145,14 +144,17 @@ def takes_lanes(device: Device, shape: Shape) -> bool:
 def pick_mx_integers(device: Device, shape: Shape) -> Hopper | None:
     """What multiplies MXFP4 by MXFP4 as INT8, where that is faster if it is exact.
 
-    It is for scales that differ by a factor of 8 at most in each row (mx_codes.cu). INT32 holds
-    sums of 2^17 such products.
+    It is where the scales of each row lie within a factor of 8 (mx_codes.cu). INT32 holds sums of
+    2^17 such products.
     """
     mxfp4 = (shape.x_kind, shape.scale_type) == ("e2m1", "e8m0")
-    if not mxfp4 or shape.m < _MX_INTEGERS_MIN_M or not 0 < shape.k <= 1 << 17:
+    m, n, k = shape.m, shape.n, shape.k
+    # Microseconds of an H200: what twice the rate gains, and what codes cost, some of it in vain
+    gain, cost = 1.5e-9 * m * n * k, 12 + 5e-7 * (m + n) * k
+    if not mxfp4 or gain < 2 * cost or not 0 < k <= 1 << 17 or k % 128:
         return None
     kinds = {"x_kind": "s8", "w_kind": "s8", "scale_type": "float", "blocked": False}
-    c = pick(device, replace(shape, **kinds, group_size=shape.k))  # type: ignore[arg-type]
+    c = pick(device, replace(shape, **kinds, group_size=k))  # type: ignore[arg-type]
     return replace(c, only_if=0) if isinstance(c, Hopper) else None
 
 

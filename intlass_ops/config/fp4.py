@@ -52,25 +52,41 @@ class DecodeFp4:
 
 
 @dataclass(frozen=True)
-class MxCodes:
-    """mx_codes.cu: MXFP4 as INT8 codes with one scale a row, a warp a row."""
+class MxRange:
+    """mx_codes.cu: whether both operands of an MXFP4 product fit INT8, a warp a row."""
 
     source: ClassVar[str] = "mx_codes.cu"
-    entry: ClassVar[str] = "mx_codes"
+    entry: ClassVar[str] = "mx_range"
     starts_early: ClassVar[bool] = True
     blocked: bool  # scales in the order of fp4.to_blocked
     x_kind: str = "e2m1"
     scale_type: str = "e8m0"
     threads: int = 256
+    rows: int = 4  # of a thread that makes codes
 
-    def grid(self, rows: int) -> tuple[int, int, int]:
-        return math.ceil(rows / (self.threads // 32)), 1, 1
+    def grid(self, rows: int, k: int, sm_count: int) -> tuple[int, int, int]:
+        return math.ceil(rows / (self.threads // 32)), 2, 1
 
     def __str__(self) -> str:
-        return "mx_codes"
+        return self.entry
 
     def expected_sass(self, arch: str) -> tuple[str, ...]:
         return ()
+
+
+@dataclass(frozen=True)
+class MxCodes(MxRange):
+    """And then the codes, half a block of `rows` rows a thread; no more blocks than run at a time.
+
+    Where INT8 does not fit, blocks find nothing to do, and each takes its time for that.
+    """
+
+    entry: ClassVar[str] = "mx_codes"
+
+    def grid(self, rows: int, k: int, sm_count: int) -> tuple[int, int, int]:
+        parts = math.ceil(k / (16 * self.threads))
+        most = math.ceil(2048 * sm_count / self.threads / parts)
+        return min(math.ceil(rows / self.rows), most), parts, 2
 
 
 @lru_cache(maxsize=4096)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from .choice import Config, of_int4, pick, pick_mx_integers
 from .epilogue import with_epilogue
-from .fp4 import FP4_UNIT, FP4_X, DecodeFp4, MxCodes, pick_fp4
+from .fp4 import FP4_UNIT, FP4_X, DecodeFp4, MxCodes, MxRange, pick_fp4
 from .hopper import Hopper, TokenSums, why_not_hopper
 from .hopper_tiles import hopper_candidates, pick_hopper
 from .problem import (
@@ -363,12 +363,12 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
     nv = replace(two, scale_type="e4m3", group_size=16, blocked=True)
     for m, n, k in ((16, 8192, 28672), (32, 28672, 4096), (64, 8192, 28672)):
         yield from _shipped_fp4("sm_90a", replace(nv, m=m, n=n, k=k))
-    for turn, m in enumerate((512, 4096)):
+    for turn, m in enumerate((1024, 4096)):
         many = replace(two, scale_type="e8m0", group_size=32, m=m, blocked=turn == 1)
         integers, floats = pick_mx_integers(device_of("sm_90a"), many), _shipped_fp4("sm_90a", many)
         assert integers is not None
         yield integers, ("sm_90a",)
-        yield MxCodes(many.blocked), ("sm_90a",)
+        yield from ((c(many.blocked), ("sm_90a",)) for c in (MxRange, MxCodes))
         yield from ((replace(c, only_if=1), archs) for c, archs in floats if isinstance(c, Hopper))
     for turn, m in enumerate((1, 16)):
         mx = replace(two, scale_type="e8m0", group_size=32)

@@ -63,7 +63,7 @@ class MatmulPlan(NamedTuple):
     out_strides: tuple[int, ...]
     out_dtype: torch.dtype
     device: torch.device
-    report: tuple[Any, ...]
+    report: tuple[Any, ...]  # for `record`; none where an op records its products itself
     tiles: int = 0  # K split among blocks: that many arrival counters
     workspace: int = 0  # and that many floats
     tail: launch_hopper.Tail | None = None
@@ -121,7 +121,7 @@ class MatmulPlan(NamedTuple):
         if residual is not None:
             words = residual.data_ptr(), self.residual_row, *words
         self.launch(words, stream, tail, codes)
-        if listening():
+        if self.report and listening():
             record(*self.report)
         return out
 

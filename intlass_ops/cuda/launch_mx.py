@@ -17,13 +17,11 @@ from . import jit, launch
 from .kernel import Launch
 from .plans import Key, device_of, empty, remember
 
-_WORDS = 5  # of mx_codes.cu's parameters: pointers, which come first
-_HALF = 8  # bytes of half a block
+_POINTERS = 9  # of mx_codes.cu's parameters, which come first
 
 
 class _Plan(NamedTuple):
-    codes_of_x: Launch
-    codes_of_w: Launch
+    codes: tuple[Launch, Launch]  # whether, and which
     product: launch.MatmulPlan
 
 
@@ -58,18 +56,13 @@ def begin(
     m, n, k = shape.m, shape.n, shape.k
     a, b = (empty((rows, k), (k, 1), torch.int8, x.device) for rows in (m, n))
     a_scale, b_scale = (empty((rows,), (1,), torch.float32, x.device) for rows in (m, n))
-    alpha_type = launch.dtype_code(alpha)
-    key = shape, x.stride(0), w.stride(0), alpha_type, index
-    plan = _plans.get(key) or remember(
-        _plans, key, _make(c, x, w, a, b, shape, out_dtype, alpha_type)
-    )
+    key = shape, x.stride(0), w.stride(0), launch.dtype_code(alpha), index
+    plan = _plans.get(key) or remember(_plans, key, _make(c, x, w, a, b, shape, out_dtype, alpha))
     flag = torch.zeros(1, dtype=torch.int32, device=x.device)
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    for make, *tensors in (
-        (plan.codes_of_x, x, x_scales, a, a_scale, flag),
-        (plan.codes_of_w, w, w_scales, b, b_scale, flag),
-    ):
-        make([t.data_ptr() for t in tensors], stream)
+    tensors = x, w, x_scales, w_scales, a, b, a_scale, b_scale, flag
+    pointers = [t.data_ptr() for t in tensors]
+    for each in plan.codes:
+        each(pointers, torch._C._cuda_getCurrentRawStream(index))
     out = plan.product.run(a, b, b_scale, None, a_scale, None, alpha, None, flag=flag)
     return Begun(out, flag, str(c))
 
@@ -82,17 +75,19 @@ def _make(
     b: Tensor,
     shape: config.Shape,
     out_dtype: torch.dtype,
-    alpha_type: int,
+    alpha: Tensor | None,
 ) -> _Plan:
-    k = shape.k
-    make = config.MxCodes(shape.blocked)
-    scale_row = -(-k // shape.group_size // 4) if shape.blocked else k // shape.group_size
+    m, n, k, blocked = shape.m, shape.n, shape.k, shape.blocked
+    scale_row = -(-k // shape.group_size // 4) if blocked else k // shape.group_size
+    words = *[0] * _POINTERS, m, n, x.stride(0), w.stride(0), scale_row, k // 128
 
-    def codes_of(t: Tensor) -> Launch:
-        words = *[0] * _WORDS, t.shape[0], t.shape[1] // _HALF, t.stride(0), scale_row
-        kernel = jit.get(make, t.device.index)
-        return kernel.bind(make.grid(t.shape[0]), (make.threads, 1, 1), 0, words, _WORDS)
+    def bound(c: config.MxRange) -> Launch:
+        grid = c.grid(max(m, n), k, device_of(x.device.index).sm_count)
+        kernel = jit.get(c, x.device.index)
+        return kernel.bind(grid, (c.threads, 1, 1), 0, words, _POINTERS)
 
-    types = 0, alpha_type, launch.dtype_code(torch.empty(0)), 0  # of bias, alpha, a_scale, a_zero
+    of_row = torch.empty(0)
+    types = map(launch.dtype_code, (None, alpha, of_row, None))  # bias, alpha, a_scale, a_zero
     rest = k, 1, 0, 0, 0, 1, 0, *types
-    return _Plan(codes_of(x), codes_of(w), launch.bind(c, a, b, shape.n, k, out_dtype, rest))
+    codes = bound(config.MxRange(blocked)), bound(config.MxCodes(blocked))
+    return _Plan(codes, launch.bind(c, a, b, n, k, out_dtype, rest))
