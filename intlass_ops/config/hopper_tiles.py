@@ -216,8 +216,10 @@ def _candidates(device: Device, shape: Shape, scaled: bool) -> Iterator[tuple[Ho
     tiles += [
         (m, 1, 256, consumers, how, rate) for m, consumers, how, rate in of_long if shape.m <= m
     ]
-    of_short = _SHORT_STAGES_OF_ROWS if key == ("bf16", 8, "channel") and whole else ()
-    if kind == "bf16" and scales == "channel" and shape.group_size < min(shape.k, HOPPER_BLOCK_K):
+    of_short: tuple[tuple[str, int], ...] = ()
+    if key == ("bf16", 8, "channel") and whole:
+        of_short = _SHORT_STAGES_OF_ROWS
+    elif kind == "bf16" and scales == "channel" and shape.group_size < min(shape.k, HOPPER_BLOCK_K):
         of_short = _SHORT_STAGES_OF_GROUPS
     tiles += [(256, 1, 64, 2, how, rate) for how, rate in of_short]
     of_several = _TILES_OF_SEVERAL.get(key, ())
