@@ -211,6 +211,29 @@ def test_stages_of_256_k_have_whole_groups() -> None:
         assert all(c.num_stages >= 2 * c.consumers for c in tiles if c.by_stages)
 
 
+@pytest.mark.parametrize("m", [2048, 512])
+def test_many_tokens_of_small_groups_come_in_stages_of_64_k(m: int) -> None:
+    """Others are bound by decoding: half as much for twice as many tokens a tile."""
+    for x, w, scale_type, group_size, short in (
+        ("bf16", "u4", "__nv_bfloat16", 32, True),
+        ("bf16", "u4", "__nv_bfloat16", 64, True),
+        ("bf16", "s4", "__half", 32, True),
+        ("fp16", "s4", "__half", 32, True),
+        ("bf16", "s8", "float", 16, True),
+        ("bf16", "s4", "__nv_bfloat16", 128, False),
+        ("bf16", "u4", "__half", 128, False),
+        ("s8", "s4", "__nv_bfloat16", 32, False),
+    ):
+        shape = a_shape(x, w, m, 4096, 4096, group_size)
+        own = "__half" if x == "fp16" else "__nv_bfloat16"
+        c = config.pick(H200, dataclasses.replace(shape, scale_type=scale_type, out_type=own))
+        assert isinstance(c, config.Hopper)
+        assert (c.block_k == 64) == short
+        if short:
+            assert c.block_m == 256
+            assert c.num_stages >= 3
+
+
 def test_no_tokens_are_loaded_that_there_are_none_of() -> None:
     c = config.pick(H200, a_shape("s8", "s8", 20, 4096, 4096, 4096))
     assert isinstance(c, config.Hopper)

@@ -60,6 +60,10 @@ CASES = [
     replace(SMALL, lead=(60,), w="u4", zero=torch.half, groups=20),
     replace(SIZES, lead=(60,), x="bf16", w="s8", scale=torch.half, k=1344, groups=42),
     replace(SIZES, lead=(300,), x="bf16", w="s8", k=1376, groups=86),
+    # stages of 64 k, runs of two of them: in vectors, and whose last stage has half
+    replace(SIZES, lead=(300,), x="bf16", w="u4", zero=torch.float32, k=1280, groups=40),
+    replace(SIZES, lead=(300,), x="bf16", w="s8", k=1280, groups=80),
+    replace(SIZES, lead=(500,), x="bf16", w="u4", zero=torch.half, k=1376, groups=43),
 ]  # fmt: skip
 # Rows left over, which all SMs share by K: about 40, 80 and 40 tiles of 64 rows, by 10 to 12 of K
 WITH_REST = [
@@ -115,6 +119,12 @@ def test_the_cases_meet_every_form_of_tile() -> None:
     assert {c.block_m for c in tiles} >= {16, 32, 64, 128, 256}
     assert {(c.x_kind, c.block_k) for c in tiles if c.by_stages} >= {("bf16", 256), ("s8", 256)}
     assert any(c.block_k == 256 and c.consumers == 1 for c in tiles)
+    short = [c for c in tiles if c.block_k == 64]
+    assert {c.groups_per_tile for c in short} == {1, 2, 4}
+    assert {c.has_zeros for c in short} == {c.by_stages for c in short} == {False, True}
+    assert {c.stream_k for c in short if c.groups_per_tile > 1} == {False, True}
+    assert {c.split_k for c in short} == {1, 2}
+    assert any(c.grouping == g.CHANNEL for c in short)
 
 
 @pytest.mark.gpu

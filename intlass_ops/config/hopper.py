@@ -21,7 +21,7 @@ from .problem import (
     weights_take_scales,
 )
 
-HOPPER_BLOCK_K = 128  # k of a stage, or twice as many
+HOPPER_BLOCK_K = 128  # k of a stage, or half or twice as many
 PIECE = 3.0  # tiles of 128 k that a helper could compute while it leaves its sums of one
 HALF_SM = (227 - 1) * 1024 // 2  # shared memory of each of two blocks; the system takes 1 KiB each
 
@@ -54,7 +54,7 @@ class Hopper:
     out_type: str
     block_m: int
     tiles_n: int
-    block_k: int  # of a stage: HOPPER_BLOCK_K, or twice as many
+    block_k: int  # of a stage: HOPPER_BLOCK_K, or half or twice as many
     consumers: int
     in_turns: bool  # a consumer computes all of a tile, while others write out theirs
     by_stages: bool  # the consumers share out a tile by k, one tile a block

@@ -82,6 +82,12 @@ _TILES_BY_STAGES = {
     ("s8", 4, "channel"): ((128, 128, 2, 1121), (64, 256, 2, 800), (32, 256, 2, 480)),
 }  # fmt: skip
 _TILES_BY_STAGES["bf16", 8, "groups"] = _TILES_BY_STAGES["bf16", 4, "groups"]
+# Under 16-bit activations, stages of 64 k: five have room for 256 tokens by 128 rows, half the
+# decoding of 128 tokens, where 128 k have room for two. How, and TOPS in proportion to the tiles
+# above, whose rates are not those of small groups: a fit to 86 problems of three layers and nine
+# forms, M = 256..8192; picking loses 0.2 % to the best tile, 3.5 % at most.
+_SHORT_STAGES_OF_GROUPS = (("", 930), ("by_stages", 960))  # below 128
+_SHORT_STAGES_OF_ROWS = (("", 750),)  # INT8
 # As many tokens and no more, of layers that are wide or long: stages of 256 k. block_m, consumers,
 # how, TOPS
 _TILES_OF_LONG_STAGES = {
@@ -131,7 +137,8 @@ _TWO_STAGES = 0.8  # of its rate a ring of two reaches; that of INT8 weights was
 # the warps that split them have float zero points too, of more than 64 rows
 _SPLIT, _SPLIT_WITH_ZEROS, _FEW = 0.9, 0.6, 64
 _SUMS_MAX_M = 128  # tokens
-_STREAMED = 0.06  # stream_k: slower over many rounds, in which tiles share less of what L2 holds
+# stream_k: slower over many rounds, in which tiles share less of what L2 holds; not by short stages
+_STREAMED = 0.06
 
 
 def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
@@ -154,7 +161,9 @@ def _hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
         alike = c.clusters_of_tile(shape.m, shape.n, device.sm_count) > 1
         if alike:
             rounds += PIECE * HOPPER_BLOCK_K / shape.k  # which is not in the tail there
-        rounds *= (1 + _STREAMED * max(0.0, 1 - 1 / rounds)) / c.split_k
+        if c.block_k >= HOPPER_BLOCK_K:
+            rounds *= 1 + _STREAMED * max(0.0, 1 - 1 / rounds)
+        rounds /= c.split_k
         exchange += _SHARED_ALIKE_US if alike else _SHARED_US
         exchange += max(1.0, places / tiles) * c.values_per_block / _EXCHANGED_PER_US
     blocks = c.grid(shape.m, shape.n, shape.k, device.sm_count)[0]
@@ -207,6 +216,12 @@ def _candidates(device: Device, shape: Shape, scaled: bool) -> Iterator[tuple[Ho
     tiles += [
         (m, 1, 256, consumers, how, rate) for m, consumers, how, rate in of_long if shape.m <= m
     ]
+    of_short: tuple[tuple[str, int], ...] = ()
+    if key == ("bf16", 8, "channel") and whole:
+        of_short = _SHORT_STAGES_OF_ROWS
+    elif kind == "bf16" and scales == "channel" and shape.group_size < min(shape.k, HOPPER_BLOCK_K):
+        of_short = _SHORT_STAGES_OF_GROUPS
+    tiles += [(256, 1, 64, 2, how, rate) for how, rate in of_short]
     of_several = _TILES_OF_SEVERAL.get(key, ())
     tiles += [(m, n, 128, consumers, "several", rate) for m, n, consumers, rate in of_several]
     with_rest = _TILES_WITH_REST.get(key, ())
@@ -236,8 +251,13 @@ def _candidates(device: Device, shape: Shape, scaled: bool) -> Iterator[tuple[Ho
             continue  # a cluster has one tile; the others are never the fastest
         if by_stages and (stream_k or share_x * share_w > 1):
             continue
-        if scaled and share_x > 1 and block_m < 256:
+        short = block_k < HOPPER_BLOCK_K
+        if scaled and share_x > 1 and (block_m < 256 or short):
             continue  # gains nothing
+        if short and split_k > 1 and (whole or by_stages):
+            continue  # never the fastest
+        if short and by_stages and TYPE_BYTES[shape.scale_type] > 2:
+            continue  # never the fastest, or by 2 %
         if block_m == 16 and (shape.m > 16 or split_k > 1):
             continue  # half of 16 tokens is less than what is staged at a time
         if how == "several":
@@ -264,7 +284,9 @@ def _candidates(device: Device, shape: Shape, scaled: bool) -> Iterator[tuple[Ho
         if parts > 1 and split_k > 1:
             continue  # not measured
         extra = stream_k + shape.has_zeros + (groups_per_tile > 1)
-        if scaled:
+        if short:
+            spills = False
+        elif scaled:
             most = 1 if stream_k else 2
             spills = block_m * tiles_n == 256 and shape.has_zeros and groups_per_tile > most
             if shape.w_kind != "e2m1":
@@ -347,16 +369,22 @@ def _scales_spill(
 
 
 def _deepest_ring(c: Hopper, room: int) -> Hopper | None:
-    """As many stages as fit, of two at least; a third is worth staging fewer tokens at a time."""
+    """As many stages as fit, of two at least; a third is worth staging fewer tokens at a time, and
+    so is each short one."""
     most = _MOST_STAGES if room > HALF_SM and c.consumers == 1 else 8
-    for slab, least, limit in ((c.slab, 3, most), (16, 3, 3), (c.slab, 2, 2)):
+    least = 2 * c.consumers if c.by_stages else 0
+
+    def ring(slab: int, limit: int) -> Hopper:
         one = replace(c, num_stages=1, slab=slab)
         stages = min(limit, 1 + (room - one.smem_bytes) // one.stage_bytes)
-        if c.by_stages:
-            stages -= stages % c.consumers  # a stage is always the same consumer's
-        if stages >= (2 * c.consumers if c.by_stages else least):
-            return replace(one, num_stages=stages)
-    return None
+        stages -= stages % (c.consumers if c.by_stages else 1)  # one is always the same consumer's
+        return replace(one, num_stages=stages)
+
+    if c.block_k < HOPPER_BLOCK_K:
+        deepest = max((ring(slab, most) for slab in (c.slab, 32, 16)), key=lambda r: r.num_stages)
+        return deepest if deepest.num_stages >= max(3, least) else None
+    rings = ((ring(c.slab, most), 3), (ring(16, 3), 3), (ring(c.slab, 2), 2))
+    return next((r for r, enough in rings if r.num_stages >= (least or enough)), None)
 
 
 def pick_hopper(device: Device, shape: Shape) -> Hopper:

@@ -144,6 +144,8 @@ def _shipped_stored() -> Iterator[tuple[Config, tuple[str, ...]]]:
         )
         for arch in {"sm_90a", ARCHS[turn % len(ARCHS)]}:
             yield pick(device_of(arch), shape), (arch,)
+        if m == 2048:
+            yield pick(device_of("sm_90a"), replace(shape, m=512)), ("sm_90a",)
 
 
 def _shipped_takers() -> Iterator[tuple[Config, tuple[str, ...]]]:

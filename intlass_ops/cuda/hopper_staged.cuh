@@ -12,7 +12,8 @@ constexpr bool wide = sizeof(Scale) > 2;
 constexpr int of_run = wide && few_registers && stage_rows >= 256 ? 1
                        : wide || (flushes == 1 && few_registers)  ? 2
                                                                   : 4;
-constexpr int run_groups = of_run > flushes ? of_run : flushes;
+constexpr int of_stages = wide && block_k < 128 ? 2 * flushes : flushes;  // of two short ones
+constexpr int run_groups = of_run > of_stages ? of_run : of_stages;
 constexpr int run = run_groups / flushes;
 static_assert(run <= num_stages, "barriers tell only a phase apart from the next");
 

@@ -44,16 +44,20 @@ constexpr int threads = 128 * (consumers + 1), blocks_per_sm = consumers == 1 ? 
 constexpr bool leaves_sums = Config::stream_k || rest_by_k;  // for other blocks
 // What the producer's warpgroup keeps: most where its warps make scales and zero points of sums
 constexpr bool wide_zeros = split_scales && has_zeros && (sizeof(Scale) > 2 || sizeof(Zero) > 1);
+constexpr bool wide_scales = split_scales && sizeof(Scale) > 2;
 constexpr int of_two = Config::parts > 1                          ? 24
                        : needs_sums || wide_zeros                 ? 88
-                       : split_scales && sizeof(Scale) > 2        ? 72
+                       : wide_scales                              ? 72
                        : staged_scales && (scaled || flushes > 1) ? 56
                        : staged_scales || leaves_sums             ? 40
                                                                   : 24;
+// Of two short stages at a time, whose tiles are shared out among blocks
+constexpr int more_of_two =
+    block_k < 128 && Config::stream_k && (wide_zeros || wide_scales) ? 16 : 0;
 constexpr int of_three = needs_sums || wide_zeros ? 80 : staged_scales ? 56 : 32;
 constexpr int of_four = staged_scales && stage_rows >= 256 && (scaled || X::bits == 8) ? 64 : 32;
-constexpr int shares_of_producer[] = {40, of_two, of_three, of_four};
-constexpr int shares_of_consumer[] = {208, (504 - of_two) / 2, (512 - of_three) / 3,
+constexpr int shares_of_producer[] = {40, of_two + more_of_two, of_three, of_four};
+constexpr int shares_of_consumer[] = {208, (504 - of_two - more_of_two) / 2, (512 - of_three) / 3,
                                       (480 - of_four) / 4};
 static_assert(!rest_by_k || (from_registers && cluster == 1 && !needs_sums && !Config::stream_k &&
                              !in_turns && !by_stages && consumers > 1),
@@ -65,6 +69,7 @@ static_assert(block_m % 16 == 0 && block_m <= 256, "wgmma takes up to 256 tokens
 static_assert(!has_a_zero, "a zero point of the activations needs row sums, which gemm.cu forms");
 
 // A stage: X in columns of 128 bytes, W, and per group the sums of the tokens and the rows' scales
+static_assert(block_k * X::bits % 1024 == 0, "TMA brings whole columns of X");
 constexpr int x_columns = block_k * X::bits / 1024, x_column_bytes = block_m * 128;
 constexpr int x_bytes = x_columns * x_column_bytes;
 constexpr int w_row_bytes = block_k * W::bits / 8, w_bytes = stage_rows * w_row_bytes;
@@ -102,7 +107,8 @@ constexpr int turn_chunks =
         ? 2
         : 1;
 constexpr int turn_steps = turn_chunks * chunk_steps;
-constexpr int ahead = direct && turn_chunks == 1 ? 2 : 1;  // turns whose words are read early
+// Turns whose words are read early, fewer than a stage has
+constexpr int ahead = direct && turn_chunks == 1 && chunks * tiles_n > 2 ? 2 : 1;
 
 // What a thread keeps of its rows and tokens: if not direct, an accumulator that is emptied into the
 // totals group by group, or two of a part of the tokens (hopper_parts.cuh)

@@ -145,7 +145,7 @@ __device__ __forceinline__ u32 lost_by_one_fma(u32 two) {
 }
 
 // FP4: where a thread's rows have their scales, and those of a tile of K, as stored: four to a word.
-constexpr int block_words = block_k / block_size<Scale> / 4;
+constexpr int block_words = (block_k / block_size<Scale> + 3) / 4;
 struct BlockScales {
   u32 words[tiles_n][2][block_words];
 
@@ -210,7 +210,7 @@ struct Lane {
 
   __device__ __forceinline__ Lane(int first_row, int lane, int warp)
       : row(first_row + warp * 16 + lane / 4), quarter(lane % 4), pieces(lane % 4) {
-    swizzle = w_row_bytes == 64 ? lane / 8 : lane / 4;
+    swizzle = w_row_bytes < 128 ? lane / (512 / w_row_bytes) : lane / 4;
   }
   __device__ __forceinline__ Chunk load(const char* tile, int i, int chunk) const {
     Chunk c;

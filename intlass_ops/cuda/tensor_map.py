@@ -15,7 +15,7 @@ NUM_BYTES = 128  # of a CUtensorMap
 _ALIGNMENT = 64
 # enum values of cuda.h
 _UINT8, _NO_INTERLEAVE, _L2_PROMOTION_128B, _ZEROS_OUTSIDE = 0, 0, 2, 0
-_SWIZZLE = {64: 2, 128: 3, 256: 0}  # by the bytes of a row of the box
+_SWIZZLE = {32: 1, 64: 2, 128: 3, 256: 0}  # by the bytes of a row of the box
 
 
 @functools.lru_cache(maxsize=8192)
@@ -25,7 +25,7 @@ def of_rows(
     """The map of a row-major matrix of bytes, copied in boxes, zero outside.
 
     ``address`` and ``stride`` (bytes from row to row) are multiples of 16. Rows of a box have
-    ``box_bytes``: 64 or 128, swizzled, or 256 as they lie.
+    ``box_bytes``: 32, 64 or 128, swizzled, or 256 as they lie.
     """
     room = (ctypes.c_char * (NUM_BYTES + _ALIGNMENT))()
     start = ctypes.addressof(room)
