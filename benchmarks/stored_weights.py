@@ -26,7 +26,7 @@ from intlass_ops import explain, matmul_int4_bf16_tn, matmul_int8_bf16_tn, prove
 from intlass_ops.bench import parse_numbers, parse_shapes, timing
 
 SHAPES = "4096x4096,28672x4096,4096x14336"
-TOKENS = "1,8,16,32,64,256,2048"
+TOKENS = "1,8,16,32,64,256,512,2048"
 SECONDS = 0.003  # of each measurement
 CHECKED = 16  # rows and tokens
 BF16, FP16, FP32, BYTE = torch.bfloat16, torch.float16, torch.float32, torch.uint8
