@@ -6,8 +6,8 @@
 #include "fp4.cuh"
 
 constexpr int threads = Config::threads;
-constexpr int room = 3, least_scale = 127 - 60,
-              most_scale = 127 + 60;  // products are no subnormals
+constexpr int room = 3;                                       // bits that a code has beside its own
+constexpr int least_scale = 127 - 60, most_scale = 127 + 60;  // products are no subnormals
 
 struct Params {
   const unsigned char *codes[2], *scales[2];

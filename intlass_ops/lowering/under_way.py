@@ -13,13 +13,12 @@ from ..ops._library import NAMESPACE
 
 def computes_codes(graph: Graph) -> bool:
     """Whether one of our ops takes codes for a weight's that the graph itself computes."""
+    # Each op's first input are activations, which no kernel reads early.
     return any(
         _is_codes(each) and not _is_given(each)
         for node in graph.nodes
         if getattr(node.target, "namespace", "") == NAMESPACE
-        for each in node.all_input_nodes[
-            1:
-        ]  # the first are activations, which no kernel reads early
+        for each in node.all_input_nodes[1:]
     )
 
 

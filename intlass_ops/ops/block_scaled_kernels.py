@@ -208,7 +208,7 @@ def _product(
         done = launch_fp4.run(x, w, x_scale, w_scale, blocked, alpha, p.k, p.out_dtype)
         if done is not None:
             y, kernel = done
-            _explain(p, x_scale, kernel, "exact in bf16: FP4 takes its scales in registers")
+            _explain(p, x_scale, kernel, "exact: a code of FP4 times its scale is one operand")
             return y
     y = _dense(p, x, w, x_scale, w_scale, blocked, alpha)
     _explain(p, x_scale, "decode to 16 bits + mm", f"M={p.m} is bound by the tensor cores")
