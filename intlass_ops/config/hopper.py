@@ -1,6 +1,6 @@
 """hopper.cu and token_sums.cu, TMA and wgmma: their configurations, and what they take.
 
-Not here: which tile a problem gets (hopper_tiles.py).
+Not here: which tile a problem gets (hopper_tiles.py), how fast tiles are (hopper_rates.py).
 """
 
 from __future__ import annotations
