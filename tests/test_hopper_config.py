@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 
 from intlass_ops import config
+from intlass_ops.config import hopper_tiles
 
 H200 = config.device_of("sm_90a")
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "h200-tiles.json"
@@ -232,6 +233,14 @@ def test_many_tokens_of_small_groups_come_in_stages_of_64_k(m: int) -> None:
         if short:
             assert c.block_m == 256
             assert c.num_stages >= 3
+
+
+def test_what_holds_for_any_number_of_tokens_is_found_once() -> None:
+    """A server meets a new one with each prompt."""
+    hopper_tiles._of_any_m.cache_clear()
+    for m in range(17, 300):
+        config.pick(H200, a_shape("bf16", "s4", m, 4096, 5120, 128))
+    assert hopper_tiles._of_any_m.cache_info().misses == 1
 
 
 def test_no_tokens_are_loaded_that_there_are_none_of() -> None:

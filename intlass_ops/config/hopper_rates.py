@@ -151,8 +151,7 @@ def tiles_of(shape: Shape, scaled: bool, whole: bool) -> Iterator[Tile]:
     for m, block_k, consumers, rate in _TILES_BY_STAGES.get(key, ()):
         yield Tile(m, 1, block_k, consumers, "by_stages" if consumers > 1 else "", rate)
     for m, consumers, how, rate in _TILES_OF_LONG_STAGES.get(key, ()):
-        if shape.m <= m:
-            yield Tile(m, 1, 256, consumers, how, rate)
+        yield Tile(m, 1, 256, consumers, how, rate)
     if key == ("bf16", 8, "channel") and whole:
         short: tuple[tuple[str, int], ...] = _SHORT_STAGES_OF_ROWS
     else:

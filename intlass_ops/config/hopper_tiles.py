@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from .hopper import HALF_SM, HOPPER_BLOCK_K, Hopper
@@ -49,7 +50,29 @@ class _Way(NamedTuple):
     share_w: int = 1
 
 
+class _Candidate(NamedTuple):
+    """For any M: a tile, and its rings in all of an SM's shared memory and in half of it."""
+
+    tile: Tile
+    whole_sm: Hopper | None
+    half_sm: Hopper | None
+
+
 def _candidates(device: Device, shape: Shape, scaled: bool) -> Iterator[tuple[Hopper, float]]:
+    for tile, whole_sm, half_sm in _of_any_m(replace(shape, m=0), scaled, device.smem_per_block):
+        c = whole_sm or half_sm
+        if c is None or _is_of_fewer(c, shape.m):
+            continue
+        room = _room_for(c, tile.how, device, shape)
+        fits = whole_sm if room == device.smem_per_block else half_sm if room else None
+        if fits is not None:
+            yield fits, hopper_time(fits, tile.rate, device, shape)
+
+
+@lru_cache(maxsize=1024)
+def _of_any_m(shape: Shape, scaled: bool, smem_per_block: int) -> tuple[_Candidate, ...]:
+    """Most of the work, done once a layer: each new M asks for a pick."""
+    found = []
     whole = shape.group_size >= shape.k and not shape.has_zeros and shape.w_kind != "e2m1"
     for tile, way in itertools.product(tiles_of(shape, scaled, whole), _ways(shape, scaled, whole)):
         if not _goes_together(tile, way):
@@ -57,10 +80,9 @@ def _candidates(device: Device, shape: Shape, scaled: bool) -> Iterator[tuple[Ho
         c = _config(shape, scaled, whole, tile, way)
         if _cannot_be(c, shape) or _is_never_best(c, shape) or _spills(c, shape):
             continue
-        room = _room_for(c, tile.how, device, shape)
-        fits = _deepest_ring(c, room) if room else None
-        if fits is not None:
-            yield fits, hopper_time(fits, tile.rate, device, shape)
+        rings = (_deepest_ring(c, room) for room in (smem_per_block, HALF_SM))
+        found.append(_Candidate(tile, *rings))
+    return tuple(found)
 
 
 def _ways(shape: Shape, scaled: bool, whole: bool) -> list[_Way]:
@@ -128,9 +150,15 @@ def _has_small_groups(c: Hopper) -> bool:
     return c.groups_per_tile * HOPPER_BLOCK_K > c.block_k
 
 
+def _is_of_fewer(c: Hopper, m: int) -> bool:
+    """Whether a tile is for no more tokens than it has."""
+    long = c.w_kind == "e2m1" and c.block_k > HOPPER_BLOCK_K and not c.by_stages
+    return m > c.block_m and (c.block_m == 16 or long)
+
+
 def _cannot_be(c: Hopper, shape: Shape) -> bool:
-    """Whether a tile and a problem do not fit."""
-    if c.block_m == 16 and (shape.m > 16 or c.split_k > 1):
+    """Whether a tile and a layer do not fit."""
+    if c.block_m == 16 and c.split_k > 1:
         return True  # half of 16 tokens is less than what is staged at a time
     if c.w_kind == "e2m1":
         return shape.k % c.block_k != 0  # a stage would have scales of another row
