@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import config, packing
 from .ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn
@@ -37,9 +36,19 @@ def quantise_activations(
     """
     major = torch.cuda.get_device_properties(x.device).major if x.is_cuda else 0
     lanes = config.makes_lanes(major, h.shape[0], mask)
-    lanes = lanes and statically_known_true(x.shape[0] > config.SKINNY_MAX_M)
+    lanes = lanes and _is_known(x.shape[0] > config.SKINNY_MAX_M)
     layout = "packed" if major < 9 else "lanes" if lanes else "bytes"
     return quantise(x, h, bits, method, layout=layout, mask=mask)
+
+
+def _is_known(condition: Any) -> bool:
+    """Whether a condition on sizes holds, whatever torch.compile leaves open."""
+    if torch.compiler.is_compiling() or type(condition) is not bool:
+        # It brings SymPy, most of the time that importing this package would take.
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return bool(condition)
 
 
 def product(

@@ -7,10 +7,13 @@ from typing import Literal
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from lowering_helpers import fresh
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
 
 import intlass_ops as ia
+from intlass_ops import straight_through
 from intlass_ops.nn import IntLinear
 from intlass_ops.qat import QATConfig, QATLinear, RotatedIntLinear, convert_
 from intlass_ops.rotation import hadamard_matrix, rotate
@@ -135,6 +138,22 @@ def test_conversion_computes_the_same(config: QATConfig, device: str) -> None:
 def test_conversion_in_place_needs_a_model_around_the_layer() -> None:
     with pytest.raises(TypeError, match=r"^convert_: the model is a QATLinear itself"):
         convert_(QATLinear(nn.Linear(32, 8), QATConfig()))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_numbers_of_tokens_that_are_left_open_get_no_guard(dynamic: bool) -> None:
+    """Whether there are more than a few decides how codes are stored, where it is known."""
+
+    def step(x: Tensor) -> Tensor:
+        return x + 1 if straight_through._is_known(x.shape[0] > 16) else x - 1
+
+    frames = CompileCounter()
+    with fresh():
+        compiled = torch.compile(step, backend=frames, fullgraph=True, dynamic=dynamic)
+        found = [float(compiled(torch.zeros(m, 64))[0, 0]) for m in (40, 8)]
+    assert found == ([-1, -1] if dynamic else [1, -1])
+    assert frames.frame_count == (1 if dynamic else 2)
+    assert [float(step(torch.zeros(m, 64))[0, 0]) for m in (40, 8)] == [1, -1]
 
 
 def test_compiles_without_graph_breaks() -> None:
