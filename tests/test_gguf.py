@@ -19,6 +19,7 @@ from tolerance import assert_close  # noqa: E402
 from intlass_ops import IntLinear, unpack_int4  # noqa: E402
 from intlass_ops.formats import FormatError  # noqa: E402
 from intlass_ops.formats.gguf import GGUFFile  # noqa: E402
+from intlass_ops.integrations import gguf_llama  # noqa: E402
 
 BLOCK = 32
 KINDS = (Type.Q4_0, Type.Q4_1, Type.Q8_0)
@@ -106,37 +107,46 @@ def test_linear_over_the_codes_is_within_tolerance(tmp_path: Path, kind: Type, m
     assert_close(y, x.double() @ w.T, x.double().abs() @ w.abs().T)
 
 
-def random_blocks(kind: Type, halves: tuple[int, ...], n: int, k: int) -> np.ndarray:
-    """Blocks of random bits, but for their fp16 parameters at these offsets."""
-    size = {Type.Q4_K: 144, Type.Q6_K: 210}[kind]
-    raw = rng.integers(0, 256, (n, k // 256, size), dtype=np.uint8)
-    for at in halves:
-        values = rng.uniform(-0.1, 0.1, (n, k // 256, 1)).astype(np.float16)
+# Where each block has its fp16 parameters, and the size of a group
+BLOCKS = {
+    Type.Q5_1: ((0, 2), 32),
+    Type.Q2_K: ((80, 82), 16),
+    Type.Q3_K: ((108,), 16),
+    Type.Q4_K: ((0, 2), 32),
+    Type.Q5_K: ((0, 2), 32),
+    Type.Q6_K: ((208,), 16),
+    Type.IQ4_NL: ((0,), 32),
+    Type.IQ4_XS: ((0,), 32),
+}
+
+
+def random_blocks(kind: Type, n: int, k: int) -> np.ndarray:
+    """Blocks of random bits, but for their fp16 parameters."""
+    weights, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = rng.integers(0, 256, (n, k // weights, size), dtype=np.uint8)
+    for at in BLOCKS[kind][0]:
+        values = rng.uniform(-0.1, 0.1, (n, k // weights, 1)).astype(np.float16)
         raw[..., at : at + 2] = values.view(np.uint8)
     return raw.reshape(n, -1)
 
 
-@pytest.mark.parametrize(
-    ("kind", "halves", "group"), [(Type.Q6_K, (208,), 16), (Type.Q4_K, (0, 2), 32)]
-)
-def test_blocks_of_256_agree_with_gguf(
-    tmp_path: Path, kind: Type, halves: tuple[int, ...], group: int
-) -> None:
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
+def test_blocks_of_random_bits_agree_with_gguf(tmp_path: Path, kind: Type) -> None:
     n, k = 12, 768
-    raw = random_blocks(kind, halves, n, k)
+    raw = random_blocks(kind, n, k)
     writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
     writer.add_tensor("w", raw, raw_dtype=kind)
     weight = GGUFFile(finish(writer, tmp_path / "w.gguf")).weight("w")
     expected = torch.from_numpy(quants.dequantize(raw, kind))
-    if kind == Type.Q6_K:
+    if weight.zeros is None:
         assert torch.equal(weight.dequantize(), expected)
     else:
         # The exact w is between; both sides round their minimum's product or quotient.
         bound = 2.0**-22 * (0.1 * 63 + expected.abs())
         assert bool(((weight.dequantize() - expected).abs() <= bound).all())
-    assert weight.group_size == group
+    assert weight.group_size == BLOCKS[kind][1]
     x = torch.randn(3, k, generator=torch.Generator().manual_seed(1))
-    y = IntLinear(weight.codes, weight.scales, weight.zeros)(x)
+    y = gguf_llama._int_linear(weight, "cpu")(x)
     w = weight.dequantize().double()
     assert_close(y, x.double() @ w.T, x.double().abs() @ w.abs().T)
 
@@ -250,12 +260,12 @@ def test_hostile_files_are_refused_by_name(tmp_path: Path, content: bytes, messa
 
 def test_unsupported_type_is_named_when_asked_for(tmp_path: Path) -> None:
     values = rng.standard_normal((2, 256)).astype(np.float32)
-    tensors = {"good": (values, Type.Q8_0), "bad": (values, Type.Q5_1)}
+    tensors = {"good": (values, Type.Q8_0), "bad": (values, Type.TQ1_0)}
     file = GGUFFile(write_tensors(tmp_path / "w.gguf", tensors))
     assert file.weight("good").bits == 8
-    with pytest.raises(FormatError, match=r"bad has type Q5_1; a weight is read from Q4_0"):
+    with pytest.raises(FormatError, match=r"bad has type TQ1_0; a weight is read from Q4_0"):
         file.weight("bad")
-    with pytest.raises(FormatError, match=r"bad has type Q5_1; supported are F32"):
+    with pytest.raises(FormatError, match=r"bad has type TQ1_0; supported are F32"):
         file.dense("bad")
     with pytest.raises(FormatError, match="no tensor 'worse'"):
         file.weight("worse")

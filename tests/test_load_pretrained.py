@@ -107,8 +107,14 @@ def test_experts_stored_otherwise_are_refused(tmp_path: Path) -> None:
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("linears", "table", "layer"),
+    [("Q4_1", "Q8_0", IntLinear), ("Q8_0", "Q5_1", PackedLinear), ("Q5_1", "Q4_1", IntLinear)],
+)
 @pytest.mark.parametrize("tied", [True, False])
-def test_gguf_file_loads_saves_and_reloads(tmp_path: Path, tied: bool) -> None:
+def test_gguf_file_loads_saves_and_reloads(
+    tmp_path: Path, tied: bool, linears: str, table: str, layer: type
+) -> None:
     pytest.importorskip("gguf")
     from gguf import GGMLQuantizationType as Type
     from tiny_gguf import write_llama
@@ -117,12 +123,14 @@ def test_gguf_file_loads_saves_and_reloads(tmp_path: Path, tied: bool) -> None:
     from intlass_ops.integrations import gguf_llama
 
     path = tmp_path / "tiny.gguf"
-    write_llama(path, Type.Q4_1, table=Type.Q8_0, tied=tied)
+    write_llama(path, Type[linears], table=Type[table], tied=tied)
     expected = gguf_llama.load_dense(GGUFFile(path))
     model = load_pretrained(path)
-    assert isinstance(model.lm_head, IntLinear)
+    assert isinstance(model.lm_head, layer)
     logits = model(PROMPT).logits
     torch.testing.assert_close(logits, expected(PROMPT).logits, rtol=1e-4, atol=1e-4)
+    of_demo = gguf_llama.load(GGUFFile(path))(PROMPT).logits
+    torch.testing.assert_close(of_demo, expected(PROMPT).logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(generate(model), generate(expected))
     model.save_pretrained(tmp_path / "ours")
     assert torch.equal(load_pretrained(tmp_path / "ours")(PROMPT).logits, logits)

@@ -19,7 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .. import side_by_side
 from ..formats import CanonicalWeight, FormatError
 from ..formats.gguf import GGUFFile
-from ..nn import IntLinear
+from ..formats.layers import buffers_of, layer_of
+from ..formats.stored import StoredWeight
+from ..nn import IntLinear, PackedLinear
 from ..ops import dequantize
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
@@ -150,8 +152,7 @@ def load(
     def linear(weight: CanonicalWeight | Tensor) -> nn.Module:
         if isinstance(weight, Tensor):
             return _dense_linear(weight.to(device, dtype))
-        zeros = None if weight.zeros is None else weight.zeros.to(device)
-        return IntLinear(weight.codes.to(device), weight.scales.to(device), zeros)
+        return _int_linear(weight, device)
 
     model = _build(file, linear, device, dtype, progress)
     side_by_side.lay_siblings(model)
@@ -206,6 +207,8 @@ def _build(
     embedding = model.get_submodule("model.embed_tokens")
     if config.tie_word_embeddings:
         model.set_submodule("lm_head", embedding)
+    if isinstance(embedding, PackedLinear):  # for products: rows are looked up in a dense copy
+        embedding = _dense_linear(file.dense("token_embd.weight").to(device, dtype))
     model.set_submodule("model.embed_tokens", _embedding(embedding, dtype))
     # Its frequencies are computed, not loaded: made on the meta device they hold nothing.
     rotary = type(model.model.rotary_emb)(config=config).to(device)
@@ -238,6 +241,24 @@ def read_tensor(file: GGUFFile, name: str, config: LlamaConfig) -> CanonicalWeig
         return weight
     order = rotary_row_order(weight.shape[0], heads)
     return weight[order] if isinstance(weight, Tensor) else weight.take_rows(order)
+
+
+def stored(weight: CanonicalWeight, read: Callable[[], CanonicalWeight]) -> StoredWeight:
+    """A weight of the file, whose codes ``read`` brings (again)."""
+    zeros = weight.zeros
+
+    def codes() -> Tensor:
+        # Of 8 bits with zeros (Q5_1, Q5_K) they are not signed: `StoredWeight` has 128 less.
+        wide = weight.bits == 8 and zeros is not None
+        return read().codes ^ -128 if wide else read().codes
+
+    return StoredWeight(weight.name, weight.bits, weight.shape, weight.scales, zeros, None, codes)
+
+
+def _int_linear(weight: CanonicalWeight, device: torch.device | str) -> nn.Module:
+    spec, buffers = buffers_of(stored(weight, lambda: weight), None)
+    tensors = {name: get().to(device) for name, get in buffers.items()}
+    return layer_of(spec.kind, spec.in_features, None, tensors)
 
 
 def _embedding(table: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -235,8 +235,7 @@ def _gguf_weight(file: GGUFFile, name: str, config: Any) -> StoredWeight:
         assert isinstance(weight, CanonicalWeight)
         return weight
 
-    w = read()
-    return StoredWeight(name, w.bits, w.shape, w.scales, w.zeros, None, lambda: read().codes)
+    return gguf_llama.stored(read(), read)
 
 
 def _gguf_dense(file: GGUFFile, name: str, config: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
