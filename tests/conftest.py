@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from intlass_ops import cpu_integers
+from intlass_ops.config import Device
 from intlass_ops.cuda import jit
+from intlass_ops.cuda.plans import device_of
 
 # The first example of a property test may compile a kernel: no deadlines. CI draws the same
 # examples at every run, so a red run is the change's doing; locally each run explores anew.
@@ -76,6 +78,15 @@ def device(request: pytest.FixtureRequest) -> str:
 
         warm_kernels.compile_common_kernels()
     return str(request.param)
+
+
+@pytest.fixture
+def hopper() -> Device:
+    """The GPU of a `gpu` test that needs wgmma."""
+    gpu = device_of(0)
+    if gpu.arch != "sm_90a":
+        pytest.skip(f"{gpu.arch} has no wgmma")
+    return gpu
 
 
 @pytest.fixture

@@ -129,11 +129,8 @@ def test_the_cases_meet_every_form_of_tile() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES + WITH_REST, ids=str)
-def test_every_tile_is_exact(case: Case) -> None:
-    device = device_of(0)
-    if device.arch != "sm_90a":
-        pytest.skip(f"{device.arch} has no wgmma")
-    tiles = [c for c in tiles_of(case, device) if c.rest_by_k or case not in WITH_REST]
+def test_every_tile_is_exact(case: Case, hopper: config.Device) -> None:
+    tiles = [c for c in tiles_of(case, hopper) if c.rest_by_k or case not in WITH_REST]
     assert tiles
     widened = case.x == "s4"
     run = [config.in_lane_order(tile, case.k, aligned=True) if widened else tile for tile in tiles]
@@ -148,17 +145,16 @@ def test_every_tile_is_exact(case: Case) -> None:
     ("rows", "k", "groups"),
     [(1000, 1280, 10), (1000, 1280, 40), (1000, 1536, 12), (22000, 1280, 10)],
 )
-def test_every_tile_takes_scales_of_any_size(rows: int, k: int, groups: int) -> None:
+def test_every_tile_takes_scales_of_any_size(
+    rows: int, k: int, groups: int, hopper: config.Device
+) -> None:
     """Those that one FMA a pair of weights cannot take (hopper_weights.cuh): of all rows, and of
     one group of a few."""
-    device = device_of(0)
-    if device.arch != "sm_90a":
-        pytest.skip(f"{device.arch} has no wgmma")
     case = replace(SMALL, n=rows, k=k, groups=groups)
     few = build(case, "cuda", numbers="random")
     few.scales[[5, 300, rows - 1], [0, groups // 2, groups - 1]] *= 2.0**14
     expected = few.expected()
-    tiles = [c for c in tiles_of(case, device) if c.rest_by_k or rows == 1000]
+    tiles = [c for c in tiles_of(case, hopper) if c.rest_by_k or rows == 1000]
     jit.warmup(tiles, progress=False)
     for tile in tiles:
         with launch.forced(tile):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_block_scaled import exact
+from fp4_case import exact
 
 from intlass_ops import fp4, packing
 

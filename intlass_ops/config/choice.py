@@ -153,8 +153,13 @@ def pick_mx_integers(device: Device, shape: Shape) -> Hopper | None:
     gain, cost = 1.5e-9 * m * n * k, 12 + 5e-7 * (m + n) * k
     if not mxfp4 or gain < 2 * cost or not 0 < k <= 1 << 17 or k % 128:
         return None
-    kinds = {"x_kind": "s8", "w_kind": "s8", "scale_type": "float", "blocked": False}
-    c = pick(device, replace(shape, **kinds, group_size=k))  # type: ignore[arg-type]
+    return tile_of_integers(device, shape)
+
+
+def tile_of_integers(device: Device, shape: Shape) -> Hopper | None:
+    """What multiplies MXFP4 by MXFP4 as INT8, however small the product is."""
+    of_rows = replace(shape, scale_type="float", group_size=shape.k, blocked=False)
+    c = pick(device, replace(of_rows, x_kind="s8", w_kind="s8"))
     return replace(c, only_if=0) if isinstance(c, Hopper) else None
 
 
