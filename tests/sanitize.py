@@ -18,7 +18,7 @@ import intlass_ops
 from intlass_ops import config
 from intlass_ops.config import PAIRS
 from intlass_ops.config.skinny_mx import mx_candidates
-from intlass_ops.cuda import jit, launch, launch_fp4
+from intlass_ops.cuda import jit, launch, launch_experts, launch_fp4
 from intlass_ops.cuda.plans import TYPE, device_of
 
 # (M, N, K, group_size): skinny and tiled, tails of every kind, K split, groups inside a span
@@ -98,8 +98,46 @@ def product(
         )
 
 
-def main() -> None:
+def grouped(device: config.Device) -> int:
+    """Each kernel of experts' products, few tokens and many, of some experts and of none."""
     launches = 0
+    ends = torch.tensor([5, 5, 40, 90], device="cuda")
+    for x, w, per_expert in itertools.product(("bf16", "s8"), ("s4", "s8"), (1, 16, 100)):
+        k, n = 512, 200
+        scale_type = "__nv_bfloat16" if w == "s4" and x == "bf16" else "float"
+        shape = config.Shape(
+            x_kind=x,
+            w_kind=w,
+            scale_type=scale_type,
+            zero_type="float",
+            out_type="__nv_bfloat16",
+            has_zeros=False,
+            has_a_zero=False,
+            aligned=True,
+            m=4 * per_expert,
+            n=n,
+            k=k,
+            group_size=128 if w == "s4" else k,
+        )
+        dtype = torch.bfloat16 if scale_type == "__nv_bfloat16" else torch.float32
+        a = torch.randint(-9, 9, (100, k), device="cuda")
+        a = a.bfloat16() if x == "bf16" else a.to(torch.int8)
+        codes = torch.randint(0, 256, (4, n, k // 2 if w == "s4" else k), device="cuda")
+        codes = codes.to(torch.uint8) if w == "s4" else codes.to(torch.uint8).view(torch.int8)
+        scales = torch.rand(4, n, k // shape.group_size, device="cuda", dtype=dtype)
+        bias = torch.randn(4, n, device="cuda")
+        a_scale = None if x == "bf16" else torch.rand(100, 1, device="cuda")
+        for d in {device, config.without_wgmma(device)}:
+            picked = config.pick_experts(d, shape, 4)
+            launch_experts._plans.clear()
+            with mock.patch.object(config, "pick_experts", return_value=picked):
+                intlass_ops.matmul_experts(a, codes, scales, ends=ends, a_scale=a_scale, bias=bias)
+            launches += 1
+    return launches
+
+
+def main() -> None:
+    launches = grouped(device_of(0))
     for (x, w), shape in itertools.product(PAIRS, SHAPES):
         product(x, w, *shape)
         launches += 1

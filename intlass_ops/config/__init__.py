@@ -18,6 +18,12 @@ from .choice import reason as reason
 from .choice import takes_lanes as takes_lanes
 from .epilogue import Activation as Activation
 from .epilogue import with_epilogue as with_epilogue
+from .experts import MOST_SLOTS as MOST_SLOTS
+from .experts import ExpertTiles as ExpertTiles
+from .experts import grid_of as grid_of
+from .experts import pick_experts as pick_experts
+from .experts import slots_of as slots_of
+from .experts import tokens_of as tokens_of
 from .fp4 import FP4_MAX_M as FP4_MAX_M
 from .fp4 import FP4_UNIT as FP4_UNIT
 from .fp4 import FP4_X as FP4_X

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from . import tuned
+from .experts import ExpertTiles
 from .fp4 import DecodeFp4, MxRange
 from .gemm import Gemm
 from .gemm_tiles import gemm_candidates, pick_gemm
@@ -37,7 +38,7 @@ from .widen import Widen
 
 Matmul = Gemm | Skinny | SkinnyRing | SkinnyHeld | SkinnyMx | Hopper
 Rewriting = DecodeFp4 | MxRange | Widen | StoreRows
-Tools = TokenSums | Quantize | RotateQuantize | RotateHopper | Rewriting
+Tools = TokenSums | ExpertTiles | Quantize | RotateQuantize | RotateHopper | Rewriting
 Config = Matmul | Transposed | TransposedWgmma | Tools
 
 _BATCH_INVARIANT_M = 64  # the tokens that the one kernel of batch_invariant() is picked for
@@ -172,7 +173,7 @@ def candidates(device: Device, shape: Shape) -> list[Matmul]:
         found += ring_candidates(device, shape) if why_not_ring(shape) is None else ()
         found += held_candidates(device, shape) if why_not_held(shape) is None else ()
     else:
-        found += gemm_candidates(device, shape)
+        found += gemm_candidates(device, shape, measured=True)
     if why_not_hopper(device, shape) is None:
         found += [c for c, _ in hopper_candidates(device, shape)]
     return list(dict.fromkeys(found))

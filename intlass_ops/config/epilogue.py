@@ -34,4 +34,5 @@ def with_epilogue(c: AnyMatmul, activation: str | None, residual: bool) -> AnyMa
 def named(c: Matmul) -> str:
     """What follows the name of a kernel that does something to its sums."""
     activation = "" if c.activation is Activation.NONE else f" {c.activation.name.lower()}"
-    return activation + (" residual" if c.residual else "")
+    experts = " experts" if getattr(c, "experts", False) else ""
+    return experts + activation + (" residual" if c.residual else "")

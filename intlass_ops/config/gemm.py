@@ -35,6 +35,7 @@ class Gemm:
     aligned: bool
     activation: Activation = Activation.NONE
     residual: bool = False  # the output's type, added after the activation
+    experts: bool = False  # tokens by expert, each with a weight of its own (experts.py)
 
     @property
     def threads(self) -> int:

@@ -157,22 +157,18 @@ def _blocks_per_sm(c: Gemm) -> int:
 
 def pick_gemm(device: Device, shape: Shape) -> Gemm:
     """The candidate with the least predicted time."""
-    found = _candidates(device, shape, measured=False)
-    best = min(found, key=lambda c: _gemm_time(c, device, shape), default=None)
+    found = gemm_candidates(device, shape, measured=False)
+    best = min(found, key=lambda c: gemm_time(c, device, shape), default=None)
     if best is None:
         raise ValueError(f"no configuration for {shape} on {device.arch}")
     return best
 
 
-def gemm_candidates(device: Device, shape: Shape) -> Iterator[Gemm]:
-    """What the tuner measures, which refuses what spills."""
-    yield from _candidates(device, shape, measured=True)
-
-
-def _candidates(device: Device, shape: Shape, *, measured: bool) -> Iterator[Gemm]:
+def gemm_candidates(device: Device, shape: Shape, *, measured: bool) -> Iterator[Gemm]:
     """Warps that hold what such operands leave of the registers, K in any stripes.
 
-    measured: with tiles that spill for some operands, which only the compiler can tell.
+    measured: with tiles that spill for some operands, which only the compiler can tell; the tuner
+    refuses those.
     """
     tokens, rows = _tokens(shape.m), _rows(device, shape)
     tiles = [(m, n, 1, 4) for m in {tokens, max(8, tokens // 2)} for n in {rows, 64}]
@@ -196,7 +192,7 @@ def _candidates(device: Device, shape: Shape, *, measured: bool) -> Iterator[Gem
                 yield c
 
 
-def _gemm_time(c: Gemm, device: Device, shape: Shape) -> float:
+def gemm_time(c: Gemm, device: Device, shape: Shape) -> float:
     """Microseconds by the measured rates: what candidates are compared by, no promise."""
     bits = max(8, BITS[shape.x_kind]), BITS[shape.w_kind]
     of_sm = _RATES[bits][c.block_m, c.block_n] * 1e6 / _H200_SMS

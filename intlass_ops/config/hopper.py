@@ -77,6 +77,7 @@ class Hopper:
     only_if: int = -1  # what a flag must be, or nothing is done; less than 0: there is none
     activation: Activation = Activation.NONE
     residual: bool = False  # the output's type, added after the activation
+    experts: bool = False  # tokens by expert, each with a weight of its own (experts.py)
 
     @property
     def block_n(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from .choice import Config, of_int4, pick, pick_mx_integers
 from .epilogue import with_epilogue
+from .experts import ExpertTiles, pick_experts
 from .fp4 import FP4_UNIT, FP4_X, DecodeFp4, MxCodes, MxRange, pick_fp4
 from .hopper import Hopper, TokenSums, why_not_hopper
 from .hopper_tiles import hopper_candidates, pick_hopper
@@ -211,6 +212,33 @@ def _shipped_scaled() -> Iterator[tuple[Config, tuple[str, ...]]]:
             yield pick(without_wgmma(device_of(arch)), shape), (arch,)
 
 
+def _shipped_experts() -> Iterator[tuple[Config, tuple[str, ...]]]:
+    """Grouped GEMMs of few tokens and of many, for half of the architectures in turn."""
+    cases = (
+        ("bf16", "s4", "__nv_bfloat16", "float", 128),
+        ("fp16", "u4", "__half", "unsigned char", 128),
+        ("bf16", "u4", "__nv_bfloat16", "__nv_bfloat16", 32),
+        ("bf16", "s8", "float", "float", 4096),
+        ("s8", "s8", "float", "float", 4096),
+        ("s8", "s4", "float", "float", 128),
+        ("s8", "u4", "float", "unsigned char", 64),
+    )
+    for turn, (x, w, scale_type, zero_type, group_size) in enumerate(cases):
+        shape = replace(
+            _W4A16,
+            x_kind=x,
+            w_kind=w,
+            scale_type=scale_type,
+            zero_type=zero_type,
+            out_type="__half" if x == "fp16" else "__nv_bfloat16",
+            has_zeros=w == "u4",
+            group_size=group_size,
+        )
+        for arch, m in itertools.product({"sm_90a", *ARCHS[turn % 2 :: 2]}, (8, 1024, 4096, 65536)):
+            yield pick_experts(device_of(arch), replace(shape, m=m), 128)[0], (arch,)
+    yield ExpertTiles(), ("sm_90a",)
+
+
 def _shipped_rotations() -> Iterator[tuple[Config, tuple[str, ...]]]:
     """Each rotation, format and scope; the half of the architectures changes from one to the next.
 
@@ -327,6 +355,7 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
     yield from _shipped_takers()
     yield from _shipped_stored()
     yield from _shipped_epilogues()
+    yield from _shipped_experts()
     yield from _shipped_rotations()
     for arch in ARCHS:
         yield pick_transposed(device_of(arch), "bf16", True, True, 16, 4096, 4096), (arch,)

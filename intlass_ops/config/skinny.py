@@ -66,6 +66,7 @@ class Skinny:
     blocked: bool = False  # FP4: scales in the order of fp4.to_blocked
     activation: Activation = Activation.NONE
     residual: bool = False  # the output's type, added after the activation
+    experts: bool = False  # tokens by expert, each with a weight of its own (experts.py)
 
     @property
     def threads(self) -> int:

@@ -32,7 +32,7 @@ _OF_THE_PROBLEM = {
     *("tiles_m", "tokens", "whole", "groups_per_chunk", "chunks_per_group", "groups_per_tile"),
     *("resident_blocks", "segment_k", "fixed_smem", "x_unit", "x_staged"),
     *("fp16_codes", "early_tiles", "only_if"),
-    *("activation", "residual"),
+    *("activation", "residual", "experts"),
 }
 Tile = tuple[tuple[str, int], ...]
 # arch, kinds, has_zeros, n, k, group_size

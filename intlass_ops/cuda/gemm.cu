@@ -11,6 +11,7 @@
 //     total += s * (acc - z * xsum),   a_zero through   s * (wsum - z * count).
 // 16-bit activations whose sums need one set of accumulators have a main loop of their own,
 // gemm_ahead.cuh.
+#include "experts.cuh"
 #include "gemm_ahead.cuh"
 #include "gemm_out.cuh"
 
@@ -162,8 +163,11 @@ __device__ __forceinline__ void sum_in_groups(const Params& p, i64 row0, Ring& r
 }
 
 // One block an SM is enough for the compiler: it would rather spill than lose a second.
-extern "C" __global__ void __launch_bounds__(threads, 1) gemm(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(threads, 1) gemm(const __grid_constant__ Params all) {
   extern __shared__ __align__(256) char smem[];
+  const OfBlock<of_experts, Params> own{all};
+  const Params& p = own.p;
+  if (own.is_done<block_n, threads>(i64(blockIdx.x / tiles_together) * block_n)) return;
   const Place place(p);
   const i64 k_tiles = tiles_of_k(0, p.k),
             per_stripe = (k_tiles + Config::split_k - 1) / Config::split_k;
@@ -201,13 +205,15 @@ extern "C" __global__ void __launch_bounds__(threads, 1) gemm(const __grid_const
       if (!add_stripes<float>(p, blockIdx.x, total)) return;
     }
   }
+  const auto after = own.anew(all);
   if constexpr (direct) {
     const int thread = anew(threadIdx.x), row = thread / 32 % warps_n * tiles_n * 16;
+    const Params& p = after.p;
     GroupScales scales(p, Place(p).n0 + row, thread % 32, 0);
     clear(scales.s);
     clear(scales.z);
     if (!scaled && p.k > 0) scales.load(p);  // an empty sum is zero, whatever the scale
     flush(total, sum, scales, int(p.k));
   }
-  epilogue(p, vectors, total);
+  epilogue(after.p, vectors, total);
 }

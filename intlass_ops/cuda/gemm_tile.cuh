@@ -159,7 +159,8 @@ struct Place {
   __device__ __forceinline__ Place(const Params& p) {
     constexpr int strip = 2048 / block_m;
     const int tiles_of_m = anew(int((p.m + block_m - 1) / block_m)),
-              tiles_of_n = anew(int((p.n + block_n - 1) / block_n)), tile = anew(blockIdx.x),
+              tiles_of_n = anew(int((p.n + block_n - 1) / block_n)),
+              tile = anew(blockIdx.x / tiles_together),
               first_m = tile / (strip * tiles_of_n) * strip,
               width = min(strip, tiles_of_m - first_m), within = tile - first_m * tiles_of_n;
     m0 = i64(first_m + within % width) * block_m;

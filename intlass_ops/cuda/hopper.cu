@@ -47,18 +47,19 @@ __device__ __forceinline__ void load_rows(u32 to, const TensorMap& map, int kt, 
     tma_load(to + i * bytes, map, kt * w_row_bytes, row + i * rest_rows, ring.full());
 }
 
-__device__ __forceinline__ void produce(int m, const Shares& shares, const TensorMap& w_map,
-                                        const TensorMap& x_map, const char* x_sums, i64 x_sums_row,
-                                        Ring ring) {
+__device__ __forceinline__ void produce(const Params& p, const Shares& shares,
+                                        const TensorMap& w_map, const TensorMap& x_map,
+                                        const char* x_sums, i64 x_sums_row, Ring ring) {
   Schedule schedule;
   [[maybe_unused]] int rest_row = shares.first_row_of_rest(), rest_left = shares.units_of_block();
   bool waited = false;
   // Config.x_rows: sums of tokens that are not loaded are of what lies there, and go nowhere
-  const int x_rows = share_x * parts > 1 ? block_m : min(block_m, (m + 7) / 8 * 8);
+  const int x_rows = share_x * parts > 1 ? block_m : min(block_m, (int(p.m) + 7) / 8 * 8);
   const int x_loaded = x_rows * x_columns * 128;
   for (Segment s; schedule.next(shares, s);) {
     int m0, n0;
-    shares.locate(s.tile, m0, n0);
+    const int slot = shares.locate_slot(s.tile, m0, n0);
+    place_among_all(p, slot, m0, n0);
     s = s.of_block();
 #pragma unroll 1
     for (int count = s.begin; count < s.end; ++count, ring.advance()) {
@@ -129,13 +130,13 @@ __device__ __forceinline__ void sum_tiles(Ring& ring, const Segment& segment, in
 // The same with fragments of W: into `sum` if there is one scale a row, else into `total`. While wgmma
 // works on a turn's fragments those of the next are made and the words of the one after it are
 // read, also across tiles of K and before an accumulator is emptied.
-__device__ __forceinline__ void sum_fragments(const Params& p, int k_tiles, Ring& ring,
+__device__ __forceinline__ void sum_fragments(const Params& all, int slot, int k_tiles, Ring& ring,
                                               const Segment& segment, int m0, i64 row0, int wg_row0,
                                               int lane, int warp, Sums& sum, Totals& total) {
   if (segment.begin >= segment.end) return;
   if constexpr (flushes == 1) pin(lane);
   const Lane own(wg_row0, lane, warp);
-  BlockReader block_reader(p, row0, lane);
+  BlockReader block_reader(problem_of_slot(all, slot), row0, lane);
   BlockScales blocks, next_blocks;
   bool no_number[tiles_n][2] = {};
   if constexpr (fp4) block_reader.read(next_blocks, segment.begin);
@@ -245,7 +246,8 @@ __device__ __forceinline__ void sum_fragments(const Params& p, int k_tiles, Ring
     for (int i = 0; i < tiles_n; ++i) {
       pin_all(sum.acc[i]);
       if (__any_sync(~0u, rows_are_nan(sum.acc[i])))
-        sum_again(p, k_tiles, segment, row0 + i * 64, m0, lane, sum.acc[i]);
+        sum_again(problem_of_slot(all, slot), k_tiles, segment, row0 + i * 64, m0, lane,
+                  sum.acc[i]);
     }
   if constexpr (fp4)
 #pragma unroll
@@ -256,7 +258,7 @@ __device__ __forceinline__ void sum_fragments(const Params& p, int k_tiles, Ring
 }
 
 extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, blocks_per_sm)
-    hopper(const __grid_constant__ Params p, const __grid_constant__ Shares shares,
+    hopper(const __grid_constant__ Params p, const __grid_constant__ Shares most,
            const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
            const char* x_sums, i64 x_sums_row) {
   extern __shared__ __align__(1024) char smem[];
@@ -266,6 +268,8 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
     wait_for_predecessors();
     if (*reinterpret_cast<const int*>(x_sums) != Config::only_if) return;
   }
+
+  decltype(auto) shares = shares_of(p, most);
 
   if (threadIdx.x == 0) {
     prefetch(w_map);
@@ -288,7 +292,7 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
 
   if (threadIdx.x < 128) {
     give_registers<producer_registers>();
-    if (threadIdx.x == 0) produce(int(p.m), shares, w_map, x_map, x_sums, x_sums_row, ring);
+    if (threadIdx.x == 0) produce(p, shares, w_map, x_map, x_sums, x_sums_row, ring);
     if (threadIdx.x >= 32) {
       if constexpr (staged_scales) make_row_scales(p, shares, ring);
     }
@@ -314,7 +318,7 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
       continue;
     }
     int m0, n0;
-    shares.locate(s.tile, m0, n0);
+    const int slot = shares.locate_slot(s.tile, m0, n0);
     const int row0 = rest_by_k && wg == team ? n0 : n0 + wg_row0;
     if constexpr (by_stages) {
       s.begin += wg;
@@ -334,7 +338,8 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
         for (int e = 0; e < values; ++e) total.acc[i][e] = 0;
     RowVectors vectors;
     const int first_token = m0 + (split_k > 1 ? cluster_rank() * tokens : 0);
-    if constexpr (early_vectors) vectors.read(p, first_token, row0, lane, warp);
+    if constexpr (early_vectors)
+      vectors.read(problem_of_slot(p, slot), first_token, row0, lane, warp);
     if constexpr (Config::residual)
       if (all.is_owned(shares.k_tiles))
         prefetch_residual<tokens, tiles_n * 64, 128>(p, first_token, row0, threadIdx.x % 128);
@@ -342,8 +347,8 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
     if constexpr (parts > 1)
       sum_parts(ring, s, wg_row0, lane, warp, sum, total);
     else if constexpr (from_registers)
-      sum_fragments(p, shares.k_tiles, ring, s, m0, row0 + warp * 16, wg_row0, lane, warp, sum,
-                    total);
+      sum_fragments(p, slot, shares.k_tiles, ring, s, m0, row0 + warp * 16, wg_row0, lane, warp,
+                    sum, total);
     else
       sum_tiles(ring, s, wg, wg_row0, sum);
 #pragma unroll
@@ -357,7 +362,9 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
         return;
       }
     }
-    finish(p, shares, all, smem, done, wg, first_token, row0, lane, warp, vectors, result);
+    if (slot_belongs_to_none<tiles_n * 64, 128>(p, slot, row0, threadIdx.x % 128)) continue;
+    finish(problem_of_slot(p, slot), shares, all, smem, done, wg, first_token, row0, lane, warp,
+           vectors, result);
   }
   if constexpr (split_k > 1 && Config::stream_k)
     cluster_meet();  // the other tells what it has read

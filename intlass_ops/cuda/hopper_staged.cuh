@@ -87,18 +87,20 @@ __device__ __forceinline__ void mark_lost(GroupRun<Scale> (&scales)[pairs][2]) {
 constexpr int scale_warps = 3;
 // At a stage: every lane of the warp whose it is, and one of each other
 constexpr int scale_arrivals = 32 + scale_warps - 1;
-__device__ __forceinline__ void make_row_scales(const Params& p, const Shares& shares, Ring ring) {
+__device__ __forceinline__ void make_row_scales(const Params& all, const Shares& shares,
+                                                Ring ring) {
   constexpr int pairs = stage_rows / 64;  // of rows eight apart, of a lane
   int lane = threadIdx.x % 32;
   int turn = __shfl_sync(~0u, threadIdx.x / 32, 0) - 1;  // runs until its own
   bool waited = false;
-  const GroupRows groups(p);
+  const GroupRows groups(all);
   Schedule schedule;
   int rest_row = shares.first_row_of_rest();
 #pragma unroll 1
   for (Segment s; schedule.next(shares, s);) {
     int m0, n0;
-    shares.locate(s.tile, m0, n0);
+    const int slot = shares.locate_slot(s.tile, m0, n0);
+    decltype(auto) p = problem_of_slot(all, slot);
     s = s.of_block();
 #pragma unroll 1
     for (int first = s.begin / run * run, end; first < s.end; first = end) {

@@ -1,7 +1,7 @@
 // What a block of hopper.cu computes: its tile, what a stage of its ring holds, what its threads keep,
 // and how the tiles are shared out among the blocks.
 #pragma once
-#include "epilogue.cuh"
+#include "experts.cuh"
 #include "hopper.cuh"
 #include "split_scales.cuh"
 
@@ -62,6 +62,8 @@ constexpr int shares_of_consumer[] = {208, (504 - of_two - more_of_two) / 2, (51
 static_assert(!rest_by_k || (from_registers && cluster == 1 && !needs_sums && !Config::stream_k &&
                              !in_turns && !by_stages && consumers > 1),
               "the rows that are left over are shared in one way only");
+static_assert(!of_experts || (cluster == 1 && !Config::stream_k && !rest_by_k && !by_stages),
+              "how many tiles there are is data");
 static_assert(consumers <= 4, "the registers of an SM are shared out for no more");
 constexpr int consumer_registers = shares_of_consumer[consumers - 1];
 constexpr int producer_registers = shares_of_producer[consumers - 1];
@@ -187,6 +189,14 @@ struct Shares {
     const int within = tile - first * of_n;
     m0 = ((first + within % height) * share_w + int(blockIdx.x) % share_w) * block_m;
     n0 = (within / height * share_x + int(blockIdx.x) % share_x) * block_n;
+  }
+  // The same of a grouped GEMM: where a tile begins in its expert's problem, and which tokens it has
+  __device__ __forceinline__ int locate_slot(int tile, int& m0, int& n0) const {
+    locate(tile, m0, n0);
+    if constexpr (!of_experts) return 0;
+    const int slot = m0 / block_m;
+    m0 = 0;
+    return slot;
   }
 };
 

@@ -47,8 +47,8 @@ _DTYPE_CODE = {
     torch.uint8: 6,
 }
 # Params of problem.cuh, pointers first; for kernels that add a residual, it and its row before them
-_WORDS = 11
-_NUMBERS = struct.Struct("=16q")
+WORDS = 11
+NUMBERS = struct.Struct("=16q")
 Operands = tuple[
     Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]
@@ -186,7 +186,7 @@ def make(
         has_zeros=zeros is not None,
         has_a_zero=a_zero is not None,
         aligned=(widens or aligned(x)) and aligned(w),
-        apart=(widens or _apart(x)) and _apart(w),
+        apart=(widens or rows_apart(x)) and rows_apart(w),
         m=m,
         n=p.n,
         k=p.k,
@@ -213,8 +213,8 @@ def make(
             why = f"lanes of activations put in order by PyTorch first; {why}"
     rest = (
         p.group_size,
-        *_row_and_group_strides(scales),
-        *_row_and_group_strides(zeros),
+        *row_and_group_strides(scales),
+        *row_and_group_strides(zeros),
         0 if a_scale is None or a_scale.numel() == 1 else a_scale.stride(0),
         0 if a_zero is None or a_zero.numel() == 1 else a_zero.stride(0),
         *(dtype_code(t) for t in (bias, alpha, a_scale, a_zero)),
@@ -243,10 +243,10 @@ def bind(
     sm_count = device_of(device.index).sm_count
     grid = c.grid(m, n, k, sm_count) if isinstance(c, config.Hopper) else c.grid(m, n)
     strides = x.stride(0) * x.element_size(), w.stride(0) * w.element_size()
-    words = _WORDS + 2 * c.residual
-    parameters = bytes(8 * words) + _NUMBERS.pack(m, n, k, *strides, *rest)
+    words = WORDS + 2 * c.residual
+    parameters = bytes(8 * words) + NUMBERS.pack(m, n, k, *strides, *rest)
     if isinstance(c, config.Hopper):
-        parameters += launch_hopper.parameters(c, m, n, k, grid[0])
+        parameters += launch_hopper.parameters(c.shares(m, n, k, grid[0]))
     stay = config.SkinnyRing, config.SkinnyHeld, config.SkinnyMx
     smem = c.smem_of(n, k) if isinstance(c, stay) else c.smem_bytes
     plan = MatmulPlan(
@@ -284,7 +284,7 @@ def _operands(
         a_zero = (a_zero if a_zero.dtype in _DTYPE_CODE else a_zero.float()).reshape(-1)
     return (
         _rows(a),
-        _unit_stride(w),
+        unit_stride(w),
         zeros,
         None if a_scale is None else a_scale.reshape(-1),
         a_zero,
@@ -307,10 +307,10 @@ def _in_bytes(*operands: Any) -> Operands:
 
 def _rows(a: Tensor) -> Tensor:
     """[..., K] as [M, K] with unit stride along K; a copy only where the strides demand it."""
-    return _unit_stride(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]))
+    return unit_stride(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]))
 
 
-def _unit_stride(t: Tensor) -> Tensor:
+def unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
@@ -325,12 +325,12 @@ def _in_vectors(t: Tensor) -> Tensor:
     return padded.copy_(t)
 
 
-def _apart(t: Tensor) -> bool:
+def rows_apart(t: Tensor) -> bool:
     """Whether no two rows share memory."""
     return t.stride(0) >= t.shape[1] or t.shape[0] == 1
 
 
-def _row_and_group_strides(t: Tensor | None) -> tuple[int, int]:
+def row_and_group_strides(t: Tensor | None) -> tuple[int, int]:
     """Strides in elements of a scalar, [N], [N, 1] or [N, G]; 0 to broadcast."""
     if t is None or t.numel() == 1:
         return 0, 0

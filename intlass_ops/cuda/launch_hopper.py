@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,9 +21,9 @@ _SHARES = struct.Struct("=8i")
 _TAIL_BYTES = 2 * tensor_map.NUM_BYTES + 16
 
 
-def parameters(c: config.Hopper, m: int, n: int, k: int, blocks: int) -> bytes:
+def parameters(shares: Sequence[int]) -> bytes:
     """What follows the parameters of every GEMM, with room for a Tail."""
-    return _SHARES.pack(*c.shares(m, n, k, blocks)) + bytes(_TAIL_BYTES)
+    return _SHARES.pack(*shares) + bytes(_TAIL_BYTES)
 
 
 class Tail(NamedTuple):

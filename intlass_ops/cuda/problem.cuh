@@ -1,5 +1,6 @@
 // What one GEMM is, for every kernel family: its parameters, its types, its scales.
 #pragma once
+#include "expert_tile.cuh"
 #include "fp4.cuh"
 
 // [M, N] of the output's type; rows start aligned to 16 bytes, and end where 32 more could be read.
@@ -13,7 +14,24 @@ template <> struct Residual<false> {
   static constexpr i64 residual_row = 0;
 };
 
-struct Params : Residual<Config::residual> {
+// Weights [experts, N, ...] (experts.cuh): the others' pointers and strides are of the first expert then,
+// and of all tokens.
+template <bool> struct Experts {};
+template <> struct Experts<true> {
+  ExpertEnds ends;
+  const ExpertTile* tiles;                               // of hopper.cu
+  i64 w_expert, scale_expert, zero_expert, bias_expert;  // bytes from one to the next
+};
+// Configurations of kernels that know of none do not say so.
+template <class Config, class = int> struct HasExperts { static constexpr bool value = false; };
+template <class Config> struct HasExperts<Config, decltype(int(Config::experts))> {
+  static constexpr bool value = Config::experts;
+};
+constexpr bool of_experts = HasExperts<Config>::value;
+// Tiles of tokens that have blockIdx.x in common
+constexpr int tiles_together = of_experts ? 8 : 1;
+
+struct Params : Residual<Config::residual>, Experts<of_experts> {
   const char *x, *w;
   const void *scales, *zeros, *a_scale, *a_zero, *alpha, *bias;
   void* out;

@@ -10,6 +10,7 @@
 // The lane's word of eight k number s of each chunk is what Pair calls a span, so the same fragments
 // serve as in gemm.cu; only which k they hold differs. The warps' totals meet in shared memory
 // and are added in warp order, so a result depends neither on timing nor on M.
+#include "experts.cuh"
 #include "skinny.cuh"
 
 constexpr int warps = Config::warps, threads = 32 * warps;
@@ -81,10 +82,13 @@ struct Chunk {
 };
 
 extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
-    skinny(const __grid_constant__ Params p) {
+    skinny(const __grid_constant__ Params all) {
   launch_dependents();
+  const OfBlock<of_experts, Params> own{all};
+  const Params& p = own.p;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quarter = lane % 4;
-  const i64 n0 = i64(blockIdx.x) * rows;
+  const i64 n0 = i64(blockIdx.x / tiles_together) * rows;
+  if (own.is_done<rows, threads>(n0)) return;
   const int k = int(p.k), chunks = (k + chunk_k - 1) / chunk_k;
   const int groups = grouping == channel ? 1 : k / int(p.group_size);
 

@@ -1,8 +1,9 @@
 """Op `intlass::matmul_experts`: tokens sorted by expert, each times the weight of its expert.
 
-Lives here: the loop over the experts that have tokens; each is one call of a matmul op. How many
-tokens an expert has is data, so a graph holds this one op, and CUDA graphs leave it out. Not here:
-what sorts the tokens (integrations/experts.py).
+How many tokens an expert has is data, so a graph holds this one op. On a GPU it is one grouped
+GEMM, for which nobody waits (cuda/launch_experts.py). Lives here: the checks, and for everything
+else the loop over the experts that have tokens, each one call of a matmul op. Not here: what sorts
+the tokens (integrations/experts.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import KernelLaunchError
+from ..cuda import launch_experts
 from . import gradients
 from ._library import define, require_device, require_dtype
 from .problem import INT4, INT8, Problem, check, inputs_of
@@ -58,11 +59,6 @@ def _check(
 
 def _runs(a: Tensor, ends: Tensor) -> Iterator[tuple[int, slice]]:
     """(expert, its rows) of every expert that has any."""
-    if a.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise KernelLaunchError(
-            f"{OP}: how many tokens each expert gets is read from the GPU, which cannot be while a "
-            "CUDA graph is being captured; leave mixtures of experts out of the capture"
-        )
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if not start <= end <= a.shape[0]:
@@ -89,21 +85,42 @@ def _run(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     p = _check(a, w, scales, zeros, ends, k, a_scale, bias, out_dtype)
+    if a.is_cuda:
+        grouped = launch_experts.run(p, a, w, scales, zeros, ends, a_scale, bias)
+        if grouped is not None:
+            return grouped
     if a_scale is not None:
         a_scale = a_scale.reshape(-1, 1).expand(a.shape[0], 1)
-    y = a.new_zeros((a.shape[0], p.n), dtype=p.out_dtype)
-    for expert, rows in _runs(a, ends):
+
+    def product(expert: int, rows: slice) -> Tensor:
         of = [None if t is None else t[expert] for t in (w, scales, zeros, bias)]
         given = None if a_scale is None else a_scale[rows]
+        y: Tensor
         if w.dtype == torch.uint8:
-            y[rows] = torch.ops.intlass.matmul_int4_bf16_tn(
+            y = torch.ops.intlass.matmul_int4_bf16_tn(
                 a[rows], *of[:3], k, given, None, None, of[3], p.out_dtype
             )
         else:
-            y[rows] = torch.ops.intlass.matmul_int8_bf16_tn(
+            y = torch.ops.intlass.matmul_int8_bf16_tn(
                 a[rows], of[0], given, of[1], None, None, of[3], p.out_dtype
             )
+        return y
+
+    y = a.new_zeros((a.shape[0], p.n), dtype=p.out_dtype)
+    if a.is_cuda and torch.cuda.is_current_stream_capturing():  # nobody may ask the GPU
+        experts = _expert_of(a.shape[0], ends)[:, None]
+        for expert in range(w.shape[0]):
+            y = torch.where(experts == expert, product(expert, slice(None)), y)
+        return y
+    for expert, rows in _runs(a, ends):
+        y[rows] = product(expert, rows)
     return y
+
+
+def _expert_of(tokens: int, ends: Tensor) -> Tensor:
+    """That of each token; of those beyond the last expert's, the number of experts."""
+    rows = torch.arange(tokens, device=ends.device)
+    return torch.searchsorted(ends.to(rows.dtype), rows, right=True)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -122,10 +139,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad, w, scales, zeros, ends, ctx.k, ctx.a_dtype
         )
     if ctx.bias_dtype is not None:
-        rows = torch.arange(grad.shape[0], device=grad.device)
-        # Rows beyond the last expert's add to none: to one more, which is cut off.
-        expert = torch.searchsorted(ends.to(rows.dtype), rows, right=True)
+        # Rows of no expert add to one more, which is cut off.
         sums = grad.new_zeros((w.shape[0] + 1, grad.shape[1]), dtype=torch.float32)
+        expert = _expert_of(grad.shape[0], ends)
         grad_bias = sums.index_add(0, expert, grad.float())[:-1].to(ctx.bias_dtype)
     return grad_a, None, None, None, None, None, None, grad_bias, None
 
@@ -152,13 +168,12 @@ def _input_gradient_fake(grad: Tensor, *rest: Any) -> Tensor:
 
 
 _WEIGHTS = "Tensor w, Tensor scales, Tensor? zeros, Tensor ends, SymInt k"
-_TAGS = (torch.Tag.cudagraph_unsafe,)
 define(
     f"{OP}_backward(Tensor grad, {_WEIGHTS}, ScalarType dtype) -> Tensor",
     fake=_input_gradient_fake,
     cpu=_input_gradient,
     cuda=_input_gradient,
-    tags=_TAGS,
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 define(
     f"{OP}(Tensor a, {_WEIGHTS}, Tensor? a_scale=None, Tensor? bias=None, "
@@ -168,7 +183,6 @@ define(
     cuda=_run,
     setup_context=_setup,
     backward=_backward,
-    tags=_TAGS,
 )
 
 
@@ -190,11 +204,12 @@ def matmul_experts(
     from the last of ``ends`` (int32 or int64 [experts]) on to none, and their result is 0. ``w``
     uint8 [experts, N, ceil(K/2)] (INT4, see `pack_int4`) or int8 [experts, N, K]; ``scales`` and,
     of INT4, ``zeros`` [experts, N, groups]; ``bias`` [experts, N]. The rest, dtypes and rounding
-    as in `matmul_int4_bf16_tn` and `matmul_int8_bf16_tn`, which it calls once for each expert with
-    tokens. Has a gradient for ``a`` and ``bias``.
+    as in `matmul_int4_bf16_tn` and `matmul_int8_bf16_tn`. On a GPU one kernel has the tokens of all
+    experts, and CUDA graphs may hold it; float32 activations and `batch_invariant` take one product
+    an expert instead. Has a gradient for ``a`` and ``bias``, which waits for the GPU.
 
-    Raises TypeError or ValueError for what does not fit, `KernelLaunchError` while a CUDA graph is
-    being captured: it waits for the GPU to say how many tokens each expert has.
+    Raises TypeError or ValueError for what does not fit. A grouped kernel cannot: where ``ends`` do
+    not ascend, or exceed the tokens, all that it returns is NaN.
 
     >>> w = torch.tensor([[[1, 2]], [[3, 4]]], dtype=torch.int8)  # two experts, N=1, K=2
     >>> x = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])

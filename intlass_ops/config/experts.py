@@ -1,0 +1,128 @@
+"""Grouped GEMMs: which kernel multiplies tokens that are sorted by expert, and its tiles of tokens.
+
+They are skinny.cu, hopper.cu and gemm.cu, whose blocks find out which expert they have: how many
+tokens it has is data, so there is room for the most tiles there can be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar
+
+from .gemm import Gemm
+from .gemm_tiles import gemm_candidates, gemm_time
+from .hopper import Hopper, why_not_hopper
+from .hopper_tiles import hopper_candidates
+from .problem import Device, Grouping, Shape, groups_of_chunk
+from .skinny import SKINNY_MAX_M, Skinny, pick_skinny, why_not_skinny
+
+Grouped = Skinny | Hopper | Gemm
+_TOGETHER = 8  # tiles of tokens: tiles_together of problem.cuh
+MOST_SLOTS = 65535 * _TOGETHER  # blockIdx.z
+_TILES = 16, 32, 64, 128, 256
+_FEW = 12  # tokens of an expert, in the mean, that a tile of 16 holds more often than not
+
+
+@dataclass(frozen=True)
+class ExpertTiles:
+    """expert_tiles.cu: which tokens of which expert each tile has, a warp for each."""
+
+    source: ClassVar[str] = "expert_tiles.cu"
+    entry: ClassVar[str] = "expert_tiles"
+    starts_early: ClassVar[bool] = True
+    threads: int = 256
+
+    def grid(self, slots: int) -> tuple[int, int, int]:
+        return math.ceil(32 * (slots + 1) / self.threads), 1, 1
+
+    def __str__(self) -> str:
+        return "expert_tiles"
+
+    def expected_sass(self, arch: str) -> tuple[str, ...]:
+        return ()
+
+
+def slots_of(tokens: int, experts: int, tile: int) -> int:
+    """The most tiles that tokens of so many experts, and those of none, can take; whole rounds."""
+    groups = min(experts + 1, tokens)  # that have any
+    return math.ceil(((tokens - groups) // tile + groups) / _TOGETHER) * _TOGETHER
+
+
+def tokens_of(c: Grouped) -> int:
+    """Of a tile."""
+    if not isinstance(c, Skinny):
+        return c.block_m
+    return 8 * c.tiles_m // (c.groups_per_chunk if c.grouping == Grouping.COLUMNS else 1)
+
+
+def _few_tokens(tokens: int, experts: int) -> int:
+    return SKINNY_MAX_M // 2 if 2 * tokens <= _FEW * experts else SKINNY_MAX_M
+
+
+@lru_cache(maxsize=4096)
+def pick_experts(device: Device, shape: Shape, experts: int) -> tuple[Grouped, str]:
+    """The configuration for the tokens of all experts, ``shape.m``, and why.
+
+    Experts' tokens are taken for as many as they are in the mean, and half a tile each for lost.
+    """
+    tokens = shape.m
+    few = replace(shape, m=_few_tokens(tokens, experts), n=shape.n * min(tokens, experts))
+    not_skinny = why_not_skinny(few)
+    if not_skinny is None and tokens <= _FEW * experts:
+        c = replace(pick_skinny(device, few), experts=True)
+        why = f"{tokens} tokens of {experts} experts are bound by reading W"
+        return (_roomy(c) if groups_of_chunk(few) > 1 or device.arch == "sm_120" else c), why
+    found: list[tuple[Grouped, float]] = [*_hopper(device, shape, experts)]
+    found = found or [*_gemm(device, shape, experts)]
+    if not found:
+        raise ValueError(f"no configuration for {experts} experts of {shape} on {device.arch}")
+    best, _ = min(found, key=lambda candidate: candidate[1])
+    why = "the least predicted time"
+    return replace(best, experts=True), why if not_skinny is None else f"{why}; {not_skinny}"
+
+
+def _roomy(c: Skinny) -> Skinny:
+    """With registers for an expert's addresses. For sm_120 ptxas 12.9 crashes where 128 are few."""
+    return replace(c, blocks_per_sm=1, unroll=1 if c.tiles_m > 1 else c.unroll)
+
+
+def _together(tokens: int, experts: int, tile: int) -> int:
+    """Tokens of one weight that take as many tiles."""
+    busy = min(tokens, experts)
+    return tile * max(busy, round(tokens / tile + busy / 2))
+
+
+def _hopper(device: Device, shape: Shape, experts: int) -> Iterator[tuple[Hopper, float]]:
+    if why_not_hopper(device, shape) is not None:
+        return
+    for tile in _TILES[1:]:
+        for c, us in hopper_candidates(device, replace(shape, m=_together(shape.m, experts, tile))):
+            alone = c.cluster == 1 and not (c.stream_k or c.by_stages or c.rest_by_k)
+            if c.block_m == tile and alone and not c.needs_token_sums:
+                yield c, us
+
+
+def _gemm(device: Device, shape: Shape, experts: int) -> Iterator[tuple[Gemm, float]]:
+    for tile in _TILES[:-1]:
+        for c in gemm_candidates(device, replace(shape, m=tile), measured=False):
+            if c.block_m == tile and c.split_k == 1 and not _spills(c, device):
+                together = replace(shape, m=_together(shape.m, experts, tile))
+                yield c, gemm_time(c, device, together)
+
+
+def _spills(c: Gemm, device: Device) -> bool:
+    """Whether the expert's addresses are more than a tile that fills the registers has room for."""
+    grouping = Grouping(c.grouping)
+    short = c.has_zeros or device.arch in ("sm_100", "sm_120")
+    in_sums = short and grouping in (Grouping.TILE, Grouping.SPAN)
+    full = c.block_m * c.block_n >= (64 if in_sums else 128) * 128
+    return full and (in_sums or grouping is Grouping.SCALED_SPANS)
+
+
+def grid_of(c: Grouped, n: int, slots: int, sm_count: int) -> tuple[int, int, int]:
+    if isinstance(c, Hopper):
+        return min(slots * math.ceil(n / c.block_n), sm_count * c.blocks_per_sm), 1, 1
+    return c.grid(1, n)[0] * _TOGETHER, 1, slots // _TOGETHER
