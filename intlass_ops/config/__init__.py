@@ -23,6 +23,7 @@ from .experts import ExpertTiles as ExpertTiles
 from .experts import grid_of as grid_of
 from .experts import pick_experts as pick_experts
 from .experts import slots_of as slots_of
+from .experts import tiles_together as tiles_together
 from .experts import tokens_of as tokens_of
 from .fp4 import FP4_MAX_M as FP4_MAX_M
 from .fp4 import FP4_UNIT as FP4_UNIT

@@ -1,7 +1,7 @@
 """Grouped GEMMs: which kernel multiplies tokens that are sorted by expert, and its tiles of tokens.
 
-They are skinny.cu, hopper.cu and gemm.cu, whose blocks find out which expert they have: how many
-tokens it has is data, so there is room for the most tiles there can be.
+They are skinny.cu, hopper.cu and gemm.cu, whose blocks ask a table that expert_tiles.cu makes on
+the GPU: how many tokens an expert has is data, so there is room for the most tiles there can be.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .problem import Device, Grouping, Shape, groups_of_chunk
 from .skinny import SKINNY_MAX_M, Skinny, pick_skinny, why_not_skinny
 
 Grouped = Skinny | Hopper | Gemm
-_TOGETHER = 8  # tiles of tokens: tiles_together of problem.cuh
-MOST_SLOTS = 65535 * _TOGETHER  # blockIdx.z
+MOST_SLOTS = 65535  # blockIdx.z
+_TOGETHER = 8  # tiles of tokens whose blocks are neighbours and share rows of W
 _TILES = 16, 32, 64, 128, 256
 _FEW = 12  # tokens of an expert, in the mean, that a tile of 16 holds more often than not
 
@@ -46,9 +46,9 @@ class ExpertTiles:
 
 
 def slots_of(tokens: int, experts: int, tile: int) -> int:
-    """The most tiles that tokens of so many experts, and those of none, can take; whole rounds."""
+    """The most tiles that tokens of so many experts, and those of none, can take."""
     groups = min(experts + 1, tokens)  # that have any
-    return math.ceil(((tokens - groups) // tile + groups) / _TOGETHER) * _TOGETHER
+    return (tokens - groups) // tile + groups
 
 
 def tokens_of(c: Grouped) -> int:
@@ -122,7 +122,14 @@ def _spills(c: Gemm, device: Device) -> bool:
     return full and (in_sums or grouping is Grouping.SCALED_SPANS)
 
 
+def tiles_together(c: Grouped, slots: int) -> int:
+    """Tiles of tokens whose blocks are neighbours: of skinny.cu each has other experts' rows."""
+    return min(_TOGETHER, slots) if isinstance(c, Gemm) else 1
+
+
 def grid_of(c: Grouped, n: int, slots: int, sm_count: int) -> tuple[int, int, int]:
+    """Of blocks; ``slots`` whole rounds of `tiles_together`."""
     if isinstance(c, Hopper):
         return min(slots * math.ceil(n / c.block_n), sm_count * c.blocks_per_sm), 1, 1
-    return c.grid(1, n)[0] * _TOGETHER, 1, slots // _TOGETHER
+    near = tiles_together(c, slots)
+    return c.grid(1, n)[0] * near, 1, slots // near

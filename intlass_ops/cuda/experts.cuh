@@ -102,8 +102,8 @@ template <class Params> struct OfBlock<true, Params> {
 
   static __device__ __forceinline__ ExpertTile own_tile(const Params& all) {
     wait_for_predecessors();
-    int used;
-    return find_tile(all.ends, blockIdx.z * tiles_together + blockIdx.x % tiles_together, used);
+    const int together = int(all.together);
+    return load_tile(all.tiles + blockIdx.z * together + blockIdx.x % together);
   }
   // What the main loop should keep in no registers
   __device__ __forceinline__ OfBlock anew(const Params& all) const {
@@ -115,3 +115,10 @@ template <class Params> struct OfBlock<true, Params> {
     return p.m == 0 || belongs_to_none<rows, threads>(p, tile, n0, threadIdx.x);
   }
 };
+// The block's tile of rows, or of rows and tokens
+template <class Params> __device__ __forceinline__ int tile_of_block(const Params& p) {
+  if constexpr (of_experts)
+    return int(blockIdx.x) / int(p.together);
+  else
+    return int(blockIdx.x);
+}

@@ -11,7 +11,6 @@
 //     total += s * (acc - z * xsum),   a_zero through   s * (wsum - z * count).
 // 16-bit activations whose sums need one set of accumulators have a main loop of their own,
 // gemm_ahead.cuh.
-#include "experts.cuh"
 #include "gemm_ahead.cuh"
 #include "gemm_out.cuh"
 
@@ -167,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) gemm(const __grid_const
   extern __shared__ __align__(256) char smem[];
   const OfBlock<of_experts, Params> own{all};
   const Params& p = own.p;
-  if (own.is_done<block_n, threads>(i64(blockIdx.x / tiles_together) * block_n)) return;
+  if (own.is_done<block_n, threads>(i64(tile_of_block(all)) * block_n)) return;
   const Place place(p);
   const i64 k_tiles = tiles_of_k(0, p.k),
             per_stripe = (k_tiles + Config::split_k - 1) / Config::split_k;

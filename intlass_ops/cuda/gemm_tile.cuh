@@ -1,7 +1,7 @@
 // What a block of gemm.cu computes: its tile of the output, what its threads keep of it, and what is read
 // once: scales group by group, and the vectors of the epilogue.
 #pragma once
-#include "epilogue.cuh"
+#include "experts.cuh"
 #include "fragments.cuh"
 
 constexpr int block_m = Config::block_m, block_n = Config::block_n, block_k = Config::block_k;
@@ -159,8 +159,7 @@ struct Place {
   __device__ __forceinline__ Place(const Params& p) {
     constexpr int strip = 2048 / block_m;
     const int tiles_of_m = anew(int((p.m + block_m - 1) / block_m)),
-              tiles_of_n = anew(int((p.n + block_n - 1) / block_n)),
-              tile = anew(blockIdx.x / tiles_together),
+              tiles_of_n = anew(int((p.n + block_n - 1) / block_n)), tile = anew(tile_of_block(p)),
               first_m = tile / (strip * tiles_of_n) * strip,
               width = min(strip, tiles_of_m - first_m), within = tile - first_m * tiles_of_n;
     m0 = i64(first_m + within % width) * block_m;

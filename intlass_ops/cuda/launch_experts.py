@@ -1,7 +1,7 @@
 """Grouped GEMMs on a GPU: tokens sorted by expert, without asking how many each expert has.
 
-Not here: which kernel (config/experts.py), how it finds a tile's expert (expert_tile.cuh), the
-argument checks.
+Two launches: expert_tiles.cu makes a table of which expert and which tokens a tile has, and a GEMM
+goes by it. Not here: which kernel (config/experts.py), the argument checks.
 """
 
 from __future__ import annotations
@@ -33,36 +33,32 @@ from .plans import (
 if TYPE_CHECKING:
     from ..ops.problem import Problem
 
-_ENDS = struct.Struct("=5q")  # ExpertEnds, a pointer first
-_EXPERT_WORDS = 10  # Experts of problem.cuh, before the words of every GEMM
+_TABLE = struct.Struct("=7q")  # Params of expert_tiles.cu, two pointers first
+_EXPERT_WORDS = 6  # Experts of problem.cuh, before the words of every GEMM
 
 
 class Plan(NamedTuple):
     """A grouped GEMM of one signature."""
 
+    table: Launch
     gemm: Launch
-    about_ends: tuple[int, ...]  # of ExpertEnds, behind its pointer
-    strides: tuple[int, ...]  # bytes from expert to expert, as Experts has them
+    slots: int
+    about: tuple[int, ...]  # Experts of problem.cuh, behind the table
     out_shape: tuple[int, int]
     out_dtype: torch.dtype
-    slots: int
-    table: Launch | None  # of all slots, for hopper.cu
     tail: launch_hopper.Tail | None
     report: tuple[Any, ...]  # for `record`
 
     def run(self, x: Tensor, w: Tensor, ends: Tensor, others: tuple[Tensor | None, ...]) -> Tensor:
         """``x`` and ``w`` [experts·N, …] as `_as_read` gives them; scales, zeros, a_scale, bias."""
         y = empty(self.out_shape, contiguous_strides(self.out_shape), self.out_dtype, x.device)
+        table = empty((self.slots + 1, 4), (4, 1), torch.int32, x.device)
         stream = torch._C._cuda_getCurrentRawStream(x.device.index)
-        tiles, tail = 0, b""
-        if self.table is not None and self.tail is not None:
-            table = empty((self.slots + 1, 4), (4, 1), torch.int32, x.device)
-            tiles, tail = table.data_ptr(), self.tail(x, w, stream, None)[0]
-            self.table((ends.data_ptr(), *self.about_ends, tiles), stream)
+        self.table((ends.data_ptr(), table.data_ptr()), stream)
         scales, zeros, a_scale, bias = (0 if t is None else t.data_ptr() for t in others)
         operands = x.data_ptr(), w.data_ptr(), scales, zeros, a_scale, 0, 0, bias, y.data_ptr()
-        of_experts = ends.data_ptr(), *self.about_ends, tiles, *self.strides
-        self.gemm((*of_experts, *operands, 0, 0), stream, tail)
+        tail = b"" if self.tail is None else self.tail(x, w, stream, None)[0]
+        self.gemm((table.data_ptr(), *self.about, *operands, 0, 0), stream, tail)
         if listening():
             record(*self.report)
         return y
@@ -137,10 +133,11 @@ def _make(
     c, why = config.pick_experts(gpu, shape, experts)
     tile = config.tokens_of(c)
     slots = config.slots_of(tokens, experts, tile)
+    near = config.tiles_together(c, slots)
+    slots = math.ceil(slots / near) * near
     grid = config.grid_of(c, p.n, slots, gpu.sm_count)
-    if slots > config.MOST_SLOTS:
+    if grid[2] > config.MOST_SLOTS:
         return None
-    about_ends = experts, tokens, tile, ends.element_size()
     row_bytes = [t.stride(0) * t.element_size() for t in (x, w)]
     rest = (
         p.group_size,
@@ -152,24 +149,22 @@ def _make(
     )
     words = _EXPERT_WORDS + launch.WORDS
     parameters = bytes(8 * words) + launch.NUMBERS.pack(tokens, p.n, p.k, *row_bytes, *rest)
-    table = tail = None
+    tail = None
     if isinstance(c, config.Hopper):
         of_n, k_tiles = math.ceil(p.n / c.block_n), math.ceil(p.k / c.block_k)
         parameters += launch_hopper.parameters((slots, of_n, k_tiles, 0, 1, 0, 0, 0))
         tail = launch_hopper.tail(c, x, w, p.k)
-        t = config.ExpertTiles()
-        about = _ENDS.pack(0, *about_ends) + struct.pack("=2q", 0, slots)
-        table = jit.get(t, device.index).bind(t.grid(slots), (t.threads, 1, 1), 0, about, 6)
+    t = config.ExpertTiles()
+    table = _TABLE.pack(0, 0, experts, tokens, tile, ends.element_size(), slots)
     return Plan(
+        table=jit.get(t, device.index).bind(t.grid(slots), (t.threads, 1, 1), 0, table, 2),
         gemm=jit.get(c, device.index).bind(
             grid, (c.threads, 1, 1), c.smem_bytes, parameters, words
         ),
-        about_ends=about_ends,
-        strides=(p.n * row_bytes[1], *(_expert_bytes(t) for t in (scales, zeros, bias))),
+        slots=slots,
+        about=(near, p.n * row_bytes[1], *(_expert_bytes(t) for t in (scales, zeros, bias))),
         out_shape=(tokens, p.n),
         out_dtype=p.out_dtype,
-        slots=slots,
-        table=table,
         tail=tail,
         report=("matmul_experts", p.scheme, (tokens, p.n, p.k, p.group_size), str(c), why),
     )

@@ -18,8 +18,8 @@ template <> struct Residual<false> {
 // and of all tokens.
 template <bool> struct Experts {};
 template <> struct Experts<true> {
-  ExpertEnds ends;
-  const ExpertTile* tiles;                               // of hopper.cu
+  const ExpertTile* tiles;
+  i64 together;  // tiles of tokens whose blocks are neighbours, where each has blocks of its own
   i64 w_expert, scale_expert, zero_expert, bias_expert;  // bytes from one to the next
 };
 // Configurations of kernels that know of none do not say so.
@@ -28,8 +28,6 @@ template <class Config> struct HasExperts<Config, decltype(int(Config::experts))
   static constexpr bool value = Config::experts;
 };
 constexpr bool of_experts = HasExperts<Config>::value;
-// Tiles of tokens that have blockIdx.x in common
-constexpr int tiles_together = of_experts ? 8 : 1;
 
 struct Params : Residual<Config::residual>, Experts<of_experts> {
   const char *x, *w;

@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   const OfBlock<of_experts, Params> own{all};
   const Params& p = own.p;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quarter = lane % 4;
-  const i64 n0 = i64(blockIdx.x / tiles_together) * rows;
+  const i64 n0 = i64(tile_of_block(all)) * rows;
   if (own.is_done<rows, threads>(n0)) return;
   const int k = int(p.k), chunks = (k + chunk_k - 1) / chunk_k;
   const int groups = grouping == channel ? 1 : k / int(p.group_size);

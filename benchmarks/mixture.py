@@ -1,0 +1,126 @@
+"""A mixture of experts from transformers under torch.compile: bf16 and quantised.
+
+    python benchmarks/mixture.py --json benchmarks/results/h200-mixture.json
+
+Layers of the shape of Qwen3-30B-A3B with random weights, CUDA graphs (`mode="reduce-overhead"`):
+milliseconds a forward pass, without a cache of keys. bf16 runs by each of transformers' own
+implementations of experts that torch.compile takes; quantised models by ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from torch import Tensor, nn
+
+from intlass_ops import (
+    Int4WeightOnly,
+    Int8DynamicActivationInt4Weight,
+    Int8DynamicActivationInt8Weight,
+    Scheme,
+    lowering,
+    provenance,
+    quantize_,
+)
+
+SCHEMES: dict[str, Scheme] = {
+    "w4a16": Int4WeightOnly(128),
+    "w4a8": Int8DynamicActivationInt4Weight(128),
+    "w8a8": Int8DynamicActivationInt8Weight(),
+}
+SHAPES = {
+    "1 sequence": (1, 1),
+    "16 sequences": (16, 1),
+    "64 sequences": (64, 1),
+    "1024 tokens": (1, 1024),
+}
+
+
+def make(layers: int, device: str, tiny: bool) -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeModel
+
+    width, inner, experts = (256, 128, 8) if tiny else (2048, 768, 128)
+    config = Qwen3MoeConfig(
+        hidden_size=width, moe_intermediate_size=inner, intermediate_size=inner,
+        num_experts=experts, num_experts_per_tok=min(8, experts), num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=4, head_dim=128, vocab_size=256,
+        norm_topk_prob=True, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen3MoeModel._from_config(config, dtype=torch.bfloat16)
+    return model.eval()
+
+
+def milliseconds(call: Callable[[], object], device: str, seconds: float) -> float:
+    times: list[float] = []
+    for _ in range(3):
+        call()
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(times) < 5:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times)
+
+
+def rows(model: nn.Module, name: str, backend: Any, options: Any) -> list[dict[str, Any]]:
+    found = []
+    width = model.config.hidden_size
+    compiled = torch.compile(model, backend=backend, mode=options.mode, dynamic=False)
+    for case, (batch, length) in SHAPES.items():
+        if "batched_mm" in name and batch * length > 16:
+            continue  # it gathers a weight for each token and expert
+        x = torch.randn(batch, length, width, dtype=torch.bfloat16, device=options.device)
+
+        def call(x: Tensor = x) -> Tensor:
+            y: Tensor = compiled(inputs_embeds=x, use_cache=False).last_hidden_state
+            return y
+
+        ms = milliseconds(call, options.device, options.seconds)
+        found.append({"model": name, "case": case, "ms": round(ms, 4)})
+        print(found[-1], flush=True)
+    torch.compiler.reset()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--mode", default="reduce-overhead")
+    parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--schemes", default=",".join(SCHEMES))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found = []
+    with torch.inference_mode():
+        for implementation in ("grouped_mm", "batched_mm"):
+            model = make(options.layers, options.device, options.tiny)
+            model.set_experts_implementation(implementation)
+            found += rows(model, f"bf16, {implementation}", "inductor", options)
+        for scheme in options.schemes.split(","):
+            model = make(options.layers, options.device, options.tiny)
+            quantize_(model, SCHEMES[scheme])
+            found += rows(model, scheme, lowering.backend, options)
+    if options.json:
+        about = provenance.environment(torch.device(options.device))
+        provenance.write_json(str(options.json), {**about, "layers": options.layers, "rows": found})
+
+
+if __name__ == "__main__":
+    main()
