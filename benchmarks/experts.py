@@ -60,8 +60,9 @@ def routing(layer: Layer, tokens: int) -> Tensor:
     return counts.cumsum(0)
 
 
-def weight(codes: Tensor, scales: Tensor, k: int, expert: int) -> Tensor:
-    return dequantize(codes[expert], scales[expert].float(), k=k).double()
+def weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, k: int, expert: int) -> Tensor:
+    z = None if zeros is None else zeros[expert]
+    return dequantize(codes[expert], scales[expert].float(), z, k=k).double()
 
 
 def error(x: Tensor, y: Tensor, ends: Tensor, dense: Callable[[int], Tensor]) -> float:
@@ -98,6 +99,7 @@ class Weights(NamedTuple):
     dense: Tensor
     w4: Tensor
     s4: Tensor
+    z4: Tensor
     w8: Tensor
     s8: Tensor
 
@@ -110,6 +112,7 @@ def draw(layer: Layer) -> Weights:
         dense=torch.randn(e, n, k, device="cuda", dtype=BF16),
         w4=w8[..., : k // 2].contiguous().view(torch.uint8),
         s4=(torch.rand(e, n, groups, device="cuda") * 0.01 + 0.01).to(BF16),
+        z4=torch.randint(0, 16, (e, n, groups), device="cuda", dtype=torch.uint8),
         w8=w8,
         s8=torch.rand(e, n, 1, device="cuda") * 1e-3 + 1e-3,
     )
@@ -126,6 +129,7 @@ def measure(layer: Layer, of: Weights, m: int) -> Iterator[dict[str, Any]]:
     calls: dict[str, Callable[[int], Tensor]] = {
         "bf16": lambda i: torch._grouped_mm(x, of.dense.transpose(1, 2), offs=offsets[i]),
         "w4a16": lambda i: matmul_experts(x, of.w4, of.s4, ends=ends[i]),
+        "w4a16, zero points": lambda i: matmul_experts(x, of.w4, of.s4, of.z4, ends=ends[i]),
         "w8a16": lambda i: matmul_experts(x, of.w8, of.s8, ends=ends[i]),
         "w8a8": lambda i: matmul_experts(xq, of.w8, of.s8, ends=ends[i], a_scale=xs),
         "w4a8": lambda i: matmul_experts(xq, of.w4, of.s4, ends=ends[i], a_scale=xs),
@@ -136,8 +140,9 @@ def measure(layer: Layer, of: Weights, m: int) -> Iterator[dict[str, Any]]:
         ran = explain(call, 0)
         if scheme != "bf16":
             codes, scales = (of.w4, of.s4) if scheme[1] == "4" else (of.w8, of.s8)
-            given = x if scheme.endswith("16") else xq * xs
-            dense = functools.partial(weight, codes, scales, layer.k)
+            given = xq * xs if scheme.endswith("a8") else x
+            zeros = of.z4 if "zero" in scheme else None
+            dense = functools.partial(weight, codes, scales, zeros, layer.k)
             row["error"] = round(error(given, ran.result, ends[0], dense), 3)
             row["kernel"] = ran.dispatches[0].kernel
         row["us"] = round(timing.microseconds(call, CHOICES, "cuda", SECONDS), 2)

@@ -256,13 +256,46 @@ def stored_table() -> str:
     return table(["under bf16", *(f"M = {m}" for m in tokens)], lines)
 
 
+def experts_table() -> str:
+    """Grouped products beside PyTorch's of bf16, of the same run."""
+    rows = read("experts-h200.json")["rows"]
+    us = {(r["model"], r["scheme"], r["m"]): r["us"] for r in rows}
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    tokens = sorted({r["m"] for r in rows})
+    lines = []
+    for scheme in dict.fromkeys(r["scheme"] for r in rows if r["scheme"] != "bf16"):
+        of = [[us[x, "bf16", m] / us[x, scheme, m] for x in models] for m in tokens]
+        name, *rest = scheme.split(", ")
+        lines.append(
+            [
+                ", ".join((name.upper(), *rest)),
+                *(f"{geometric_mean(each):.2f} ({min(each):.2f})" for each in of),
+            ]
+        )
+    return table(["", *(f"{m} tokens" if m > 1 else "1 token" for m in tokens)], lines)
+
+
+def mixture_table() -> str:
+    """A mixture of experts under torch.compile."""
+    rows = read("h200-mixture.json")["rows"]
+    cases = list(dict.fromkeys(r["case"] for r in rows))
+    ms = {(r["model"], r["case"]): r["ms"] for r in rows}
+    lines = []
+    for name in dict.fromkeys(r["model"] for r in rows):
+        cells = (f"{ms[name, case]:.3f}" if (name, case) in ms else "-" for case in cases)
+        lines.append([name if name.startswith("bf16") else name.upper(), *cells])
+    return table(["milliseconds", *cases], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy_table,
     "accuracy_kinds": accuracy_kinds_table,
     "demo": demo_table,
+    "experts": experts_table,
     "four_bit_activations": four_bit_activations_table,
     "gemm": gemm_table,
     "lowering": lowering_table,
+    "mixture": mixture_table,
     "model": model_table,
     "qat": qat_table,
     "ratios": ratios_table,

@@ -227,7 +227,8 @@ class IntExpertLinear(_Codes):
 
     ``weight`` [experts, N, ceil(K/2) or K], ``scales`` and ``zeros`` [experts, N, K/group_size],
     otherwise as in `IntLinear`. Called with tokens [T, K] sorted by expert, where the tokens of
-    each expert end, and biases [experts, N], if there are any (see `matmul_experts`).
+    each expert end, and biases [experts, N], if there are any (see `matmul_experts`). Or with
+    tokens in any order, and ``rows``: which of them each expert has, one expert after the other.
 
     >>> layer = IntExpertLinear(torch.ones(2, 1, 16, dtype=torch.int8), torch.ones(2, 1, 1))
     >>> layer(torch.ones(3, 16), ends=torch.tensor([3, 3])).tolist()
@@ -263,8 +264,12 @@ class IntExpertLinear(_Codes):
             activation=layers[0].activation,
         )
 
-    def forward(self, x: Tensor, ends: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, ends: Tensor, bias: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         a, a_scale = self._activations(x)
+        if rows is not None:  # only now: a token that several experts have is quantised once
+            a, a_scale = a[rows], None if a_scale is None else a_scale[rows]
         return matmul_experts(
             a,
             self.weight,

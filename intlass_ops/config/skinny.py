@@ -120,7 +120,7 @@ def pick_skinny(device: Device, shape: Shape) -> Skinny:
     Measured on an H200 over rows x warps x unroll x blocks (docs/notes/kernels.md); what the best
     of each shape needs more registers for than there are is left out.
     """
-    return _config(shape, _direct_tile(device, shape))
+    return skinny_config(shape, _direct_tile(device, shape))
 
 
 def skinny_candidates(device: Device, shape: Shape) -> Iterator[Skinny]:
@@ -134,7 +134,7 @@ def skinny_candidates(device: Device, shape: Shape) -> Iterator[Skinny]:
         for warps in (4, 8, 16):
             handed = not groups_spread(shape) or tiles_n * warps <= 16
             if 32 * warps <= threads and warps * unroll <= chunks and handed:
-                yield _config(shape, (tiles_n, warps, unroll, threads // (32 * warps)))
+                yield skinny_config(shape, (tiles_n, warps, unroll, threads // (32 * warps)))
 
 
 def _threads(device: Device, shape: Shape, pieces: int, unroll: int) -> int:
@@ -163,7 +163,7 @@ def few_tokens_grouping(shape: Shape) -> Grouping:
     return Grouping.CHANNEL if shape.group_size >= shape.k else Grouping.SPAN
 
 
-def _config(shape: Shape, tile: tuple[int, int, int, int]) -> Skinny:
+def skinny_config(shape: Shape, tile: tuple[int, int, int, int]) -> Skinny:
     tiles_n, warps, unroll, blocks_per_sm = tile
     chunk_k = 512 // BITS[shape.w_kind]
     return Skinny(

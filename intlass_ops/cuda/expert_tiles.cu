@@ -4,7 +4,7 @@
 #include "expert_tile.cuh"
 #include "memory.cuh"
 
-constexpr int threads = Config::threads;
+constexpr int threads = Config::threads, neighbours = 8;  // experts of a lane
 
 struct Params {
   const void* ends;
@@ -30,23 +30,34 @@ extern "C" __global__ void __launch_bounds__(threads)
   int before = 0;  // tiles of the experts before
   bool bad = false;
 #pragma unroll 1
-  for (int e0 = 0; e0 <= p.experts; e0 += 32) {
-    const int e = e0 + lane;
-    const i64 begin = p.end_of(e - 1), end = e <= p.experts ? p.end_of(e) : begin;
-    bad |= begin < 0 || begin > end || end > tokens;
-    const int own = int(max(end - begin, i64(0)) + tile - 1) / tile;
-    int sum = own;
+  for (int e0 = 0; e0 <= p.experts; e0 += 32 * neighbours) {
+    const int e = e0 + lane * neighbours;
+    i64 end[neighbours + 1];  // all on their way at once
+#pragma unroll
+    for (int i = 0; i <= neighbours; ++i) end[i] = p.end_of(e + i - 1);
+    int own[neighbours], sum = 0;
+#pragma unroll
+    for (int i = 0; i < neighbours; ++i) {
+      bad |= end[i] < 0 || end[i] > end[i + 1] || end[i + 1] > tokens;
+      own[i] = (int(max(end[i + 1] - end[i], i64(0))) + tile - 1) / tile;
+      sum += own[i];
+    }
+    int upto = sum;  // with those of the lanes before
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      const int other = __shfl_up_sync(~0u, sum, distance);
-      if (lane >= distance) sum += other;
+      const int other = __shfl_up_sync(~0u, upto, distance);
+      if (lane >= distance) upto += other;
     }
-    const int index = slot - (before + sum - own);
-    if (index >= 0 && index < own) {
-      const int first = int(begin) + index * tile;
-      found = {e < p.experts ? e : no_expert, first, min(tile, int(end) - first), 0};
+    int index = slot - (before + upto - sum);
+#pragma unroll
+    for (int i = 0; i < neighbours; ++i) {
+      if (index >= 0 && index < own[i]) {
+        const int first = int(end[i]) + index * tile, last = int(end[i + 1]);
+        found = {e + i < p.experts ? e + i : no_expert, first, min(tile, last - first), 0};
+      }
+      index -= own[i];
     }
-    before += __shfl_sync(~0u, sum, 31);
+    before += __shfl_sync(~0u, upto, 31);
   }
   bad = __any_sync(~0u, bad);
   const int used = bad ? (tokens + tile - 1) / tile : before;

@@ -103,12 +103,12 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     ends = torch.searchsorted(experts, numbers, right=True)
     up, down = projections(self)
 
-    def multiply(name: str, x: Tensor) -> Tensor:
+    def multiply(name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
-        y: Tensor = getattr(self, name + SUFFIX)(x, ends, bias)
+        y: Tensor = getattr(self, name + SUFFIX)(x, ends, bias, rows)
         return y
 
-    y = multiply(up, hidden_states[order // top_k])
+    y = multiply(up, hidden_states, order // top_k)
     y = multiply(down, self._apply_gate(y) if self.has_gate else self.act_fn(y))
     if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
