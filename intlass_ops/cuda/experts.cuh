@@ -102,7 +102,7 @@ template <class Params> struct OfBlock<true, Params> {
 
   static __device__ __forceinline__ ExpertTile own_tile(const Params& all) {
     wait_for_predecessors();
-    const int together = int(all.together);
+    const u32 together = u32(all.together);
     return load_tile(all.tiles + blockIdx.z * together + blockIdx.x % together);
   }
   // What the main loop should keep in no registers
@@ -116,9 +116,9 @@ template <class Params> struct OfBlock<true, Params> {
   }
 };
 // The block's tile of rows, or of rows and tokens
-template <class Params> __device__ __forceinline__ int tile_of_block(const Params& p) {
+template <class Params> __device__ __forceinline__ u32 tile_of_block(const Params& p) {
   if constexpr (of_experts)
-    return int(blockIdx.x) / int(p.together);
+    return blockIdx.x / u32(p.together);
   else
-    return int(blockIdx.x);
+    return blockIdx.x;
 }
