@@ -106,19 +106,23 @@ def main() -> None:
     parser.add_argument("--schemes", default=",".join(SCHEMES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found = []
+    about = {**provenance.environment(torch.device(options.device)), "layers": options.layers}
+    found: list[dict[str, Any]] = []
+
+    def measure(model: nn.Module, name: str, backend: Any) -> None:
+        found.extend(rows(model, name, backend, options))
+        if options.json:
+            provenance.write_json(str(options.json), {**about, "rows": found})
+
     with torch.inference_mode():
         for implementation in ("grouped_mm", "batched_mm"):
             model = make(options.layers, options.device, options.tiny)
             model.set_experts_implementation(implementation)
-            found += rows(model, f"bf16, {implementation}", "inductor", options)
+            measure(model, f"bf16, {implementation}", "inductor")
         for scheme in options.schemes.split(","):
             model = make(options.layers, options.device, options.tiny)
             quantize_(model, SCHEMES[scheme])
-            found += rows(model, scheme, lowering.backend, options)
-    if options.json:
-        about = provenance.environment(torch.device(options.device))
-        provenance.write_json(str(options.json), {**about, "layers": options.layers, "rows": found})
+            measure(model, scheme, lowering.backend)
 
 
 if __name__ == "__main__":
