@@ -51,6 +51,14 @@ def test_each_run_of_tokens_meets_its_expert(ends: list[int], device: str) -> No
     assert_identical(y, expected)
 
 
+@pytest.mark.parametrize("activation", [None, "int8", "int4"])
+def test_tokens_in_any_order_are_quantised_once(activation: Any, device: str) -> None:
+    layer = IntExpertLinear(*stack().values(), activation=activation).to(device)
+    x, ends = torch.randn(4, 32, device=device), torch.tensor([2, 2, 6], device=device)
+    rows = torch.tensor([3, 0, 0, 1, 2, 3], device=device)
+    assert_identical(layer(x, ends, rows=rows), layer(x[rows], ends))
+
+
 def test_gradients_are_those_of_the_dense_experts() -> None:
     weights, ends = stack(), torch.tensor([2, 2, 5])
     x = torch.randn(6, 32, requires_grad=True)

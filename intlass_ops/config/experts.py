@@ -71,18 +71,24 @@ def _few_tokens(tokens: int, experts: int) -> int:
     return SKINNY_MAX_M // 2 if 2 * tokens <= _FEW * experts else SKINNY_MAX_M
 
 
-@lru_cache(maxsize=4096)
 def pick_experts(device: Device, shape: Shape, experts: int) -> tuple[Grouped, str]:
     """The configuration for the tokens of all experts, ``shape.m``, and why.
 
     Experts' tokens are taken for as many as they are in the mean, and half a tile each for lost.
+    By three bits of their number, so that a new one seldom asks for all that follows.
     """
+    step = 1 << max(0, shape.m.bit_length() - 3)
+    return _pick(device, replace(shape, m=-(-shape.m // step) * step), experts)
+
+
+@lru_cache(maxsize=4096)
+def _pick(device: Device, shape: Shape, experts: int) -> tuple[Grouped, str]:
     tokens = shape.m
     few = replace(shape, m=_few_tokens(tokens, experts), n=shape.n * min(tokens, experts))
     not_skinny = why_not_skinny(few)
     if not_skinny is None and tokens <= _FEW * experts:
         c = replace(_skinny(device, few), experts=True)
-        return c, f"{tokens} tokens of {experts} experts are bound by reading W"
+        return c, "few tokens an expert are bound by reading W"
     found: list[tuple[Grouped, float]] = [*_hopper(device, shape, experts)]
     found = found or [*_gemm(device, shape, experts)]
     if not found:
@@ -101,14 +107,15 @@ def _skinny(device: Device, shape: Shape) -> Skinny:
     """
     if shape.n <= 64 * device.sm_count:
         return _roomy(device, shape, pick_skinny(device, shape))
-    few, grouped = columns_of(shape) <= 8, shape.group_size < shape.k
-    deep = shape.k * BITS[shape.w_kind] >= 16 * 512
+    few, deep = columns_of(shape) <= 8, shape.k * BITS[shape.w_kind] >= 16 * 512
+    most = 8 if device.arch.startswith("sm_90") else 4  # blocks an SM: elsewhere eight may spill
     if BITS[shape.w_kind] == 8:
-        measured = device.arch.startswith("sm_90") and not grouped  # others may spill
-        tile = ((2, 4, 2, 4) if deep else (2, 4, 1, 8)) if few else (1, 4, 2, 8 if measured else 4)
+        of_few = (2, 4, 2, 4) if deep else (2, 4, 1, 8)
+        tile = of_few if few else (1, 4, 2, 4 if shape.group_size < shape.k else most)
+    elif BITS[shape.x_kind] == 8 and few:
+        tile = 2, 4, 1, most
     else:
-        light = BITS[shape.x_kind] == 8 and few
-        tile = 2, 4, 2 if few and deep and not light else 1, 8 if light else 4
+        tile = 2, 4, 2 if few and deep else 1, 4
     return _roomy(device, shape, skinny_config(shape, tile))
 
 
