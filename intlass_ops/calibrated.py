@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import calibrate
 from .calibrate import InputStatistics, QuantizedWeight
 from .gptq import gptq
+from .integrations import experts
 from .ops._library import without_autocast
 
 Method = Literal["rtn", "mse", "hqq", "gptq", "awq"]
@@ -66,6 +67,76 @@ def weights(
                     raise ValueError(f"quantize_: {path}: {problem}") from problem
                 replace(linear, q, c)
                 next(done)
+
+
+def expert_weights(
+    model: nn.Module,
+    mixtures: Sequence[tuple[str, nn.Module]],
+    method: Method,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    calibration: Sequence[Any],
+    replace: Callable[[nn.Module, dict[str, list[QuantizedWeight]]], None],
+    progress: bool,
+) -> None:
+    """``replace(module, weights of each expert by projection)`` for each of ``mixtures`` in turn.
+
+    Each expert by what the data sends to it; one that sees nothing as "mse" does without data.
+    """
+    done = _bar(f"Quantising experts ({method})", len(mixtures), progress)
+    with torch.no_grad():
+        for path, module in mixtures:
+            found: dict[str, list[QuantizedWeight]] = {}
+            for part in _expert_passes(module):
+                seen = _expert_statistics(model, module, part, calibration)
+                for name, expert in part:
+                    w = experts.weights_of(module, name)[expert]
+                    own = seen.pop((name, expert))
+                    how: Method = "gptq" if method == "gptq" and own.tokens else "mse"
+                    try:
+                        with without_autocast(w.device):
+                            data = own if own.tokens else None
+                            q, _ = _quantize(w, how, bits, group_size, symmetric, data)
+                    except ValueError as problem:
+                        where = f"{path}.{name}[{expert}]"
+                        raise ValueError(f"quantize_: {where}: {problem}") from problem
+                    found.setdefault(name, []).append(q)
+            replace(module, found)
+            next(done)
+
+
+def _expert_passes(module: nn.Module) -> Iterator[list[tuple[str, int]]]:
+    part: list[tuple[str, int]] = []
+    held = 0
+    for name in experts.projections(module):
+        count, _, k = experts.weights_of(module, name).shape
+        for expert in range(count):
+            if part and held + 4 * k**2 > HESSIAN_BYTES:
+                yield part
+                part, held = [], 0
+            part.append((name, expert))
+            held += 4 * k**2
+    yield part
+
+
+def _expert_statistics(
+    model: nn.Module, module: nn.Module, part: Sequence[tuple[str, int]], calibration: Sequence[Any]
+) -> dict[tuple[str, int], InputStatistics]:
+    """Those of each expert's inputs over one pass of the data."""
+    weights = {name: experts.weights_of(module, name) for name in experts.projections(module)}
+    found = {
+        (name, expert): InputStatistics(weights[name].shape[2], device=weights[name].device)
+        for name, expert in part
+    }
+
+    def see(name: str, expert: int, x: Tensor) -> None:
+        if (name, expert) in found:
+            found[name, expert].update(x)
+
+    with experts.watched(module, see):
+        _run(model, calibration)
+    return found
 
 
 def _quantize(
@@ -121,6 +192,18 @@ def _statistics(
         linear.register_forward_pre_hook(listen(found[path]), with_kwargs=True)
         for path, linear in part
     ]
+    try:
+        _run(model, calibration)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for path, statistics in found.items():
+        if not statistics.tokens:
+            raise ValueError(f"quantize_: {path}: no calibration batch reaches this layer")
+    return found
+
+
+def _run(model: nn.Module, calibration: Sequence[Any]) -> None:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -134,12 +217,6 @@ def _statistics(
     finally:
         for module, training in modes:
             module.training = training
-        for hook in hooks:
-            hook.remove()
-    for path, statistics in found.items():
-        if not statistics.tokens:
-            raise ValueError(f"quantize_: {path}: no calibration batch reaches this layer")
-    return found
 
 
 def _bar(text: str, total: int, progress: bool) -> Iterator[object]:

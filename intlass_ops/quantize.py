@@ -136,16 +136,17 @@ def quantize_(
     layers' inputs; "awq" scales input channels by powers of two before it rounds, so that those
     with large inputs are rounded more finely, and the layer divides its input by them. Both collect
     their statistics from ``calibration``: batches that ``model`` is called with (a tensor, a tuple
-    of arguments or a mapping of named ones), read once for every 2 GiB of statistics. With data
-    "mse" weighs errors by the mean square of their inputs, which matters where few inputs are
-    large. ``progress`` shows a bar on a terminal if `rich` is installed. A `QATConfig` makes
-    trainable `QATLinear`s instead, of which `convert_` makes integer layers after training.
-    ``filter_fn(module, name)`` picks the linears (default: all); those that a model of transformers
-    keeps in fp32 (T5's `wo`) stay as they are. A module that occurs twice stays shared, hooks stay.
-    Fused experts of transformers (3-D parameters) become `IntExpertLinear`s; ``filter_fn`` is asked
-    for their module. "gptq" and "awq" take them as "mse" does, without data. A warning names the
-    3-D weights that stay as they are. Scales of INT4 weights take the weight's dtype under "rtn",
-    all others are fp32.
+    of arguments or a mapping of named ones), read once for every 2 GiB of statistics and once for
+    each mixture of experts. With data "mse" weighs errors by the mean square of their inputs, which
+    matters where few inputs are large. ``progress`` shows a bar on a terminal if `rich` is
+    installed. A `QATConfig` makes trainable `QATLinear`s instead, of which `convert_` makes integer
+    layers after training. ``filter_fn(module, name)`` picks the linears (default: all); those that
+    a model of transformers keeps in fp32 (T5's `wo`) stay as they are. A module that occurs twice
+    stays shared, hooks stay. Fused experts of transformers (3-D parameters) become
+    `IntExpertLinear`s; ``filter_fn`` is asked for their module. "gptq" and "mse" take each by the
+    data that reaches it, "awq" as "mse" does, and what no data reaches is taken without. A warning
+    names the 3-D weights that stay as they are. Scales of INT4 weights take the weight's dtype
+    under "rtn", all others are fp32.
 
     Raises, naming the layer and leaving the model's linears as they were, ValueError for a K that
     is 0 or not a multiple of the group size and for data that no Hessian can be made of, TypeError
@@ -199,10 +200,13 @@ def quantize_(
         for parent, name, module in found:
             setattr(parent, name, module)
         raise
-    for _, module in mixtures:
-        for name in experts.projections(module):
-            layer = quantize_experts(experts.weights_of(module, name), config)
-            experts.put(module, name, layer)
+    if calibration is not None:
+        _calibrate_experts(model, mixtures, config, calibration, progress)
+    else:
+        for _, module in mixtures:
+            for name in experts.projections(module):
+                layer = quantize_experts(experts.weights_of(module, name), config)
+                experts.put(module, name, layer)
     side_by_side.lay_siblings(model)
     weight_readers.announce(model)
     left = experts.experts_left(model)
@@ -243,15 +247,9 @@ def _quantize_calibrated(
     paths = {module: path for path, module in model.named_modules()}
 
     def replace(linear: nn.Linear, q: QuantizedWeight, channels: Tensor | None) -> None:
-        layer = IntLinear(
-            packing.pack(q.codes) if config.bits == 4 else q.codes,
-            q.scales,
-            q.zeros,
-            None if linear.bias is None else linear.bias.detach(),
-            in_features=linear.in_features,
-            activation=config.activation,
-            input_scale=None if channels is None else channels.reciprocal().to(linear.weight.dtype),
-        )
+        bias = None if linear.bias is None else linear.bias.detach()
+        by = None if channels is None else channels.reciprocal().to(linear.weight.dtype)
+        layer = _layer_of(q, config, bias, by)
         for parent, name in places[linear]:
             setattr(parent, name, weight_readers.succeed(layer, linear))
 
@@ -265,6 +263,39 @@ def _quantize_calibrated(
         calibration,
         replace,
         progress,
+    )
+
+
+def _calibrate_experts(
+    model: nn.Module,
+    mixtures: Sequence[tuple[str, nn.Module]],
+    config: Scheme,
+    calibration: Sequence[Any],
+    progress: bool,
+) -> None:
+    def replace(module: nn.Module, weights: dict[str, list[QuantizedWeight]]) -> None:
+        for name, each in weights.items():
+            layer = IntExpertLinear.stack([_layer_of(q, config) for q in each])
+            experts.put(module, name, layer)
+
+    how = config.method, config.bits, config.group_size, config.symmetric
+    calibrated.expert_weights(model, mixtures, *how, calibration, replace, progress)
+
+
+def _layer_of(
+    q: QuantizedWeight,
+    config: Scheme,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+) -> IntLinear:
+    return IntLinear(
+        packing.pack(q.codes) if config.bits == 4 else q.codes,
+        q.scales,
+        q.zeros,
+        bias,
+        in_features=q.codes.shape[1],
+        activation=config.activation,
+        input_scale=input_scale,
     )
 
 
@@ -307,11 +338,7 @@ def quantize_linear(linear: nn.Linear, config: Scheme) -> IntLinear:
 
 
 def quantize_experts(w: Tensor, config: Scheme) -> IntExpertLinear:
-    """The IntExpertLinear of weights [experts, N, K].
-
-    The methods that need data take each expert as "mse" does: no statistics of the few tokens that
-    reach an expert are collected.
-    """
+    """The IntExpertLinear of weights [experts, N, K]; methods that need data, as "mse" without."""
     method = config.method if config.method in ("rtn", "hqq") else "mse"
     layers: list[Any] = []
     for one in w:

@@ -188,3 +188,45 @@ class Unknown(nn.Module):
 def test_experts_of_another_kind_are_reported() -> None:
     with pytest.warns(UserWarning, match=r"1 fused expert weights stay torch.float32 \(0\.w, …"):
         quantize_(nn.Sequential(Unknown()), Int4WeightOnly(16))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Qwen3Moe"])
+def test_experts_learn_from_what_reaches_them(name: str) -> None:
+    """Their outputs' error, of rounding to nearest, without and with data."""
+    from intlass_ops.integrations import experts
+
+    dense = tiny(name)
+    rng = torch.Generator().manual_seed(1)
+    data = [torch.randint(0, 32, (8, 48), generator=rng) for _ in range(3)]
+    expected = [dense(batch).logits for batch in data]
+
+    def error(method: Any, calibration: Any) -> float:
+        model = copy.deepcopy(dense)
+        scheme = Int4WeightOnly(16, method=method)
+        quantize_(model, scheme, only_experts, calibration=calibration, progress=False)
+        (mixture,) = (m for m in model.modules() if experts.is_quantized(m))
+        assert not hasattr(mixture, "intlass_multiply")
+        outputs = [model(batch).logits for batch in data]
+        return sum(float((y - e).square().sum()) for y, e in zip(outputs, expected, strict=True))
+
+    without, with_data, gptq = error("mse", None), error("mse", data), error("gptq", data)
+    assert gptq < 0.8 * with_data < 0.8 * without
+
+
+def only_experts(module: nn.Module, _: str) -> bool:
+    return not isinstance(module, nn.Linear)
+
+
+def test_experts_that_no_data_reaches_are_quantised_without() -> None:
+    from intlass_ops.integrations import experts
+
+    model, plain = tiny("Mixtral"), tiny("Mixtral")
+    one = [torch.tensor([[5]])]  # reaches two of four experts
+    quantize_(model, Int4WeightOnly(16, method="gptq"), only_experts, calibration=one)
+    quantize_(plain, Int4WeightOnly(16, method="mse"), only_experts)
+    (of_data,) = (m for m in model.modules() if experts.is_quantized(m))
+    (of_none,) = (m for m in plain.modules() if experts.is_quantized(m))
+    for name in experts.projections(of_data):
+        codes, others = (getattr(m, name + experts.SUFFIX).weight for m in (of_data, of_none))
+        assert int((codes == others).flatten(1).all(1).sum()) >= 2

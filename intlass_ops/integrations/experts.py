@@ -10,8 +10,9 @@ the attributes that `use_experts_implementation` gives its modules.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from ..nn import IntExpertLinear
 from ..ops import dequantize
 
-IMPLEMENTATION = "intlass"
+IMPLEMENTATION, WATCHED = "intlass", "intlass_watched"
 # Not the parameters' own names: transformers splits tensors of these names when a model is saved.
 SUFFIX = "_quantized"
 # What its interface calls an implementation with, or asks of the module.
@@ -71,6 +72,41 @@ def put(module: Any, name: str, layer: IntExpertLinear) -> None:
     module._is_hf_initialized = True
 
 
+@contextlib.contextmanager
+def watched(module: Any, see: Callable[[str, int, Tensor], None]) -> Iterator[None]:
+    """Within, ``see(name, expert, x)`` is told what each expert's projection is called with.
+
+    The module still multiplies by its own weights, one expert after the other.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    def multiply(name: str, x: Tensor, ends: Tensor, rows: Tensor | None) -> Tensor:
+        x = x if rows is None else x[rows]
+        weight, bias = weights_of(module, name), getattr(module, f"{name}_bias", None)
+        y, start = x.new_zeros(x.shape[0], weight.shape[1]), 0
+        for expert, end in enumerate(ends.tolist()):
+            if end > start:
+                own = None if bias is None else bias[expert]
+                see(name, expert, x[start:end])
+                y[start:end] = nn.functional.linear(x[start:end], weight[expert], own)
+            start = end
+        return y
+
+    before = module.config
+    module.config, module.intlass_multiply = copy.copy(before), multiply
+    module.config._experts_implementation_internal = WATCHED
+    ALL_EXPERTS_FUNCTIONS.register(WATCHED, _watched_forward)
+    try:
+        yield
+    finally:
+        module.config = before
+        del module.intlass_multiply
+
+
+def _watched_forward(self: Any, *args: Tensor) -> Tensor:
+    return _mix(self, self.intlass_multiply, *args)
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Whether `put` has been here."""
     return hasattr(module, "dense_config")
@@ -96,6 +132,23 @@ def take_back(module: Any, dtype: torch.dtype) -> None:
 
 def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Σ of the chosen experts' outputs, weighted: hidden_states [T, K], the others [T, top_k]."""
+
+    def multiply(name: str, x: Tensor, ends: Tensor, rows: Tensor | None) -> Tensor:
+        bias = getattr(self, f"{name}_bias") if self.has_bias else None
+        y: Tensor = getattr(self, name + SUFFIX)(x, ends, bias, rows)
+        return y
+
+    return _mix(self, multiply, hidden_states, top_k_index, top_k_weights)
+
+
+def _mix(
+    self: Any,
+    multiply: Callable[[str, Tensor, Tensor, Tensor | None], Tensor],
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
+    """``multiply(name, x, ends, rows)``: a projection of rows of x, by expert."""
     top_k = top_k_index.shape[-1]
     # Tokens by expert; beyond the last are those of experts that other processes hold.
     experts, order = top_k_index.reshape(-1).sort(stable=True)
@@ -103,13 +156,8 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     ends = torch.searchsorted(experts, numbers, right=True)
     up, down = projections(self)
 
-    def multiply(name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        bias = getattr(self, f"{name}_bias") if self.has_bias else None
-        y: Tensor = getattr(self, name + SUFFIX)(x, ends, bias, rows)
-        return y
-
-    y = multiply(up, hidden_states, order // top_k)
-    y = multiply(down, self._apply_gate(y) if self.has_gate else self.act_fn(y))
+    y = multiply(up, hidden_states, ends, order // top_k)
+    y = multiply(down, self._apply_gate(y) if self.has_gate else self.act_fn(y), ends, None)
     if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
