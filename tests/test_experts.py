@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from intlass_ops import (
     IntExpertLinear,
     Scheme,
     dequantize,
+    fp4,
     matmul_experts,
     pack_int4,
     quantize_,
@@ -230,3 +232,103 @@ def test_experts_that_no_data_reaches_are_quantised_without() -> None:
     for name in experts.projections(of_data):
         codes, others = (getattr(m, name + experts.SUFFIX).weight for m in (of_data, of_none))
         assert int((codes == others).flatten(1).all(1).sum()) >= 2
+
+
+def write_mxfp4(dense: Any, directory: Path) -> None:
+    """A checkpoint as gpt-oss is published, of random codes that ``dense`` has from now on too."""
+    from safetensors.torch import save_file
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    state = {name: t.clone() for name, t in dense.state_dict().items()}
+    rng = torch.Generator().manual_seed(3)
+    for name in [n for n in state if n.endswith(("gate_up_proj", "down_proj"))]:
+        parameter = dense.get_parameter(name)
+        experts, k, n = parameter.shape
+        blocks = torch.randint(0, 256, (experts, n, k // 32, 16), generator=rng, dtype=torch.uint8)
+        scales = torch.randint(120, 124, blocks.shape[:3], generator=rng, dtype=torch.uint8)
+        parameter.data = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        del state[name]
+        state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    dense.config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": ["x"]}
+    dense.config.architectures = [type(dense).__name__]
+    dense.config.save_pretrained(directory)
+    save_file(state, directory / "model.safetensors")
+    del dense.config.quantization_config
+
+
+def gpt_oss() -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GptOssConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=64, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.GptOssForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def test_gpt_oss_is_read_exactly(tmp_path: Path) -> None:
+    from intlass_ops.integrations.load_pretrained import load_pretrained
+
+    dense = gpt_oss()
+    write_mxfp4(dense, tmp_path)
+    # transformers' own reader is exact for these scales; for all of them see the test below
+    model = load_pretrained(tmp_path, dtype=torch.float32)
+    for at, name in itertools.product((0, 1), ("gate_up_proj", "down_proj")):
+        layer = model.get_submodule(f"model.layers.{at}.mlp.experts.{name}_quantized")
+        assert (layer.weight.dtype, layer.scales.dtype) == (torch.int8, torch.bfloat16)
+        weight = dense.get_parameter(f"model.layers.{at}.mlp.experts.{name}").transpose(1, 2)
+        for codes, scales, expected in zip(layer.weight, layer.scales, weight, strict=True):
+            assert torch.equal(dequantize(codes, scales), expected)
+    torch.testing.assert_close(model(PROMPT).logits, dense(PROMPT).logits, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "ours")
+    again = load_pretrained(tmp_path / "ours")
+    assert torch.equal(again(PROMPT).logits, model(PROMPT).logits)
+
+
+def test_every_mxfp4_code_and_scale(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from intlass_ops.formats.checkpoint import Checkpoint
+    from intlass_ops.formats.mxfp4 import Mxfp4
+
+    blocks = torch.arange(256, dtype=torch.uint8).repeat(2).view(1, 1, 32, 16).expand(1, 8, 32, 16)
+    scales = torch.arange(256, dtype=torch.uint8).clamp(max=254).view(1, 8, 32)
+    save_file({"x.w_blocks": blocks.contiguous(), "x.w_scales": scales}, tmp_path / "a.safetensors")
+    _, tensors = Mxfp4(Checkpoint(tmp_path)).experts("x.w")
+    found = (
+        tensors["weight"]()[0].double().view(8, 32, 32) * tensors["scales"]()[0].double()[..., None]
+    )
+    nibbles = torch.stack((blocks & 15, blocks >> 4), -1).flatten(3)[0]
+    expected = fp4.decode_e2m1(nibbles, torch.float64) * 2.0 ** (
+        scales[0, ..., None].double() - 127
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "message"),
+    [
+        ("_scales", lambda t: t.fill_(255), "holds a NaN"),
+        ("_scales", lambda t: t[:, :1].clone(), r"has shape \[4, 1, 2\]; expected \[4, 192, 2\]"),
+        ("_blocks", lambda t: t[..., :8].clone(), "16 codes a block; expected 32"),
+        ("_blocks", lambda t: t.float(), "is F32; expected uint8"),
+        ("_scales", lambda t: None, "is missing"),
+    ],
+)
+def test_damaged_mxfp4_is_refused(part: str, damage: Any, message: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from intlass_ops.formats import FormatError
+    from intlass_ops.integrations.load_pretrained import load_pretrained
+
+    write_mxfp4(gpt_oss(), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    name = f"model.layers.1.mlp.experts.gate_up_proj{part}"
+    changed = damage(state.pop(name))
+    save_file(
+        state if changed is None else {**state, name: changed}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(FormatError, match=message):
+        load_pretrained(tmp_path)

@@ -10,6 +10,7 @@ from .awq import Awq
 from .checkpoint import Checkpoint, read_json
 from .compressed_tensors import CompressedTensors
 from .gptq import Gptq
+from .mxfp4 import Mxfp4
 from .stored import StoredWeight
 from .torchao import Torchao
 
@@ -25,7 +26,7 @@ class Reader(Protocol):
     def activation(self, path: str) -> Activation: ...
 
 
-FORMATS = ("gptq", "awq", "compressed-tensors", "hqq", "torchao")
+FORMATS = ("gptq", "awq", "compressed-tensors", "hqq", "torchao", "mxfp4")
 
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -47,8 +48,10 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def open_reader(checkpoint: Checkpoint, *, checkpoint_format: str | None = None) -> Reader:
-    """The reader of a checkpoint; ``checkpoint_format`` overrides the version of a GPTQ one.
+def open_reader(checkpoint: Checkpoint, *, checkpoint_format: str | None = None) -> Reader | Mxfp4:
+    """The reader of a checkpoint, of its linears or, of MXFP4, of its fused experts.
+
+    ``checkpoint_format`` overrides the version of a GPTQ one.
 
     Raises FormatError for a method that is not read and a config that does not make sense.
 
@@ -72,6 +75,8 @@ def open_reader(checkpoint: Checkpoint, *, checkpoint_format: str | None = None)
         return hqq.Hqq(checkpoint)
     if method == "torchao":
         return Torchao(checkpoint)
+    if method == "mxfp4":
+        return Mxfp4(checkpoint)
     raise FormatError(
         f"{checkpoint.directory}: quant_method is {method!r}; read are {', '.join(FORMATS)}"
     )

@@ -24,9 +24,11 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.experts import stacked
 from ..formats.gguf import GGUFFile
 from ..formats.layers import METHOD, LayerSpec, buffers_of, write_specs
+from ..formats.mxfp4 import Mxfp4
 from ..formats.reader import Reader, open_reader, quantization_config
 from ..formats.stored import StoredWeight
 from ..ops._library import FLOATS
+from . import experts as mixtures
 from . import gguf_llama
 from . import transformers_quantizer as _quantizer  # noqa: F401  (registers quant_method="intlass")
 from .expert_checkpoints import fused, renamed
@@ -61,7 +63,8 @@ def load_pretrained(
     """A transformers model whose quantised linears are `IntLinear`s with the checkpoint's codes.
 
     ``path``: a directory with config.json and safetensors in GPTQ, AWQ, compressed-tensors, HQQ,
-    torchao's or our own layout, or a GGUF file of a Llama. Codes, scales and zero points are those
+    torchao's or our own layout, or a GGUF file of a Llama. The MXFP4 experts of gpt-oss become
+    INT8 in groups of 32, which holds them exactly. Codes, scales and zero points are those
     of the file, not rounded again; weights are read one by one, so the peak is about the quantised
     size. Experts that the model holds fused become `IntExpertLinear`s.
     ``device_map`` as in transformers; a device such as "cuda" also where accelerate is missing.
@@ -86,7 +89,10 @@ def load_pretrained(
     if not reader.paths:
         raise FormatError(f"{path}: no quantised weight in this checkpoint")
     config = AutoConfig.from_pretrained(path)
-    specs, state = _layers(reader, fused(class_of(config), config, reader.paths))
+    if isinstance(reader, Mxfp4):
+        specs, state = _fused_layers(reader)
+    else:
+        specs, state = _layers(reader, fused(class_of(config), config, reader.paths))
     places = renamed(class_of(config), config, [p for p in reader.paths if p in specs])
     config.quantization_config = write_specs({places.get(p, p): s for p, s in specs.items()})
     if dtype is None:
@@ -182,14 +188,36 @@ def _layers(
                 )
             entry = ("bias", bias.dtype, bias.shape)
             specs[path] = replace(specs[path], tensors=(*specs[path].tensors, entry))
-    for name, header in checkpoint.tensors.items():
+
+    def is_read(name: str) -> bool:
         path, _, part = name.rpartition(".")
-        if path in read or (path in specs and part != "bias"):
+        return path in read or (path in specs and part != "bias")
+
+    _add_rest(state, checkpoint, is_read)
+    return specs, state
+
+
+def _fused_layers(reader: Mxfp4) -> tuple[dict[str, LayerSpec], State]:
+    """The same of a checkpoint whose experts are stored as the model holds them."""
+    specs: dict[str, LayerSpec] = {}
+    state: State = {}
+    read: set[str] = set()
+    for path in reader.paths:
+        target = path + mixtures.SUFFIX
+        specs[target] = _add(state, target, *reader.experts(path))
+        read.update(reader.names(path))
+    _add_rest(state, reader.checkpoint, lambda name: name in read)
+    return specs, state
+
+
+def _add_rest(state: State, checkpoint: Checkpoint, is_read: Callable[[str], bool]) -> None:
+    """The tensors of a checkpoint that no quantised layer is made of."""
+    for name, header in checkpoint.tensors.items():
+        if is_read(name):
             continue
         if header.dtype is None:
             raise FormatError(f"{header.file}: {name} is {header.stored}, which is not read")
         state[name] = Deferred(header.dtype, header.shape, _reading(checkpoint, name))
-    return specs, state
 
 
 def _add(
