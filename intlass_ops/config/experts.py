@@ -31,6 +31,8 @@ from .skinny import SKINNY_MAX_M, Skinny, pick_skinny, skinny_config, why_not_sk
 Grouped = Skinny | Hopper | Gemm
 MOST_SLOTS = 65535  # blockIdx.z
 _TOGETHER = 8  # tiles of tokens whose blocks are neighbours and share rows of W
+# For sm_120 ptxas 12.9 crashes over some of skinny.cu that is to fit into 128 registers; not for
+_COMPILES = "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100"
 _TILES = 16, 32, 64, 128, 256
 _FEW = 12  # tokens of an expert, in the mean, that a tile of 16 holds more often than not
 
@@ -120,13 +122,13 @@ def _skinny(device: Device, shape: Shape) -> Skinny:
 
 
 def _roomy(device: Device, shape: Shape, c: Skinny) -> Skinny:
-    """With registers for an expert's addresses. For sm_120 ptxas 12.9 crashes where 128 are few."""
+    """With registers for an expert's addresses."""
     within = groups_of_chunk(shape) > 1
     within &= groups_spread(shape) or shape.group_size < 64 or BITS[shape.w_kind] == 8
     measured = device.arch.startswith("sm_90") and TYPE_BYTES[shape.zero_type] == 1
     if within or shape.zeros_in_sums or (shape.has_zeros and not measured):
         c = replace(c, unroll=1 if c.tiles_m > 1 else c.unroll)
-    elif device.arch != "sm_120":
+    elif device.arch in _COMPILES:
         return c
     return replace(c, blocks_per_sm=2 if c.warps <= 4 else 1)
 
