@@ -50,6 +50,7 @@ def rows() -> Iterator[tuple[str, Write, bool]]:
         form = tiny_checkpoints.FORMS[name]
         experts = lambda d, form=form: (d, tiny_checkpoints.write_experts(d, form))  # noqa: E731
         yield f"{name}, mixture of experts", experts, False
+    yield "MXFP4, gpt-oss", lambda d: (d, tiny_checkpoints.write_gpt_oss(d)), False
     for kind in GGUF_TYPES:
         yield f"GGUF {kind}", lambda d, kind=kind: gguf(d, kind), False
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_checkpoints import write_gpt_oss
 from tolerance import assert_identical
 from torch import Tensor, nn
 
@@ -234,47 +235,13 @@ def test_experts_that_no_data_reaches_are_quantised_without() -> None:
         assert int((codes == others).flatten(1).all(1).sum()) >= 2
 
 
-def write_mxfp4(dense: Any, directory: Path) -> None:
-    """A checkpoint as gpt-oss is published, of random codes that ``dense`` has from now on too."""
-    from safetensors.torch import save_file
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    state = {name: t.clone() for name, t in dense.state_dict().items()}
-    rng = torch.Generator().manual_seed(3)
-    for name in [n for n in state if n.endswith(("gate_up_proj", "down_proj"))]:
-        parameter = dense.get_parameter(name)
-        experts, k, n = parameter.shape
-        blocks = torch.randint(0, 256, (experts, n, k // 32, 16), generator=rng, dtype=torch.uint8)
-        scales = torch.randint(120, 124, blocks.shape[:3], generator=rng, dtype=torch.uint8)
-        parameter.data = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-        del state[name]
-        state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-    dense.config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": ["x"]}
-    dense.config.architectures = [type(dense).__name__]
-    dense.config.save_pretrained(directory)
-    save_file(state, directory / "model.safetensors")
-    del dense.config.quantization_config
-
-
-def gpt_oss() -> Any:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GptOssConfig(
-        vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-        max_position_embeddings=64, pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.GptOssForCausalLM(config).eval()
-
-
 @torch.no_grad()
 def test_gpt_oss_is_read_exactly(tmp_path: Path) -> None:
     from intlass_ops.integrations.load_pretrained import load_pretrained
 
-    dense = gpt_oss()
-    write_mxfp4(dense, tmp_path)
+    dense = write_gpt_oss(tmp_path)
     # transformers' own reader is exact for these scales; for all of them see the test below
-    model = load_pretrained(tmp_path, dtype=torch.float32)
+    model = load_pretrained(tmp_path)
     for at, name in itertools.product((0, 1), ("gate_up_proj", "down_proj")):
         layer = model.get_submodule(f"model.layers.{at}.mlp.experts.{name}_quantized")
         assert (layer.weight.dtype, layer.scales.dtype) == (torch.int8, torch.bfloat16)
@@ -323,7 +290,7 @@ def test_damaged_mxfp4_is_refused(part: str, damage: Any, message: str, tmp_path
     from intlass_ops.formats import FormatError
     from intlass_ops.integrations.load_pretrained import load_pretrained
 
-    write_mxfp4(gpt_oss(), tmp_path)
+    write_gpt_oss(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     name = f"model.layers.1.mlp.experts.gate_up_proj{part}"
     changed = damage(state.pop(name))

@@ -257,8 +257,35 @@ def write_experts(directory: Path, form: Form) -> Any:
         del state[name]
         path = name.removesuffix(".weight")
         state |= {f"{path}.{part}": t for part, t in form.store(w).items()}
-    _save(directory, state, form, config)
+    _save(directory, state, form.config, config)
     return MixtralForCausalLM.from_pretrained(None, config=config, state_dict=dense).eval()
+
+
+def write_gpt_oss(directory: Path) -> Any:
+    """gpt-oss as it is published, with experts of random MXFP4; returns it dequantised."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    config = GptOssConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=64, pad_token_id=0, eos_token_id=None, initializer_range=0.3,
+        architectures=["GptOssForCausalLM"], dtype="float32",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(config).eval()
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    for name in [n for n in state if n.endswith(("gate_up_proj", "down_proj"))]:
+        parameter = model.get_parameter(name)
+        experts, k, n = parameter.shape
+        blocks = torch.randint(0, 256, (experts, n, k // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(120, 124, blocks.shape[:3], dtype=torch.uint8)
+        parameter.data = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        del state[name]
+        state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    left = {"modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    _save(directory, state, {"quant_method": "mxfp4", **left}, config)
+    return model
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -308,19 +335,19 @@ def write(
         linear.weight.copy_(w.dense())
     metadata = {f"{path}.weight": form.metadata for path in linears(model)}
     model.config.architectures = ["LlamaForCausalLM"]
-    _save(directory, state, form, model.config, metadata if form.metadata else None)
+    _save(directory, state, form.config, model.config, metadata if form.metadata else None)
     return model
 
 
 def _save(
     directory: Path,
     state: dict[str, Tensor],
-    form: Form,
+    quantization: dict[str, Any],
     config: Any,
     metadata: dict[str, str] | None = None,
 ) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.contiguous() for name, t in state.items()}
     save_file(tensors, directory / "model.safetensors", metadata)
-    text = json.dumps({**config.to_dict(), "quantization_config": form.config})
+    text = json.dumps({**config.to_dict(), "quantization_config": quantization})
     (directory / "config.json").write_text(text)
