@@ -1,9 +1,9 @@
 """Which entries of a tuned table were measured by machine code that is still the same.
 
-    git worktree add /tmp/measured REV           # whose kernels the entries say they are of
-    PYTHONPATH=/tmp/measured python benchmarks/renew_table.py codes /tmp/before.json
-    python benchmarks/renew_table.py codes /tmp/after.json
-    python benchmarks/renew_table.py renew /tmp/before.json /tmp/after.json
+    git worktree add T/measured REV           # whose kernels the entries say they are of
+    PYTHONPATH=T/measured python benchmarks/renew_table.py codes T/before.json
+    python benchmarks/renew_table.py codes T/after.json
+    python benchmarks/renew_table.py renew T/before.json T/after.json
 
 An entry counts as long as its kernel's source is what was measured (config/tuned.py). A change that
 leaves the compiled kernel as it was, instruction for instruction, leaves the measurement right:
