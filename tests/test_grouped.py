@@ -14,7 +14,7 @@ from tolerance import assert_close, assert_identical
 from torch import Tensor
 
 from intlass_ops import config, dequantize, explain, matmul_experts, pack_int4
-from intlass_ops.cuda import launch_experts
+from intlass_ops.cuda import compiler, cubin, launch, launch_experts, launch_hopper
 
 FAMILIES = "skinny", "hopper", "gemm"
 
@@ -248,21 +248,40 @@ def test_there_is_room_for_every_spread(tile: int) -> None:
     assert config.slots_of(1, 8, tile) == 1
 
 
+W4A16 = config.Shape(
+    x_kind="bf16", w_kind="s4", scale_type="__nv_bfloat16", zero_type="float",
+    out_type="__nv_bfloat16", has_zeros=False, has_a_zero=False, aligned=True,
+    m=1, n=1536, k=2048, group_size=128,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("m", "device"), [(8, "sm_90a"), (65536, "sm_90a"), (65536, "sm_80")])
+def test_the_arguments_are_as_many_bytes_as_the_kernel_takes(m: int, device: str) -> None:
+    c, _ = config.pick_experts(config.device_of(device), replace(W4A16, m=m), 128)
+    sizes = cubin.parameter_sizes(compiler.compile_cubin(c, device), c.entry)
+    words = launch_experts._EXPERT_WORDS + launch.WORDS
+    given = 8 * words + launch.NUMBERS.size
+    if isinstance(c, config.Hopper):
+        given += len(launch_hopper.parameters((0,) * 8))
+    assert sum((size + 7) // 8 * 8 for size in sizes) == given
+
+
+def test_and_as_the_table_s_kernel_takes() -> None:
+    c = config.ExpertTiles()
+    (size,) = cubin.parameter_sizes(compiler.compile_cubin(c, "sm_90a"), c.entry)
+    assert size == launch_experts._TABLE.size
+
+
 @pytest.mark.parametrize("arch", config.ARCHS)
 def test_every_problem_has_a_kernel(arch: str) -> None:
     device = config.device_of(arch)
-    shape = config.Shape(
-        x_kind="bf16", w_kind="s4", scale_type="__nv_bfloat16", zero_type="float",
-        out_type="__nv_bfloat16", has_zeros=False, has_a_zero=False, aligned=True,
-        m=1, n=1536, k=2048, group_size=128,
-    )  # fmt: skip
     entries = []
     for m in (1, 8, 512, 4096, 32768):
-        c, why = config.pick_experts(device, replace(shape, m=m), 128)
+        c, why = config.pick_experts(device, replace(W4A16, m=m), 128)
         assert c.experts
         assert why
         entries.append(c.entry)
     many = "hopper" if arch == "sm_90a" else "gemm"
     assert entries == ["skinny"] * 3 + [many] * 2
-    odd = replace(shape, aligned=False, n=37, k=48, group_size=16, m=10)
+    odd = replace(W4A16, aligned=False, n=37, k=48, group_size=16, m=10)
     assert config.pick_experts(device, odd, 4)[0].entry == "gemm"
