@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .integrations import experts
 from .ops._library import without_autocast
 
 Method = Literal["rtn", "mse", "hqq", "gptq", "awq"]
+Wanted = TypeVar("Wanted")
 METHODS = ("rtn", "mse", "hqq", "gptq", "awq")
 # Hessians held at a time. Layers beyond it wait for another pass over the data, which then sees
 # the layers before them quantised.
@@ -55,7 +56,8 @@ def weights(
     """
     done = _bar(f"Quantising ({method})", len(linears), progress)
     with torch.no_grad():
-        for part in [linears] if calibration is None else _passes(linears):
+        sized = [((path, linear), linear.in_features) for path, linear in linears]
+        for part in [linears] if calibration is None else _passes(sized):
             seen = {} if calibration is None else _statistics(model, part, calibration)
             for path, linear in part:
                 w = linear.weight.detach()
@@ -87,16 +89,19 @@ def expert_weights(
     done = _bar(f"Quantising experts ({method})", len(mixtures), progress)
     with torch.no_grad():
         for path, module in mixtures:
+            weights = {
+                name: experts.weights_of(module, name) for name in experts.projections(module)
+            }
+            sized = [((name, e), w.shape[2]) for name, w in weights.items() for e in range(len(w))]
             found: dict[str, list[QuantizedWeight]] = {}
-            for part in _expert_passes(module):
+            for part in _passes(sized):
                 seen = _expert_statistics(model, module, part, calibration)
                 for name, expert in part:
-                    w = experts.weights_of(module, name)[expert]
-                    own = seen.pop((name, expert))
-                    how: Method = "gptq" if method == "gptq" and own.tokens else "mse"
+                    w, own = weights[name][expert], seen.pop((name, expert))
+                    data = own if own.tokens else None
+                    how: Method = "gptq" if method == "gptq" and data is not None else "mse"
                     try:
                         with without_autocast(w.device):
-                            data = own if own.tokens else None
                             q, _ = _quantize(w, how, bits, group_size, symmetric, data)
                     except ValueError as problem:
                         where = f"{path}.{name}[{expert}]"
@@ -104,20 +109,6 @@ def expert_weights(
                     found.setdefault(name, []).append(q)
             replace(module, found)
             next(done)
-
-
-def _expert_passes(module: nn.Module) -> Iterator[list[tuple[str, int]]]:
-    part: list[tuple[str, int]] = []
-    held = 0
-    for name in experts.projections(module):
-        count, _, k = experts.weights_of(module, name).shape
-        for expert in range(count):
-            if part and held + 4 * k**2 > HESSIAN_BYTES:
-                yield part
-                part, held = [], 0
-            part.append((name, expert))
-            held += 4 * k**2
-    yield part
 
 
 def _expert_statistics(
@@ -162,15 +153,16 @@ def _quantize(
     return calibrate.rtn(w, **how), None
 
 
-def _passes(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[list[tuple[str, nn.Linear]]]:
-    part: list[tuple[str, nn.Linear]] = []
+def _passes(wanted: Iterable[tuple[Wanted, int]]) -> Iterator[list[Wanted]]:
+    """What has its statistics collected in one pass over the data, of things with their K."""
+    part: list[Wanted] = []
     held = 0
-    for path, linear in linears:
-        size = 4 * linear.in_features**2
+    for each, k in wanted:
+        size = 4 * k**2
         if part and held + size > HESSIAN_BYTES:
             yield part
             part, held = [], 0
-        part.append((path, linear))
+        part.append(each)
         held += size
     if part:
         yield part

@@ -19,9 +19,12 @@ from intlass_ops.rotation import hadamard_matrix
 def quantized(format_: str, rows: int, k: int, method: str, seed: int) -> tuple[Tensor, Tensor]:
     """Codes and plain scales of randn·25, as QuTLASS tests with."""
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(seed)) * 25
+    h = hadamard_matrix(16)
     if format_ == "mx":
-        return fused_quantize.fused_quantize_mx(x, hadamard_matrix(16), method=method)  # type: ignore[return-value]
-    return fused_quantize.fused_quantize_nv(x, hadamard_matrix(16), 3.0, method=method)  # type: ignore[return-value]
+        codes, scales = fused_quantize.fused_quantize_mx(x, h, method=method)
+    else:
+        codes, scales = fused_quantize.fused_quantize_nv(x, h, 3.0, method=method)
+    return codes, scales
 
 
 def exact(codes: Tensor, scales: Tensor) -> Tensor:

@@ -103,18 +103,19 @@ def _pick(device: Device, shape: Shape, experts: int) -> tuple[Grouped, str]:
 def _skinny(device: Device, shape: Shape) -> Skinny:
     """Of a tile's tokens and all experts' rows: small blocks of 32 rows, many on an SM.
 
-    The best of five schemes on an H200, or within 8 %: 1, 16 and 64 tokens of Qwen3-30B-A3B's and
-    gpt-oss's layers (docs/notes/kernels.md). Where there are too few blocks of 32 rows, another
-    tile is as for one weight.
+    Of what an H200 was timed with, five schemes of 1, 16 and 64 tokens of Qwen3-30B-A3B's and
+    gpt-oss's layers, within 13 % of the best (docs/notes/kernels.md). Where there are too few
+    blocks of 32 rows, another tile is as for one weight.
     """
     if shape.n <= 64 * device.sm_count:
         return _roomy(device, shape, pick_skinny(device, shape))
     few, deep = columns_of(shape) <= 8, shape.k * BITS[shape.w_kind] >= 16 * 512
+    sparse = deep and shape.n <= 128 * device.sm_count  # fewer than four blocks of 32 rows an SM
     most = 8 if device.arch.startswith("sm_90") else 4  # blocks an SM: elsewhere eight may spill
     if BITS[shape.w_kind] == 8:
-        of_few = (2, 4, 2, 4) if deep else (2, 4, 1, 8)
+        of_few = (1, 4, 2, 4) if sparse else (2, 4, 2, 4) if deep else (2, 4, 1, 8)
         tile = of_few if few else (1, 4, 2, 4 if shape.group_size < shape.k else most)
-    elif BITS[shape.x_kind] == 8 and few:
+    elif BITS[shape.x_kind] == 8 and few and not sparse:
         tile = 2, 4, 1, most
     else:
         tile = 2, 4, 2 if few and deep else 1, 4

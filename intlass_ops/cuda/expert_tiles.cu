@@ -1,6 +1,6 @@
 // Tokens that are sorted by expert, in tiles for a grouped GEMM: expert e has those from ends[e - 1] to
 // ends[e] - 1, in as few tiles as hold them. A warp finds a tile. Each block of the GEMM by itself would take
-// longer: 10 to 60 % of its time, of few tokens.
+// longer (docs/notes/kernels.md).
 #include "expert_tile.cuh"
 #include "memory.cuh"
 

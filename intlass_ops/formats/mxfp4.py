@@ -58,7 +58,7 @@ class Mxfp4:
             if bool((stored == _NOT_A_NUMBER).any()):
                 raise layer.fail(f"{name}_scales holds a NaN; the file is damaged")
             # half of it, for codes that are twice theirs: bf16 has all of them, subnormal ones too
-            return torch.ldexp(torch.ones(stored.shape), stored.int() - 128).to(torch.bfloat16)
+            return (fp4.e8m0_values(stored) / 2).to(torch.bfloat16)
 
         layer.shape(f"{name}_scales", 3, u8)
         tensors = (

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..cuda import launch_experts
+from ..explain import record
 from . import gradients
 from ._library import define, require_device, require_dtype
 from .problem import INT4, INT8, Problem, check, inputs_of
@@ -108,6 +109,9 @@ def _run(
 
     y = a.new_zeros((a.shape[0], p.n), dtype=p.out_dtype)
     if a.is_cuda and torch.cuda.is_current_stream_capturing():  # nobody may ask the GPU
+        why = "how many tokens each expert has cannot be asked while a CUDA graph is captured"
+        sizes = a.shape[0], p.n, k, p.group_size
+        record(OP, p.scheme, sizes, "all tokens by each expert", why, fallback=True)
         experts = _expert_of(a.shape[0], ends)[:, None]
         for expert in range(w.shape[0]):
             y = torch.where(experts == expert, product(expert, slice(None)), y)
