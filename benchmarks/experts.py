@@ -2,9 +2,10 @@
 
     python benchmarks/experts.py --out benchmarks/results/experts-h200
 
-The projections of known models, random numbers. Each token chooses its experts at random; calls of
-one CUDA graph go round over such choices, so that they meet other experts' weights. Microseconds;
-the largest error beside the float64 product of some rows, in units of eps(bf16) * (|x| @ |w|).
+The projections of known models, random numbers; MXFP4 weights are under bf16 activations. Each
+token chooses its experts at random; calls of one CUDA graph go round over such choices, so that they
+meet other experts' weights. Microseconds; the largest error beside the float64 product of some rows,
+in units of eps(bf16) * (|x| @ |w|).
 "One by one" is a call of `matmul_int4_bf16_tn` for each expert, from outside, with the wait for how
 many tokens each has: what `matmul_experts` did before it had a kernel of its own.
 """
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from torch import Tensor
 
-from intlass_ops import dequantize, explain, matmul_experts, matmul_int4_bf16_tn, provenance
+from intlass_ops import dequantize, explain, fp4, matmul_experts, matmul_int4_bf16_tn, provenance
 from intlass_ops.bench import parse_numbers, timing
 
 BF16 = torch.bfloat16
@@ -61,6 +62,9 @@ def routing(layer: Layer, tokens: int) -> Tensor:
 
 
 def weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, k: int, expert: int) -> Tensor:
+    if scales.dtype == torch.uint8:
+        codes, scales = (t[None] for t in fp4.as_int8(codes[expert], scales[expert]))
+        expert = 0
     z = None if zeros is None else zeros[expert]
     return dequantize(codes[expert], scales[expert].float(), z, k=k).double()
 
@@ -102,6 +106,7 @@ class Weights(NamedTuple):
     z4: Tensor
     w8: Tensor
     s8: Tensor
+    sx: Tensor  # MXFP4's, for the codes w4
 
 
 def draw(layer: Layer) -> Weights:
@@ -115,6 +120,7 @@ def draw(layer: Layer) -> Weights:
         z4=torch.randint(0, 16, (e, n, groups), device="cuda", dtype=torch.uint8),
         w8=w8,
         s8=torch.rand(e, n, 1, device="cuda") * 1e-3 + 1e-3,
+        sx=torch.randint(118, 122, (e, n, k // 32), device="cuda", dtype=torch.uint8),
     )
 
 
@@ -130,6 +136,7 @@ def measure(layer: Layer, of: Weights, m: int) -> Iterator[dict[str, Any]]:
         "bf16": lambda i: torch._grouped_mm(x, of.dense.transpose(1, 2), offs=offsets[i]),
         "w4a16": lambda i: matmul_experts(x, of.w4, of.s4, ends=ends[i]),
         "w4a16, zero points": lambda i: matmul_experts(x, of.w4, of.s4, of.z4, ends=ends[i]),
+        "mxfp4": lambda i: matmul_experts(x, of.w4, of.sx, ends=ends[i]),
         "w8a16": lambda i: matmul_experts(x, of.w8, of.s8, ends=ends[i]),
         "w8a8": lambda i: matmul_experts(xq, of.w8, of.s8, ends=ends[i], a_scale=xs),
         "w4a8": lambda i: matmul_experts(xq, of.w4, of.s4, ends=ends[i], a_scale=xs),
@@ -139,7 +146,8 @@ def measure(layer: Layer, of: Weights, m: int) -> Iterator[dict[str, Any]]:
         row = {**case, "scheme": scheme}
         ran = explain(call, 0)
         if scheme != "bf16":
-            codes, scales = (of.w4, of.s4) if scheme[1] == "4" else (of.w8, of.s8)
+            codes, scales = (of.w8, of.s8) if scheme[1] == "8" else (of.w4, of.s4)
+            scales = of.sx if scheme == "mxfp4" else scales
             given = xq * xs if scheme.endswith("a8") else x
             zeros = of.z4 if "zero" in scheme else None
             dense = functools.partial(weight, codes, scales, zeros, layer.k)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MXFP4_GROUP, NVFP4_GROUP = 32, 16
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -88,6 +89,33 @@ def e8m0_values(code: Tensor) -> Tensor:
     """float64 values of e8m0 in its bytes."""
     value = torch.ldexp(torch.ones_like(code, dtype=torch.float64), code.int() - 127)
     return torch.where(code == 255, torch.nan, value)
+
+
+def as_int8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes [..., K] and bf16 scales of the same values, exactly.
+
+    ``packed`` uint8 [..., K/2] and ``scales`` [..., K/g], the bytes of e8m0 (g = 32) or of e4m3
+    (g = 16). Twice an e2m1 value is an integer, and bf16 has half of every scale.
+    """
+    k = 2 * packed.shape[-1]
+    values = torch.tensor(_MAGNITUDES, device=packed.device) * 2
+    values = torch.cat((values, -values)).to(torch.int8)
+    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), -1)  # of each byte
+    codes = pairs.view(torch.int16)[:, 0][packed.int()].view(torch.int8)
+    if scales.shape[-1] * MXFP4_GROUP == k:
+        return codes, (e8m0_values(scales) / 2).to(torch.bfloat16)
+    return codes, (scales.view(torch.float8_e4m3fn).float() / 2).to(torch.bfloat16)
+
+
+def group_size_of(op: str, k: int, groups: int) -> int:
+    """32 (MXFP4) or 16 (NVFP4), of a row of K codes with so many scales; else ValueError."""
+    for size in (MXFP4_GROUP, NVFP4_GROUP):
+        if groups > 0 and groups * size == k:
+            return size
+    raise ValueError(
+        f"{op}: {groups} scales a row of K={k}; MXFP4 has one for {MXFP4_GROUP} codes, NVFP4 for "
+        f"{NVFP4_GROUP}"
+    )
 
 
 def e4m3_grid(device: torch.device | None = None) -> Tensor:

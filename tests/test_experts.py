@@ -24,6 +24,7 @@ from intlass_ops import (
     pack_int4,
     quantize_,
 )
+from intlass_ops.ops.block_scaled_kernels import decode
 
 PROMPT = torch.tensor([[1, 7, 23, 5], [3, 9, 9, 1]])
 
@@ -74,6 +75,69 @@ def test_gradients_are_those_of_the_dense_experts() -> None:
     ).square().sum().backward()
     torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(bias.grad, shift.grad, rtol=1e-4, atol=1e-2)
+
+
+def fp4_stack(group: int, experts: int = 3, n: int = 5, k: int = 64) -> dict[str, Tensor]:
+    """FP4 experts: every code, scales that are powers of two."""
+    rng = torch.Generator().manual_seed(group)
+    scales = 2.0 ** torch.randint(-3, 4, (experts, n, k // group), generator=rng)
+    format_ = torch.float8_e8m0fnu if group == 32 else torch.float8_e4m3fn
+    return {
+        "w": torch.randint(0, 256, (experts, n, k // 2), generator=rng, dtype=torch.uint8),
+        "scales": scales.to(format_).view(torch.uint8),
+    }
+
+
+def dense_fp4(weights: dict[str, Tensor], group: int, alpha: Tensor) -> Tensor:
+    format_ = torch.float8_e8m0fnu if group == 32 else torch.float8_e4m3fn
+    pairs = zip(weights["w"], weights["scales"].view(format_), strict=True)
+    dense = torch.stack([decode(w, s, False, torch.float64) for w, s in pairs])
+    return (dense * alpha[:, None, None]).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("group", [16, 32])
+def test_experts_of_fp4(group: int, dtype: torch.dtype, device: str) -> None:
+    weights = {name: t.to(device) for name, t in fp4_stack(group).items()}
+    alpha = torch.tensor([0.5, 2.0, 4.0], device=device)
+    x = torch.randint(-4, 5, (6, 64), device=device).to(dtype)
+    ends = torch.tensor([2, 2, 5], device=device)
+    y = matmul_experts(x, **weights, ends=ends, alpha=alpha, out_dtype=torch.float32)
+    dense = dense_fp4(weights, group, alpha)[torch.tensor([0, 0, 2, 2, 2], device=device)]
+    assert_identical(y[:5], torch.einsum("tk,tnk->tn", x[:5].float(), dense))
+    assert not y[5].any()
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_gradients_of_fp4_experts(group: int) -> None:
+    weights, alpha = fp4_stack(group), torch.tensor([0.5, 2.0, 4.0])
+    x, ends = torch.randn(5, 64, requires_grad=True), torch.tensor([2, 2, 5])
+    matmul_experts(x, **weights, ends=ends, alpha=alpha).sum().backward()
+    dense = dense_fp4(weights, group, alpha)[torch.tensor([0, 0, 2, 2, 2])]
+    torch.testing.assert_close(x.grad, dense.sum(1), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scales": torch.ones(3, 5, 3, dtype=torch.uint8)}, ValueError, "3 scales a row of K=64"),
+        (
+            {"scales": torch.ones(3, 4, 2, dtype=torch.uint8)},
+            ValueError,
+            r"scales has shape \(3, 4, 2\); expected \[experts, N=5, groups\]",
+        ),
+        ({"a": torch.ones(6, 64, dtype=torch.int8)}, TypeError, "a has dtype int8"),
+        ({"zeros": torch.ones(3, 5, 2)}, ValueError, "zeros belong to INT4 .* w is FP4"),
+        ({"alpha": torch.ones(2)}, ValueError, r"alpha has shape \(2,\); expected \[experts\]"),
+        ({"w": torch.zeros(3, 5, 64, dtype=torch.int8)}, TypeError, "w has dtype int8"),
+    ],
+)
+def test_what_fp4_does_not_fit_is_refused(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments = {"a": torch.ones(6, 64), **fp4_stack(32), "ends": torch.tensor([2, 4, 6])}
+    with pytest.raises(error, match=message):
+        matmul_experts(**{**arguments, **change})
 
 
 @pytest.mark.parametrize(

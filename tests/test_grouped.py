@@ -15,6 +15,7 @@ from torch import Tensor
 
 from intlass_ops import config, dequantize, explain, matmul_experts, pack_int4
 from intlass_ops.cuda import compiler, cubin, launch, launch_experts, launch_hopper
+from intlass_ops.ops.block_scaled_kernels import decode
 
 FAMILIES = "skinny", "hopper", "gemm"
 
@@ -30,6 +31,10 @@ class Case(NamedTuple):
     k: int = 512
     n: int = 96
 
+    @property
+    def of_fp4(self) -> bool:
+        return self.scales == torch.uint8
+
 
 CASES = {
     "w4a16": Case(torch.bfloat16, 4, 128, None, torch.bfloat16),
@@ -43,6 +48,12 @@ CASES = {
     "w4a8": Case(torch.int8, 4, 128),
     "w4a8, one scale a row": Case(torch.int8, 4, 512),
     "w4a4": Case(torch.uint8, 4, 128),
+    "mxfp4": Case(torch.bfloat16, 4, 32, None, torch.uint8),
+    "mxfp4, half a tile of K": Case(torch.bfloat16, 4, 32, None, torch.uint8, k=448, n=160),
+    "mxfp4, tails": Case(torch.bfloat16, 4, 32, None, torch.uint8, k=96, n=37),
+    "nvfp4": Case(torch.bfloat16, 4, 16, None, torch.uint8),
+    "nvfp4, half a tile of K": Case(torch.bfloat16, 4, 16, None, torch.uint8, k=320),
+    "nvfp4, bytes": Case(torch.bfloat16, 4, 16, None, torch.uint8, k=48, n=5),
     "tails": Case(torch.bfloat16, 4, 16, torch.uint8, k=208, n=37),
     "bytes": Case(torch.bfloat16, 4, 16, k=48, n=5),
 }
@@ -62,7 +73,14 @@ def problem(
     if not exact:
         scales = scales * (1 + torch.rand(scales.shape, generator=rng, device=device))
     codes = integers(-7, 8, experts, case.n, case.k)
-    found: dict[str, Any] = {"k": case.k, "scales": scales.to(case.scales)}
+    found: dict[str, Any] = {"k": case.k}
+    if case.of_fp4:
+        codes = codes & 15
+        format_ = torch.float8_e4m3fn if case.group_size == 16 else torch.float8_e8m0fnu
+        found["scales"] = scales.to(format_).view(torch.uint8)
+        found["alpha"] = 2.0 ** integers(-2, 3, experts).float()
+    else:
+        found["scales"] = scales.to(case.scales)
     if case.zeros is not None:
         found["zeros"] = integers(0, 16, experts, case.n, groups).to(case.zeros)
     unsigned = case.zeros is not None
@@ -79,7 +97,7 @@ def problem(
 
 def expected(case: Case, args: dict[str, Any], ends: list[int]) -> tuple[Tensor, Tensor]:
     """In float64, and the magnitude of what was added up."""
-    a, w, scales, k = args["a"], args["w"], args["scales"].float(), args["k"]
+    a, w, k = args["a"], args["w"], args["k"]
     x = a.double()
     if case.a == torch.uint8:
         nibbles = torch.stack((a & 15, a >> 4), -1).flatten(1)[:, :k].double()
@@ -88,8 +106,14 @@ def expected(case: Case, args: dict[str, Any], ends: list[int]) -> tuple[Tensor,
     y = torch.zeros(len(a), case.n, dtype=torch.float64, device=a.device)
     magnitude = y.clone()
     for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        zeros = args["zeros"][e].float() if "zeros" in args else None
-        dense = dequantize(w[e], scales[e], zeros, k=k).double()
+        scales = args["scales"][e]
+        if case.of_fp4:
+            format_ = torch.float8_e4m3fn if case.group_size == 16 else torch.float8_e8m0fnu
+            dense = decode(w[e], scales.view(format_), False, torch.float64)
+            dense = dense * args["alpha"][e].double()
+        else:
+            zeros = args["zeros"][e].float() if "zeros" in args else None
+            dense = dequantize(w[e], scales.float(), zeros, k=k).double()
         bias, rows = args["bias"][e].double(), slice(start, end)
         y[rows] = by[rows] * (x[rows] @ dense.T) + bias
         magnitude[rows] = by[rows] * (x[rows].abs() @ dense.abs().T) + bias.abs()
@@ -152,13 +176,28 @@ def test_any_spread_of_tokens(device: str, name: str, n: int, cuts: list[int]) -
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["w4a16", "w4a16, zero points", "w8a16"])
+@pytest.mark.parametrize("name", ["w4a16", "w4a16, zero points", "w8a16", "mxfp4", "nvfp4"])
 def test_within_the_bound(name: str, family: str) -> None:
     case, tokens, experts = CASES[name], 700, 6
     args = problem(case, tokens, experts, exact=False)
     ends = ENDS["uneven"](tokens, experts)
     y = matmul_experts(**args, ends=torch.tensor(ends, device="cuda"))
     assert_close(y, *expected(case, args, ends))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp4, half a tile of K"])
+def test_every_scale_of_mxfp4(name: str, family: str) -> None:
+    case, ends = CASES[name]._replace(n=256), [80, 80, 200]
+    args = problem(case, 210, 3)
+    args["scales"] = torch.arange(256, device="cuda", dtype=torch.uint8)
+    args["scales"] = args["scales"][None, :, None].repeat(3, 1, case.k // 32)
+    args["a"] = torch.eye(case.k, device="cuda", dtype=case.a)[torch.arange(210) % case.k]
+    args["bias"].zero_()
+    y = matmul_experts(**args, ends=torch.tensor(ends, device="cuda"))
+    torch.testing.assert_close(
+        y, expected(case, args, ends)[0].to(y.dtype), rtol=0, atol=0, equal_nan=True
+    )
 
 
 @pytest.mark.gpu

@@ -161,6 +161,22 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         ),
         {},
     ),
+    "experts-fp4": (
+        OPS.matmul_experts.default,
+        (
+            _x(5, 32).requires_grad_(),
+            oracle.pack(_codes(3, 4, 32)),
+            torch.randint(120, 130, (3, 4, 1), dtype=torch.uint8),
+            None,
+            torch.tensor([2, 2, 4]),
+            32,
+            None,
+            None,
+            None,
+            _x(3).float(),
+        ),
+        {},
+    ),
     "experts-backward": (
         OPS.matmul_experts_backward.default,
         (

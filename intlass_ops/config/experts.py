@@ -166,7 +166,8 @@ def _spills(c: Gemm, device: Device) -> bool:
     short = c.has_zeros or device.arch in ("sm_100", "sm_120")
     in_sums = short and grouping in (Grouping.TILE, Grouping.SPAN)
     full = c.block_m * c.block_n >= (64 if in_sums else 128) * 128
-    return full and (in_sums or grouping is Grouping.SCALED_SPANS)
+    in_spans = grouping is Grouping.SCALED_SPANS and c.w_kind != "e2m1"
+    return full and (in_sums or in_spans)
 
 
 def tiles_together(c: Grouped, slots: int) -> int:

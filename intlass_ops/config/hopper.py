@@ -72,6 +72,7 @@ class Hopper:
     has_zeros: bool
     has_a_zero: bool = False
     blocked: bool = False  # FP4: scales in the order of fp4.to_blocked
+    half_tiles: bool = False  # FP4: K ends in the middle of a tile of it
     lane_order: bool = False  # of each 32 k of X: widen.cu and decode_fp4.cu make it
     x_unit: int = 1  # what decoded activations were divided by
     only_if: int = -1  # what a flag must be, or nothing is done; less than 0: there is none
@@ -280,8 +281,8 @@ def why_not_hopper(device: Device, shape: Shape) -> str | None:
     if shape.w_kind == "e2m1":
         if shape.x_kind not in ("bf16", decoded_fp4(shape.scale_type)):
             return "FP4 activations are decoded before"
-        whole_tiles = shape.k % HOPPER_BLOCK_K == 0
-        return None if whole_tiles else f"K={shape.k} is not a multiple of {HOPPER_BLOCK_K}"
+        unit = HOPPER_BLOCK_K if shape.blocked else HOPPER_BLOCK_K // 2
+        return None if shape.k % unit == 0 else f"K={shape.k} is not a multiple of {unit}"
     whole = shape.group_size >= shape.k
     if shape.x_kind == "s8" and shape.w_kind == "s8" and not whole:
         return "INT8 weights under INT8 activations have one scale a row"

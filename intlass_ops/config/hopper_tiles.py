@@ -142,6 +142,7 @@ def _config(shape: Shape, scaled: bool, whole: bool, tile: Tile, way: _Way) -> H
         groups_per_tile=groups_per_tile,
         has_zeros=shape.has_zeros,
         blocked=shape.blocked,
+        half_tiles=shape.w_kind == "e2m1" and shape.k % HOPPER_BLOCK_K != 0,
     )
 
 
@@ -161,7 +162,8 @@ def _cannot_be(c: Hopper, shape: Shape) -> bool:
     if c.block_m == 16 and c.split_k > 1:
         return True  # half of 16 tokens is less than what is staged at a time
     if c.w_kind == "e2m1":
-        return shape.k % c.block_k != 0  # a stage would have scales of another row
+        # a stage would have scales of another row
+        return shape.k % (HOPPER_BLOCK_K // 2 if c.block_k == HOPPER_BLOCK_K else c.block_k) != 0
     if shape.group_size < shape.k and shape.group_size % c.block_k and c.block_k % shape.group_size:
         return True  # a stage would have parts of groups
     # A stage has the rows left over where others have sums of x.

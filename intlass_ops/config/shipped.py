@@ -222,6 +222,8 @@ def _shipped_experts() -> Iterator[tuple[Config, tuple[str, ...]]]:
         ("s8", "s8", "float", "float", 4096),
         ("s8", "s4", "float", "float", 128),
         ("s8", "u4", "float", "unsigned char", 64),
+        ("bf16", "e2m1", "e8m0", "float", 32),
+        ("bf16", "e2m1", "e4m3", "float", 16),
     )
     for turn, (x, w, scale_type, zero_type, group_size) in enumerate(cases):
         shape = replace(
@@ -232,6 +234,7 @@ def _shipped_experts() -> Iterator[tuple[Config, tuple[str, ...]]]:
             zero_type=zero_type,
             out_type="__half" if x == "fp16" else "__nv_bfloat16",
             has_zeros=w == "u4",
+            k=4160 if w == "e2m1" else 4096,  # which ends in the middle of a tile
             group_size=group_size,
         )
         for arch, m in itertools.product({"sm_90a", *ARCHS[turn % 2 :: 2]}, (8, 1024, 4096, 65536)):

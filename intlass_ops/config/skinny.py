@@ -226,14 +226,14 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
         if few_tokens and chunks <= 64:
             tile = 2, 8, 4, 1
         elif few_tokens:
-            tile = 1, 16, 1, 2
+            tile = (2, 16, 2, 1) if shape.has_zeros else (1, 16, 1, 2)
         elif device.arch.startswith("sm_90") and chunks <= 64:
             tile = 2, 8, 4, 1
         else:
             tile = 2, 16, 1, 1
     elif blocks <= 2 * sms:
         if few_tokens and chunks <= 64:
-            tile = 1, 8, 1, 4
+            tile = (2, 8, 2, 2) if shape.has_zeros else (1, 8, 1, 4)
         else:
             deep = (few_tokens or light_x) and not shape.has_zeros
             tile = 2, 8, 2 if deep else 1, 2

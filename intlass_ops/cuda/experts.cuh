@@ -23,6 +23,7 @@ __device__ __forceinline__ Params problem_of(const Params& all, const ExpertTile
   p.scales = moved(p.scales, expert * p.scale_expert);
   if (has_zeros) p.zeros = moved(p.zeros, expert * p.zero_expert);
   if (p.bias) p.bias = moved(p.bias, expert * p.bias_expert);
+  if (p.alpha) p.alpha = moved(p.alpha, expert * p.alpha_expert);
   if (p.a_scale) p.a_scale = static_cast<const float*>(p.a_scale) + tile.first * p.a_scale_row;
   p.out = static_cast<Out*>(p.out) + tile.first * p.n;
   return p;

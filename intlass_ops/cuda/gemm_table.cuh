@@ -53,7 +53,9 @@ template <class F> struct GroupTable {
       words[0] = split_scale(as_float(s));
       if constexpr (has_zeros)
         words[1] = split_offset(Nibbles<X>::bottom(as_float(z)), 1 / F::unit, as_float(s));
-    } else if constexpr (has_zeros)
+    } else if constexpr (same<W, e2m1>::value)
+      *reinterpret_cast<unsigned short*>(to) = F::entry(s);
+    else if constexpr (has_zeros)
       *reinterpret_cast<u32*>(to) = F::entry(as_float(s), as_float(z));
     else
       *reinterpret_cast<unsigned short*>(to) = F::entry(as_float(s));

@@ -169,10 +169,11 @@ struct Place {
 
 // What the epilogue needs of each token and each row, in shared memory behind the ring
 struct Vectors {
-  float factor[block_m], a_zero[block_m], bias[block_n];  // factor: alpha * a_scale
+  static constexpr float unit = same<W, e2m1>::value ? block_unit<Scale> : 1.f;  // of the sums
+  float factor[block_m], a_zero[block_m], bias[block_n];  // factor: unit * alpha * a_scale
 
   __device__ __forceinline__ void fill(const Params& p, i64 n0, i64 m0) {
-    const float alpha = alpha_of(p);
+    const float alpha = alpha_of(p) * unit;
 #pragma unroll 1
     for (int i = threadIdx.x; i < block_m; i += threads) {
       const i64 m = min(m0 + i, p.m - 1);

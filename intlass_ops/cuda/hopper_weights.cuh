@@ -175,10 +175,15 @@ struct BlockScales {
     return found != 0;
   }
 };
+// Where K ends in the middle of a tile rows of scales start anywhere that half a tile's may. Past the end are
+// the last ones again, whose codes are zeros.
 struct BlockReader {
+  static constexpr int half = block_k / block_size<Scale> / 2;  // scales
   const unsigned char* rows[tiles_n][2];
+  int last;  // the first scale of the last half
 
-  __device__ __forceinline__ BlockReader(const Params& p, i64 row0, int lane) {
+  __device__ __forceinline__ BlockReader(const Params& p, i64 row0, int lane)
+      : last(int(p.k) / block_size<Scale> - half) {
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
@@ -188,15 +193,36 @@ struct BlockReader {
                                                p.scale_row, 0);
   }
   __device__ __forceinline__ void read(BlockScales& to, int kt) const {
-    constexpr int step = scale_step<Config::blocked, Scale>(block_k);
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
+      for (int h = 0; h < 2; ++h) {
+        if constexpr (Config::half_tiles)
+          read_halves(to.words[i][h], rows[i][h], kt);
+        else
+          read_row(to.words[i][h], rows[i][h], kt);
+      }
+  }
+  static __device__ __forceinline__ void read_row(u32 (&words)[block_words],
+                                                  const unsigned char* row, int kt) {
+    constexpr int step = scale_step<Config::blocked, Scale>(block_k);
 #pragma unroll
-        for (int b = 0; b < block_words; ++b)
-          to.words[i][h][b] =
-              *reinterpret_cast<const u32*>(rows[i][h] + kt * step + b * (step / block_words));
+    for (int b = 0; b < block_words; ++b)
+      words[b] = *reinterpret_cast<const u32*>(row + kt * step + b * (step / block_words));
+  }
+  __device__ __forceinline__ void read_halves(u32 (&words)[block_words], const unsigned char* row,
+                                              int kt) const {
+    static_assert(!Config::half_tiles || (block_k == 128 && !Config::blocked),
+                  "as config/hopper.py has it");
+    const unsigned char* first = row + 2 * kt * half;
+    const unsigned char* second = row + min((2 * kt + 1) * half, last);
+    if constexpr (block_words == 1) {
+      words[0] = *reinterpret_cast<const unsigned short*>(first) |
+                 u32(*reinterpret_cast<const unsigned short*>(second)) << 16;
+    } else {
+      words[0] = *reinterpret_cast<const u32*>(first);
+      words[1] = *reinterpret_cast<const u32*>(second);
+    }
   }
 };
 

@@ -19,11 +19,11 @@ from . import jit, launch, launch_hopper
 from .kernel import Launch
 from .launch_widen import widen
 from .plans import (
+    ALIGNMENT,
     TYPE,
     ZERO_TYPE,
     Key,
     aligned,
-    contiguous_strides,
     device_of,
     empty,
     remember,
@@ -34,91 +34,149 @@ if TYPE_CHECKING:
     from ..ops.problem import Problem
 
 _TABLE = struct.Struct("=7q")  # Params of expert_tiles.cu, two pointers first
-_EXPERT_WORDS = 6  # Experts of problem.cuh, before the words of every GEMM
+_EXPERT_WORDS = 7  # Experts of problem.cuh, before the words of every GEMM
+
+
+Operand = Tensor | None
+_FP4_SCALES = {32: "e8m0", 16: "e4m3"}  # by the size of a group
 
 
 class Plan(NamedTuple):
     """A grouped GEMM of one signature."""
 
+    problem: Problem
     table: Launch
     gemm: Launch
     slots: int
     about: tuple[int, ...]  # Experts of problem.cuh, behind the table
     out_shape: tuple[int, int]
-    out_dtype: torch.dtype
     tail: launch_hopper.Tail | None
     report: tuple[Any, ...]  # for `record`
+    copies: bool  # whether operands are not read as they are given
 
-    def run(self, x: Tensor, w: Tensor, ends: Tensor, others: tuple[Tensor | None, ...]) -> Tensor:
-        """``x`` and ``w`` [experts·N, …] as `_as_read` gives them; scales, zeros, a_scale, bias."""
-        y = empty(self.out_shape, contiguous_strides(self.out_shape), self.out_dtype, x.device)
-        table = empty((self.slots + 1, 4), (4, 1), torch.int32, x.device)
-        stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+    def run(
+        self,
+        a: Tensor,
+        w: Tensor,
+        scales: Tensor,
+        zeros: Operand,
+        ends: Tensor,
+        a_scale: Operand,
+        bias: Operand,
+        alpha: Operand,
+    ) -> Tensor:
+        if self.copies:
+            a, w, scales, zeros, ends, a_scale = _as_read(
+                self.problem, a, w, scales, zeros, ends, a_scale
+            )
+        device = a.device
+        y = empty(self.out_shape, (self.out_shape[1], 1), self.problem.out_dtype, device)
+        table = empty((self.slots + 1, 4), (4, 1), torch.int32, device)
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
         self.table((ends.data_ptr(), table.data_ptr()), stream)
-        scales, zeros, a_scale, bias = (0 if t is None else t.data_ptr() for t in others)
-        operands = x.data_ptr(), w.data_ptr(), scales, zeros, a_scale, 0, 0, bias, y.data_ptr()
-        tail = b"" if self.tail is None else self.tail(x, w, stream, None)[0]
+        after = (0 if t is None else t.data_ptr() for t in (zeros, a_scale))
+        last = (0 if t is None else t.data_ptr() for t in (alpha, bias))
+        operands = a.data_ptr(), w.data_ptr(), scales.data_ptr(), *after, 0, *last, y.data_ptr()
+        tail = b"" if self.tail is None else self.tail(a, w, stream, None)[0]
         self.gemm((table.data_ptr(), *self.about, *operands, 0, 0), stream, tail)
         if listening():
             record(*self.report)
         return y
 
 
-_plans: dict[Key, Plan | None] = {}
+_plans: dict[Key, Plan] = {}
 
 
-def run(
+def key_of(k: int, out_dtype: torch.dtype | None, a: Tensor, w: Tensor, *rest: Operand) -> Key:
+    """Of a call's plan."""
+    scales = rest[0]
+    assert scales is not None
+    return (
+        k,
+        out_dtype,
+        batch_invariance.enabled(),
+        a.data_ptr() % ALIGNMENT,
+        w.data_ptr() % ALIGNMENT,
+        scales.data_ptr() % ALIGNMENT,
+        signature(a),
+        signature(w),
+        *map(signature, rest),
+    )
+
+
+def find(key: Key | None) -> Plan | None:
+    """That of an earlier call, if it had one."""
+    return None if key is None else _plans.get(key)
+
+
+def make(
+    key: Key,
     p: Problem,
     a: Tensor,
     w: Tensor,
     scales: Tensor,
-    zeros: Tensor | None,
+    zeros: Operand,
     ends: Tensor,
-    a_scale: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor | None:
-    """y [tokens, N] of a checked problem; None where no kernel fits."""
-    if p.x_kind == "fp32" or batch_invariance.enabled() or not a.shape[0] * p.n * p.k:
+    a_scale: Operand,
+    bias: Operand,
+    alpha: Operand,
+) -> Plan | None:
+    """The plan of a checked problem; None where no kernel fits."""
+    kinds = ("bf16",) if p.w_kind == "e2m1" else ("bf16", "fp16", "s8", "s4", "u4")
+    if p.x_kind not in kinds or batch_invariance.enabled() or not a.shape[0] * p.n * p.k:
         return None
-    x, w, zeros, a_scale = _as_read(p, a, w, zeros, a_scale)
-    ends = ends.contiguous()
-    tensors = x, w, scales, zeros, ends, a_scale, bias
-    key = p, aligned(x), aligned(w), *map(signature, tensors)
-    if key not in _plans:
-        remember(_plans, key, _make(p, *tensors))
-    plan = _plans[key]
-    return None if plan is None else plan.run(x, w, ends, (scales, zeros, a_scale, bias))
+    given = a, w, scales, zeros, ends, a_scale
+    read = _as_read(p, *given)
+    copies = any(r is not None and not _is_same(r, g) for r, g in zip(read, given, strict=True))
+    plan = _make(p, copies, *read, bias, alpha)
+    return None if plan is None else remember(_plans, key, plan)
+
+
+def _is_same(read: Tensor, given: Operand) -> bool:
+    return given is not None and (read.data_ptr(), read.dtype) == (given.data_ptr(), given.dtype)
 
 
 def _as_read(
-    p: Problem, a: Tensor, w: Tensor, zeros: Tensor | None, a_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As the kernels read them: unit strides along K, the experts' rows behind one another."""
+    p: Problem,
+    a: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    zeros: Operand,
+    ends: Tensor,
+    a_scale: Operand,
+) -> tuple[Tensor, Tensor, Tensor, Operand, Tensor, Operand]:
+    """As the kernels read them: unit strides along K, w as [experts·N, …], known types."""
     x = packing.from_lanes(a) if a.dtype == torch.int32 else launch.unit_stride(a)
     if config.widens(device_of(a.device.index), p.x_kind):
         x = widen(x, p.x_kind, p.k, lane_order=False)
     w = launch.unit_stride(w.reshape(w.shape[0] * w.shape[1], w.shape[2]))
+    if p.w_kind == "e2m1":  # read several at a time
+        scales = scales.contiguous()
+        scales = scales.clone() if scales.data_ptr() % 4 else scales
     if zeros is not None and zeros.dtype not in ZERO_TYPE:
         zeros = zeros.float()
-    return x, w, zeros, None if a_scale is None else a_scale.float().reshape(-1)
+    a_scale = None if a_scale is None else a_scale.float().reshape(-1)
+    return x, w, scales, zeros, ends.contiguous(), a_scale
 
 
 def _make(
     p: Problem,
+    copies: bool,
     x: Tensor,
     w: Tensor,
     scales: Tensor,
-    zeros: Tensor | None,
+    zeros: Operand,
     ends: Tensor,
-    a_scale: Tensor | None,
-    bias: Tensor | None,
+    a_scale: Operand,
+    bias: Operand,
+    alpha: Operand,
 ) -> Plan | None:
     tokens, experts, device = x.shape[0], scales.shape[0], x.device
     gpu = device_of(device.index)
     shape = config.Shape(
         x_kind=p.x_kind,
         w_kind=p.w_kind,
-        scale_type=TYPE[scales.dtype],
+        scale_type=_FP4_SCALES[p.group_size] if p.w_kind == "e2m1" else TYPE[scales.dtype],
         zero_type="float" if zeros is None else ZERO_TYPE[zeros.dtype],
         out_type=TYPE[p.out_dtype],
         has_zeros=zeros is not None,
@@ -145,7 +203,7 @@ def _make(
         *launch.row_and_group_strides(None if zeros is None else zeros[0]),
         0 if a_scale is None or a_scale.numel() == 1 else a_scale.stride(0),
         0,
-        *(launch.dtype_code(t) for t in (bias, None, a_scale, None)),
+        *(launch.dtype_code(t) for t in (bias, alpha, a_scale, None)),
     )
     words = _EXPERT_WORDS + launch.WORDS
     parameters = bytes(8 * words) + launch.NUMBERS.pack(tokens, p.n, p.k, *row_bytes, *rest)
@@ -157,15 +215,16 @@ def _make(
     t = config.ExpertTiles()
     table = _TABLE.pack(0, 0, experts, tokens, tile, ends.element_size(), slots)
     return Plan(
+        problem=p,
         table=jit.get(t, device.index).bind(t.grid(slots), (t.threads, 1, 1), 0, table, 2),
         gemm=jit.get(c, device.index).bind(
             grid, (c.threads, 1, 1), c.smem_bytes, parameters, words
         ),
         slots=slots,
-        about=(near, p.n * row_bytes[1], *(_expert_bytes(t) for t in (scales, zeros, bias))),
+        about=(near, p.n * row_bytes[1], *map(_expert_bytes, (scales, zeros, bias, alpha))),
         out_shape=(tokens, p.n),
-        out_dtype=p.out_dtype,
         tail=tail,
+        copies=copies,
         report=("matmul_experts", p.scheme, (tokens, p.n, p.k, p.group_size), str(c), why),
     )
 

@@ -20,7 +20,8 @@ template <bool> struct Experts {};
 template <> struct Experts<true> {
   const ExpertTile* tiles;
   i64 together;  // tiles of tokens whose blocks are neighbours, where each has blocks of its own
-  i64 w_expert, scale_expert, zero_expert, bias_expert;  // bytes from one to the next
+  i64 w_expert, scale_expert, zero_expert, bias_expert,
+      alpha_expert;  // bytes from one to the next
 };
 // Configurations of kernels that know of none do not say so.
 template <class Config, class = int> struct HasExperts { static constexpr bool value = false; };

@@ -27,7 +27,7 @@ class Problem:
 
     op: str
     x_kind: str  # "fp32", "bf16", "fp16", "s8", "s4", "u4"
-    w_kind: str  # "s4", "u4", "s8"
+    w_kind: str  # "s4", "u4", "s8"; of experts, "e2m1"
     n: int
     k: int
     group_size: int
@@ -37,7 +37,7 @@ class Problem:
     @property
     def scheme(self) -> str:
         """Weight and activation bits, as in w4a16."""
-        bits = {"s8": 8, "s4": 4, "u4": 4}
+        bits = {"s8": 8, "s4": 4, "u4": 4, "e2m1": 4}
         return f"w{bits[self.w_kind]}a{bits.get(self.x_kind, 16)}"
 
 
