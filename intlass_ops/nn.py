@@ -6,7 +6,7 @@ How a weight becomes codes is quantize.py's; this file only stores and applies t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +39,60 @@ def as_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def _require_tensors(layer: str, **values: Tensor) -> None:
+def require_tensors(layer: str, **values: Tensor) -> None:
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{layer}: {name} is a {type(value).__name__}; expected a tensor")
 
 
-class _Codes(nn.Module):
-    """What layers of INT4 or INT8 codes share: their buffers, and that these keep their dtypes."""
+def require_floating(layer: nn.Module, x: Tensor) -> None:
+    """TypeError for an input that is not floating-point."""
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{type(layer).__name__}: x is {x.dtype}; expected fp32, bf16 or fp16. If the model "
+            "casts it to the dtype of `weight`, leave this layer out (filter_fn, "
+            "modules_to_not_convert)"
+        )
+
+
+class Stored(nn.Module):
+    """A layer of codes and scales, which are what they were made as: no cast, no load changes it.
+
+    ``kept``: the buffers whose dtype stays. ``codes``: those that hold codes rather than numbers.
+    """
+
+    kept: ClassVar[tuple[str, ...]] = ("weight", "scales", "zeros")
+    codes: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes codes alone: those of a layer that was not quantised would be cut to integers."""
+        for name in self.codes:
+            given, own = state.get(prefix + name), getattr(self, name)
+            if given is not None and given.dtype != own.dtype:
+                rest[-1].append(
+                    f"{prefix}{name} is {given.dtype}, the {type(self).__name__} holds codes of "
+                    f"{own.dtype}: load what was not quantised before quantize_"
+                )
+                return
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move between devices; keep codes, scales and zeros in the dtype they were made in.
+
+        `model.half()` and `.to(dtype)` would round fp32 scales, silently changing every weight, and
+        `.type(dtype)` would make numbers of the codes.
+        """
+        tensors = {name: getattr(self, name) for name in self.kept}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in tensors.items():
+            after = getattr(self, name)
+            if before is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+
+class _Codes(Stored):
+    """What layers of INT4 or INT8 codes share: their buffers, and their activations."""
 
     weight: Tensor
     scales: Tensor
@@ -88,12 +134,7 @@ class _Codes(nn.Module):
 
     def _activations(self, x: Tensor, lanes: bool = False) -> tuple[Tensor, Tensor | None]:
         """(x, None), or its codes and their scales."""
-        if not x.is_floating_point():
-            raise TypeError(
-                f"{type(self).__name__}: x is {x.dtype}; expected fp32, bf16 or fp16. If the model "
-                "casts it to the dtype of `weight`, leave this layer out (filter_fn, "
-                "modules_to_not_convert)"
-            )
+        require_floating(self, x)
         if self.activation is None:
             return x, None
         # Of packed codes the op cannot tell an odd number from the next even one.
@@ -117,32 +158,6 @@ class _Codes(nn.Module):
             f"scheme=w{self.bits}a{a_bits}, group_size={self.in_features // groups}, "
             f"zeros={self.zeros is not None}, bias={self.bias is not None}{more}"
         )
-
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Takes codes alone: those of a layer that was not quantised would be cut to integers."""
-        weight, errors = state.get(f"{prefix}weight"), rest[-1]
-        if weight is None or weight.dtype == self.weight.dtype:
-            super()._load_from_state_dict(state, prefix, *rest)
-        else:
-            errors.append(
-                f"{prefix}weight is {weight.dtype}, the {type(self).__name__} holds codes of "
-                f"{self.weight.dtype}: load what was not quantised before quantize_"
-            )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Move between devices; keep codes, scales and zeros in the dtype they were made in.
-
-        `model.half()` and `.to(dtype)` would round fp32 scales, silently changing every weight, and
-        `.type(dtype)` would make numbers of the codes.
-        """
-        tensors = (("weight", self.weight), ("scales", self.scales), ("zeros", self.zeros))
-        kept = {name: t for name, t in tensors if t is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = getattr(self, name)
-            if after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
-        return self
 
 
 class IntLinear(Movable, _Codes):
@@ -178,7 +193,7 @@ class IntLinear(Movable, _Codes):
         activation: Activation = None,
         input_scale: Tensor | None = None,
     ) -> None:
-        _require_tensors("IntLinear", weight=weight, scales=scales)
+        require_tensors("IntLinear", weight=weight, scales=scales)
         if weight.dim() != 2 or weight.dtype not in (torch.uint8, torch.int8):
             raise TypeError(
                 f"IntLinear: weight is {weight.dtype} {tuple(weight.shape)}; expected uint8 "
@@ -244,7 +259,7 @@ class IntExpertLinear(_Codes):
         in_features: int | None = None,
         activation: Activation = None,
     ) -> None:
-        _require_tensors("IntExpertLinear", weight=weight, scales=scales)
+        require_tensors("IntExpertLinear", weight=weight, scales=scales)
         if weight.dim() != 3 or weight.dtype not in (torch.uint8, torch.int8):
             raise TypeError(
                 f"IntExpertLinear: weight is {weight.dtype} {tuple(weight.shape)}; expected uint8 "

@@ -1,11 +1,13 @@
-"""FP4 operands, what they are exactly, and the ops that multiply them.
+"""FP4 operands and weights, what they are exactly, and the ops that multiply them.
 
-Not here: tests (test_block_scaled.py, test_block_scaled_tiles.py, test_triton_gemm.py).
+Not here: tests (test_block_scaled.py, test_block_scaled_tiles.py, test_triton_gemm.py,
+test_fp4_linear.py), checkpoints (tiny_checkpoints.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,51 @@ from torch import Tensor
 import intlass_ops as ia
 from intlass_ops import fp4, fused_quantize, packing
 from intlass_ops.rotation import hadamard_matrix
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass
+class Fp4Weight:
+    """w[n, k] = e2m1(q[n, k])·scale[n, g]·global_scale; MXFP4 where g = k // 32, else NVFP4."""
+
+    q: Tensor  # [N, K]
+    s: Tensor  # [N, G] the bytes of e8m0 (MXFP4) or e4m3 (NVFP4)
+    global_scale: float = 1.0  # as float32 has it
+
+    @property
+    def is_mx(self) -> bool:
+        return 32 * self.s.shape[1] == self.q.shape[1]
+
+    def packed(self) -> Tensor:
+        return (self.q[:, ::2] | self.q[:, 1::2] << 4).to(torch.uint8)
+
+    def exact(self) -> Tensor:
+        """In float64, from the formats' definitions alone."""
+        values = torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=torch.float64)[self.q]
+        bits = self.s.double()
+        if self.is_mx:
+            scales = 2 ** (bits - 127)
+        else:
+            exponent, fraction = (bits % 128 / 8).floor(), bits % 8 / 8
+            size = torch.where(exponent == 0, fraction, 1 + fraction)  # 0: subnormal
+            sign = torch.where(bits < 128, 1, -1)
+            scales = sign * size * 2 ** (exponent.clamp(min=1) - 7)
+        group = values.shape[1] // scales.shape[1]
+        return values * scales.repeat_interleave(group, 1) * self.global_scale
+
+    def dense(self) -> Tensor:
+        return self.exact().float()
+
+
+def draw_fp4(n: int, k: int, seed: int, *, group: int, global_scale: float = 1.0) -> Fp4Weight:
+    rng = torch.Generator().manual_seed(seed)
+    q = torch.randint(0, 16, (n, k), generator=rng)
+    low, high = (121, 125) if group == 32 else (0x28, 0x40)
+    s = torch.randint(low, high, (n, k // group), generator=rng).to(torch.uint8)
+    if group == 16:
+        s[::7, 0] = torch.arange(len(s[::7])) % 8  # zero and the subnormal ones
+    return Fp4Weight(q, s, torch.tensor(global_scale).item())
 
 
 def quantized(format_: str, rows: int, k: int, method: str, seed: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("transformers")
 
 from safetensors.torch import save_file
-from tiny_checkpoints import FORMS, draw
+from tiny_checkpoints import FORMS
 
 from intlass_ops.formats import FormatError
 from intlass_ops.formats.checkpoint import Checkpoint
@@ -100,18 +100,19 @@ def read_everything(directory: Path) -> None:
         assert held <= 16 * size
 
 
-@pytest.mark.parametrize("name", [*FORMS, "intlass"])
+@pytest.mark.parametrize("name", [*FORMS, "intlass", "intlass nvfp4"])
 def test_mutated_checkpoints_raise_our_errors(
     tmp_path: Path, name: str, request: pytest.FixtureRequest
 ) -> None:
     count = 2000 if request.config.getoption("--thorough") else 50
-    form = FORMS.get(name, FORMS["packed w4a16"])
-    weight = draw(16, 64, 0, **form.draw)
+    ours = {"intlass": FORMS["packed w4a16"], "intlass nvfp4": FORMS["packed nvfp4"]}
+    form = ours.get(name) or FORMS[name]
+    weight = form.make(16, 64, 0, **form.draw)
     tensors = {f"layer.{part}": t.contiguous() for part, t in form.store(weight).items()}
     file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     save_file(tensors, file, {"layer.weight": form.metadata} if form.metadata else None)
     settings = form.config
-    if name == "intlass":
+    if name in ours:
         config.write_text(json.dumps({"quantization_config": settings}))
         stored = open_reader(Checkpoint(tmp_path)).stored("layer")
         settings = write_specs({"layer": buffers_of(stored, None)[0]})

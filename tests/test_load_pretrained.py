@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import FORMS, Weight, draw, linears, write, write_experts
 from transformers.quantizers.base import HfQuantizer
 
-from intlass_ops import IntLinear, dequantize, pack_int4
+from intlass_ops import Fp4Linear, IntLinear, dequantize, pack_int4
 from intlass_ops.formats import FormatError
 from intlass_ops.formats.checkpoint import Checkpoint
 from intlass_ops.formats.experts import stacked
@@ -44,7 +44,8 @@ def test_codes_come_over_exactly_and_generation_agrees(tmp_path: Path, name: str
         assert torch.equal(weight.dequantize(), dense[path]), path
 
     model = load_pretrained(tmp_path / "theirs")
-    layers = [m for m in model.modules() if isinstance(m, (IntLinear, PackedLinear))]
+    kinds = (Fp4Linear, IntLinear, PackedLinear)
+    layers = [m for m in model.modules() if isinstance(m, kinds)]
     assert len(layers) == len(dense)
     logits, reference = model(PROMPT).logits, expected(PROMPT).logits
     if reader.activation(reader.paths[0]) is None:
@@ -136,7 +137,9 @@ def test_gguf_file_loads_saves_and_reloads(
     assert torch.equal(load_pretrained(tmp_path / "ours")(PROMPT).logits, logits)
 
 
-@pytest.mark.parametrize("name", ["gptq v2 act-order", "gptq v1 8 bits", "awq", "int w8a8"])
+@pytest.mark.parametrize(
+    "name", ["gptq v2 act-order", "gptq v1 8 bits", "awq", "int w8a8", "packed mxfp4"]
+)
 def test_loads_onto_a_device(tmp_path: Path, name: str, device: str) -> None:
     expected = write(tmp_path, FORMS[name])
     model = load_pretrained(tmp_path, device_map=device, dtype=torch.bfloat16)
@@ -208,7 +211,7 @@ def test_gptq_version_is_not_guessed(tmp_path: Path) -> None:
         ("gptq v1", {"quant_method": "aqlm"}, "quant_method is 'aqlm'; read are gptq"),
         ("gptq v1", {"sym": True}, "says symmetric, but zero points differ from 8"),
         ("awq", {"version": "gemv"}, "version is 'gemv'"),
-        ("packed w4a16", {"format": "nvfp4-pack-quantized"}, "format is 'nvfp4-pack-quantized'"),
+        ("packed w4a16", {"format": "mxfp8-quantized"}, "format is 'mxfp8-quantized'"),
         ("packed w4a16", {"config_groups": {}}, "config_groups is {}"),
         ("packed w4a16", {"transform_config": {"r": 1}}, "transform_config"),
     ],

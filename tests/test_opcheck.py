@@ -147,6 +147,21 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         ),
         {},
     ),
+    "mxfp4-w4a16": (
+        OPS.matmul_block_scaled.default,
+        (
+            _x(2, 3, 64).requires_grad_(),
+            oracle.pack(_codes(5, 64)),
+            None,
+            oracle.pack(_codes(5, 4)),
+            "mxf4",
+            False,
+            False,
+            _x(1),
+            torch.float32,
+        ),
+        {},
+    ),
     "experts": (
         OPS.matmul_experts.default,
         (

@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from fp4_case import Fp4Weight, draw_fp4
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 GROUP = 16
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+DIVISOR = 20.0  # of NVFP4 in compressed-tensors' files
 
 
 @dataclass
@@ -126,6 +128,26 @@ def torchao(w: Weight) -> dict[str, Tensor]:
     }
 
 
+def packed_fp4(w: Fp4Weight) -> dict[str, Tensor]:
+    if w.is_mx:
+        return {"weight_packed": w.packed(), "weight_scale": w.s}
+    return {
+        "weight_packed": w.packed(),
+        "weight_scale": w.s.view(torch.float8_e4m3fn),
+        "weight_global_scale": torch.tensor([DIVISOR]),
+        "input_global_scale": torch.tensor([300.0]),
+    }
+
+
+def modelopt(w: Fp4Weight) -> dict[str, Tensor]:
+    return {
+        "weight": w.packed(),
+        "weight_scale": w.s.view(torch.float8_e4m3fn),
+        "weight_scale_2": torch.tensor(w.global_scale),
+        "input_scale": torch.tensor(0.01),
+    }
+
+
 def compressed(bits: int, form: str, activation: int | None = None) -> dict[str, Any]:
     inputs = {"num_bits": activation, "type": "int", "symmetric": True, "dynamic": True,
               "strategy": "token"}  # fmt: skip
@@ -143,6 +165,16 @@ def compressed(bits: int, form: str, activation: int | None = None) -> dict[str,
         "transform_config": {},
         "kv_cache_scheme": None,
     }
+
+
+def compressed_fp4(group: int) -> dict[str, Any]:
+    config = compressed(4, f"{'mx' if group == 32 else 'nv'}fp4-pack-quantized")
+    scheme = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": group}
+    config["config_groups"]["group_0"] |= {
+        "weights": {**scheme, "strategy": "group" if group == 32 else "tensor_group"},
+        "input_activations": {**scheme, "dynamic": True if group == 32 else "local"},
+    }
+    return config
 
 
 def gptq_config(bits: int, version: int, symmetric: bool = False) -> dict[str, Any]:
@@ -164,9 +196,11 @@ class Form:
     """How weights are drawn and stored, and what the config says."""
 
     draw: dict[str, Any]
-    store: Callable[[Weight], dict[str, Tensor]]
+    store: Callable[[Any], dict[str, Tensor]]
     config: dict[str, Any]
     metadata: str = ""  # of each weight
+    make: Callable[..., Any] = draw
+    sizes: dict[str, int] = field(default_factory=dict)  # of the Llama
 
 
 def torchao_type(target: str | None) -> str:
@@ -190,6 +224,13 @@ AWQ_CONFIG = {
     "version": "gemm",
     "zero_point": True,
     "modules_to_not_convert": None,
+}
+MODELOPT_CONFIG = {
+    "quant_method": "modelopt",
+    "quant_algo": "NVFP4",
+    "producer": {"name": "modelopt", "version": "0.29.0"},
+    "ignore": ["lm_head"],
+    "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
 }
 FORMS = {
     "gptq v1": Form({}, lambda w: gptq(w, 1), gptq_config(4, 1)),
@@ -217,10 +258,20 @@ FORMS = {
         {"bits": 8, "symmetric": True, "groups": 1}, torchao, {"quant_method": "torchao"},
         torchao_type(None),
     ),
+    "packed nvfp4": Form(
+        {"group": 16, "global_scale": 1 / DIVISOR}, packed_fp4, compressed_fp4(16), make=draw_fp4
+    ),
+    "packed mxfp4": Form(
+        {"group": 32}, packed_fp4, compressed_fp4(32), make=draw_fp4,
+        sizes={"intermediate_size": 64},
+    ),
+    "modelopt nvfp4": Form(
+        {"group": 16, "global_scale": 0.07}, modelopt, MODELOPT_CONFIG, make=draw_fp4
+    ),
 }  # fmt: skip
 
 
-def tiny_llama(seed: int = 0, *, tied: bool = False) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, *, tied: bool = False, **sizes: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -229,6 +280,7 @@ def tiny_llama(seed: int = 0, *, tied: bool = False) -> LlamaForCausalLM:
         pad_token_id=0, architectures=["LlamaForCausalLM"], dtype="float32",
         tie_word_embeddings=tied,
     )  # fmt: skip
+    config.update(sizes)
     model = LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -252,7 +304,7 @@ def write_experts(directory: Path, form: Form) -> Any:
     dense = revert_weight_conversion(model, model.state_dict())
     state = dict(dense)
     for seed, name in enumerate(name for name in dense if re.search(r"_proj|\.w[123]\.", name)):
-        w = draw(*dense[name].shape, seed, **form.draw)
+        w = form.make(*dense[name].shape, seed, **form.draw)
         dense[name] = w.dense()
         del state[name]
         path = name.removesuffix(".weight")
@@ -321,13 +373,13 @@ def write(
     Of a tiny Llama with drawn codes, or of ``model``, whose weights are rounded in groups of
     ``group``.
     """
-    drawn, model = model is None, model or tiny_llama()
+    drawn, model = model is None, model or tiny_llama(**form.sizes)
     state = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     for seed, (path, linear) in enumerate(linears(model).items()):
         if drawn:
-            w = draw(linear.out_features, linear.in_features, seed, **form.draw)
+            w = form.make(linear.out_features, linear.in_features, seed, **form.draw)
         else:
             w = round_to_nearest(linear.weight, group or linear.in_features, **form.draw)
         del state[f"{path}.weight"]

@@ -6,6 +6,7 @@ linear. Not here: what the tensors mean (a file for each format).
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,12 @@ _MAX_JSON_BYTES = 256 << 20
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
+# Scales of a quantised key/value cache. Here the cache stays in 16 bits; they are no weights.
+CACHE_SCALES = frozenset(
+    f"{of}_{what}" for of in "qkv" for what in ("scale", "zero_point", "global_scale")
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -47,6 +52,11 @@ class Header:
     dtype: torch.dtype | None
     stored: str
     shape: tuple[int, ...]
+
+    @property
+    def plain_dtype(self) -> torch.dtype | None:
+        """``dtype`` of a tensor that says all by itself: FP8 is nothing without its scale."""
+        return None if self.dtype == torch.float8_e4m3fn else self.dtype
 
 
 class Checkpoint:
@@ -135,6 +145,15 @@ class Checkpoint:
         end = "." + marker
         return [name[: -len(end)] for name in self.tensors if name.endswith(end)]
 
+    @functools.cached_property
+    def parts(self) -> dict[str, set[str]]:
+        """The names of the tensors that each module holds itself."""
+        found: dict[str, set[str]] = {}
+        for name in self.tensors:
+            path, _, part = name.rpartition(".")
+            found.setdefault(path, set()).add(part)
+        return found
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -160,11 +179,15 @@ class Layer:
             raise self.fail(f"{name} has shape {list(header.shape)}; expected {dimensions} sizes")
         return header.shape
 
-    def take(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> Tensor:
-        """A tensor that must have this shape and one of these dtypes; both checked first."""
+    def require(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
+        """FormatError for a tensor of another shape or dtype, by its header."""
         found = self.shape(name, len(shape), dtypes)
         if found != tuple(shape):
             raise self.fail(f"{name} has shape {list(found)}; expected {list(shape)}")
+
+    def take(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> Tensor:
+        """A tensor that must have this shape and one of these dtypes; both checked first."""
+        self.require(name, shape, dtypes)
         return self.checkpoint.read(f"{self.path}.{name}")
 
     def scales(self, name: str, shape: Sequence[int]) -> Tensor:

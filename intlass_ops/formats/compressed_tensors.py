@@ -1,4 +1,4 @@
-"""compressed-tensors checkpoints: pack-quantized and int-quantized, W4A16 to W8A8, act-order.
+"""compressed-tensors checkpoints: integers (W4A16 to W8A8, act-order), NVFP4 and MXFP4.
 
     weight_packed     int32 [N, ceil(K·b/32)]   q + 2^(b-1), lowest bits first (pack-quantized)
     weight_shape      int [2]                   N, K
@@ -7,27 +7,49 @@
     weight_zero_point int32 [N·b/32, G]         z + 2^(b-1), packed along N; or int8 [N, G]
     weight_g_idx      int32 [K]                 group of each k (act-order)
 
-Activations quantised per token on the fly (symmetric INT8 or INT4) are quantised by our own ops:
-their scale is amax / 127 where the library's is amax / 127.5. Other activation schemes are refused:
-`prepare_` converts the library's own model exactly.
+    nvfp4-pack-quantized, mxfp4-pack-quantized: w = code · scale / global_scale
+    weight_packed       uint8 [N, K/2]          e2m1, the even k in the low nibble
+    weight_scale        e4m3 [N, K/16]          NVFP4; or uint8 [N, K/32], e8m0 (MXFP4)
+    weight_global_scale float32 [1]             NVFP4 alone
+
+Activations of FP4 layers stay in 16 bits, also in files of W4A4, and so does a quantised cache of
+keys and values. Activations of integer layers, quantised per token on the fly (symmetric INT8 or
+INT4), are quantised by our own ops: their scale is amax / 127 where the library's is amax / 127.5.
+Other activation schemes are refused: `prepare_` converts the library's own model exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import packing
+from ..fp4_linear import GROUPS, MXFP4, NVFP4
 from ..nn import Activation
-from . import FormatError
+from . import FormatError, fp4
 from .checkpoint import Checkpoint, Layer, number
 from .stored import StoredWeight, act_order, fields, group_size_of, unsigned
 
 _INDEX = (torch.int32, torch.int64)
-_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision")
+_FORMATS = (
+    "pack-quantized", "int-quantized", "naive-quantized", "mixed-precision",
+    "nvfp4-pack-quantized", "mxfp4-pack-quantized",
+)  # fmt: skip
+_FP4 = fp4.Names("weight_packed", "weight_scale", "weight_global_scale", True, "input_global_scale")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """An entry of config_groups: the layers that it is for, and what it says of them."""
+
+    targets: list[str]
+    kind: str | None  # of the weights: "int", "mxfp4", "nvfp4"; None for what is not read
+    bits: int
+    activations: Any
 
 
 class CompressedTensors:
@@ -60,28 +82,34 @@ class CompressedTensors:
                     f"{self.where}: format is {name!r}; read are {', '.join(_FORMATS)}"
                 )
 
-    def _group(self, name: str, group: Any) -> tuple[list[str], int, Any]:
-        """Targets, bits of the weights, activation scheme."""
+    def _group(self, name: str, group: Any) -> _Group:
         weights = group.get("weights") if isinstance(group, dict) else None
         where = f"{self.where}: {name}"
         if not isinstance(weights, dict) or not isinstance(group.get("targets"), list):
             raise FormatError(f"{where} lacks targets or weights")
-        bits = number(weights, "num_bits", where, 4, 8)
-        if weights.get("type", "int") != "int":
-            raise FormatError(f"{where}: weights of type {weights['type']!r}; expected 'int'")
-        return [str(t) for t in group["targets"]], bits, group.get("input_activations")
+        kind, targets = weights.get("type", "int"), [str(t) for t in group["targets"]]
+        if kind == "int":
+            bits = number(weights, "num_bits", where, 4, 8)
+            return _Group(targets, kind, bits, group.get("input_activations"))
+        if kind != "float":
+            raise FormatError(f"{where}: weights of type {kind!r}; expected 'int' or 'float'")
+        bits, size = number(weights, "num_bits", where), weights.get("group_size")
+        of_size = (each for each, group in GROUPS.items() if group == size and bits == 4)
+        return _Group(targets, next(of_size, None), bits, None)
 
-    def _candidates(self, path: str, bits: int) -> list[tuple[list[str], int, Any]]:
+    def _groups(self, path: str) -> list[_Group]:
         """Groups a layer can be of. Patterns are not run: those of a hostile file can take forever.
 
-        A layer named outright belongs there; else bits decide among the groups.
+        A layer named outright belongs there; else its tensors decide among the groups.
         """
-        named = [g for g in self.groups if path in g[0]]
-        return [g for g in named or self.groups if g[1] == bits]
+        return [g for g in self.groups if path in g.targets] or self.groups
 
     def activation(self, path: str) -> Activation:
         layer = Layer(self.checkpoint, path)
-        found = [each[2] for each in self._candidates(path, self._bits(layer))]
+        if self._is_fp4(layer):
+            return None
+        bits = self._bits(layer)
+        found = [g.activations for g in self._groups(path) if g.kind == "int" and g.bits == bits]
         if not found:
             raise layer.fail("no config group has weights of its number of bits")
         if any(each != found[0] for each in found):
@@ -101,10 +129,26 @@ class CompressedTensors:
             "token are); load the model with compressed-tensors and call intlass_ops.prepare_"
         )
 
+    def _is_fp4(self, layer: Layer) -> bool:
+        header = self.checkpoint.tensors.get(f"{layer.path}.weight_packed")
+        return header is not None and header.dtype == torch.uint8
+
+    def _stored_fp4(self, layer: Layer) -> fp4.StoredFp4:
+        layer.shape("weight_scale", 2, (torch.float8_e4m3fn, torch.uint8))
+        scales = self.checkpoint.tensors[f"{layer.path}.weight_scale"]
+        kind = MXFP4 if scales.dtype == torch.uint8 else NVFP4
+        if all(group.kind != kind for group in self._groups(layer.path)):
+            raise layer.fail(
+                f"no config group has weights of 4 floating-point bits in groups of {GROUPS[kind]}"
+            )
+        return fp4.stored(layer, kind, _FP4)
+
     def _bits(self, layer: Layer) -> int:
         if not layer.has("weight_packed"):
-            named = [g for g in self.groups if layer.path in g[0]]
-            every = {bits for _, bits, _ in named or self.groups}
+            layer.shape("weight", 2, (torch.int8,))
+            every = {g.bits for g in self._groups(layer.path) if g.kind == "int"}
+            if not every:
+                raise layer.fail("no config group has integer weights")
             if len(every) > 1:
                 raise layer.fail("groups of 4 and of 8 bits fit; the file does not say which")
             return every.pop()
@@ -122,8 +166,11 @@ class CompressedTensors:
             raise layer.fail(f"weight_shape is [{n}, {k}], but weight_packed has {rows} rows")
         return n, k
 
-    def stored(self, path: str) -> StoredWeight:
+    def stored(self, path: str) -> StoredWeight | fp4.StoredFp4:
         layer = Layer(self.checkpoint, path)
+        if self._is_fp4(layer):
+            return self._stored_fp4(layer)
+        fp4.refuse_fp8(layer, "weight")
         bits, packed = self._bits(layer), layer.has("weight_packed")
         n, k = self._shape(layer) if packed else layer.shape("weight", 2, (torch.int8,))
         scales = self._scales(layer, n)

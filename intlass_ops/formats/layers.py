@@ -8,6 +8,7 @@ A layer is saved as its buffers (`<path>.weight`, `.scales`, `.zeros`, `.order`,
                  "activation": null, "tensors": {"weight": ["uint8", [11008, 2048]], …}}, …]}
 
 Layers that are stored alike share an entry. An `IntExpertLinear` has one dimension more: experts.
+Of an `Fp4Linear` scales are their bytes, and NVFP4 has `.global_scale` beside them.
 Not here: how a model is walked (integrations/).
 """
 
@@ -20,14 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..fp4_linear import MXFP4, NVFP4, Fp4Linear
 from ..lowering.storage import INT4, INT4_PAIR, INT8, Packed
 from ..nn import Activation, IntExpertLinear, IntLinear, PackedLinear
 from . import FormatError
+from .fp4 import StoredFp4
 from .stored import StoredWeight
 
 VERSION = 1
 METHOD = "intlass"
-_NAMES = ("weight", "scales", "zeros", "high", "high_scales", "order", "input_scale", "bias")
+_KINDS = (INT4, INT8, INT4_PAIR, MXFP4, NVFP4)
+_NAMES = (
+    "weight", "scales", "zeros", "high", "high_scales", "order", "input_scale", "global_scale",
+    "bias",
+)  # fmt: skip
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -41,7 +48,7 @@ _DTYPES = {
 class LayerSpec:
     """Everything about a quantised linear but the values of its tensors."""
 
-    kind: str  # "int4", "int8", "int4 pair"
+    kind: str  # "int4", "int8", "int4 pair", "mxfp4", "nvfp4"
     in_features: int
     activation: Activation
     tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
@@ -49,11 +56,11 @@ class LayerSpec:
     @classmethod
     def of(cls, module: nn.Module) -> LayerSpec | None:
         """The spec of one of our layers; None for any other module."""
-        if not isinstance(module, (IntExpertLinear, IntLinear, PackedLinear)):
+        if not isinstance(module, (Fp4Linear, IntExpertLinear, IntLinear, PackedLinear)):
             return None
         buffers = ((name, getattr(module, name, None)) for name in _NAMES)
         tensors = tuple((name, t.dtype, tuple(t.shape)) for name, t in buffers if t is not None)
-        if isinstance(module, PackedLinear):
+        if isinstance(module, (Fp4Linear, PackedLinear)):
             return cls(module.kind, module.in_features, None, tensors)
         kind = INT4 if module.bits == 4 else INT8
         return cls(kind, module.in_features, module.activation, tensors)
@@ -79,6 +86,8 @@ def layer_of(
 ) -> nn.Module:
     """The module of a kind over these buffers; ValueError or TypeError if they do not fit."""
     weight, scales = tensors["weight"], tensors["scales"]
+    if kind in (MXFP4, NVFP4):
+        return _fp4_layer(kind, in_features, activation, tensors)
     if weight.dim() == 3:
         if kind == INT4_PAIR or not tensors.keys() <= {"weight", "scales", "zeros"}:
             raise ValueError(f"experts of kind {kind!r} with {', '.join(tensors)}")
@@ -99,13 +108,30 @@ def layer_of(
     return layer
 
 
+def _fp4_layer(
+    kind: str, in_features: int, activation: Activation, tensors: dict[str, Tensor]
+) -> Fp4Linear:
+    more = tensors.keys() - {"weight", "scales", "global_scale", "bias"}
+    if more or activation is not None:
+        raise ValueError(f"kind {kind!r} with {', '.join(more) or 'quantised activations'}")
+    layer = Fp4Linear(**tensors)
+    if (layer.kind, layer.in_features) != (kind, in_features):
+        raise ValueError(
+            f"kind {layer.kind!r} of in_features {layer.in_features}, by its tensors; expected "
+            f"{kind!r} of {in_features}"
+        )
+    return layer
+
+
 def buffers_of(
-    stored: StoredWeight, activation: Activation
+    stored: StoredWeight | StoredFp4, activation: Activation
 ) -> tuple[LayerSpec, dict[str, Callable[[], Tensor]]]:
     """The layer of a stored weight, without its bias: spec, and how to get each tensor.
 
     8-bit codes with zeros become two INT4 halves, w = 16·s·high + s·(low - zeros), both exact.
     """
+    if isinstance(stored, StoredFp4):
+        return _fp4_buffers(stored)
     n, k = stored.shape
     width = (k + 1) // 2
     known: dict[str, Tensor] = {"scales": stored.scales}
@@ -136,6 +162,19 @@ def buffers_of(
     read: dict[str, Callable[[], Tensor]] = {name: _constant(t) for name, t in known.items()}
     read |= {name: get for name, (get, _, _) in late.items()}
     return LayerSpec(kind, k, activation, tensors), read
+
+
+def _fp4_buffers(stored: StoredFp4) -> tuple[LayerSpec, dict[str, Callable[[], Tensor]]]:
+    n, k = stored.shape
+    tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
+        ("weight", torch.uint8, (n, k // 2)),
+        ("scales", torch.uint8, (n, k // stored.group_size)),
+    ]
+    read = {"weight": stored.read, "scales": stored.read_scales}
+    if stored.global_scale is not None:
+        tensors.append(("global_scale", torch.float32, ()))
+        read["global_scale"] = _constant(stored.global_scale)
+    return LayerSpec(stored.kind, k, None, tuple(tensors)), read
 
 
 def _constant(tensor: Tensor) -> Callable[[], Tensor]:
@@ -183,7 +222,7 @@ def _spec(entry: Any) -> LayerSpec:
                 raise ValueError(f"{name} has shape {shape!r}")
             tensors.append((name, _DTYPES[dtype], tuple(shape)))
     k = entry["in_features"]
-    if type(k) is not int or k < 1 or entry["kind"] not in (INT4, INT8, INT4_PAIR):
+    if type(k) is not int or k < 1 or entry["kind"] not in _KINDS:
         raise ValueError(f"kind {entry['kind']!r} of in_features {k!r}")
     return LayerSpec(entry["kind"], k, entry.get("activation"), tuple(tensors))
 

@@ -170,6 +170,8 @@ def _is_awq(m: Any) -> bool:
 
 def _is_compressed(m: Any) -> bool:
     args = getattr(getattr(m, "quantization_scheme", None), "weights", None)
+    if getattr(args, "type", "int") != "int":  # FP4 in bytes of the same name
+        return False
     packed = hasattr(m, "weight_packed") and getattr(args, "num_bits", 0) in (1, 2, 4, 8)
     plain = getattr(getattr(m, "weight", None), "dtype", None) == torch.int8
     return args is not None and hasattr(m, "weight_scale") and (packed or plain)

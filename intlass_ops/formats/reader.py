@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from ..nn import Activation
-from . import FormatError, hqq
+from . import FormatError, hqq, modelopt
 from .awq import Awq
 from .checkpoint import Checkpoint, read_json
 from .compressed_tensors import CompressedTensors
+from .fp4 import StoredFp4
 from .gptq import Gptq
 from .mxfp4 import Mxfp4
 from .stored import StoredWeight
@@ -21,12 +22,12 @@ class Reader(Protocol):
     checkpoint: Checkpoint
     paths: list[str]  # modules whose weights are quantised
 
-    def stored(self, path: str) -> StoredWeight: ...
+    def stored(self, path: str) -> StoredWeight | StoredFp4: ...
 
     def activation(self, path: str) -> Activation: ...
 
 
-FORMATS = ("gptq", "awq", "compressed-tensors", "hqq", "torchao", "mxfp4")
+FORMATS = ("gptq", "awq", "compressed-tensors", "modelopt", "hqq", "torchao", "mxfp4")
 
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -37,6 +38,9 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
     file = checkpoint.directory / "quantize_config.json"
     if config is None and file.is_file():
         config = {"quant_method": "gptq", **read_json(file)}
+    file = checkpoint.directory / modelopt.CONFIG
+    if config is None and file.is_file():
+        config = modelopt.settings(read_json(file), str(file))
     if config is None and checkpoint.layers(hqq.MARKER):
         # HQQ's own files have no config for it: their layers describe themselves.
         config = {"quant_method": "hqq"}
@@ -71,6 +75,8 @@ def open_reader(checkpoint: Checkpoint, *, checkpoint_format: str | None = None)
         return Awq(checkpoint, config)
     if method == "compressed-tensors":
         return CompressedTensors(checkpoint, config)
+    if method == "modelopt":
+        return modelopt.Modelopt(checkpoint, config)
     if method == "hqq":
         return hqq.Hqq(checkpoint)
     if method == "torchao":

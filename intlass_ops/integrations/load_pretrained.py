@@ -1,4 +1,4 @@
-"""`load_pretrained`: GPTQ, AWQ, compressed-tensors, GGUF and our own checkpoints on our layers.
+"""`load_pretrained`: checkpoints of other libraries, and our own, on our layers.
 
 Lives here: how the tensors of a checkpoint become those of a transformers model, one at a time. Not
 here: the formats (formats/), how our own are described and saved (transformers_quantizer.py).
@@ -20,8 +20,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from ..errors import BackendUnavailableError
 from ..formats import CanonicalWeight, FormatError
-from ..formats.checkpoint import Checkpoint
+from ..formats.checkpoint import CACHE_SCALES, Checkpoint
 from ..formats.experts import stacked
+from ..formats.fp4 import StoredFp4
 from ..formats.gguf import GGUFFile
 from ..formats.layers import METHOD, LayerSpec, buffers_of, write_specs
 from ..formats.mxfp4 import Mxfp4
@@ -62,11 +63,13 @@ def load_pretrained(
 ) -> PreTrainedModel:
     """A transformers model whose quantised linears are `IntLinear`s with the checkpoint's codes.
 
-    ``path``: a directory with config.json and safetensors in GPTQ, AWQ, compressed-tensors, HQQ,
-    torchao's or our own layout, or a GGUF file of a Llama. The MXFP4 experts of gpt-oss become
-    INT8 in groups of 32, which holds them exactly. Codes, scales and zero points are those
+    ``path``: a directory with config.json and safetensors in GPTQ, AWQ, compressed-tensors,
+    ModelOpt's, HQQ, torchao's or our own layout, or a GGUF file of a Llama. Linears of NVFP4 and
+    MXFP4 become `Fp4Linear`s, their activations stay in 16 bits. The MXFP4 experts of gpt-oss
+    become INT8 in groups of 32, which holds them exactly. Codes, scales and zero points are those
     of the file, not rounded again; weights are read one by one, so the peak is about the quantised
-    size. Experts that the model holds fused become `IntExpertLinear`s.
+    size. Experts that the model holds fused become `IntExpertLinear`s. A cache of keys and values
+    that the file would have quantised stays in the model's dtype.
     ``device_map`` as in transformers; a device such as "cuda" also where accelerate is missing.
     ``dtype`` is that of everything that is not quantised (default: the checkpoint's; float32 for
     GGUF). ``checkpoint_format``: "gptq" or "gptq_v2", for GPTQ files that contradict themselves.
@@ -166,7 +169,7 @@ def _layers(
     read = set()
     for target, parts in experts.items():
         paths = [path for row in parts for path in row]
-        weights = [[reader.stored(path) for path in row] for row in parts]
+        weights = [[_of_expert(reader.stored(path)) for path in row] for row in parts]
         if any(f"{path}.bias" in checkpoint.tensors for path in paths):
             raise FormatError(f"{checkpoint.directory}: {target}: biases of experts are not read")
         activation = reader.activation(paths[0])
@@ -197,6 +200,12 @@ def _layers(
     return specs, state
 
 
+def _of_expert(stored: StoredWeight | StoredFp4) -> StoredWeight:
+    if isinstance(stored, StoredFp4):
+        raise FormatError(f"{stored.name}: experts in {stored.kind.upper()} are not read")
+    return stored
+
+
 def _fused_layers(reader: Mxfp4) -> tuple[dict[str, LayerSpec], State]:
     """The same of a checkpoint whose experts are stored as the model holds them."""
     specs: dict[str, LayerSpec] = {}
@@ -213,11 +222,11 @@ def _fused_layers(reader: Mxfp4) -> tuple[dict[str, LayerSpec], State]:
 def _add_rest(state: State, checkpoint: Checkpoint, is_read: Callable[[str], bool]) -> None:
     """The tensors of a checkpoint that no quantised layer is made of."""
     for name, header in checkpoint.tensors.items():
-        if is_read(name):
+        if is_read(name) or name.rpartition(".")[2] in CACHE_SCALES:
             continue
-        if header.dtype is None:
+        if header.plain_dtype is None:
             raise FormatError(f"{header.file}: {name} is {header.stored}, which is not read")
-        state[name] = Deferred(header.dtype, header.shape, _reading(checkpoint, name))
+        state[name] = Deferred(header.plain_dtype, header.shape, _reading(checkpoint, name))
 
 
 def _add(

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..formats import FormatError
 from ..formats.layers import LayerSpec
+from ..fp4_linear import Fp4Linear
 from ..nn import IntExpertLinear, IntLinear, PackedLinear
 from ..ops import dequantize
 from . import conv1d, experts, weight_readers
@@ -75,13 +76,17 @@ def specs_of(model: nn.Module) -> dict[str, LayerSpec]:
     return {path: spec for path, spec in specs.items() if spec is not None}
 
 
-def linear_of(layer: IntLinear, dtype: torch.dtype) -> nn.Linear:
-    w = dequantize(layer.weight, layer.scales, layer.zeros, k=layer.in_features, dtype=dtype)
+def linear_of(layer: IntLinear | Fp4Linear, dtype: torch.dtype) -> nn.Linear:
+    """A floating-point linear of the same weight, rounded to ``dtype``."""
+    if isinstance(layer, Fp4Linear):
+        w = layer.dequantize(dtype)
+    else:
+        w = dequantize(layer.weight, layer.scales, layer.zeros, k=layer.in_features, dtype=dtype)
+        if layer.input_scale is not None:
+            w = w * layer.input_scale.to(dtype)
     linear = nn.Linear(
         layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
     )
-    if layer.input_scale is not None:
-        w = w * layer.input_scale.to(dtype)
     linear.weight = nn.Parameter(w, requires_grad=False)
     if layer.bias is not None:
         linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)

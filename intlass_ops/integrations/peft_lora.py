@@ -12,11 +12,12 @@ from typing import Any
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 
+from ..fp4_linear import Fp4Linear
 from ..nn import IntLinear, PackedLinear
 
 
 class LoraIntLinear(Linear):  # type: ignore[misc]
-    """y = base(x) + scaling · B(A(dropout(x))), with the base in INT4 or INT8.
+    """y = base(x) + scaling · B(A(dropout(x))), with the base in INT4, INT8 or FP4.
 
     Several adapters, switching between them and saving work as on any layer of peft. Gradients
     reach x through weight-only bases (w4a16, w8a16); bases that quantise their activations have
@@ -49,5 +50,6 @@ def lora_config(**options: Any) -> LoraConfig:
     >>> model = get_peft_model(model, config)                                 # doctest: +SKIP
     """
     config = LoraConfig(**options)
-    config._register_custom_module({IntLinear: LoraIntLinear, PackedLinear: LoraIntLinear})
+    ours = (Fp4Linear, IntLinear, PackedLinear)
+    config._register_custom_module(dict.fromkeys(ours, LoraIntLinear))
     return config

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import calibrated, side_by_side
 from ..formats.layers import METHOD, VERSION, read_specs, write_specs
+from ..fp4_linear import Fp4Linear
 from ..nn import IntLinear, PackedLinear
 from ..qat import QATLinear, RotatedIntLinear
 from ..quantize import Scheme, quantize_, quantize_experts, quantize_linear
@@ -166,7 +167,7 @@ class IntlassQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.device("meta"):
             plain = type(model)(model.config)
         for path, module in list(model.named_modules()):
-            if isinstance(module, IntLinear):
+            if isinstance(module, (Fp4Linear, IntLinear)):
                 linear = linear_of(module, dtype)
                 transposed = conv1d.is_conv1d(plain.get_submodule(path))
                 model.set_submodule(path, conv1d.conv1d_of(linear) if transposed else linear)
@@ -226,7 +227,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
 def save_pretrained(
     model: PreTrainedModel, directory: str | os.PathLike[str], **options: Any
 ) -> None:
-    """Save a transformers model with `IntLinear` layers so that ``from_pretrained`` reloads it.
+    """Save a transformers model with our layers so that ``from_pretrained`` reloads it.
 
     For models changed by `quantize_`, `convert_` or `prepare_`; one that came from
     `load_pretrained` or an `IntlassConfig` can call its own ``save_pretrained``. ``options`` go to

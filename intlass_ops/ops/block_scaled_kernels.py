@@ -62,8 +62,7 @@ def _check(
     for name, t in (("b", b), ("a_scale", a_scale), ("b_scale", b_scale)):
         if t is not None:
             require_dtype(op, name, t.dtype, (torch.uint8,))
-    floats = (torch.bfloat16, torch.float16)
-    require_dtype(op, "a", a.dtype, floats if a_scale is None else (torch.uint8,))
+    require_dtype(op, "a", a.dtype, FLOATS if a_scale is None else (torch.uint8,))
     if a.dim() == 0 or b.dim() != 2 or (b_is_kn and format_ != "mxf8"):
         raise ValueError(
             f"{op}: a is {tuple(a.shape)} and b {tuple(b.shape)}; expected [..., K] and two "
@@ -204,6 +203,10 @@ def _product(
     alpha: Tensor | None,
 ) -> Tensor:
     """y [M, N] by a kernel that decodes in registers, or of operands decoded before."""
+    if x.dtype == torch.float32:
+        why = "float32 activations have no tensor-core kernel; cast them to bf16 or fp16"
+        _explain(p, x_scale, "decode + mm", why, fallback=True)
+        return _dense(p, x, w, x_scale, w_scale, blocked, alpha)
     if p.format != "mxf8" and x.dtype != torch.float16:
         done = launch_fp4.run(x, w, x_scale, w_scale, blocked, alpha, p.k, p.out_dtype)
         if done is not None:
@@ -226,18 +229,19 @@ def _dense(
 ) -> Tensor:
     """Both operands in bf16 (fp16 beside fp16), which holds every FP4 code times its scale exactly.
 
-    FP8 codes too, but for scales below 2^-122 or above 2^119.
+    FP8 codes too, but for scales below 2^-122 or above 2^119. Beside fp32 the weight is widened.
     """
-    dtype = x.dtype if x_scale is None else torch.bfloat16
+    wide = x.dtype == torch.float32
+    dtype = x.dtype if x_scale is None and not wide else torch.bfloat16
     factor = 1.0
     if x_scale is not None:
         x, shift = launch_fp4.decode(x, x_scale, blocked, dtype)
         factor *= shift
     w, shift = launch_fp4.decode(w, w_scale, blocked, dtype)
     factor *= shift
-    if alpha is None and factor == 1.0 and p.out_dtype == dtype:
+    if alpha is None and factor == 1.0 and p.out_dtype == dtype and not wide:
         return torch.mm(x, w.t())
-    y = torch.mm(x, w.t(), out_dtype=torch.float32)
+    y = torch.mm(x, w.float().t()) if wide else torch.mm(x, w.t(), out_dtype=torch.float32)
     if alpha is not None:
         y = y * (alpha.float().reshape(()) * factor)
     elif factor != 1.0:
