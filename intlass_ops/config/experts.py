@@ -148,7 +148,8 @@ def _hopper(device: Device, shape: Shape, experts: int) -> Iterator[tuple[Hopper
             device, replace(shape, m=_of_one_weight(shape.m, experts, tile))
         ):
             alone = c.cluster == 1 and not (c.stream_k or c.by_stages or c.rest_by_k)
-            if c.block_m == tile and alone and not c.needs_token_sums:
+            spills = c.scale_type == "e8m0" and (c.block_m, c.consumers) == (64, 4)  # 8 bytes
+            if c.block_m == tile and alone and not (c.needs_token_sums or spills):
                 yield c, us
 
 

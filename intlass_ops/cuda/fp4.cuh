@@ -58,10 +58,16 @@ template <class Scale> __device__ __forceinline__ u32 scaled_codes(u32 moved, Fa
   return fma2<bf16>(moved, factor.value, minus_zeros);
 }
 
+// One that is not: 2^121 times the scale of so small a code
+constexpr int largest_narrow = 133;
+__device__ __forceinline__ u32 narrow_factor(u32 code) { return code * 0x00800080u + 0x3c803c80u; }
 // A wide factor: of the scale in one byte of a word. A scale that is no number does not show.
 __device__ __forceinline__ u32 e8m0_factor(u32 word, int byte) {
   constexpr u32 smallest = 0x00400040;  // 2^-127 is subnormal
   return __vmaxu2(__byte_perm(word, 0, 0x4040 + byte * 0x0101) * 128, smallest);
+}
+__device__ __forceinline__ Factor wide_factor(unsigned char code) {
+  return {code == 255 ? not_numbers : e8m0_factor(code, 0), true};
 }
 // The factors of two scales
 __device__ __forceinline__ u32 e4m3_factors(unsigned short codes) {
@@ -154,10 +160,10 @@ template <class Scale> struct SpanScales {
 template <> struct SpanScales<e8m0> {
   static constexpr int count = 1;
   unsigned char codes = 0;
-  __device__ __forceinline__ bool wide() const { return codes > 133; }  // or no number
+  __device__ __forceinline__ bool wide() const { return codes > largest_narrow; }  // or no number
   __device__ __forceinline__ Factor factor(int, bool wide) const {
-    if (!wide) return {codes * 0x00800080u + 0x3c803c80u, false};  // 2^121 times it
-    return {codes == 255 ? not_numbers : e8m0_factor(codes, 0), true};
+    if (!wide) return {narrow_factor(codes), false};
+    return wide_factor(codes);
   }
 };
 template <> struct SpanScales<e4m3> {

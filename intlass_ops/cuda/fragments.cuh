@@ -115,9 +115,7 @@ struct Fp4Fragments : Int4Float16Fragments<bf16, s4> {
     for (int r = 0; r < 8; ++r) a.r[r] = fma2<bf16>(moved(v[r % 2], r / 2), factors, minus_zeros);
     return a;
   }
-  static __device__ __forceinline__ u32 entry(e8m0 s) {
-    return s.code == 255 ? not_numbers : e8m0_factor(s.code, 0);
-  }
+  static __device__ __forceinline__ u32 entry(e8m0 s) { return wide_factor(s.code).value; }
   template <bool scaled>
   static __device__ __forceinline__ void half(u32 (&a)[4], const u32* v, int part, u32 factors,
                                               const Row (&rows)[2]) {

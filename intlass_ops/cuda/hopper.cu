@@ -138,7 +138,7 @@ __device__ __forceinline__ void sum_fragments(const Params& all, int slot, int k
   const Lane own(wg_row0, lane, warp);
   BlockReader block_reader(problem_of_slot(all, slot), row0, lane);
   BlockScales blocks, next_blocks;
-  bool no_number[tiles_n][2] = {};
+  bool too_large[tiles_n] = {};
   if constexpr (fp4) block_reader.read(next_blocks, segment.begin);
 
   constexpr int turns = chunks / turn_chunks * tiles_n;
@@ -191,9 +191,7 @@ __device__ __forceinline__ void sum_fragments(const Params& all, int slot, int k
     if constexpr (fp4) {
       block_reader.read(next_blocks, place_of(next_kt, k_tiles));
 #pragma unroll
-      for (int i = 0; i < tiles_n; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) no_number[i][h] |= blocks.no_number(i, h);
+      for (int i = 0; i < tiles_n; ++i) too_large[i] |= blocks.too_large(i);
     }
     const u32 x = data, this_full = full;
     auto x_step = [x_tile, no_tile](int s) {
@@ -241,20 +239,15 @@ __device__ __forceinline__ void sum_fragments(const Params& all, int slot, int k
     wgmma_wait<0>();
     release(previous + to_empty, lane);
   }
-  if constexpr (one_fma)
+  if constexpr (one_fma || (fp4 && same<Scale, e8m0>::value))
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i) {
       pin_all(sum.acc[i]);
-      if (__any_sync(~0u, rows_are_nan(sum.acc[i])))
+      const bool again = fp4 ? too_large[i] : rows_are_nan(sum.acc[i]);
+      if (__any_sync(~0u, again))
         sum_again(problem_of_slot(all, slot), k_tiles, segment, row0 + i * 64, m0, lane,
                   sum.acc[i]);
     }
-  if constexpr (fp4)
-#pragma unroll
-    for (int i = 0; i < acc_tiles; ++i)
-#pragma unroll
-      for (int e = 0; e < acc_values; ++e)
-        if (no_number[i][e % 4 / 2]) sum.acc[i][e] = __uint_as_float(0x7fc00000);
 }
 
 extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, blocks_per_sm)

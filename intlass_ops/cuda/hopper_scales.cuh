@@ -34,6 +34,32 @@ template <class T> __device__ __forceinline__ bool rows_are_nan(const T (&acc)[a
   return low != low || high != high;
 }
 
+// A register of the A operand for a step of 16 k from k on: two neighbours of the row's first or second eight,
+// with scales of any size
+__device__ __forceinline__ u32 two_weights(const Params& p, i64 row, int k, int eight,
+                                           int quarter) {
+  const char* codes = p.w + row * p.w_stride;
+  const int first = k + quarter * 2 + eight * 8;
+  if constexpr (fp4) {
+    const unsigned char scale = static_cast<const unsigned char*>(
+        p.scales)[scale_at<Config::blocked>(row, p.scale_row, k / block_size<Scale>)];
+    u32 f[4];
+    if constexpr (lane_order) {  // nibbles i and i + 4 of the lane's word of 32 k
+      const u32 word = reinterpret_cast<const u32*>(codes + k / 32 * 16)[quarter];
+      eight_codes<Scale>(word >> (k % 32 / 8 + eight) * 4 & 0x000f000f, wide_factor(scale), f);
+    } else {
+      const u32 two = static_cast<unsigned char>(codes[first / 2]);
+      eight_codes<Scale>((two & 0xf) | two >> 4 << 16, wide_factor(scale), f);
+    }
+    return f[0];
+  } else {
+    const int two = codes[first / 2];
+    const float scale = as_float(static_cast<const Scale*>(
+        p.scales)[row * p.scale_row + k / int(p.group_size) * p.scale_group]);
+    return halves<X>(float(two << 28 >> 28) * scale, float(two << 24 >> 28) * scale);
+  }
+}
+
 // What sum_fragments leaves in `acc`, for the 16 rows of a warp from row0 on and for scales of any size:
 // each weight rounded by itself, operands straight from global memory. Groups are whole steps of 16 k.
 template <class T>
@@ -49,13 +75,8 @@ __device__ __forceinline__ void sum_again(const Params& p, int k_tiles, const Se
          k += 16) {
       u32 a[4];
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const i64 row = min(row0 + quad + r % 2 * 8, p.n - 1);
-        const int codes = p.w[row * p.w_stride + (k + first_k + r / 2 * 8) / 2];
-        const float scale = as_float(static_cast<const Scale*>(
-            p.scales)[row * p.scale_row + k / int(p.group_size) * p.scale_group]);
-        a[r] = halves<X>(float(codes << 28 >> 28) * scale, float(codes << 24 >> 28) * scale);
-      }
+      for (int r = 0; r < 4; ++r)
+        a[r] = two_weights(p, min(row0 + quad + r % 2 * 8, p.n - 1), k, r / 2, lane % 4);
       int token = m0 + quad;
       pin(token);  // else ptxas keeps an address a token, for which there are no registers
 #pragma unroll

@@ -104,7 +104,7 @@ struct RowScale : Offset<has_zeros || !split_scales> {
     return split_scales && has_zeros ? low_twice(offset) : offset;
   }
   __device__ __forceinline__ u32 times(u32 codes) const {
-    if constexpr (fp4) return scaled_codes<Scale>(codes, Factor{scale, true});
+    if constexpr (fp4) return scaled_codes<Scale>(codes, Factor{scale, false});
     if constexpr (split_scales) return times_split(codes, scale, offset);
     return scaled && !one_fma ? mul2<X>(codes, scale) : codes;
   }
@@ -144,7 +144,8 @@ __device__ __forceinline__ u32 lost_by_one_fma(u32 two) {
   return fma2<X>(smallest, 0xc580c580, two);                           // -weight_unit
 }
 
-// FP4: where a thread's rows have their scales, and those of a tile of K, as stored: four to a word.
+// FP4: where a thread's rows have their scales, and those of a tile of K, as stored: four to a word. Codes
+// take them by one product; the rows of a warp that has one too large for that are summed again, slowly.
 constexpr int block_words = (block_k / block_size<Scale> + 3) / 4;
 struct BlockScales {
   u32 words[tiles_n][2][block_words];
@@ -153,7 +154,8 @@ struct BlockScales {
   __device__ __forceinline__ void factors(RowScale (&rows)[row_scales][2], int i, int h, int chunk,
                                           int quarter) const {
     if constexpr (block_size<Scale> == 32) {
-      rows[0][h] = RowScale(e8m0_factor(words[i][h][chunk / 4], chunk % 4));
+      const u32 code = __byte_perm(words[i][h][chunk / 4], 0, 0x4440 + chunk % 4);
+      rows[0][h] = RowScale(narrow_factor(code));
     } else if constexpr (lane_order) {
       rows[0][h] = RowScale(e4m3_factor(words[i][h][chunk / 2], chunk % 2 * 2 + quarter / 2));
     } else {
@@ -163,16 +165,17 @@ struct BlockScales {
         rows[g][h] = RowScale(__byte_perm(two, 0, g ? 0x3232 : 0x1010));
     }
   }
-  // Whether a row has a scale of 255. Those of e4m3 that are no numbers show as factors.
-  __device__ __forceinline__ bool no_number(int i, int h) const {
+  // Whether one of two rows has a scale that is wide, or no number. Those of e4m3 that are none show as
+  // factors.
+  __device__ __forceinline__ bool too_large(int i) const {
     if constexpr (same<Scale, e4m3>::value) return false;
     u32 found = 0;
 #pragma unroll
-    for (int b = 0; b < block_words; ++b) {
-      const u32 word = words[i][h][b];
-      found |= ((word & 0x7f7f7f7f) + 0x01010101) & word & 0x80808080;
+    for (int b = 0; b < 2 * block_words; ++b) {
+      const u32 word = words[i][b % 2][b / 2];
+      found |= ((word & 0x7f7f7f7f) + 0x01010101 * (127 - largest_narrow % 128)) & word;
     }
-    return found != 0;
+    return (found & 0x80808080) != 0;
   }
 };
 // Where K ends in the middle of a tile rows of scales start anywhere that half a tile's may. Past the end are
@@ -278,7 +281,7 @@ struct Lane {
     f[0] = xor_and(w << 4, flip, 0xf0f0f0f0), f[1] = xor_and(w, flip, 0xf0f0f0f0);
   }
   __device__ __forceinline__ void fragments_of_word(u32 (&f)[4], u32 w, const RowScale& row) const {
-    eight_codes<Scale>(w, Factor{row.scale, true}, f);
+    eight_codes<Scale>(w, Factor{row.scale, false}, f);
   }
   // `step`: of the tile of K, the turn's first
   __device__ __forceinline__ void fragments(u32 (&a)[turn_steps][4], const Chunk& c,
