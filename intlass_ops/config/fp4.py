@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
+from .gemm import Gemm
+from .gemm_tiles import pick_gemm
 from .hopper import Hopper, why_not_hopper
 from .hopper_tiles import pick_hopper
 from .problem import Device, Shape, decoded_fp4
@@ -17,8 +19,10 @@ from .skinny_ring import SkinnyRing, ring_candidates
 
 FewTokens = Skinny | SkinnyRing | SkinnyHeld | SkinnyMx
 FP4_X = ("e2m1", "bf16")
-# Where there is no wgmma, so many tokens go through the kernels for few tokens slice by slice; more
-# are faster as a dense product of operands that were decoded before.
+# Where there is no wgmma, so many tokens go through gemm.cu, or where that takes no such operands, so
+# many slice by slice through the kernels for few tokens. More are faster as a dense product of
+# operands that were decoded before.
+_GEMM_MAX_M = 128
 FP4_MAX_M = 64
 
 
@@ -90,7 +94,7 @@ class MxCodes(MxRange):
 
 
 @lru_cache(maxsize=4096)
-def pick_fp4(device: Device, shape: Shape) -> FewTokens | Hopper | None:
+def pick_fp4(device: Device, shape: Shape) -> FewTokens | Hopper | Gemm | None:
     """The configuration for a product with FP4 weights; None: no kernel takes it.
 
     One of hopper.cu is for FP4 activations that decode_fp4.cu has decoded.
@@ -103,7 +107,10 @@ def pick_fp4(device: Device, shape: Shape) -> FewTokens | Hopper | None:
         held = pick_held(device, shape)
         ring = _pick_ring(device, shape, held)
         return pick_mx(device, shape) or ring or held or pick_skinny(device, shape)
-    return pick_hopper(device, wide) if by_hopper else None
+    if by_hopper:
+        return pick_hopper(device, wide)
+    decodes = shape.x_kind == "bf16" and not shape.blocked
+    return pick_gemm(device, shape) if decodes and shape.m <= _GEMM_MAX_M else None
 
 
 def _few_tokens_for_hopper(device: Device, shape: Shape) -> bool:

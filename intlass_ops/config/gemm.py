@@ -46,7 +46,9 @@ class Gemm:
         """The ring, the epilogue's vectors of tokens and rows, and what GroupTable holds."""
         bits = self.block_m * BITS[self.x_kind] + self.block_n * BITS[self.w_kind]
         entry = (4 if scales_are_split(self) else 2) * (1 + self.has_zeros)
-        groups = {Grouping.SCALED_WEIGHTS: 1, Grouping.SCALED_SPANS: self.block_k // SPAN_K}
+        of_span = 2 if self.scale_type == "e4m3" else 1
+        spans = of_span * self.block_k // SPAN_K
+        groups = {Grouping.SCALED_WEIGHTS: 1, Grouping.SCALED_SPANS: spans}
         table = 2 * entry * self.block_n * groups.get(Grouping(self.grouping), 0)
         vectors = 4 * (2 * self.block_m + self.block_n)
         return self.num_stages * bits * self.block_k // 8 + vectors + table

@@ -43,6 +43,11 @@ _RATES = {
         (32, 128): 574, (64, 64): 541, (64, 128): 753, (128, 128): 794, (128, 256): 994,
     },
 }  # fmt: skip
+# Of FP4 weights, from 17 to 2048 tokens of 4096x4096 and 28672x4096; of fewer tokens and 64 rows estimates.
+_FP4_RATES = {
+    (8, 64): 70, (8, 128): 80, (16, 64): 100, (16, 128): 120, (32, 64): 125, (32, 128): 160,
+    (64, 64): 140, (64, 128): 279, (128, 128): 357,
+}  # fmt: skip
 _H200_SMS, _H200_BYTES_PER_US = 132, 4.0e6
 _LAUNCH_US = 4.6  # until the first product and after the last
 _ALONE = 0.6  # of the time of two blocks an SM takes for one
@@ -58,6 +63,8 @@ def _crowded(device: Device, shape: Shape) -> bool:
 
 def _rows(device: Device, shape: Shape) -> int:
     """Rows of W that four warps beside each other hold without spilling, for up to 64 tokens."""
+    if shape.w_kind == "e2m1":
+        return 128
     channel, floats = shape.group_size >= shape.k, BITS[shape.x_kind] == 16
     crowded, sm_90 = _crowded(device, shape), device.arch in ("sm_90", "sm_90a")
     grouping = grouping_of(shape.k, shape.group_size, 64 if shape.group_size == 64 else 128)
@@ -84,17 +91,21 @@ def _large_tile(device: Device, shape: Shape) -> Tile | None:
     """
     channel = shape.group_size >= shape.k and not shape.has_zeros
     if BITS[shape.x_kind] == 16:
-        fits = shape.group_size % _SCALED_K == 0 or shape.group_size == SPAN_K
+        fits = shape.group_size % _SCALED_K == 0 or _takes_scales_by_span(shape)
         fits = fits and not _crowded(device, shape)
         scaled = weights_take_scales(shape) and fits
         if not (channel or scaled):
             return None
         split = scaled and scales_are_split(shape)
-        tall = BITS[shape.w_kind] == 4 or split or shape.group_size == SPAN_K
+        tall = BITS[shape.w_kind] == 4 or split or _takes_scales_by_span(shape)
         return _TALL if tall else _SQUARE
     if not channel:
         return None
     return _WIDE if shape.w_kind == "s8" and not _little(device, shape) else _SQUARE
+
+
+def _takes_scales_by_span(shape: Shape) -> bool:
+    return shape.group_size == SPAN_K or shape.w_kind == "e2m1"
 
 
 def _little(device: Device, shape: Shape) -> bool:
@@ -116,12 +127,13 @@ def _config(device: Device, shape: Shape, tile: Tile) -> Gemm:
     floats, large = BITS[shape.x_kind] == 16, tile == _large_tile(device, shape)
     little = large and shape.x_kind == "s8" and _little(device, shape)
     of_64 = shape.group_size == 64 and shape.group_size < shape.k
+    of_64 |= shape.scale_type == "e4m3" and block_m == 64  # two scales a step spill with 128
     block_k = _SCALED_K if (floats and large) or little or of_64 else 128
-    scaled = floats and large and weights_take_scales(shape)
+    scaled = floats and (large or shape.w_kind == "e2m1") and weights_take_scales(shape)
     grouping = grouping_of(shape.k, shape.group_size, block_k)
     whole = shape.k * BITS[shape.x_kind] % 128 == 0 and shape.k * BITS[shape.w_kind] % 128 == 0
     if scaled:
-        of_span = shape.group_size == SPAN_K
+        of_span = _takes_scales_by_span(shape)
         grouping = Grouping.SCALED_SPANS if of_span else Grouping.SCALED_WEIGHTS
     config = Gemm(
         x_kind=shape.x_kind,
@@ -195,7 +207,8 @@ def gemm_candidates(device: Device, shape: Shape, *, measured: bool) -> Iterator
 def gemm_time(c: Gemm, device: Device, shape: Shape) -> float:
     """Microseconds by the measured rates: what candidates are compared by, no promise."""
     bits = max(8, BITS[shape.x_kind]), BITS[shape.w_kind]
-    of_sm = _RATES[bits][c.block_m, c.block_n] * 1e6 / _H200_SMS
+    rates = _FP4_RATES if c.w_kind == "e2m1" else _RATES[bits]
+    of_sm = rates[c.block_m, c.block_n] * 1e6 / _H200_SMS
     tile = 2 * c.block_m * c.block_n * c.block_k / of_sm  # 128 or 64 k of one block
     latency = _LATENCY_US[bits[0]] * c.block_k / 128
     blocks, together = c.tiles(shape.m, shape.n) * c.split_k, _blocks_per_sm(c)

@@ -100,30 +100,21 @@ template <class X, class W> struct Int4Float16Fragments : Float16Fragments<X> {
   }
 };
 
-// FP4: the codes of a byte, each twice at the top of a byte, whose sign and rest are brought in place
-// together, as 2^-126 of their value (fp4.cuh).
+// FP4, which takes its scale as it becomes a fragment: the codes of a byte, each twice at the top of a byte,
+// so that sign and rest are brought in place together (fp4.cuh).
 struct Fp4Fragments : Int4Float16Fragments<bf16, s4> {
-  static constexpr u32 factors = 0x7e807e80;  // 2^126
-  static constexpr float unit = 1.f;
-  static __device__ __forceinline__ u32 moved(u32 w, int byte) {
-    const u32 twice = __byte_perm(w << 4, w, byte * 0x11 | (byte + 4) * 0x1100);
-    return and_or(twice, 0x80008000, twice << 2 & 0x01c001c0);
-  }
-  static __device__ __forceinline__ A w(const u32* v) {
-    A a;
-#pragma unroll
-    for (int r = 0; r < 8; ++r) a.r[r] = fma2<bf16>(moved(v[r % 2], r / 2), factors, minus_zeros);
-    return a;
-  }
+  static __device__ __forceinline__ u32 entry(e4m3 s) { return e4m3_factor(s.code, 0); }
   static __device__ __forceinline__ u32 entry(e8m0 s) { return wide_factor(s.code).value; }
   template <bool scaled>
-  static __device__ __forceinline__ void half(u32 (&a)[4], const u32* v, int part, u32 factors,
+  static __device__ __forceinline__ void half(u32 (&a)[4], const u32* v, int part, u32,
                                               const Row (&rows)[2]) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const u32 code = moved(v[r % 2], 2 * part + r / 2);
-      a[r] = scaled ? scaled_codes<e8m0>(code, Factor{rows[r % 2].scale, true})
-                    : fma2<bf16>(code, factors, minus_zeros);
+      const u32 w = v[r % 2];
+      const int byte = 2 * part + r / 2;
+      const u32 twice = __byte_perm(w << 4, w, byte * 0x11 | (byte + 4) * 0x1100);
+      const u32 code = and_or(twice, 0x80008000, twice << 2 & 0x01c001c0);
+      a[r] = scaled_codes<Scale>(code, Factor{rows[r % 2].scale, true});
     }
   }
 };

@@ -14,7 +14,7 @@ template <class F> struct GroupTable {
   char* entries;
   const Scale* scale;  // of the thread's row, in the group after those it has
   const Zero* zero;
-  Scale s;
+  Scale s[step_scales];
   Zero z;
   int tiles, left, unread;  // tiles of K in a group, and in this one; groups
   bool odd = false;
@@ -32,22 +32,29 @@ template <class F> struct GroupTable {
       unread = int(p.k / p.group_size - group);
       fetch(p);
 #pragma unroll
-      for (int g = 0; g < tile_scales; ++g) {
+      for (int g = 0; g < tile_scales; g += step_scales) {
         write(entries + g * group_bytes);
         fetch(p);
       }
     }
   }
   __device__ __forceinline__ void fetch(const Params& p) {
-    s = *scale;
-    if constexpr (has_zeros) z = *zero;
-    if (--unread <= 0) return;
-    scale += p.scale_group;
-    zero += p.zero_group;
+#pragma unroll
+    for (int i = 0; i < step_scales; ++i) {
+      s[i] = *scale;
+      if constexpr (has_zeros) z = *zero;
+      if (--unread <= 0) continue;
+      scale += p.scale_group;
+      zero += p.zero_group;
+    }
   }
   __device__ __forceinline__ void write(char* to) const {
     if (block_n < threads && threadIdx.x >= block_n) return;
-    to += threadIdx.x * entry_bytes;
+#pragma unroll
+    for (int i = 0; i < step_scales; ++i)
+      write(to + i * group_bytes + threadIdx.x * entry_bytes, s[i]);
+  }
+  __device__ __forceinline__ void write(char* to, Scale s) const {
     if constexpr (split_scales) {
       u32* words = reinterpret_cast<u32*>(to);
       words[0] = split_scale(as_float(s));
@@ -64,7 +71,7 @@ template <class F> struct GroupTable {
   // this and the next reading of them, and the last one of what they replace, there is a barrier.
   __device__ __forceinline__ void write_next(const Params& p, int step) {
     if (of_span ? false : step > 0 || left > 1) return;
-    write(entries + (odd ? 0 : bytes) + (of_span ? step * group_bytes : 0));
+    write(entries + (odd ? 0 : bytes) + (of_span ? step * step_scales * group_bytes : 0));
     fetch(p);
   }
   // One tile of K less; true if a group begins with the next.
@@ -78,7 +85,8 @@ template <class F> struct GroupTable {
   __device__ __forceinline__ void read(u32 (&v)[lane_words], int step) const {
     const int row = (threadIdx.x / 32 % warps_n * 8 + threadIdx.x % 32 / 4) * lane_rows;
     const char* from = entries + (odd ? bytes : 0) + row * entry_bytes;
-    if constexpr (of_span) from += step * group_bytes;
+    if constexpr (of_span) from += step * step_scales * group_bytes;
+    if constexpr (step_scales == 2) from += threadIdx.x % 4 / 2 * group_bytes;  // the lane's k
     if constexpr (lane_words < 4) {
       load_shared(v, from);
     } else {

@@ -18,6 +18,7 @@ static_assert(num_stages >= 2, "the ring needs a stage to fill while another is 
 // theirs.
 constexpr bool of_span = grouping == scaled_spans, scaled = grouping == scaled_weights || of_span;
 constexpr bool direct = grouping == channel || scaled;
+static_assert(of_span || !same<W, e2m1>::value, "the scales of blocks are for their codes");
 constexpr bool sums_of_x = has_zeros && !scaled;
 // Then 16-bit weights are decoded while those before them are multiplied (gemm_ahead.cuh), unless
 // their zero points need sums of x.
@@ -25,8 +26,10 @@ constexpr bool decodes_ahead = direct && X::bits == 16 && !sums_of_x;
 
 constexpr bool wide_steps = grouping <= tile_groups && block_k >= 128;
 using F = Fragments<X, W, wide_steps>;
-constexpr int steps = block_k / F::step_k;        // of a tile of K
-constexpr int tile_scales = of_span ? steps : 1;  // that weights of a row take there
+constexpr int steps = block_k / F::step_k;  // of a tile of K
+// Scales that weights of a row take there; those of a step, of which a lane takes one
+constexpr int step_scales = of_span ? span_k / block_size<Scale> : 1;
+constexpr int tile_scales = of_span ? steps * step_scales : 1;
 static_assert(steps % 2 == 0, "two register buffers take turns");
 
 // Which row of W is which row of an MMA is free: a lane's rows, lane / 4 and lane / 4 + 8 of each

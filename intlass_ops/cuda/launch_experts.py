@@ -66,8 +66,8 @@ class Plan(NamedTuple):
         alpha: Operand,
     ) -> Tensor:
         if self.copies:
-            a, w, scales, zeros, ends, a_scale = _as_read(
-                self.problem, a, w, scales, zeros, ends, a_scale
+            a, w, scales, zeros, ends, a_scale, bias = _as_read(
+                self.problem, a, w, scales, zeros, ends, a_scale, bias
             )
         device = a.device
         y = empty(self.out_shape, (self.out_shape[1], 1), self.problem.out_dtype, device)
@@ -125,10 +125,10 @@ def make(
     kinds = ("bf16",) if p.w_kind == "e2m1" else ("bf16", "fp16", "s8", "s4", "u4")
     if p.x_kind not in kinds or batch_invariance.enabled() or not a.shape[0] * p.n * p.k:
         return None
-    given = a, w, scales, zeros, ends, a_scale
+    given = a, w, scales, zeros, ends, a_scale, bias
     read = _as_read(p, *given)
     copies = any(r is not None and not _is_same(r, g) for r, g in zip(read, given, strict=True))
-    plan = _make(p, copies, *read, bias, alpha)
+    plan = _make(p, copies, *read, alpha)
     return None if plan is None else remember(_plans, key, plan)
 
 
@@ -144,7 +144,8 @@ def _as_read(
     zeros: Operand,
     ends: Tensor,
     a_scale: Operand,
-) -> tuple[Tensor, Tensor, Tensor, Operand, Tensor, Operand]:
+    bias: Operand,
+) -> tuple[Tensor, Tensor, Tensor, Operand, Tensor, Operand, Operand]:
     """As the kernels read them: unit strides along K, w as [experts·N, …], known types."""
     x = packing.from_lanes(a) if a.dtype == torch.int32 else launch.unit_stride(a)
     if config.widens(device_of(a.device.index), p.x_kind):
@@ -156,7 +157,8 @@ def _as_read(
     if zeros is not None and zeros.dtype not in ZERO_TYPE:
         zeros = zeros.float()
     a_scale = None if a_scale is None else a_scale.float().reshape(-1)
-    return x, w, scales, zeros, ends.contiguous(), a_scale
+    bias = None if bias is None else launch.unit_stride(bias)
+    return x, w, scales, zeros, ends.contiguous(), a_scale, bias
 
 
 def _make(
