@@ -14,6 +14,7 @@ from torch import Tensor
 import intlass_ops as ia
 from intlass_ops import config, packing
 from intlass_ops.config.choice import tile_of_integers
+from intlass_ops.config.gemm_tiles import gemm_candidates
 from intlass_ops.config.skinny_mx import mx_candidates
 from intlass_ops.cuda import launch_fp4, launch_mx
 from intlass_ops.reference import round_once
@@ -48,6 +49,23 @@ def test_kernel_of_a_product(
 ) -> None:
     w_shape = torch.Size((n, k // 2))
     shape = launch_fp4._shape(x_kind, m, w_shape, True, E4M3, BF16, True)
+    picked = config.pick_fp4(config.device_of(arch), shape)
+    assert (picked and picked.entry) == kernel
+
+
+@pytest.mark.parametrize(
+    ("arch", "m", "k", "kernel"),
+    [
+        ("sm_80", 17, 4096, "gemm"),
+        ("sm_120", 128, 4096, "gemm"),
+        ("sm_80", 129, 4096, None),
+        ("sm_80", 2, 48, "gemm"),
+        ("sm_90a", 300, 2880, "hopper"),
+        ("sm_90a", 100, 4128, "gemm"),
+    ],
+)
+def test_kernel_of_plain_scales(arch: str, m: int, k: int, kernel: str | None) -> None:
+    shape = launch_fp4._shape("bf16", m, torch.Size((4096, k // 2)), k % 32 == 0, E4M3, BF16, False)
     picked = config.pick_fp4(config.device_of(arch), shape)
     assert (picked and picked.entry) == kernel
 
@@ -150,6 +168,29 @@ def test_tiles_of_mx_products(
                 assert_close(y, x @ w.T, x.abs() @ w.abs().T)
             else:
                 assert torch.equal(y, round_once(x @ w.T, BF16)), (m, n, k, str(c))
+    launch_fp4._plans.clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format_", ["mx", "nv"])
+def test_tiles_of_gemm(
+    format_: str, hopper: config.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tile, split and not: tails of all sizes, one span, rows that are not aligned."""
+    scale_type, device = (E8M0 if format_ == "mx" else E4M3), config.without_wgmma(hopper)
+    group = 32 if format_ == "mx" else 16
+    for m, n, k in ((5, 130, group), (70, 200, 48 * group), (129, 72, 1088), (33, 257, 4096)):
+        a = torch.randint(-4, 5, (m, k), generator=torch.Generator().manual_seed(m)).to(BF16)
+        b, b_scale = quantized(format_, n, k, "abs_max", 1)
+        expected = a.double() @ exact(b, b_scale).T
+        magnitude = a.double().abs() @ exact(b, b_scale).abs().T
+        aligned = k % 32 == 0
+        shape = launch_fp4._shape("bf16", m, b.shape, aligned, scale_type, BF16, False)
+        for c in gemm_candidates(device, shape, measured=False):
+            monkeypatch.setattr(config, "pick_fp4", lambda *_, c=c: c)
+            launch_fp4._plans.clear()
+            y = op_of(format_, False)(a.cuda(), b.cuda(), None, b_scale.cuda())
+            assert_close(y.cpu(), expected, magnitude)
     launch_fp4._plans.clear()
 
 
