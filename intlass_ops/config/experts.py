@@ -103,35 +103,60 @@ def _pick(device: Device, shape: Shape, experts: int) -> tuple[Grouped, str]:
 def _skinny(device: Device, shape: Shape) -> Skinny:
     """Of a tile's tokens and all experts' rows: small blocks of 32 rows, many on an SM.
 
-    Of what an H200 was timed with, five schemes of 1, 16 and 64 tokens of Qwen3-30B-A3B's and
-    gpt-oss's layers, within 13 % of the best (docs/notes/kernels.md). Where there are too few
-    blocks of 32 rows, another tile is as for one weight.
+    Of what an H200 was timed with, six schemes of 1 to 128 tokens of Qwen3-30B-A3B's and gpt-oss's
+    layers, the fastest or nearly (docs/notes/kernels.md). Where there are too few blocks of 32
+    rows, another tile is as for one weight.
     """
     if shape.n <= 64 * device.sm_count:
         return _roomy(device, shape, pick_skinny(device, shape))
-    few, deep = columns_of(shape) <= 8, shape.k * BITS[shape.w_kind] >= 16 * 512
-    sparse = deep and shape.n <= 128 * device.sm_count  # fewer than four blocks of 32 rows an SM
-    most = 8 if device.arch.startswith("sm_90") else 4  # blocks an SM: elsewhere eight may spill
-    if BITS[shape.w_kind] == 8:
-        of_few = (1, 4, 2, 4) if sparse else (2, 4, 2, 4) if deep else (2, 4, 1, 8)
-        tile = of_few if few else (1, 4, 2, 4 if shape.group_size < shape.k else most)
-    elif BITS[shape.x_kind] == 8 and few and not sparse:
-        tile = 2, 4, 1, most
-    else:
-        tile = 2, 4, 2 if few and deep else 1, 4
+    tiles_n, warps, unroll, threads = _tile(device, shape)
+    most = 1024 if device.arch.startswith("sm_90") else 512  # elsewhere more may spill
+    tile = tiles_n, warps, unroll, min(threads, most) // (32 * warps)
     return _roomy(device, shape, skinny_config(shape, tile))
+
+
+def _tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
+    """(tiles_n, warps, unroll, threads of an SM): as few warps as K is short."""
+    few, chunks = columns_of(shape) <= 8, math.ceil(shape.k * BITS[shape.w_kind] / 512)
+    blocks = shape.n / 32 / device.sm_count  # an SM, at most
+    short, sparse = chunks < 12, chunks >= 12 and blocks <= 4
+    sm_90 = device.arch.startswith("sm_90")  # elsewhere some spill
+    if BITS[shape.w_kind] == 8:
+        if few:
+            return (1, 4, 2, 512) if sparse else (2, 4, 3, 512) if chunks >= 16 else (2, 4, 1, 1024)
+        return 1, 4, 2, 512 if shape.group_size < shape.k else 1024
+    if BITS[shape.x_kind] == 8:
+        if not few:
+            return 2, 2, 1, 768
+        if sparse:
+            return 2, 4, 2, 512
+        whole = shape.k % 512 == 0  # of four warps; others spill
+        return (2, 2, 1, 1024) if short and blocks >= 8 else (2, 4, 1, 1024 if whole else 768)
+    if not few:
+        one = 2, 1, 2, 384 if sm_90 else 256
+        return (2, 1, 1, 512) if short else one if chunks < 20 else (2, 4, 1, 512)
+    if chunks < 20 and blocks >= (8 if short else 24):
+        return 2, 1, 2, 384 if shape.has_zeros else 512
+    if chunks < 20:
+        return (2, 4, 2, 512) if sparse else (2, 4, 1, 512 if short else 768)
+    deepest = chunks >= 48 and shape.w_kind == "s4" and sm_90
+    return (2, 4, 4, 384) if deepest else (2, 2, 2, 512)
 
 
 def _roomy(device: Device, shape: Shape, c: Skinny) -> Skinny:
     """With registers for an expert's addresses."""
+    sm_90 = device.arch.startswith("sm_90")
     within = groups_of_chunk(shape) > 1
     within &= groups_spread(shape) or shape.group_size < 64 or BITS[shape.w_kind] == 8
-    measured = device.arch.startswith("sm_90") and TYPE_BYTES[shape.zero_type] == 1
+    measured = sm_90 and TYPE_BYTES[shape.zero_type] == 1
+    threads = 256
     if within or shape.zeros_in_sums or (shape.has_zeros and not measured):
         c = replace(c, unroll=1 if c.tiles_m > 1 else c.unroll)
+        w4a8 = BITS[shape.x_kind] == 8 and BITS[shape.w_kind] == 4 and not shape.has_zeros
+        threads = 512 if w4a8 and sm_90 and c.tiles_m * c.unroll == 1 else threads
     elif device.arch in _COMPILES:
         return c
-    return replace(c, blocks_per_sm=2 if c.warps <= 4 else 1)
+    return replace(c, blocks_per_sm=min(c.blocks_per_sm, max(1, threads // c.threads)))
 
 
 def _of_one_weight(tokens: int, experts: int, tile: int) -> int:

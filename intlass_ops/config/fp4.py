@@ -19,8 +19,8 @@ from .skinny_ring import SkinnyRing, ring_candidates
 
 FewTokens = Skinny | SkinnyRing | SkinnyHeld | SkinnyMx
 FP4_X = ("e2m1", "bf16")
-# Where there is no wgmma, so many tokens go through gemm.cu, or where that takes no such operands, so
-# many slice by slice through the kernels for few tokens. More are faster as a dense product of
+# Where there is no wgmma, so many tokens go through gemm.cu, or where that takes no such operands,
+# so many slice by slice through the kernels for few tokens. More are faster as a dense product of
 # operands that were decoded before.
 _GEMM_MAX_M = 128
 FP4_MAX_M = 64

@@ -43,7 +43,7 @@ _RATES = {
         (32, 128): 574, (64, 64): 541, (64, 128): 753, (128, 128): 794, (128, 256): 994,
     },
 }  # fmt: skip
-# Of FP4 weights, from 17 to 2048 tokens of 4096x4096 and 28672x4096; of fewer tokens and 64 rows estimates.
+# Of FP4 weights, 17 to 2048 tokens of 4096x4096 and 28672x4096; of fewer and of 64 rows estimates.
 _FP4_RATES = {
     (8, 64): 70, (8, 128): 80, (16, 64): 100, (16, 128): 120, (32, 64): 125, (32, 128): 160,
     (64, 64): 140, (64, 128): 279, (128, 128): 357,
