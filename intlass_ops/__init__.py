@@ -19,7 +19,7 @@ from .errors import (
 )
 from .explain import Dispatch, Explanation, explain, strict
 from .fp4 import from_blocked, to_blocked
-from .fp4_linear import Fp4Linear
+from .fp4_linear import Fp4ExpertLinear, Fp4Linear
 from .fused_quantize import (
     fused_quantize_int4,
     fused_quantize_int8,
@@ -110,6 +110,7 @@ __all__ = [
     "Dispatch",
     "Explanation",
     "FallbackError",
+    "Fp4ExpertLinear",
     "Fp4Linear",
     "Int4DynamicActivationInt4Weight",
     "Int4WeightOnly",

@@ -1,16 +1,20 @@
-"""`Fp4Linear`: a linear layer whose weight is FP4, MXFP4 or NVFP4, under floating activations.
+"""`Fp4Linear` and `Fp4ExpertLinear`: FP4 weights, MXFP4 or NVFP4, under floating activations.
 
-Lives here: the module and its buffers. Not here: the formats (fp4.py), the product and its kernels
-(ops/block_scaled_kernels.py), layers of INT4 and INT8 (nn.py), files (formats/).
+Lives here: the modules and their buffers. Not here: the formats (fp4.py), the products and their
+kernels (ops/block_scaled_kernels.py, ops/experts.py), layers of INT4 and INT8 (nn.py), files
+(formats/).
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from . import fp4
 from .nn import Stored, as_autocast, require_floating, require_tensors
+from .ops import matmul_experts
 from .ops._library import FLOATS
 from .ops.block_scaled_kernels import decode
 from .side_by_side import Movable
@@ -23,7 +27,85 @@ _OP_FORMATS = {MXFP4: "mxf4", NVFP4: "nvf4"}
 _ROWS = 1024
 
 
-class Fp4Linear(Movable, Stored):
+class Fp4Layer(Stored):
+    """What layers of FP4 weights share: their buffers, the checks of them, and decoding."""
+
+    kept = ("weight", "scales", "global_scale")
+    codes = ("weight", "scales")
+    sizes: ClassVar[tuple[str, ...]]  # names of those of a weight, but for the last
+    weight: Tensor
+    scales: Tensor
+    global_scale: Tensor | None
+
+    def __init__(self, weight: Tensor, scales: Tensor, global_scale: Tensor | None = None) -> None:
+        name = type(self).__name__
+        require_tensors(name, weight=weight, scales=scales)
+        if weight.dim() != len(self.sizes) + 1 or weight.dtype != torch.uint8:
+            raise TypeError(
+                f"{name}: weight is {weight.dtype} {tuple(weight.shape)}; expected uint8 "
+                f"[{', '.join(self.sizes)}, K/2]"
+            )
+        super().__init__()
+        self.out_features, self.in_features = weight.shape[-2], 2 * weight.shape[-1]
+        self.kind = self._kind_of(weight, scales)
+        each = weight.shape[:-2]  # of the experts, or no size: one weight
+        if global_scale is not None:
+            if global_scale.dtype != torch.float32 or global_scale.numel() != each.numel():
+                raise ValueError(
+                    f"{name}: global_scale is {global_scale.dtype} {tuple(global_scale.shape)}; "
+                    f"expected float32, {f'[{each[0]}]' if each else 'one number'}"
+                )
+            global_scale = global_scale.reshape(each)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales.view(torch.uint8))
+        self.register_buffer("global_scale", global_scale)
+
+    def _kind_of(self, weight: Tensor, scales: Tensor) -> str:
+        name, k = type(self).__name__, self.in_features
+        if scales.shape[:-1] != weight.shape[:-1]:
+            rows = ", ".join(self.sizes)
+            own = [f"{of}={size}" for of, size in zip(self.sizes, weight.shape, strict=False)]
+            raise ValueError(
+                f"{name}: scales has shape {tuple(scales.shape)}; expected [{rows}, K/32] (MXFP4) "
+                f"or [{rows}, K/16] (NVFP4) with {', '.join(own)}, K={k}"
+            )
+        kind = _KINDS[fp4.group_size_of(name, k, scales.shape[-1])]
+        if scales.dtype not in (torch.uint8, _SCALES[kind]):
+            raise TypeError(
+                f"{name}: scales are {scales.dtype}, one for {GROUPS[kind]} codes; expected "
+                f"{_SCALES[kind]} or its bytes in uint8"
+            )
+        return kind
+
+    @property
+    def group_size(self) -> int:
+        """How many k share a scale."""
+        return GROUPS[self.kind]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight: float32 arithmetic, then one rounding to ``dtype``."""
+        codes = self.weight.flatten(0, -2)
+        scales = self.scales.flatten(0, -2).view(_SCALES[self.kind])
+        factors = self.global_scale
+        if factors is not None:  # one a row
+            factors = factors.reshape(-1, 1).expand(-1, self.out_features).reshape(-1, 1)
+        dense = torch.empty(len(codes), self.in_features, dtype=dtype, device=codes.device)
+        # In blocks of rows: the steps of a whole vocabulary would be several times its size.
+        for start in range(0, len(codes), _ROWS):
+            rows = slice(start, start + _ROWS)
+            w = decode(codes[rows], scales[rows], False, torch.float32)
+            dense[rows] = w if factors is None else w * factors[rows]
+        return dense.view(*self.weight.shape[:-1], self.in_features)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, scheme=w4a16, "
+            f"format={self.kind}, group_size={self.group_size}, "
+            f"global_scale={self.global_scale is not None}"
+        )
+
+
+class Fp4Linear(Movable, Fp4Layer):
     """y = x @ w.T + bias with w[n, k] = e2m1(q[n, k]) * scale[n, k // group] * global_scale.
 
     ``weight``: codes, uint8 [N, K/2], the even k in the low nibble. ``scales``: of MXFP4 e8m0
@@ -44,11 +126,7 @@ class Fp4Linear(Movable, Stored):
     tensor([12.])
     """
 
-    kept = ("weight", "scales", "global_scale")
-    codes = ("weight", "scales")
-    weight: Tensor
-    scales: Tensor
-    global_scale: Tensor | None
+    sizes = ("N",)
     bias: Tensor | None
 
     def __init__(
@@ -58,52 +136,13 @@ class Fp4Linear(Movable, Stored):
         global_scale: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> None:
-        require_tensors("Fp4Linear", weight=weight, scales=scales)
-        if weight.dim() != 2 or weight.dtype != torch.uint8:
-            raise TypeError(
-                f"Fp4Linear: weight is {weight.dtype} {tuple(weight.shape)}; expected uint8 "
-                "[N, K/2]"
-            )
-        super().__init__()
-        self.out_features, self.in_features = weight.shape[0], 2 * weight.shape[1]
-        self.kind = self._kind_of(scales)
-        if global_scale is not None and (
-            global_scale.dtype != torch.float32 or global_scale.numel() != 1
-        ):
-            raise ValueError(
-                f"Fp4Linear: global_scale is {global_scale.dtype} {tuple(global_scale.shape)}; "
-                "expected float32, one number"
-            )
+        super().__init__(weight, scales, global_scale)
         if bias is not None and (bias.dtype not in FLOATS or bias.shape != (self.out_features,)):
             raise ValueError(
                 f"Fp4Linear: bias is {bias.dtype} {tuple(bias.shape)}; expected floating point "
                 f"({self.out_features},)"
             )
-        self.register_buffer("weight", weight)
-        self.register_buffer("scales", scales.view(torch.uint8))
-        one = None if global_scale is None else global_scale.reshape(())
-        self.register_buffer("global_scale", one)
         self.register_buffer("bias", bias)
-
-    def _kind_of(self, scales: Tensor) -> str:
-        n, k = self.out_features, self.in_features
-        if scales.dim() != 2 or scales.shape[0] != n:
-            raise ValueError(
-                f"Fp4Linear: scales has shape {tuple(scales.shape)}; expected [N, K/32] (MXFP4) or "
-                f"[N, K/16] (NVFP4) with N={n}, K={k}"
-            )
-        kind = _KINDS[fp4.group_size_of("Fp4Linear", k, scales.shape[1])]
-        if scales.dtype not in (torch.uint8, _SCALES[kind]):
-            raise TypeError(
-                f"Fp4Linear: scales are {scales.dtype}, one for {GROUPS[kind]} codes; expected "
-                f"{_SCALES[kind]} or its bytes in uint8"
-            )
-        return kind
-
-    @property
-    def group_size(self) -> int:
-        """How many k share a scale."""
-        return GROUPS[self.kind]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear has)
         x = as_autocast(input)
@@ -125,21 +164,45 @@ class Fp4Linear(Movable, Stored):
         )
         return y if self.bias is None else (y + self.bias).to(x.dtype)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight [N, K]: float32 arithmetic, then one rounding to ``dtype``."""
-        n, k = self.out_features, self.in_features
-        dense = torch.empty(n, k, dtype=dtype, device=self.weight.device)
-        scales = self.scales.view(_SCALES[self.kind])
-        # In blocks of rows: the steps of a whole vocabulary would be several times its size.
-        for start in range(0, n, _ROWS):
-            rows = slice(start, start + _ROWS)
-            w = decode(self.weight[rows], scales[rows], False, torch.float32)
-            dense[rows] = w if self.global_scale is None else w * self.global_scale
-        return dense
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+
+class Fp4ExpertLinear(Fp4Layer):
+    """A linear of every expert of a mixture: `Fp4Linear`s of one kind, stacked.
+
+    ``weight`` [experts, N, K/2], ``scales`` [experts, N, K/32 or K/16], ``global_scale`` [experts]
+    or None, otherwise as in `Fp4Linear`. Called as an `IntExpertLinear` is: with tokens [T, K]
+    sorted by expert, where the tokens of each expert end, and biases [experts, N], if there are
+    any; or with tokens in any order, and ``rows``: which of them each expert has, one expert after
+    the other. On a GPU tokens in bf16 are one kernel, those of other types a product an expert (see
+    `matmul_experts`).
+
+    Raises ValueError or TypeError for shapes and dtypes that do not fit.
+
+    >>> codes = torch.full((2, 1, 8), 0x42, dtype=torch.uint8)  # 1.0 and 2.0, of both experts
+    >>> scales = torch.ones(2, 1, 1).to(torch.float8_e4m3fn)
+    >>> layer = Fp4ExpertLinear(codes, scales, global_scale=torch.tensor([0.5, 1.0]))
+    >>> layer(torch.ones(3, 16), ends=torch.tensor([1, 3])).tolist()
+    [[12.0], [24.0], [24.0]]
+    """
+
+    sizes = ("experts", "N")
+
+    def forward(
+        self, x: Tensor, ends: Tensor, bias: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        require_floating(self, x)
+        return matmul_experts(
+            x if rows is None else x[rows],
+            self.weight,
+            self.scales,
+            ends=ends,
+            k=self.in_features,
+            bias=bias,
+            out_dtype=x.dtype,
+            alpha=self.global_scale,
+        )
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, scheme=w4a16, "
-            f"format={self.kind}, group_size={self.group_size}, "
-            f"global_scale={self.global_scale is not None}, bias={self.bias is not None}"
-        )
+        return f"experts={self.weight.shape[0]}, {super().extra_repr()}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import packing
 from .ops import (
+    dequantize,
     matmul_experts,
     matmul_int4_bf16_tn,
     matmul_int8_bf16_tn,
@@ -295,6 +296,16 @@ class IntExpertLinear(_Codes):
             a_scale=a_scale,
             bias=bias,
             out_dtype=x.dtype,
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight: float32 arithmetic, then one rounding to ``dtype``."""
+        zeros: Any = self.zeros if self.zeros is not None else [None] * len(self.weight)
+        return torch.stack(
+            [
+                dequantize(w, s, z, k=self.in_features, dtype=dtype)
+                for w, s, z in zip(self.weight, self.scales, zeros, strict=True)
+            ]
         )
 
     def extra_repr(self) -> str:

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from . import side_by_side
 from .formats import modules as formats
-from .fp4_linear import Fp4Linear
 from .integrations import weight_readers
 from .lowering import capture
 from .lowering.records import DECLINED, SWAPPED, Decision
-from .nn import IntLinear, PackedWeight
+from .nn import PackedWeight, Stored
 from .ops._library import require_module
 
 _QUANTISED = {  # by the activation of an `IntLinear`
@@ -125,7 +124,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 def is_quantised(module: nn.Module) -> bool:
     """Whether a module itself holds an integer matrix or a quantised tensor, as linears do."""
     if (
-        isinstance(module, (Fp4Linear, IntLinear, PackedWeight, nn.Embedding))
+        isinstance(module, (PackedWeight, Stored, nn.Embedding))
         or "Embedding" in type(module).__name__
     ):
         return False

@@ -14,6 +14,7 @@ from tolerance import assert_identical
 from torch import Tensor, nn
 
 from intlass_ops import (
+    Fp4ExpertLinear,
     Int4WeightOnly,
     Int8DynamicActivationInt8Weight,
     IntExpertLinear,
@@ -301,21 +302,34 @@ def test_experts_that_no_data_reaches_are_quantised_without() -> None:
 
 @torch.no_grad()
 def test_gpt_oss_is_read_exactly(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
     from intlass_ops.integrations.load_pretrained import load_pretrained
 
     dense = write_gpt_oss(tmp_path)
+    theirs = load_file(tmp_path / "model.safetensors")
     # transformers' own reader is exact for these scales; for all of them see the test below
     model = load_pretrained(tmp_path)
     for at, name in itertools.product((0, 1), ("gate_up_proj", "down_proj")):
-        layer = model.get_submodule(f"model.layers.{at}.mlp.experts.{name}_quantized")
-        assert (layer.weight.dtype, layer.scales.dtype) == (torch.int8, torch.bfloat16)
-        weight = dense.get_parameter(f"model.layers.{at}.mlp.experts.{name}").transpose(1, 2)
-        for codes, scales, expected in zip(layer.weight, layer.scales, weight, strict=True):
-            assert torch.equal(dequantize(codes, scales), expected)
-    torch.testing.assert_close(model(PROMPT).logits, dense(PROMPT).logits, rtol=1e-4, atol=1e-4)
+        path = f"model.layers.{at}.mlp.experts.{name}"
+        layer, stored = model.get_submodule(f"{path}_quantized"), theirs[f"{path}_blocks"]
+        assert isinstance(layer, Fp4ExpertLinear)
+        assert torch.equal(layer.weight, stored.flatten(2))
+        assert torch.equal(layer.scales, theirs[f"{path}_scales"])
+        assert torch.equal(layer.dequantize(), dense.get_parameter(path).transpose(1, 2))
+    logits, options = model(PROMPT).logits, {"max_new_tokens": 4, "do_sample": False}
+    torch.testing.assert_close(logits, dense(PROMPT).logits, rtol=1e-4, atol=1e-4)
+    tokens = model.generate(PROMPT, **options)
+    assert torch.equal(tokens, dense.generate(PROMPT, **options))
     model.save_pretrained(tmp_path / "ours")
     again = load_pretrained(tmp_path / "ours")
-    assert torch.equal(again(PROMPT).logits, model(PROMPT).logits)
+    assert torch.equal(again(PROMPT).logits, logits)
+    assert torch.equal(again.generate(PROMPT, **options), tokens)
+    plain = model.dequantize()
+    for path in theirs:
+        if path.endswith("_blocks"):
+            path = path.removesuffix("_blocks")
+            assert torch.equal(plain.get_parameter(path), dense.get_parameter(path))
 
 
 def test_every_mxfp4_code_and_scale(tmp_path: Path) -> None:
@@ -328,14 +342,12 @@ def test_every_mxfp4_code_and_scale(tmp_path: Path) -> None:
     scales = torch.arange(256, dtype=torch.uint8).clamp(max=254).view(1, 8, 32)
     save_file({"x.w_blocks": blocks.contiguous(), "x.w_scales": scales}, tmp_path / "a.safetensors")
     _, tensors = Mxfp4(Checkpoint(tmp_path)).experts("x.w")
-    found = (
-        tensors["weight"]()[0].double().view(8, 32, 32) * tensors["scales"]()[0].double()[..., None]
-    )
+    found = Fp4ExpertLinear(**{name: read() for name, read in tensors.items()}).dequantize()
     nibbles = torch.stack((blocks & 15, blocks >> 4), -1).flatten(3)[0]
     expected = fp4.decode_e2m1(nibbles, torch.float64) * 2.0 ** (
         scales[0, ..., None].double() - 127
     )
-    assert torch.equal(found, expected)
+    assert torch.equal(found, expected.float().view(1, 8, 1024))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """NVFP4 and MXFP4 checkpoints: the weights, the libraries' own view of them, and refusals.
 
 Loading, generating, saving and reloading each form is in test_load_pretrained.py, damaged files in
-test_formats_fuzz.py; what the layers compute in test_fp4_linear.py.
+test_formats_fuzz.py, experts in test_formats_fp4_experts.py; what the layers compute in
+test_fp4_linear.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ pytest.importorskip("safetensors")
 
 from fp4_case import E2M1, Fp4Weight
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import DIVISOR, FORMS, linears, tiny_llama, write, write_experts
+from tiny_checkpoints import DIVISOR, FORMS, change, linears, tiny_llama, write
 from torch import Tensor, nn
 
 from intlass_ops import Fp4Linear, IntLinear, explain, prepare_
@@ -36,13 +37,6 @@ UP = "model.layers.0.mlp.up_proj"
 K_PROJ = "model.layers.0.self_attn.k_proj"
 E4M3 = torch.float8_e4m3fn
 Tensors = dict[str, Tensor]
-
-
-def change(directory: Path, edit: Callable[[Tensors], None]) -> None:
-    file = directory / "model.safetensors"
-    tensors = load_file(file)
-    edit(tensors)
-    save_file(tensors, file)
 
 
 def change_config(directory: Path, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -464,13 +458,6 @@ def test_int8_codes_under_a_config_of_fp4(tmp_path: Path) -> None:
     groups = FORMS["packed nvfp4"].config["config_groups"]
     change_config(tmp_path, lambda config: config.update(config_groups=groups))
     with pytest.raises(FormatError, match="no config group has integer weights"):
-        load_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["packed nvfp4", "modelopt nvfp4"])
-def test_experts_are_refused(tmp_path: Path, name: str) -> None:
-    write_experts(tmp_path, FORMS[name])
-    with pytest.raises(FormatError, match=r"experts\.0\.w1: experts in NVFP4 are not read"):
         load_pretrained(tmp_path)
 
 

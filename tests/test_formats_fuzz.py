@@ -19,12 +19,15 @@ import pytest
 pytest.importorskip("safetensors")
 pytest.importorskip("transformers")
 
+from fp4_case import Fp4Weight, draw_fp4
 from safetensors.torch import save_file
-from tiny_checkpoints import FORMS
+from tiny_checkpoints import FORMS, Form
+from torch import Tensor
 
 from intlass_ops.formats import FormatError
 from intlass_ops.formats.checkpoint import Checkpoint
 from intlass_ops.formats.layers import buffers_of, read_specs, write_specs
+from intlass_ops.formats.mxfp4 import Mxfp4
 from intlass_ops.formats.reader import open_reader, quantization_config
 
 VALUES: list[Any] = [None, True, -1, 0, 3, 8, 2**63, 1e308, "", "x", [], {}, [[]], {"a": None}]
@@ -90,8 +93,10 @@ def read_everything(directory: Path) -> None:
     reader = open_reader(checkpoint)
     size = (directory / "model.safetensors").stat().st_size
     for path in reader.paths:
-        stored = reader.stored(path)
-        spec, buffers = buffers_of(stored, reader.activation(path))
+        if isinstance(reader, Mxfp4):
+            spec, buffers = reader.experts(path)
+        else:
+            spec, buffers = buffers_of(reader.stored(path), reader.activation(path))
         held = 0
         for name, dtype, shape in spec.tensors:
             tensor = buffers[name]()
@@ -100,13 +105,21 @@ def read_everything(directory: Path) -> None:
         assert held <= 16 * size
 
 
-@pytest.mark.parametrize("name", [*FORMS, "intlass", "intlass nvfp4"])
+def gpt_oss(w: Fp4Weight) -> dict[str, Tensor]:
+    """Two experts of half the rows each."""
+    return {"w_blocks": w.packed().view(2, 8, -1, 16), "w_scales": w.s.view(2, 8, -1)}
+
+
+GPT_OSS = Form({"group": 32}, gpt_oss, {"quant_method": "mxfp4"}, make=draw_fp4)
+
+
+@pytest.mark.parametrize("name", [*FORMS, "gpt-oss", "intlass", "intlass nvfp4"])
 def test_mutated_checkpoints_raise_our_errors(
     tmp_path: Path, name: str, request: pytest.FixtureRequest
 ) -> None:
     count = 2000 if request.config.getoption("--thorough") else 50
     ours = {"intlass": FORMS["packed w4a16"], "intlass nvfp4": FORMS["packed nvfp4"]}
-    form = ours.get(name) or FORMS[name]
+    form = {**FORMS, **ours, "gpt-oss": GPT_OSS}[name]
     weight = form.make(16, 64, 0, **form.draw)
     tensors = {f"layer.{part}": t.contiguous() for part, t in form.store(weight).items()}
     file, config = tmp_path / "model.safetensors", tmp_path / "config.json"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from fp4_case import Fp4Weight, draw_fp4
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -134,7 +134,7 @@ def packed_fp4(w: Fp4Weight) -> dict[str, Tensor]:
     return {
         "weight_packed": w.packed(),
         "weight_scale": w.s.view(torch.float8_e4m3fn),
-        "weight_global_scale": torch.tensor([DIVISOR]),
+        "weight_global_scale": torch.tensor([1 / w.global_scale]),
         "input_global_scale": torch.tensor([300.0]),
     }
 
@@ -288,29 +288,38 @@ def tiny_llama(seed: int = 0, *, tied: bool = False, **sizes: int) -> LlamaForCa
     return model
 
 
-def write_experts(directory: Path, form: Form) -> Any:
-    """The checkpoint of a tiny Mixtral, a linear for each expert; returns it dequantised."""
-    from transformers import MixtralConfig, MixtralForCausalLM
+def write_experts(directory: Path, form: Form, kind: str = "Mixtral") -> Any:
+    """The checkpoint of a tiny mixture, a linear for each expert; returns it dequantised."""
+    import transformers
     from transformers.core_model_loading import revert_weight_conversion
 
     torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    size = form.sizes.get("intermediate_size", 48)
+    own: dict[str, Any] = {
+        "Mixtral": {"num_local_experts": 4, "intermediate_size": size},
+        "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": size, "head_dim": 16},
+    }[kind]
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_experts_per_tok=2,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-        num_local_experts=4, initializer_range=0.3, eos_token_id=None, pad_token_id=0,
-        architectures=["MixtralForCausalLM"], dtype="float32",
+        initializer_range=0.3, eos_token_id=None, pad_token_id=0,
+        architectures=[f"{kind}ForCausalLM"], dtype="float32", **own,
     )  # fmt: skip
-    model = MixtralForCausalLM(config)
+    model_class = getattr(transformers, f"{kind}ForCausalLM")
+    model = model_class(config)
     dense = revert_weight_conversion(model, model.state_dict())
     state = dict(dense)
     for seed, name in enumerate(name for name in dense if re.search(r"_proj|\.w[123]\.", name)):
-        w = form.make(*dense[name].shape, seed, **form.draw)
+        expert, draw = re.search(r"experts\.(\d+)", name), dict(form.draw)
+        if expert is not None and "global_scale" in draw:  # each has its own
+            draw["global_scale"] /= 2 ** int(expert[1])
+        w = form.make(*dense[name].shape, seed, **draw)
         dense[name] = w.dense()
         del state[name]
         path = name.removesuffix(".weight")
         state |= {f"{path}.{part}": t for part, t in form.store(w).items()}
     _save(directory, state, form.config, config)
-    return MixtralForCausalLM.from_pretrained(None, config=config, state_dict=dense).eval()
+    return model_class.from_pretrained(None, config=config, state_dict=dense).eval()
 
 
 def write_gpt_oss(directory: Path) -> Any:
@@ -338,6 +347,14 @@ def write_gpt_oss(directory: Path) -> Any:
     left = {"modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     _save(directory, state, {"quant_method": "mxfp4", **left}, config)
     return model
+
+
+def change(directory: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
+    """``edit`` puts and deletes tensors of the checkpoint in ``directory``."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -1,11 +1,14 @@
 """The stored weights of single experts as one layer of all of them; nothing is rounded.
 
-Not here: which weights belong together (integrations/expert_checkpoints.py).
+Not here: which weights belong together (integrations/expert_checkpoints.py), experts that a file
+has fused already (mxfp4.py).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,37 +16,89 @@ from torch import Tensor
 from ..lowering.storage import INT4, INT8
 from ..nn import Activation
 from . import FormatError
-from .layers import LayerSpec
+from .fp4 import StoredFp4
+from .layers import LayerSpec, fp4_spec
 from .stored import StoredWeight
+
+_Stored = TypeVar("_Stored", StoredWeight, StoredFp4)
+# For each piece of N (gate, up), the weights of all experts.
+_Parts = Sequence[Sequence[_Stored]]
+_Read = dict[str, Callable[[], Tensor]]
 
 
 def stacked(
-    name: str, parts: Sequence[Sequence[StoredWeight]], activation: Activation
-) -> tuple[LayerSpec, dict[str, Callable[[], Tensor]]]:
-    """Spec of an `IntExpertLinear`, and how to get each of its tensors.
+    name: str, parts: Sequence[Sequence[StoredWeight | StoredFp4]], activation: Activation
+) -> tuple[LayerSpec, _Read]:
+    """Spec of an `IntExpertLinear` or `Fp4ExpertLinear`, and how to get each of its tensors.
 
     ``parts``: for each piece of N (gate, up), the weights of all experts.
 
-    Raises FormatError where experts differ in shape, bits or groups, or need a form that only
-    single linears have (act-order, 8 bits with zero points).
+    Raises FormatError where experts differ in shape, bits or groups, the pieces of one in their
+    global scales, or where they need a form that only single linears have (act-order, 8 bits with
+    zero points).
     """
+    _check_alike(name, parts)
+    integers = [[each for each in row if isinstance(each, StoredWeight)] for row in parts]
+    if any(integers):
+        return _integers(name, integers, activation)
+    return _fp4(name, [[each for each in row if isinstance(each, StoredFp4)] for row in parts])
+
+
+def _check_alike(name: str, parts: Sequence[Sequence[StoredWeight | StoredFp4]]) -> None:
+    first = parts[0][0]
+    for row in parts:
+        for stored in row:
+            if _form(stored) != _form(first):
+                raise FormatError(f"{name}: {first.name} and {stored.name} are not stored alike")
+    for row in parts:
+        if len(row) != len(parts[0]) or any(stored.shape != row[0].shape for stored in row):
+            raise FormatError(f"{name}: the experts differ in number or shape")
+
+
+def _form(stored: StoredWeight | StoredFp4) -> tuple[Any, ...]:
+    """All of a weight that is the same in the whole layer, but for the number of rows."""
+    if isinstance(stored, StoredFp4):
+        return stored.kind, stored.shape[1]
+    return stored.bits, stored.shape[1], stored.scales.shape[1], stored.scales.dtype
+
+
+def _fp4(name: str, parts: _Parts[StoredFp4]) -> tuple[LayerSpec, _Read]:
+    for first, *others in zip(*parts, strict=True):
+        for other in others:
+            if other.global_scale != first.global_scale:
+                raise FormatError(
+                    f"{name}: the global scale of {first.name} multiplies by {_number(first)}, "
+                    f"that of {other.name} by {_number(other)}; an expert has one for both"
+                )
+    spec = fp4_spec(parts[0][0].kind, _shape(parts))
+    read = _gathered(
+        spec,
+        parts,
+        {"weight": lambda stored: stored.read(), "scales": lambda stored: stored.read_scales()},
+    )
+    scales = [each.global_scale for each in parts[0] if each.global_scale is not None]
+    if scales:
+        read["global_scale"] = lambda: torch.stack(scales)
+    return spec, read
+
+
+def _number(stored: StoredFp4) -> str:
+    assert stored.global_scale is not None
+    return f"{stored.global_scale.item():.9g}"
+
+
+def _integers(
+    name: str, parts: _Parts[StoredWeight], activation: Activation
+) -> tuple[LayerSpec, _Read]:
     every = [stored for row in parts for stored in row]
-    first = every[0]
     for stored in every:
-        alike = (stored.bits, stored.shape[1], stored.scales.shape[1], stored.scales.dtype)
-        if alike != (first.bits, first.shape[1], first.scales.shape[1], first.scales.dtype):
-            raise FormatError(f"{name}: {first.name} and {stored.name} are not stored alike")
         if stored.order is not None or (stored.bits == 8 and stored.zeros is not None):
             raise FormatError(
                 f"{stored.name}: act-order and 8-bit zero points are not read for experts"
             )
-    for row in parts:
-        if len(row) != len(parts[0]) or any(stored.shape != row[0].shape for stored in row):
-            raise FormatError(f"{name}: the experts differ in number or shape")
-    experts, k = len(parts[0]), first.shape[1]
+    first, (experts, n, k) = every[0], _shape(parts)
     if first.bits == 4 and k % 2:
         raise FormatError(f"{name}: K={k} is odd")
-    n = sum(row[0].shape[0] for row in parts)
     signed = all(stored.zeros is None for stored in every)
     zero_types = {stored.zeros.dtype for stored in every if stored.zeros is not None}
     zero_type = torch.float32 if len(zero_types) > 1 else next(iter(zero_types), torch.uint8)
@@ -58,18 +113,39 @@ def stacked(
             return torch.full(stored.scales.shape, 8, dtype=zero_type)
         return stored.zeros.to(zero_type)
 
-    def gathered(get: Callable[[StoredWeight], Tensor]) -> Callable[[], Tensor]:
-        return lambda: torch.cat([torch.stack([get(s) for s in row]) for row in parts], dim=1)
-
     code_type, width = (torch.uint8, k // 2) if first.bits == 4 else (torch.int8, k)
     groups = first.scales.shape[1]
     tensors = [
         ("weight", code_type, (experts, n, width)),
         ("scales", first.scales.dtype, (experts, n, groups)),
     ]
-    read = {"weight": gathered(codes_of), "scales": gathered(lambda stored: stored.scales)}
+    of_one = {"weight": codes_of, "scales": lambda stored: stored.scales}
     if not signed:
         tensors.append(("zeros", zero_type, (experts, n, groups)))
-        read["zeros"] = gathered(zeros_of)
-    kind = INT4 if first.bits == 4 else INT8
-    return LayerSpec(kind, k, activation, tuple(tensors)), read
+        of_one["zeros"] = zeros_of
+    spec = LayerSpec(INT4 if first.bits == 4 else INT8, k, activation, tuple(tensors))
+    return spec, _gathered(spec, parts, of_one)
+
+
+def _shape(parts: _Parts[_Stored]) -> tuple[int, int, int]:
+    """[experts, N, K] of the layer."""
+    return len(parts[0]), sum(row[0].shape[0] for row in parts), parts[0][0].shape[1]
+
+
+def _gathered(
+    spec: LayerSpec, parts: _Parts[_Stored], of_one: dict[str, Callable[[_Stored], Tensor]]
+) -> _Read:
+    """How to get tensors of the layer from ``of_one``: what gets the same of a single weight."""
+
+    def gather(name: str) -> Tensor:
+        ((dtype, shape),) = ((d, s) for each, d, s in spec.tensors if each == name)
+        found, start = torch.empty(shape, dtype=dtype), 0
+        # One after the other: all of them and the layer would be twice its size.
+        for row in parts:
+            end = start + row[0].shape[0]
+            for expert, stored in enumerate(row):
+                found[expert, start:end] = of_one[name](stored)
+            start = end
+        return found
+
+    return {name: functools.partial(gather, name) for name in of_one}

@@ -1,12 +1,13 @@
 """`StoredFp4`: the FP4 weight of a linear that is known but not yet read, MXFP4 or NVFP4.
 
 Lives here: what compressed-tensors and ModelOpt have in common, tensor by tensor. Not here: which
-layers are FP4 (their readers), fused experts (mxfp4.py), what an `Fp4Linear` computes.
+layers are FP4 (their readers), experts (experts.py; those of gpt-oss: mxfp4.py), what an
+`Fp4Linear` computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,22 +72,24 @@ def stored(layer: Layer, kind: str, names: Names) -> StoredFp4:
     if more:
         raise layer.fail(f"{', '.join(more)} of an FP4 layer: this is not read")
 
-    def scales() -> Tensor:
-        octets = layer.take(names.scales, groups, (_STORED[kind],)).view(torch.uint8)
-        # e8m0 has one NaN, e4m3 one of each sign; it would hide in the sums of a row.
-        nan = octets == 255 if kind == MXFP4 else (octets & 127) == 127
-        if bool(nan.any()):
-            raise layer.fail(f"{names.scales} holds a NaN; the file is damaged")
-        return octets
-
     return StoredFp4(
         layer.path,
         kind,
         (n, k),
         _global_scale(layer, names) if kind == NVFP4 else None,
         lambda: layer.take(names.codes, (n, width), (torch.uint8,)),
-        scales,
+        lambda: take_scales(layer, names.scales, groups, kind),
     )
+
+
+def take_scales(layer: Layer, name: str, shape: Sequence[int], kind: str) -> Tensor:
+    """Scales as their bytes; FormatError for a NaN, which would hide in the sums of a row."""
+    octets = layer.take(name, shape, (_STORED[kind],)).view(torch.uint8)
+    # e8m0 has one, e4m3 one of each sign.
+    nan = octets == 255 if kind == MXFP4 else (octets & 127) == 127
+    if bool(nan.any()):
+        raise layer.fail(f"{name} holds a NaN; the file is damaged")
+    return octets
 
 
 def _global_scale(layer: Layer, names: Names) -> Tensor:

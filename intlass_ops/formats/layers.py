@@ -7,8 +7,8 @@ A layer is saved as its buffers (`<path>.weight`, `.scales`, `.zeros`, `.order`,
      "layers": [{"modules": ["model.layers.0.mlp.up_proj", …], "kind": "int4", "in_features": 4096,
                  "activation": null, "tensors": {"weight": ["uint8", [11008, 2048]], …}}, …]}
 
-Layers that are stored alike share an entry. An `IntExpertLinear` has one dimension more: experts.
-Of an `Fp4Linear` scales are their bytes, and NVFP4 has `.global_scale` beside them.
+Layers that are stored alike share an entry. Layers of experts have one dimension more: experts.
+Of FP4 scales are their bytes, and NVFP4 has `.global_scale` beside them.
 Not here: how a model is walked (integrations/).
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fp4_linear import MXFP4, NVFP4, Fp4Linear
+from ..fp4_linear import GROUPS, MXFP4, NVFP4, Fp4ExpertLinear, Fp4Layer, Fp4Linear
 from ..lowering.storage import INT4, INT4_PAIR, INT8, Packed
 from ..nn import Activation, IntExpertLinear, IntLinear, PackedLinear
 from . import FormatError
@@ -56,11 +56,11 @@ class LayerSpec:
     @classmethod
     def of(cls, module: nn.Module) -> LayerSpec | None:
         """The spec of one of our layers; None for any other module."""
-        if not isinstance(module, (Fp4Linear, IntExpertLinear, IntLinear, PackedLinear)):
+        if not isinstance(module, (Fp4Layer, IntExpertLinear, IntLinear, PackedLinear)):
             return None
         buffers = ((name, getattr(module, name, None)) for name in _NAMES)
         tensors = tuple((name, t.dtype, tuple(t.shape)) for name, t in buffers if t is not None)
-        if isinstance(module, (Fp4Linear, PackedLinear)):
+        if isinstance(module, (Fp4Layer, PackedLinear)):
             return cls(module.kind, module.in_features, None, tensors)
         kind = INT4 if module.bits == 4 else INT8
         return cls(kind, module.in_features, module.activation, tensors)
@@ -110,11 +110,13 @@ def layer_of(
 
 def _fp4_layer(
     kind: str, in_features: int, activation: Activation, tensors: dict[str, Tensor]
-) -> Fp4Linear:
-    more = tensors.keys() - {"weight", "scales", "global_scale", "bias"}
+) -> Fp4Layer:
+    more, of_experts = {*tensors}.difference(Fp4Layer.kept), tensors["weight"].dim() == 3
+    if not of_experts:
+        more.discard("bias")
     if more or activation is not None:
         raise ValueError(f"kind {kind!r} with {', '.join(more) or 'quantised activations'}")
-    layer = Fp4Linear(**tensors)
+    layer: Fp4Layer = (Fp4ExpertLinear if of_experts else Fp4Linear)(**tensors)
     if (layer.kind, layer.in_features) != (kind, in_features):
         raise ValueError(
             f"kind {layer.kind!r} of in_features {layer.in_features}, by its tensors; expected "
@@ -131,7 +133,10 @@ def buffers_of(
     8-bit codes with zeros become two INT4 halves, w = 16·s·high + s·(low - zeros), both exact.
     """
     if isinstance(stored, StoredFp4):
-        return _fp4_buffers(stored)
+        read = {"weight": stored.read, "scales": stored.read_scales}
+        if stored.global_scale is not None:
+            read["global_scale"] = _constant(stored.global_scale)
+        return fp4_spec(stored.kind, stored.shape), read
     n, k = stored.shape
     width = (k + 1) // 2
     known: dict[str, Tensor] = {"scales": stored.scales}
@@ -159,22 +164,21 @@ def buffers_of(
     shapes = {name: (t.dtype, tuple(t.shape)) for name, t in known.items()}
     shapes |= {name: (dtype, shape) for name, (_, dtype, shape) in late.items()}
     tensors = tuple((name, *shapes[name]) for name in _NAMES if name in shapes)
-    read: dict[str, Callable[[], Tensor]] = {name: _constant(t) for name, t in known.items()}
+    read = {name: _constant(t) for name, t in known.items()}
     read |= {name: get for name, (get, _, _) in late.items()}
     return LayerSpec(kind, k, activation, tensors), read
 
 
-def _fp4_buffers(stored: StoredFp4) -> tuple[LayerSpec, dict[str, Callable[[], Tensor]]]:
-    n, k = stored.shape
-    tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
-        ("weight", torch.uint8, (n, k // 2)),
-        ("scales", torch.uint8, (n, k // stored.group_size)),
+def fp4_spec(kind: str, shape: tuple[int, ...]) -> LayerSpec:
+    """Of a weight [N, K] or [experts, N, K] in the files of others: NVFP4 with global scales."""
+    *rows, k = shape
+    tensors = [
+        ("weight", torch.uint8, (*rows, k // 2)),
+        ("scales", torch.uint8, (*rows, k // GROUPS[kind])),
     ]
-    read = {"weight": stored.read, "scales": stored.read_scales}
-    if stored.global_scale is not None:
-        tensors.append(("global_scale", torch.float32, ()))
-        read["global_scale"] = _constant(stored.global_scale)
-    return LayerSpec(stored.kind, k, None, tuple(tensors)), read
+    if kind == NVFP4:
+        tensors.append(("global_scale", torch.float32, tuple(rows[:-1])))
+    return LayerSpec(kind, k, None, tuple(tensors))
 
 
 def _constant(tensor: Tensor) -> Callable[[], Tensor]:

@@ -3,8 +3,8 @@
     <path>_blocks  uint8 [experts, N, K/32, 16]  two codes a byte, the first one in the low bits
     <path>_scales  uint8 [experts, N, K/32]      e8m0: 2^(scale - 127)
 
-Twice an e2m1 code is an integer, so such a weight is INT8 in groups of 32, exactly; at twice the
-size. Not here: what multiplies FP4 as it is (ops/block_scaled.py), which has no experts.
+These are the bytes of an `Fp4ExpertLinear`. Not here: MXFP4 of other libraries, which have a linear
+for each expert (fp4.py, experts.py), what the layer computes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import fp4, packing
-from ..lowering.storage import INT8
+from ..fp4_linear import GROUPS, MXFP4
+from . import fp4
 from .checkpoint import Checkpoint, Layer
-from .layers import LayerSpec
+from .layers import LayerSpec, fp4_spec
 
-_GROUP = 32
-_NOT_A_NUMBER = 255
+_GROUP = GROUPS[MXFP4]
 
 
 class Mxfp4:
@@ -36,33 +35,16 @@ class Mxfp4:
         return f"{path}_blocks", f"{path}_scales"
 
     def experts(self, path: str) -> tuple[LayerSpec, dict[str, Callable[[], Tensor]]]:
-        """Spec of an `IntExpertLinear`, and how to get each of its tensors."""
+        """Spec of an `Fp4ExpertLinear`, and how to get each of its tensors."""
         parent, _, name = path.rpartition(".")
         layer, u8 = Layer(self.checkpoint, parent), (torch.uint8,)
-        experts, n, groups, size = layer.shape(f"{name}_blocks", 4, u8)
+        blocks = layer.shape(f"{name}_blocks", 4, u8)
+        experts, n, groups, size = blocks
         if 2 * size != _GROUP:
             raise layer.fail(f"{name}_blocks has {2 * size} codes a block; expected {_GROUP}")
-        k = groups * _GROUP
-
-        def codes() -> Tensor:
-            blocks = layer.take(f"{name}_blocks", (experts, n, groups, size), u8)
-            found = torch.empty(experts, n, k, dtype=torch.int8)
-            # One after the other: between codes and integers they take many times as much.
-            for each, to in zip(blocks, found, strict=True):
-                pairs = packing.unpack(each.reshape(n, k // 2), k, signed=False)
-                to.copy_(2 * fp4.decode_e2m1(pairs))
-            return found
-
-        def scales() -> Tensor:
-            stored = layer.take(f"{name}_scales", (experts, n, groups), u8)
-            if bool((stored == _NOT_A_NUMBER).any()):
-                raise layer.fail(f"{name}_scales holds a NaN; the file is damaged")
-            # half of it, for codes that are twice theirs: bf16 has all of them, subnormal ones too
-            return (fp4.e8m0_values(stored) / 2).to(torch.bfloat16)
-
-        layer.shape(f"{name}_scales", 3, u8)
-        tensors = (
-            ("weight", torch.int8, (experts, n, k)),
-            ("scales", torch.bfloat16, (experts, n, groups)),
-        )
-        return LayerSpec(INT8, k, None, tensors), {"weight": codes, "scales": scales}
+        scales = experts, n, groups
+        layer.require(f"{name}_scales", scales, u8)
+        return fp4_spec(MXFP4, (experts, n, groups * _GROUP)), {
+            "weight": lambda: layer.take(f"{name}_blocks", blocks, u8).flatten(2),
+            "scales": lambda: fp4.take_scales(layer, f"{name}_scales", scales, MXFP4),
+        }

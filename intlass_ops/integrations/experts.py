@@ -1,7 +1,7 @@
 """Fused mixtures of experts, whose weights are 3-D parameters [experts, N, K] and not linears.
 
-Lives here: how those of transformers get `IntExpertLinear`s in place of their parameters, through
-its own interface of experts implementations, and which 3-D weights of a model stay as they are.
+Lives here: how those of transformers get our layers in place of their parameters, through its own
+interface of experts implementations, and which 3-D weights of a model stay as they are.
 Not here: the product (ops/experts.py), how weights become codes (quantize.py).
 
 Private API of transformers, checked on 5.23: `_experts_implementation_internal` of a config, and
@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..fp4_linear import Fp4ExpertLinear
 from ..nn import IntExpertLinear
-from ..ops import dequantize
 
+ExpertLinear = Fp4ExpertLinear | IntExpertLinear
 IMPLEMENTATION, WATCHED = "intlass", "intlass_watched"
 # Not the parameters' own names: transformers splits tensors of these names when a model is saved.
 SUFFIX = "_quantized"
@@ -56,7 +57,7 @@ def weights_of(module: Any, name: str) -> Tensor:
     return weight.transpose(1, 2) if module.is_transposed else weight
 
 
-def put(module: Any, name: str, layer: IntExpertLinear) -> None:
+def put(module: Any, name: str, layer: ExpertLinear) -> None:
     """``layer`` in place of the parameter ``name``; the module runs by our implementation."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -115,14 +116,8 @@ def is_quantized(module: nn.Module) -> bool:
 def take_back(module: Any, dtype: torch.dtype) -> None:
     """The parameters again, dequantised, and the implementation that was there before."""
     for name in projections(module):
-        layer: IntExpertLinear = getattr(module, name + SUFFIX)
-        zeros: Any = layer.zeros if layer.zeros is not None else [None] * len(layer.weight)
-        dense = torch.stack(
-            [
-                dequantize(w, s, z, k=layer.in_features, dtype=dtype)
-                for w, s, z in zip(layer.weight, layer.scales, zeros, strict=True)
-            ]
-        )
+        layer: ExpertLinear = getattr(module, name + SUFFIX)
+        dense = layer.dequantize(dtype)
         dense = dense.transpose(1, 2).contiguous() if module.is_transposed else dense
         delattr(module, name + SUFFIX)
         module.register_parameter(name, nn.Parameter(dense, requires_grad=False))

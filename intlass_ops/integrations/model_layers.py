@@ -14,7 +14,7 @@ from torch import nn
 from ..formats import FormatError
 from ..formats.layers import LayerSpec
 from ..fp4_linear import Fp4Linear
-from ..nn import IntExpertLinear, IntLinear, PackedLinear
+from ..nn import IntLinear, PackedLinear
 from ..ops import dequantize
 from . import conv1d, experts, weight_readers
 
@@ -25,7 +25,7 @@ def put_layers(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
     for path, spec in specs.items():
         old = modules.get(path)
         new = spec.module()
-        if isinstance(new, IntExpertLinear):
+        if isinstance(new, experts.ExpertLinear):
             _put_experts(type(model).__name__, modules, path, new)
             continue
         if old is not None and conv1d.is_conv1d(old):
@@ -55,7 +55,7 @@ def put_layers(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
 
 
 def _put_experts(
-    owner: str, modules: dict[str, nn.Module], path: str, new: IntExpertLinear
+    owner: str, modules: dict[str, nn.Module], path: str, new: experts.ExpertLinear
 ) -> None:
     parent, _, name = path.removesuffix(experts.SUFFIX).rpartition(".")
     sizes = new.weight.shape[0], new.out_features, new.in_features
