@@ -175,8 +175,7 @@ class Fp4ExpertLinear(Fp4Layer):
     or None, otherwise as in `Fp4Linear`. Called as an `IntExpertLinear` is: with tokens [T, K]
     sorted by expert, where the tokens of each expert end, and biases [experts, N], if there are
     any; or with tokens in any order, and ``rows``: which of them each expert has, one expert after
-    the other. On a GPU tokens in bf16 are one kernel, those of other types a product an expert (see
-    `matmul_experts`).
+    the other. On a GPU all tokens are one kernel, but those in float32 (see `matmul_experts`).
 
     Raises ValueError or TypeError for shapes and dtypes that do not fit.
 

@@ -141,9 +141,10 @@ def test_compiled_layers_compute_the_same(kind: str, backend: str, device: str) 
 
 @pytest.mark.gpu
 @each_kind
-def test_bfloat16_is_one_kernel_on_a_gpu(kind: str) -> None:
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_16_bits_are_one_kernel_on_a_gpu(dtype: torch.dtype, kind: str) -> None:
     layer = layer_of(kind).cuda()
-    explanation = ia.explain(layer, tokens(BF16, "cuda"), ends_on("cuda"))
+    explanation = ia.explain(layer, tokens(dtype, "cuda"), ends_on("cuda"))
     assert len(explanation.dispatches) == 1
     assert not explanation.fallbacks
 

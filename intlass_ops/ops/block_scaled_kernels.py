@@ -179,18 +179,17 @@ def _cuda(
     if p.m * p.n == 0 or p.k == 0:
         return a.new_zeros((*a.shape[:-1], p.n), dtype=p.out_dtype)
     if a.dtype == torch.float16 and (p.m <= config.FP4_MAX_M or p.format != "nvf4"):
-        y = _product(replace(p, m=2 * p.m, out_dtype=torch.float32), _two_terms(x), *rest)
+        y = _product(replace(p, m=2 * p.m, out_dtype=torch.float32), torch.cat(two_terms(x)), *rest)
         y = y.view(2, p.m, p.n).sum(0).to(p.out_dtype)
     else:
         y = _product(p, x, *rest)
     return y.view(*a.shape[:-1], p.n)
 
 
-def _two_terms(x: Tensor) -> Tensor:
-    """bf16 [2M, K] whose two halves add up to x [M, K], fp16: exactly, 8 + 3 bits."""
+def two_terms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What adds up to ``x``, of fp16, in bf16: exactly, 8 + 3 bits."""
     high = x.bfloat16()
-    low = torch.where(x.isfinite(), x - high, 0)
-    return torch.cat((high, low.bfloat16()))
+    return high, torch.where(x.isfinite(), x - high, 0).bfloat16()
 
 
 def _product(

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import fp4
+from .. import batch_invariance, fp4
 from ..cuda import launch_experts
 from ..explain import record
 from . import gradients
 from ._library import FLOATS, define, require_device, require_dtype
+from .block_scaled_kernels import two_terms
 from .problem import INT4, INT8, Problem, check, inputs_of
 
 OP = "matmul_experts"
@@ -129,6 +130,8 @@ def _run(
         plan = launch_experts.make(key, p, *operands)
         if plan is not None:
             return plan.run(*operands)
+        if (p.w_kind, p.x_kind) == ("e2m1", "fp16") and not batch_invariance.enabled():
+            return _of_two_terms(a, w, scales, ends, k, bias, p.out_dtype, alpha)
     if a_scale is not None:
         a_scale = a_scale.reshape(-1, 1).expand(a.shape[0], 1)
 
@@ -156,6 +159,23 @@ def _run(
     for expert, rows in _runs(a, ends):
         y[rows] = product(expert, rows)
     return y
+
+
+def _of_two_terms(
+    a: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    ends: Tensor,
+    k: int,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    alpha: Tensor | None,
+) -> Tensor:
+    """FP4 under fp16: each token is two in bf16, side by side, that add up to it."""
+    x = torch.stack(two_terms(a), 1).flatten(0, 1)
+    half = None if bias is None else bias.float() / 2
+    y = _run(x, w, scales, None, 2 * ends, k, None, half, torch.float32, alpha)
+    return y.view(-1, 2, y.shape[1]).sum(1).to(out_dtype)
 
 
 def _weight_of(
@@ -261,9 +281,9 @@ def matmul_experts(
     uint8 say that the weights are FP4: codes of e2m1, and the bytes of e8m0 for 32 of them (MXFP4)
     or of e4m3 for 16 (NVFP4), under floating-point activations. The rest, dtypes and rounding as in
     `matmul_int4_bf16_tn` and `matmul_int8_bf16_tn`. On a GPU one kernel has the tokens of all
-    experts, and CUDA graphs may hold it; float32 activations, `batch_invariant`, and FP4 under
-    fp16, take one product an expert instead. Has a gradient for ``a`` and ``bias``, which waits for
-    the GPU.
+    experts, and CUDA graphs may hold it; float32 activations and `batch_invariant` take one product
+    an expert instead, and FP4 takes fp16 as two terms of bf16. Has a gradient for ``a`` and
+    ``bias``, which waits for the GPU.
 
     Raises TypeError or ValueError for what does not fit. A grouped kernel cannot: where ``ends`` do
     not ascend, or exceed the tokens, all that it returns is NaN.
