@@ -1,4 +1,4 @@
-"""Fast W4A16 and W8A16 products on a CPU: cpu_kernels.cpp, compiled once by the machine's compiler.
+"""Fast products on a CPU of INT4, INT8 and FP4 weights: cpu_kernels.cpp, compiled once, here.
 
 Lives here: building and calling those kernels. A plan holds what a call's signature (dtypes,
 shapes, strides) decides, so that the next such call only fills in pointers. Not here: argument
@@ -65,6 +65,7 @@ _KIND = {
     torch.int8: 5,
     torch.uint8: 6,
 }
+_FP4_SCALES, _FP4_CODES = {32: 7, 16: 8}, 9  # by the size of a group: e8m0, e4m3; e2m1
 
 _load_lock = threading.Lock()
 # What Inductor's generated code allocates with (PyTorch 2.11 and 2.13), in half the time.
@@ -97,6 +98,11 @@ class Plan:
         self.strides = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
         self.scales, self.zeros = _table(scales), _table(zeros)
         self.sizes = (n, k, group_size)
+        self.unit = 1.0  # of the sums
+        if problem.w_kind == "e2m1":
+            self.scales = _FP4_SCALES[group_size], *self.scales[1:]
+            self.zeros = _FP4_CODES, 0, 0
+            self.unit = 4.0 if group_size == 32 else 1.0
         self.zero_type = None if zeros is None or zeros.dtype in _KIND else torch.float32
         self.int4 = problem.w_kind != "s8"
 
@@ -123,6 +129,8 @@ class Plan:
             kernels["matmul_int4"](
                 *pointers, *self.scales, z.data_ptr(), *self.zeros, *self.sizes, threads
             )
+        if self.unit != 1.0:
+            y *= self.unit
         return y if self.rows == self.m else y[: self.m].view(self.shape)
 
 

@@ -1,6 +1,7 @@
 // y[M, N] = a[M, K] @ w[N, K]ᵀ on a CPU: weights are decoded in registers, one pass over their bytes.
 //
 // w = (q - zeros) * scales. INT4: two codes a byte, even k in the low nibble (packing.py); INT8: one.
+// FP4 (fp4.py) is INT4 whose sixteen values are others.
 // Every value is decoded to float32 exactly as written and summed in float32, a partial sum a lane.
 // Few rows of a: straight into the sums. Many: some rows of w at a time into the first-level cache,
 // then a tile of 4 rows of a by kTileRows of w a step, whose sums are all in registers.
@@ -26,7 +27,7 @@ constexpr int kWidest = 8;
 constexpr int kTileRows = kWidest == 16 ? 6 : 2;  // of w, times 4 of a: the sums that fit registers
 constexpr long kTileFrom = 6;                     // rows of a from which decoding to memory pays
 constexpr long kTileBytes = 384 << 10;            // of a, read once per kTileRows from the L2 cache
-constexpr long kWorthThreads = 1 << 17;  // codes: 5 us of work, what waking a thread costs
+constexpr long kWorthThreads = 1 << 17;           // codes: 5 us of work, what waking a thread costs
 
 template <int L> struct Lanes {
   typedef float Float __attribute__((vector_size(4 * L)));
@@ -75,7 +76,20 @@ template <int L> inline float sum(typename Lanes<L>::Float v) {
   return t[0];
 }
 
-enum Kind : int { kNone, kFloat32, kBFloat16, kFloat16, kInt32, kInt8, kUInt8 };
+// The last three: scales of FP4, and what its codes have in place of zeros.
+enum Kind : int {
+  kNone,
+  kFloat32,
+  kBFloat16,
+  kFloat16,
+  kInt32,
+  kInt8,
+  kUInt8,
+  kE8M0,
+  kE4M3,
+  kE2M1
+};
+constexpr float kFp4Values[] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.f, -.5, -1, -1.5, -2, -3, -4, -6};
 
 inline float half_to_float(uint16_t h) {
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
@@ -90,6 +104,18 @@ inline float half_to_float(uint16_t h) {
 inline float bfloat_to_float(uint16_t b) {
   const uint32_t bits = static_cast<uint32_t>(b) << 16;
   return load<float>(&bits);
+}
+
+// A quarter of it: six times the largest scale has no room.
+inline float e8m0_to_float(uint8_t code) {
+  const uint32_t bits = code == 255 ? 0x7fc00000 : code ? uint32_t{code} << 23 : 1u << 22;
+  return load<float>(&bits) / 4;
+}
+
+inline float e4m3_to_float(uint8_t code) {
+  const uint32_t rest = code & 0x7f, bits = rest == 0x7f ? 0x7fc00000 : rest << 20;
+  const float normal = load<float>(&bits) * 0x1p120f, v = rest < 8 ? rest * 0x1p-9f : normal;
+  return code & 0x80 ? -v : v;
 }
 
 template <class T, class Convert>
@@ -127,6 +153,9 @@ struct Table {
       case kInt32: return convert<int32_t>(values, first, column, count, out, as_is);
       case kInt8: return convert<int8_t>(values, first, column, count, out, as_is);
       case kUInt8: return convert<uint8_t>(values, first, column, count, out, as_is);
+      case kE8M0: return convert<uint8_t>(values, first, column, count, out, e8m0_to_float);
+      case kE4M3: return convert<uint8_t>(values, first, column, count, out, e4m3_to_float);
+      case kE2M1: return;
     }
   }
 
@@ -155,12 +184,14 @@ struct Row {
   const float *scales, *zeros;
 };
 
-// Nibbles of L bytes to (q - zero) * scale. AVX-512 looks the sixteen values up in a register.
+// Nibbles of L bytes to (q - zero) * scale, or of FP4 to value * scale. AVX-512 looks the sixteen values
+// up in a register, AVX2 the eight magnitudes of FP4.
 template <int L> struct Nibbles {
   using Float = typename Lanes<L>::Float;
   using Int = typename Lanes<L>::Int;
   Float scale, zero;
   Int flip;
+  bool fp4;
 #if defined(__AVX512F__)
   static constexpr bool kLookUp = L == 16;
 #else
@@ -168,11 +199,13 @@ template <int L> struct Nibbles {
 #endif
 
   // flip: 0x88 turns two's complement nibbles into offset ones, whose zero is 8.
-  Nibbles(float s, float z, int flip_bits) {
+  Nibbles(float s, float z, int flip_bits, bool of_fp4) : fp4(of_fp4) {
     scale = s - Float{};
     zero = z - Float{};
     flip = flip_bits - Int{};
-    if constexpr (kLookUp) {
+    if (fp4) {
+      scale *= load<Float>(kFp4Values);
+    } else if constexpr (kLookUp) {
       Int code = {};
       for (int i = 0; i < L; ++i) code[i] = i;
       scale *= __builtin_convertvector(code ^ (flip & 15), Float) - zero;
@@ -183,7 +216,19 @@ template <int L> struct Nibbles {
 #if defined(__AVX512F__)
     if constexpr (kLookUp) return (Float)_mm512_permutexvar_ps((__m512i)nibble, (__m512)scale);
 #endif
+    if (fp4) return fp4_value(nibble);
     return (__builtin_convertvector((nibble ^ flip) & 15, Float) - zero) * scale;
+  }
+
+  Float fp4_value(Int nibble) const {
+    Float magnitude;
+#if defined(__AVX2__)
+    if constexpr (L == 8)
+      magnitude = (Float)_mm256_permutevar8x32_ps((__m256)scale, (__m256i)nibble);
+    else
+#endif
+      for (int i = 0; i < L; ++i) magnitude[i] = scale[nibble[i] & 7];
+    return (Float)((Int)magnitude ^ (nibble & 8) << 28);
   }
 };
 
@@ -195,13 +240,14 @@ inline void decode_int4(const Weight& w, const Row* rows, Visit&& visit, VisitOn
   const long bytes = kPerGroup ? kPerGroup * L : (w.group + 1) / 2;
   const long vectors = kPerGroup ? kPerGroup : bytes / L;
   const int flip = w.zeros.kind == kNone ? 0x88 : 0;
+  const bool fp4 = w.zeros.kind == kE2M1;
   const long groups = w.groups, k = w.k;
   for (long g = 0; g < groups; ++g) {
     const long start = g * bytes;
     for (int r = 0; r < R; ++r) {
       const uint8_t* codes = static_cast<const uint8_t*>(rows[r].codes);
-      const float scale = rows[r].scales[g], zero = rows[r].zeros[g];
-      const Nibbles<L> nibbles(scale, zero, flip);
+      const float scale = rows[r].scales[g], zero = fp4 ? 0 : rows[r].zeros[g];
+      const Nibbles<L> nibbles(scale, zero, flip, fp4);
       for (long v = 0; v < vectors; ++v) {
         const auto b = widen<L>(codes + start + v * L);
         visit(r, nibbles.value(b), nibbles.value(b >> 4), start + v * L);
@@ -209,8 +255,8 @@ inline void decode_int4(const Weight& w, const Row* rows, Visit&& visit, VisitOn
       if constexpr (kPerGroup == 0)
         for (long j = start + vectors * L; j < start + bytes; ++j) {
           const int b = codes[j] ^ flip;
-          const float high = ((b >> 4) - zero) * scale;
-          visit_one(r, ((b & 15) - zero) * scale, 2 * j + 1 < k ? high : 0.0f, j);
+          const auto value = [&](int q) { return (fp4 ? kFp4Values[q] : q - zero) * scale; };
+          visit_one(r, value(b & 15), 2 * j + 1 < k ? value(b >> 4) : 0.0f, j);
         }
     }
   }
@@ -340,10 +386,10 @@ template <int L> inline void sum_four(const typename Lanes<L>::Float* v, float* 
     const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
     const auto ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const auto cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512 all = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd),
-                                     (__m512)_mm512_unpackhi_pd(ab, cd));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all),
-                                      (__m256)_mm512_extractf64x4_pd((__m512d)all, 1));
+    const __m512 all =
+        _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
+    const __m256 half =
+        _mm256_add_ps(_mm512_castps512_ps256(all), (__m256)_mm512_extractf64x4_pd((__m512d)all, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
     return;
   }
@@ -354,7 +400,8 @@ template <int L> inline void sum_four(const typename Lanes<L>::Float* v, float* 
 // y[m, r] for M rows of a and R of w, both dense, `length` floats a row. Not inlined: one copy for
 // all decoders.
 template <int M, int R>
-__attribute__((noinline)) void tile(const float* a, const float* w, long length, float* y, long y_row) {
+__attribute__((noinline)) void tile(const float* a, const float* w, long length, float* y,
+                                    long y_row) {
   using Float = typename Lanes<kWidest>::Float;
   Float acc[R][4];
   for (int r = 0; r < R; ++r)
@@ -437,8 +484,7 @@ void tiles(const Weight& w, long m, const float* a, long length, float* y, int t
   });
 }
 
-template <int Bits>
-void matmul(const Weight& w, long m, const float* a, float* y, int threads) {
+template <int Bits> void matmul(const Weight& w, long m, const float* a, float* y, int threads) {
   // A row of a: INT4 its even columns, then its odd ones; INT8 as it is. Padded to whole vectors.
   constexpr long kParts = Bits == 4 ? 2 : 1;
   const long part = (w.k + kParts - 1) / kParts, a_part = (part + 15) / 16 * 16;

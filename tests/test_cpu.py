@@ -11,7 +11,7 @@ import torch
 from tolerance import assert_close, assert_identical
 from torch import Tensor
 
-from intlass_ops import cpu, packing, reference
+from intlass_ops import cpu, explain, fp4, packing, reference
 from intlass_ops.ops import problem
 
 pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="needs a C++ compiler")
@@ -100,6 +100,53 @@ def test_identity_activations_give_the_weight_exactly(m: int, dtype: torch.dtype
     for kind in (torch.uint8, torch.int32, torch.float32, torch.bfloat16):
         y = matmul_int4(a, packing.pack(q), scales.to(dtype), zeros.to(kind), k)
         assert_identical(y, expected)
+
+
+FP4_SHAPES = [(1, 16, 16), (5, 96, 32), (7, 48, 16), (64, 576, 32), (20, 272, 16), (2100, 512, 32)]
+
+
+def fp4_product(a: Tensor, w: Tensor, scales: Tensor, group: int) -> Tensor:
+    """By the op, which must have taken the CPU kernels."""
+    format_ = "mxf4" if group == 32 else "nvf4"
+    ran = explain(
+        lambda x: torch.ops.intlass.matmul_block_scaled(
+            x, w, None, scales, format_, False, False, None, torch.float32
+        ),
+        a,
+    )
+    assert not ran.fallbacks
+    y: Tensor = ran.result
+    return y
+
+
+@pytest.mark.parametrize(("n", "k", "group"), FP4_SHAPES)
+@pytest.mark.parametrize("m", ROWS)
+def test_fp4_is_within_tolerance(n: int, k: int, group: int, m: int) -> None:
+    seed = generator(n, k, m)
+    codes = torch.randint(0, 16, (n, k), generator=seed)
+    low, high = (118, 134) if group == 32 else (1, 120)
+    scales = torch.randint(low, high, (n, k // group), dtype=torch.uint8, generator=seed)
+    a = torch.randn(m, k, generator=seed)
+    y = fp4_product(a, packing.pack(codes), scales, group)
+    w = fp4_dense(codes, scales, group)
+    assert_close(y, a.double() @ w.T, a.double().abs() @ w.abs().T)
+
+
+def fp4_dense(codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    factors = fp4.e8m0_values(scales) if group == 32 else scales.view(torch.float8_e4m3fn).double()
+    return fp4.decode_e2m1(codes).double() * factors.repeat_interleave(group, 1)
+
+
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize("m", [1, 40])
+def test_every_fp4_number_is_exact(m: int, group: int) -> None:
+    """One code a column under each scale there is, the largest and the subnormal ones too."""
+    scales = torch.arange(255 if group == 32 else 127, dtype=torch.uint8)[:, None]
+    codes = (torch.arange(group) % 16).repeat(len(scales), 1)
+    w = fp4_dense(codes, scales, group)
+    a = torch.eye(group).repeat(3, 1)[:m]
+    y = fp4_product(a, packing.pack(codes), scales, group)
+    assert_identical(y, reference.round_once(a.double() @ w.T, torch.float32))
 
 
 def test_codes_equal_to_their_zero_vanish() -> None:
@@ -265,3 +312,6 @@ def test_lesser_processors_compute_the_same(target: str, monkeypatch: pytest.Mon
         test_int4_is_within_tolerance(n, k, group, 16, signed=True)
         test_int8_is_within_tolerance(n, k, group, 3)
         test_int8_is_within_tolerance(n, k, group, 16)
+    for n, k, group in FP4_SHAPES[:5]:
+        test_fp4_is_within_tolerance(n, k, group, 3)
+        test_fp4_is_within_tolerance(n, k, group, 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +20,10 @@ from intlass_ops.commands import tune
 from intlass_ops.config import gemm, tuned
 from intlass_ops.cuda import compiler, cubin, launch
 from intlass_ops.errors import KernelCompileError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import renew_table
 
 A_GPU = replace(config.device_of("sm_80"), name="A Test GPU")
 H100 = replace(config.device_of("sm_90a"), name="Another Test GPU")
@@ -229,6 +234,11 @@ def test_shipped_tables_can_be_read() -> None:
         name = json.loads(path.read_text(encoding="utf-8"))["device"]
         assert path.name == tuned.file_name(name)
         assert tuned.read(path, name)
+
+
+def test_shipped_tables_ask_for_candidates_of_today() -> None:
+    """A field that is added to a configuration must not make its entries strangers."""
+    assert len(dict(renew_table.configurations())) == len(renew_table.entries())
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ _OF_THE_PROBLEM = {
     *(field.name for field in dataclasses.fields(Shape)),
     *("tiles_m", "tokens", "whole", "groups_per_chunk", "chunks_per_group", "groups_per_tile"),
     *("resident_blocks", "segment_k", "fixed_smem", "x_unit", "x_staged"),
-    *("fp16_codes", "early_tiles", "only_if"),
+    *("fp16_codes", "early_tiles", "only_if", "half_tiles"),
     *("activation", "residual", "experts"),
 }
 Tile = tuple[tuple[str, int], ...]

@@ -14,7 +14,7 @@ template <class F> struct GroupTable {
   char* entries;
   const Scale* scale;  // of the thread's row, in the group after those it has
   const Zero* zero;
-  Scale s[step_scales];
+  Scale s, second;  // of a step
   Zero z;
   int tiles, left, unread;  // tiles of K in a group, and in this one; groups
   bool odd = false;
@@ -39,22 +39,23 @@ template <class F> struct GroupTable {
     }
   }
   __device__ __forceinline__ void fetch(const Params& p) {
-#pragma unroll
-    for (int i = 0; i < step_scales; ++i) {
-      s[i] = *scale;
-      if constexpr (has_zeros) z = *zero;
-      if (--unread <= 0) continue;
-      scale += p.scale_group;
-      zero += p.zero_group;
-    }
+    fetch(p, s);
+    if constexpr (step_scales == 2) fetch(p, second);
+  }
+  __device__ __forceinline__ void fetch(const Params& p, Scale& s) {
+    s = *scale;
+    if constexpr (has_zeros) z = *zero;
+    if (--unread <= 0) return;
+    scale += p.scale_group;
+    zero += p.zero_group;
   }
   __device__ __forceinline__ void write(char* to) const {
     if (block_n < threads && threadIdx.x >= block_n) return;
-#pragma unroll
-    for (int i = 0; i < step_scales; ++i)
-      write(to + i * group_bytes + threadIdx.x * entry_bytes, s[i]);
+    to += threadIdx.x * entry_bytes;
+    write_entry(to, s);
+    if constexpr (step_scales == 2) write_entry(to + group_bytes, second);
   }
-  __device__ __forceinline__ void write(char* to, Scale s) const {
+  __device__ __forceinline__ void write_entry(char* to, Scale s) const {
     if constexpr (split_scales) {
       u32* words = reinterpret_cast<u32*>(to);
       words[0] = split_scale(as_float(s));

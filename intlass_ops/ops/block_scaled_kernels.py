@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import config, fp4, packing, reference
+from .. import config, cpu, fp4, packing, reference
 from ..cuda import launch_fp4
 from ..explain import record
 from . import gradients
 from ._library import FLOATS, define, require_device, require_dtype
+from .problem import Problem
 
 _E4M3, _E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 # name -> dtypes of codes and scales, size of a block
@@ -141,6 +142,23 @@ def decode(codes: Tensor, scales: Tensor, blocked: bool, dtype: torch.dtype) -> 
     return (values.reshape(rows, groups, group) * factors[:, :, None]).view(rows, k)
 
 
+def _fast_on_cpu(p: Blocks, x: Tensor, w: Tensor, w_scale: Tensor, blocked: bool) -> Tensor | None:
+    """x [M, K] @ w.T in float32, codes decoded in registers; None where no compiler has made it."""
+    if blocked:
+        w_scale = fp4.from_blocked(w_scale, p.n, p.k // p.group_size)
+    scales = w_scale.view(torch.uint8)
+    nothing = (None,) * 4  # alpha, and what only other ops have
+    key = cpu.key_of(p.format, x, w, scales, None, p.k, torch.float32, *nothing)
+    plan = cpu.find(key)
+    if plan is None:
+        one = Problem(p.op, "fp32", "e2m1", p.n, p.k, p.group_size, torch.float32)
+        plan = cpu.make(key, one, x, w, scales, None)
+    if plan is None:
+        return None
+    _explain(p, None, "cpu", plan.why)
+    return plan.run(x, w, scales, None)
+
+
 def _cpu(
     a: Tensor,
     b: Tensor,
@@ -153,8 +171,14 @@ def _cpu(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     p = _check(a, b, a_scale, b_scale, format_, blocked, b_is_kn, alpha, out_dtype)
-    _explain(p, a_scale, "reference float64", "no fast CPU kernel for FP4 and FP8", fallback=True)
     x, w, x_scale, w_scale = _operands(p, a, b, a_scale, b_scale, blocked, b_is_kn)
+    if x_scale is None and p.format != "mxf8":
+        fast = _fast_on_cpu(p, x, w, w_scale, blocked)
+        if fast is not None:
+            fast = fast if alpha is None else fast * alpha.float().reshape(())
+            return fast.view(*a.shape[:-1], p.n).to(p.out_dtype)
+    why = "no fast CPU kernel for FP8, nor for FP4 activations"
+    _explain(p, a_scale, "reference float64", why, fallback=True)
     x = x.double() if x_scale is None else decode(x, x_scale, blocked, torch.float64)
     y = x @ decode(w, w_scale, blocked, torch.float64).T
     if alpha is not None:

@@ -136,11 +136,18 @@ def _run(
         a_scale = a_scale.reshape(-1, 1).expand(a.shape[0], 1)
 
     def product(expert: int, rows: slice) -> Tensor:
-        codes, s, z = _weight_of(w, scales, zeros, expert)
         factor, shift = (None if t is None else t[expert] for t in (alpha, bias))
+        y: Tensor
+        if p.w_kind == "e2m1" and not a.is_cuda:
+            format_ = "mxf4" if p.group_size == fp4.MXFP4_GROUP else "nvf4"
+            how = format_, False, False, factor, torch.float32
+            y = torch.ops.intlass.matmul_block_scaled(
+                a[rows], w[expert], None, scales[expert], *how
+            )
+            return (y if shift is None else y + shift.float()).to(p.out_dtype)
+        codes, s, z = _weight_of(w, scales, zeros, expert)
         given = None if a_scale is None else a_scale[rows]
         after = None, factor, shift, p.out_dtype
-        y: Tensor
         if codes.dtype == torch.uint8:
             y = torch.ops.intlass.matmul_int4_bf16_tn(a[rows], codes, s, z, k, given, *after)
         else:
