@@ -2,9 +2,10 @@
 
     python benchmarks/mixture.py --json benchmarks/results/h200-mixture.json
 
-Layers of the shape of Qwen3-30B-A3B with random weights, CUDA graphs (`mode="reduce-overhead"`):
-milliseconds a forward pass, without a cache of keys. bf16 runs by each of transformers' own
-implementations of experts that torch.compile takes; quantised models by ours.
+Layers of the shapes of Qwen3-30B-A3B and gpt-oss-20b with random weights, CUDA graphs
+(`mode="reduce-overhead"`): milliseconds a forward pass, without a cache of keys. bf16 runs by each
+of transformers' own implementations of experts that torch.compile takes; quantised models by ours,
+gpt-oss with MXFP4 experts and all else in bf16, as it is published.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from intlass_ops import (
+    Fp4ExpertLinear,
     Int4WeightOnly,
     Int8DynamicActivationInt4Weight,
     Int8DynamicActivationInt8Weight,
@@ -31,6 +33,7 @@ from intlass_ops import (
     provenance,
     quantize_,
 )
+from intlass_ops.integrations import experts
 
 SCHEMES: dict[str, Scheme] = {
     "w4a16": Int4WeightOnly(128),
@@ -44,20 +47,47 @@ SHAPES = {
 }
 
 
-def make(layers: int, device: str, tiny: bool) -> Any:
+def make(name: str, layers: int, device: str, tiny: bool) -> Any:
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = (_qwen3 if name == "qwen3" else _gpt_oss)(layers, tiny)
+    return model.eval()
+
+
+def _gpt_oss(layers: int, tiny: bool) -> Any:
+    from transformers import GptOssConfig, GptOssModel
+
+    width, experts = (256, 8) if tiny else (2880, 32)
+    config = GptOssConfig(
+        hidden_size=width, intermediate_size=width, num_local_experts=experts,
+        num_experts_per_tok=4, num_hidden_layers=layers, num_attention_heads=64,
+        num_key_value_heads=8, head_dim=64, vocab_size=256, use_cache=False, pad_token_id=0,
+    )  # fmt: skip
+    return GptOssModel._from_config(config, dtype=torch.bfloat16)
+
+
+def with_mxfp4_experts(model: nn.Module) -> None:
+    """Random codes, which take as long as others; scales about 2^-7."""
+    for _, module in list(experts.mixtures_of(model)):
+        for name in experts.projections(module):
+            e, n, k = experts.weights_of(module, name).shape
+            like = {"dtype": torch.uint8, "device": getattr(module, name).device}
+            codes = torch.randint(0, 256, (e, n, k // 2), **like)
+            scales = torch.randint(118, 122, (e, n, k // 32), **like)
+            experts.put(module, name, Fp4ExpertLinear(codes, scales))
+
+
+def _qwen3(layers: int, tiny: bool) -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeModel
 
-    width, inner, experts = (256, 128, 8) if tiny else (2048, 768, 128)
+    width, inner, count = (256, 128, 8) if tiny else (2048, 768, 128)
     config = Qwen3MoeConfig(
         hidden_size=width, moe_intermediate_size=inner, intermediate_size=inner,
-        num_experts=experts, num_experts_per_tok=min(8, experts), num_hidden_layers=layers,
+        num_experts=count, num_experts_per_tok=min(8, count), num_hidden_layers=layers,
         num_attention_heads=width // 64, num_key_value_heads=4, head_dim=128, vocab_size=256,
         norm_topk_prob=True, use_cache=False,
     )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen3MoeModel._from_config(config, dtype=torch.bfloat16)
-    return model.eval()
+    return Qwen3MoeModel._from_config(config, dtype=torch.bfloat16)
 
 
 def milliseconds(call: Callable[[], object], device: str, seconds: float) -> float:
@@ -103,7 +133,8 @@ def main() -> None:
     parser.add_argument("--mode", default="reduce-overhead")
     parser.add_argument("--seconds", type=float, default=0.3)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--schemes", default=",".join(SCHEMES))
+    parser.add_argument("--models", default="qwen3,gpt-oss")
+    parser.add_argument("--schemes", default=",".join(SCHEMES), help="of Qwen3")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     about = {**provenance.environment(torch.device(options.device)), "layers": options.layers}
@@ -115,14 +146,22 @@ def main() -> None:
             provenance.write_json(str(options.json), {**about, "rows": found})
 
     with torch.inference_mode():
-        for implementation in ("grouped_mm", "batched_mm"):
-            model = make(options.layers, options.device, options.tiny)
-            model.set_experts_implementation(implementation)
-            measure(model, f"bf16, {implementation}", "inductor")
-        for scheme in options.schemes.split(","):
-            model = make(options.layers, options.device, options.tiny)
-            quantize_(model, SCHEMES[scheme])
-            measure(model, scheme, lowering.backend)
+        for name in options.models.split(","):
+
+            def fresh(name: str = name) -> Any:
+                return make(name, options.layers, options.device, options.tiny)
+
+            for implementation in ("grouped_mm", "batched_mm"):
+                model = fresh()
+                model.set_experts_implementation(implementation)
+                measure(model, f"{name}, bf16, {implementation}", "inductor")
+            for scheme in options.schemes.split(",") if name == "qwen3" else ["mxfp4"]:
+                model = fresh()
+                if scheme == "mxfp4":
+                    with_mxfp4_experts(model)
+                else:
+                    quantize_(model, SCHEMES[scheme])
+                measure(model, f"{name}, {scheme}", lowering.backend)
 
 
 if __name__ == "__main__":
