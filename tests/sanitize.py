@@ -2,12 +2,14 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python3 tests/sanitize.py
 
-Also for racecheck, initcheck and synccheck. No references here: test_cuda_ops.py checks the values.
+Also for racecheck, initcheck and synccheck; of parts alone: experts, fp4, others. No references
+here: test_cuda_ops.py checks the values.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from unittest import mock
@@ -17,6 +19,7 @@ import torch
 import intlass_ops
 from intlass_ops import config
 from intlass_ops.config import PAIRS
+from intlass_ops.config.gemm_tiles import gemm_candidates
 from intlass_ops.config.skinny_mx import mx_candidates
 from intlass_ops.cuda import jit, launch, launch_experts, launch_fp4
 from intlass_ops.cuda.plans import TYPE, device_of
@@ -98,16 +101,27 @@ def product(
         )
 
 
+FP4_SCALES = {"e8m0": (32, 118, 136), "e4m3": (16, 40, 100)}  # k of a group; bytes, wide ones too
+
+
+def fp4_scales(kind: str, *shape: int) -> torch.Tensor:
+    group, low, high = FP4_SCALES[kind]
+    size = *shape[:-1], shape[-1] // group
+    return torch.randint(low, high, size, dtype=torch.uint8, device="cuda")
+
+
 def grouped(device: config.Device) -> int:
     """Each kernel of experts' products, few tokens and many, of some experts and of none."""
     launches = 0
     ends = torch.tensor([5, 5, 40, 90], device="cuda")
-    for x, w, per_expert in itertools.product(("bf16", "s8"), ("s4", "s8"), (1, 16, 100)):
-        k, n = 512, 200
-        scale_type = "__nv_bfloat16" if w == "s4" and x == "bf16" else "float"
+    kinds = *itertools.product(("bf16", "s8"), ("s4", "s8")), ("bf16", "e8m0"), ("bf16", "e4m3")
+    for (x, w), per_expert in itertools.product(kinds, (1, 16, 100)):
+        fp4 = w in FP4_SCALES
+        k, n = 448 if fp4 else 512, 200
+        scale_type = "__nv_bfloat16" if w == "s4" and x == "bf16" else w if fp4 else "float"
         shape = config.Shape(
             x_kind=x,
-            w_kind=w,
+            w_kind="e2m1" if fp4 else w,
             scale_type=scale_type,
             zero_type="float",
             out_type="__nv_bfloat16",
@@ -117,27 +131,57 @@ def grouped(device: config.Device) -> int:
             m=4 * per_expert,
             n=n,
             k=k,
-            group_size=128 if w == "s4" else k,
+            group_size=FP4_SCALES[w][0] if fp4 else 128 if w == "s4" else k,
         )
         dtype = torch.bfloat16 if scale_type == "__nv_bfloat16" else torch.float32
         a = torch.randint(-9, 9, (100, k), device="cuda")
         a = a.bfloat16() if x == "bf16" else a.to(torch.int8)
-        codes = torch.randint(0, 256, (4, n, k // 2 if w == "s4" else k), device="cuda")
-        codes = codes.to(torch.uint8) if w == "s4" else codes.to(torch.uint8).view(torch.int8)
+        codes = torch.randint(0, 256, (4, n, k if w == "s8" else k // 2), device="cuda")
+        codes = codes.to(torch.uint8) if w != "s8" else codes.to(torch.uint8).view(torch.int8)
         scales = torch.rand(4, n, k // shape.group_size, device="cuda", dtype=dtype)
+        scales = fp4_scales(w, 4, n, k) if fp4 else scales
         bias = torch.randn(4, n, device="cuda")
         a_scale = None if x == "bf16" else torch.rand(100, 1, device="cuda")
         for d in {device, config.without_wgmma(device)}:
             picked = config.pick_experts(d, shape, 4)
             launch_experts._plans.clear()
             with mock.patch.object(config, "pick_experts", return_value=picked):
-                intlass_ops.matmul_experts(a, codes, scales, ends=ends, a_scale=a_scale, bias=bias)
+                intlass_ops.matmul_experts(
+                    a, codes, scales, ends=ends, a_scale=a_scale, bias=bias,
+                    alpha=torch.rand(4, device="cuda"),
+                )  # fmt: skip
             launches += 1
     return launches
 
 
-def main() -> None:
-    launches = grouped(device_of(0))
+def fp4_weights(device: config.Device) -> int:
+    """Under bf16 activations, scales in rows: gemm.cu's tiles and hopper.cu's."""
+    launches = 0
+    for kind, (m, n, k) in itertools.product(
+        FP4_SCALES, ((5, 130, 48), (40, 300, 448), (130, 260, 1088))
+    ):
+        if k % FP4_SCALES[kind][0]:
+            continue
+        x = torch.randn(m, k, device="cuda").bfloat16()
+        w = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+        dtype = torch.float8_e8m0fnu if kind == "e8m0" else torch.float8_e4m3fn
+        scales = fp4_scales(kind, n, k).view(dtype)
+        aligned = k % 32 == 0
+        shape = launch_fp4._shape("bf16", m, w.shape, aligned, dtype, torch.bfloat16, False)
+        tiles = [*gemm_candidates(config.without_wgmma(device), shape, measured=False)]
+        if config.why_not_hopper(device, shape) is None:
+            tiles += [c for c, _ in config.hopper_candidates(device, shape)]
+        for c in tiles:
+            launch_fp4._plans.clear()
+            with mock.patch.object(config, "pick_fp4", return_value=c):
+                launch_fp4.run(x, w, None, scales, False, None, k, torch.bfloat16)
+            launches += 1
+    launch_fp4._plans.clear()
+    return launches
+
+
+def others() -> int:
+    launches = 0
     for (x, w), shape in itertools.product(PAIRS, SHAPES):
         product(x, w, *shape)
         launches += 1
@@ -220,6 +264,17 @@ def main() -> None:
         with mock.patch.object(config, "pick_mx_integers", return_value=c):
             launch_fp4.run(w[:300], w, *operands, blocked, None, 2048, torch.bfloat16)
         launches += 5
+    return launches
+
+
+def main() -> None:
+    parts = {
+        "experts": lambda: grouped(device_of(0)),
+        "fp4": lambda: fp4_weights(device_of(0)),
+        "others": others,
+    }
+    wanted = sys.argv[1:] or parts
+    launches = sum(parts[name]() for name in wanted)
     torch.cuda.synchronize()
     print(f"{launches} launches on {torch.cuda.get_device_name()}, {jit.arch_of(0)}")
 
