@@ -40,6 +40,7 @@ SCHEMES: dict[str, Scheme] = {
     "w4a8": Int8DynamicActivationInt4Weight(128),
     "w8a8": Int8DynamicActivationInt8Weight(),
 }
+MODELS = "Qwen3-30B-A3B", "gpt-oss-20b"
 SHAPES = {
     "1 sequence": (1, 1),
     "16 sequences": (16, 1),
@@ -50,7 +51,7 @@ SHAPES = {
 def make(name: str, layers: int, device: str, tiny: bool) -> Any:
     torch.manual_seed(0)
     with torch.device(device):
-        model = (_qwen3 if name == "qwen3" else _gpt_oss)(layers, tiny)
+        model = (_qwen3 if name == MODELS[0] else _gpt_oss)(layers, tiny)
     return model.eval()
 
 
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--mode", default="reduce-overhead")
     parser.add_argument("--seconds", type=float, default=0.3)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--models", default="qwen3,gpt-oss")
+    parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--schemes", default=",".join(SCHEMES), help="of Qwen3")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -155,7 +156,7 @@ def main() -> None:
                 model = fresh()
                 model.set_experts_implementation(implementation)
                 measure(model, f"{name}, bf16, {implementation}", "inductor")
-            for scheme in options.schemes.split(",") if name == "qwen3" else ["mxfp4"]:
+            for scheme in options.schemes.split(",") if name == MODELS[0] else ["mxfp4"]:
                 model = fresh()
                 if scheme == "mxfp4":
                     with_mxfp4_experts(model)

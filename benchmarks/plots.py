@@ -283,8 +283,9 @@ def mixture_table() -> str:
     lines = []
     for name in dict.fromkeys(r["model"] for r in rows):
         cells = (f"{ms[name, case]:.3f}" if (name, case) in ms else "-" for case in cases)
-        lines.append([name if name.startswith("bf16") else name.upper(), *cells])
-    return table(["milliseconds", *cases], lines)
+        model, scheme = name.split(", ", 1)
+        lines.append([model, scheme if scheme.startswith("bf16") else scheme.upper(), *cells])
+    return table(["model", "milliseconds", *cases], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -17,6 +17,7 @@ from tolerance import assert_identical
 from torch import Tensor, nn
 
 import intlass_ops as ia
+from intlass_ops import lowering
 from intlass_ops.reference import round_once
 
 EXPERTS, N, K = 3, 40, 96
@@ -129,7 +130,7 @@ def test_gradients_reach_tokens_and_biases(kind: str) -> None:
     assert torch.equal(bias.grad[2], grad[2:5].sum(0))
 
 
-@pytest.mark.parametrize("backend", ["eager", "intlass", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", lowering.backend, "inductor"])
 @each_kind
 def test_compiled_layers_compute_the_same(kind: str, backend: str, device: str) -> None:
     layer, x = layer_of(kind).to(device), tokens(BF16, device)

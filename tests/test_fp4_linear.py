@@ -14,6 +14,7 @@ from tolerance import assert_close, assert_identical
 from torch import Tensor, nn
 
 import intlass_ops as ia
+from intlass_ops import lowering
 from intlass_ops.reference import round_once
 
 N, K = 40, 96
@@ -127,7 +128,7 @@ def test_autocast_decides_the_dtype(device: str) -> None:
     assert_identical(y, layer(x.bfloat16()))
 
 
-@pytest.mark.parametrize("backend", ["intlass", "inductor"])
+@pytest.mark.parametrize("backend", [lowering.backend, "inductor"])
 @each_dtype
 @each_kind
 def test_compiled_layers_compute_the_same(
@@ -145,7 +146,7 @@ def test_compiled_layers_pass_gradients_on() -> None:
     layer = layer_of(weight("nvfp4"), some_bias())
     x, z = tokens(FP32).requires_grad_(), tokens(FP32).requires_grad_()
     torch.compiler.reset()
-    torch.compile(layer, backend="intlass", fullgraph=True)(x).square().sum().backward()
+    torch.compile(layer, backend=lowering.backend, fullgraph=True)(x).square().sum().backward()
     layer(z).square().sum().backward()
     torch.testing.assert_close(x.grad, z.grad)
 

@@ -122,8 +122,10 @@ def _tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     short, sparse = chunks < 12, chunks >= 12 and blocks <= 4
     sm_90 = device.arch.startswith("sm_90")  # elsewhere some spill
     if BITS[shape.w_kind] == 8:
+        if few and chunks >= 16:
+            return (1, 4, 2, 512) if sparse else (2, 4, 3, 512)
         if few:
-            return (1, 4, 2, 512) if sparse else (2, 4, 3, 512) if chunks >= 16 else (2, 4, 1, 1024)
+            return 2, 4, 1, 1024
         return 1, 4, 2, 512 if shape.group_size < shape.k else 1024
     if BITS[shape.x_kind] == 8:
         if not few:
@@ -139,8 +141,9 @@ def _tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
         return 2, 1, 2, 384 if shape.has_zeros else 512
     if chunks < 20:
         return (2, 4, 2, 512) if sparse else (2, 4, 1, 512 if short else 768)
-    deepest = chunks >= 48 and shape.w_kind == "s4" and sm_90
-    return (2, 4, 4, 384) if deepest else (2, 2, 2, 512)
+    if chunks >= 100 and shape.w_kind == "s4" and sm_90:
+        return 2, 4, 4, 384
+    return 2, 2 if blocks >= 8 and chunks < 40 else 4, 2, 512
 
 
 def _roomy(device: Device, shape: Shape, c: Skinny) -> Skinny:

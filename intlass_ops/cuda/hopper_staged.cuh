@@ -51,6 +51,19 @@ struct GroupRows {
       return;
     }
     T v[GroupRun<T>::count * 4 / sizeof(T)];
+    if constexpr (of_experts && run_groups % 2 == 0 && sizeof(T) <= 2) {  // two at a time
+      struct __align__(2 * sizeof(T)) Two { T v[2]; };
+      if (group == 1 && tiles_of_group == 1 && last % 2 == 1 &&
+          (reinterpret_cast<i64>(values) | row * i64(sizeof(T))) % sizeof(Two) == 0) {
+#pragma unroll
+        for (int g = 0; g < run_groups; g += 2)
+          reinterpret_cast<Two*>(v)[g / 2] =
+              *reinterpret_cast<const Two*>(at + min(kt * flushes + g, last - 1));
+#pragma unroll
+        for (int w = 0; w < GroupRun<T>::count; ++w) to.words[w] = reinterpret_cast<u32*>(v)[w];
+        return;
+      }
+    }
     // past the last group the sums are zero, and must meet a number
 #pragma unroll
     for (int g = 0; g < run_groups; ++g)
