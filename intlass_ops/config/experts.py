@@ -132,6 +132,8 @@ def _tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
             return 2, 2, 1, 768
         if sparse:
             return 2, 4, 2, 512
+        if groups_spread(shape) and sm_90 and not shape.has_zeros:
+            return 1, 1, 4, 384
         whole = shape.k % 512 == 0  # of four warps; others spill
         return (2, 2, 1, 1024) if short and blocks >= 8 else (2, 4, 1, 1024 if whole else 768)
     if not few:
@@ -152,14 +154,13 @@ def _roomy(device: Device, shape: Shape, c: Skinny) -> Skinny:
     within = groups_of_chunk(shape) > 1
     within &= groups_spread(shape) or shape.group_size < 64 or BITS[shape.w_kind] == 8
     measured = sm_90 and TYPE_BYTES[shape.zero_type] == 1
-    threads = 256
     if within or shape.zeros_in_sums or (shape.has_zeros and not measured):
         c = replace(c, unroll=1 if c.tiles_m > 1 else c.unroll)
-        w4a8 = BITS[shape.x_kind] == 8 and BITS[shape.w_kind] == 4 and not shape.has_zeros
-        threads = 512 if w4a8 and sm_90 and c.tiles_m * c.unroll == 1 else threads
+        if c.tiles_n == c.tiles_m == c.warps == 1:
+            return c
     elif device.arch in _COMPILES:
         return c
-    return replace(c, blocks_per_sm=min(c.blocks_per_sm, max(1, threads // c.threads)))
+    return replace(c, blocks_per_sm=min(c.blocks_per_sm, max(1, 256 // c.threads)))
 
 
 def _of_one_weight(tokens: int, experts: int, tile: int) -> int:
