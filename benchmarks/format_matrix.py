@@ -58,15 +58,15 @@ def rows() -> Iterator[tuple[str, Write, bool]]:
 
 def gguf(directory: Path, kind: str) -> tuple[Path, Any]:
     from gguf import GGMLQuantizationType as Type
-    from tiny_gguf import write_llama
+    from tiny_gguf_models import write_llama
 
     from intlass_ops.formats.gguf import GGUFFile
-    from intlass_ops.integrations import gguf_llama
+    from intlass_ops.integrations import gguf_models
 
     directory.mkdir()
     path = directory / "tiny.gguf"
     write_llama(path, Type[kind], table=Type.Q8_0)
-    return path, gguf_llama.load_dense(GGUFFile(path))
+    return path, gguf_models.load_dense(GGUFFile(path))
 
 
 @torch.no_grad()

@@ -292,7 +292,7 @@ print(model.model.layers[0].mlp)
 # %% [markdown]
 # ## GGUF
 #
-# The same function reads GGUF files of Llamas. The one here is the demo's SmolLM2-135M, whose blocks of 32 weights have a
+# The same function reads GGUF files. The one here is the demo's SmolLM2-135M, whose blocks of 32 weights have a
 # scale and a minimum each (Q4_1), and whose embedding has 8 bits (Q8_0).
 
 # %%

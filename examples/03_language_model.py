@@ -28,14 +28,14 @@ import intlass_ops as iq
 from intlass_ops.demo import figures
 from intlass_ops.demo.course import find_model
 from intlass_ops.formats.gguf import GGUFFile
-from intlass_ops.integrations import gguf_llama
+from intlass_ops.integrations import gguf_models
 from intlass_ops.integrations.static_decoding import Decoder
 
 on_gpu = torch.cuda.is_available()
 device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
 torch.set_grad_enabled(False)
 file = GGUFFile(find_model())
-tokenizer = gguf_llama.tokenizer_of(file)
+tokenizer = gguf_models.tokenizer_of(file)
 print(f"{file.metadata['general.name']}, torch {torch.__version__}, {device}")
 
 # %% [markdown]
@@ -45,8 +45,8 @@ print(f"{file.metadata['general.name']}, torch {torch.__version__}, {device}")
 # words, so the codes go into `IntLinear` layers as they are. The second model holds the same weights, dequantised.
 
 # %%
-model = gguf_llama.load(file, device=device, dtype=dtype)
-dense = gguf_llama.load_dense(file, device=device, dtype=dtype)
+model = gguf_models.load(file, device=device, dtype=dtype)
+dense = gguf_models.load_dense(file, device=device, dtype=dtype)
 print(model.model.layers[0].mlp)
 megabytes = [figures.weight_bytes(each) / 1e6 for each in (model, dense)]
 print(

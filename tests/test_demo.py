@@ -16,15 +16,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
 from gguf import GGMLQuantizationType as Type
-from tiny_gguf import HIDDEN, LAYERS, write_llama, write_tensors
+from tiny_gguf import HIDDEN, LAYERS
+from tiny_gguf_models import CASES, write_llama, write_model
 
 from intlass_ops import IntLinear
 from intlass_ops.__main__ import main
 from intlass_ops.demo import MODEL_PACKAGE, course, figures
 from intlass_ops.demo.show import Check, Show
-from intlass_ops.formats import FormatError
 from intlass_ops.formats.gguf import GGUFFile
-from intlass_ops.integrations import gguf_llama
+from intlass_ops.integrations import gguf_models, gguf_tensors
 from intlass_ops.integrations.static_decoding import Chosen, Decoder
 
 LINEARS = 7 * LAYERS + 1
@@ -47,7 +47,7 @@ def decoder(model: object, **kwargs: object) -> Decoder:
 def test_float_file_gives_the_transformers_model_back(tmp_path: Path, tied: bool) -> None:
     """Config, names and the rotary order of rows: logits equal to the last bit."""
     original = write_llama(tmp_path / "f.gguf", Type.F32, table=Type.F32, tied=tied)
-    loaded = gguf_llama.load_dense(GGUFFile(tmp_path / "f.gguf"))
+    loaded = gguf_models.load_dense(GGUFFile(tmp_path / "f.gguf"))
     ids = torch.randint(3, 200, (2, 17), generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded(ids).logits, original(ids).logits)
 
@@ -57,7 +57,7 @@ def test_float_file_gives_the_transformers_model_back(tmp_path: Path, tied: bool
 def test_every_quantised_weight_is_an_int_linear(tmp_path: Path, tied: bool) -> None:
     write_llama(tmp_path / "q.gguf", Type.Q4_1, table=Type.Q8_0, tied=tied)
     file = GGUFFile(tmp_path / "q.gguf")
-    model, dense = gguf_llama.load(file), gguf_llama.load_dense(file)
+    model, dense = gguf_models.load(file), gguf_models.load_dense(file)
     assert figures.linears(model) == (LINEARS, LINEARS)
     assert figures.linears(dense) == (0, LINEARS)
     tables = [m for m in model.modules() if isinstance(m, IntLinear) and m.bits == 8]
@@ -71,9 +71,9 @@ def test_every_quantised_weight_is_an_int_linear(tmp_path: Path, tied: bool) -> 
 
 
 def test_codes_in_the_model_are_those_of_the_file(tiny: GGUFFile) -> None:
-    model = gguf_llama.load(tiny)
+    model = gguf_models.load(tiny)
     heads = model.config.num_attention_heads
-    order = gguf_llama.rotary_row_order(HIDDEN, heads)
+    order = gguf_tensors.rotary_row_order(HIDDEN, heads)
     assert sorted(order.tolist()) == list(range(HIDDEN))
     for name, path, rows in (
         ("blk.1.attn_q.weight", "model.layers.1.self_attn.q_proj", order),
@@ -86,7 +86,7 @@ def test_codes_in_the_model_are_those_of_the_file(tiny: GGUFFile) -> None:
 
 
 def test_tokenizer_round_trips_and_splits_digits(tiny: GGUFFile) -> None:
-    tokenizer = gguf_llama.tokenizer_of(tiny)
+    tokenizer = gguf_models.tokenizer_of(tiny)
     tokens = tiny.metadata["tokenizer.ggml.tokens"]
     for text in (
         "hello world",
@@ -105,31 +105,14 @@ def test_tokenizer_round_trips_and_splits_digits(tiny: GGUFFile) -> None:
     assert prompt == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_what_the_model_builder_cannot_read_is_named(tiny: GGUFFile, tmp_path: Path) -> None:
-    other = GGUFFile(tiny.path)
-    other.metadata["general.architecture"] = "mamba"
-    with pytest.raises(FormatError, match="architecture 'mamba'; only 'llama'"):
-        gguf_llama.config_of(other)
-    other.metadata["general.architecture"] = "llama"
-    other.metadata["llama.rope.scaling.type"] = "yarn"
-    with pytest.raises(FormatError, match="scaled rotary"):
-        gguf_llama.config_of(other)
-    other.metadata["tokenizer.ggml.pre"] = "unheard-of"
-    with pytest.raises(FormatError, match="pre-tokenizer 'unheard-of'; supported are"):
-        gguf_llama.tokenizer_of(other)
-    bare = write_tensors(tmp_path / "bare.gguf", {})
-    with pytest.raises(FormatError, match=r"llama\.attention\.head_count' is missing"):
-        gguf_llama.config_of(GGUFFile(bare))
-
-
 @pytest.mark.parametrize("count", [1, 7, 8, 13, 32])
 @pytest.mark.parametrize("regions", [False, True])
 @torch.no_grad()
 def test_static_cache_changes_nothing(tiny: GGUFFile, count: int, regions: bool) -> None:
     """Chunks, padding and single steps against one call of the model without a cache."""
     tokens = torch.randint(3, 200, (32,), generator=torch.Generator().manual_seed(count)).tolist()
-    expected = gguf_llama.load(tiny)(torch.tensor([tokens])).logits[0]
-    static = decoder(gguf_llama.load(tiny), regions=regions)
+    expected = gguf_models.load(tiny)(torch.tensor([tokens])).logits[0]
+    static = decoder(gguf_models.load(tiny), regions=regions)
     static.prefill(tokens[::-1])  # what an earlier text left in the cache must not show
     torch.testing.assert_close(
         static.prefill(tokens[:count]), expected[:count], rtol=1e-4, atol=1e-4
@@ -139,9 +122,24 @@ def test_static_cache_changes_nothing(tiny: GGUFFile, count: int, regions: bool)
         torch.testing.assert_close(logits, expected[position], rtol=1e-4, atol=1e-4)
 
 
+def test_a_cache_longer_than_a_sliding_window_is_refused(tiny: GGUFFile) -> None:
+    model = gguf_models.load(tiny)
+    model.config.sliding_window = 31
+    with pytest.raises(ValueError, match="cache of 32 tokens is longer than the window of 31"):
+        decoder(model)
+
+
+def test_a_mixture_of_experts_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "experts.gguf", CASES["mixtral"], Type.Q4_0)
+    assert main(["demo", "--model", str(tmp_path / "experts.gguf")]) == 2
+    assert "is a mixture of experts" in capsys.readouterr().out
+
+
 @torch.no_grad()
 def test_generation_is_greedy_stops_and_fits(tiny: GGUFFile) -> None:
-    model = gguf_llama.load(tiny)
+    model = gguf_models.load(tiny)
     tokens = [5, 6, 7]
     chosen = list(decoder(model).generate(tokens, 6, set()))
     for i, step in enumerate(chosen):
@@ -178,7 +176,7 @@ def test_quality_is_perplexity_and_largest_error() -> None:
 
 
 def test_english_is_text_in_whole_windows(tiny: GGUFFile) -> None:
-    tokenizer = gguf_llama.tokenizer_of(tiny)
+    tokenizer = gguf_models.tokenizer_of(tiny)
     windows = figures.english(tokenizer, 3, 50)
     assert [len(w) for w in windows] == [50, 50, 50]
     assert sum(c.isalpha() or c == " " for c in tokenizer.decode(windows[0])) > 25
@@ -286,7 +284,7 @@ def test_real_file_is_210_q4_1_linears_and_a_q8_0_table(smollm: GGUFFile) -> Non
 
 
 def test_real_tokenizer(smollm: GGUFFile) -> None:
-    tokenizer = gguf_llama.tokenizer_of(smollm)
+    tokenizer = gguf_models.tokenizer_of(smollm)
     assert tokenizer("<|im_start|>user\nhi<|im_end|>\n")["input_ids"] == [
         1,
         4093,
@@ -302,8 +300,8 @@ def test_real_tokenizer(smollm: GGUFFile) -> None:
 
 @torch.no_grad()
 def test_real_model_writes_sense(smollm: GGUFFile) -> None:
-    tokenizer = gguf_llama.tokenizer_of(smollm)
-    model = gguf_llama.load(smollm)
+    tokenizer = gguf_models.tokenizer_of(smollm)
+    model = gguf_models.load(smollm)
     assert figures.linears(model) == (211, 211)
     assert figures.weight_bytes(model) < 110e6
     chat = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]

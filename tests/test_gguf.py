@@ -13,13 +13,13 @@ gguf = pytest.importorskip("gguf")
 
 from gguf import GGMLQuantizationType as Type  # noqa: E402
 from gguf import quants  # noqa: E402
-from tiny_gguf import finish, write_tensors  # noqa: E402
+from tiny_gguf import BLOCKS, finish, random_blocks, write_tensors  # noqa: E402
 from tolerance import assert_close  # noqa: E402
 
 from intlass_ops import IntLinear, unpack_int4  # noqa: E402
 from intlass_ops.formats import FormatError  # noqa: E402
 from intlass_ops.formats.gguf import GGUFFile  # noqa: E402
-from intlass_ops.integrations import gguf_llama  # noqa: E402
+from intlass_ops.integrations import gguf_tensors  # noqa: E402
 
 BLOCK = 32
 KINDS = (Type.Q4_0, Type.Q4_1, Type.Q8_0)
@@ -107,33 +107,10 @@ def test_linear_over_the_codes_is_within_tolerance(tmp_path: Path, kind: Type, m
     assert_close(y, x.double() @ w.T, x.double().abs() @ w.abs().T)
 
 
-# Where each block has its fp16 parameters, and the size of a group
-BLOCKS = {
-    Type.Q5_1: ((0, 2), 32),
-    Type.Q2_K: ((80, 82), 16),
-    Type.Q3_K: ((108,), 16),
-    Type.Q4_K: ((0, 2), 32),
-    Type.Q5_K: ((0, 2), 32),
-    Type.Q6_K: ((208,), 16),
-    Type.IQ4_NL: ((0,), 32),
-    Type.IQ4_XS: ((0,), 32),
-}
-
-
-def random_blocks(kind: Type, n: int, k: int) -> np.ndarray:
-    """Blocks of random bits, but for their fp16 parameters."""
-    weights, size = gguf.GGML_QUANT_SIZES[kind]
-    raw = rng.integers(0, 256, (n, k // weights, size), dtype=np.uint8)
-    for at in BLOCKS[kind][0]:
-        values = rng.uniform(-0.1, 0.1, (n, k // weights, 1)).astype(np.float16)
-        raw[..., at : at + 2] = values.view(np.uint8)
-    return raw.reshape(n, -1)
-
-
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
 def test_blocks_of_random_bits_agree_with_gguf(tmp_path: Path, kind: Type) -> None:
     n, k = 12, 768
-    raw = random_blocks(kind, n, k)
+    raw = random_blocks(kind, (n, k), 0.1)
     writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
     writer.add_tensor("w", raw, raw_dtype=kind)
     weight = GGUFFile(finish(writer, tmp_path / "w.gguf")).weight("w")
@@ -146,7 +123,7 @@ def test_blocks_of_random_bits_agree_with_gguf(tmp_path: Path, kind: Type) -> No
         assert bool(((weight.dequantize() - expected).abs() <= bound).all())
     assert weight.group_size == BLOCKS[kind][1]
     x = torch.randn(3, k, generator=torch.Generator().manual_seed(1))
-    y = gguf_llama._int_linear(weight, "cpu")(x)
+    y = gguf_tensors.int_layer(weight)(x)
     w = weight.dequantize().double()
     assert_close(y, x.double() @ w.T, x.double().abs() @ w.abs().T)
 

@@ -118,19 +118,19 @@ def test_gguf_file_loads_saves_and_reloads(
 ) -> None:
     pytest.importorskip("gguf")
     from gguf import GGMLQuantizationType as Type
-    from tiny_gguf import write_llama
+    from tiny_gguf_models import write_llama
 
     from intlass_ops.formats.gguf import GGUFFile
-    from intlass_ops.integrations import gguf_llama
+    from intlass_ops.integrations import gguf_models
 
     path = tmp_path / "tiny.gguf"
     write_llama(path, Type[linears], table=Type[table], tied=tied)
-    expected = gguf_llama.load_dense(GGUFFile(path))
+    expected = gguf_models.load_dense(GGUFFile(path))
     model = load_pretrained(path)
     assert isinstance(model.lm_head, layer)
     logits = model(PROMPT).logits
     torch.testing.assert_close(logits, expected(PROMPT).logits, rtol=1e-4, atol=1e-4)
-    of_demo = gguf_llama.load(GGUFFile(path))(PROMPT).logits
+    of_demo = gguf_models.load(GGUFFile(path))(PROMPT).logits
     torch.testing.assert_close(of_demo, expected(PROMPT).logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(generate(model), generate(expected))
     model.save_pretrained(tmp_path / "ours")
@@ -151,14 +151,14 @@ def test_loads_onto_a_device(tmp_path: Path, name: str, device: str) -> None:
 def test_tied_int4_table_serves_as_embedding_and_head(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     from gguf import GGMLQuantizationType as Type
-    from tiny_gguf import write_llama
+    from tiny_gguf_models import write_llama
 
     from intlass_ops.formats.gguf import GGUFFile
-    from intlass_ops.integrations import gguf_llama
+    from intlass_ops.integrations import gguf_models
 
     write_llama(tmp_path / "tiny.gguf", Type.Q8_0, table=Type.Q4_1)
     file = GGUFFile(tmp_path / "tiny.gguf")
-    model, dense = gguf_llama.load(file), gguf_llama.load_dense(file)
+    model, dense = gguf_models.load(file), gguf_models.load_dense(file)
     logits = model(PROMPT).logits
     torch.testing.assert_close(logits, dense(PROMPT).logits, rtol=1e-4, atol=1e-4)
 
@@ -279,13 +279,13 @@ def test_real_weights_in_each_format(
         pytest.skip("half a minute a format: --thorough")
     from intlass_ops.demo.course import find_model
     from intlass_ops.formats.gguf import GGUFFile
-    from intlass_ops.integrations import gguf_llama
+    from intlass_ops.integrations import gguf_models
 
     file = GGUFFile(find_model())
-    dense = gguf_llama.load_dense(file)
+    dense = gguf_models.load_dense(file)
     expected = write(tmp_path / "theirs", FORMS[name], dense, group=64)
     model = load_pretrained(tmp_path / "theirs", dtype=torch.float32)
-    prompt = gguf_llama.tokenizer_of(file)("The capital of France is", return_tensors="pt")
+    prompt = gguf_models.tokenizer_of(file)("The capital of France is", return_tensors="pt")
     options = {"max_new_tokens": 16, "do_sample": False}
     tokens = model.generate(**prompt, **options)
     assert torch.equal(tokens, expected.generate(**prompt, **options))

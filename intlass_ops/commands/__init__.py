@@ -34,7 +34,7 @@ examples:
   intlass quantize ./llama ./llama-int8 --scheme w8a8
 """
 CONVERT = """\
-Rewrite a GPTQ, AWQ or compressed-tensors checkpoint directory, or a GGUF file of a Llama, in our
+Rewrite a GPTQ, AWQ or compressed-tensors checkpoint directory, or a GGUF file, in our
 layout. Codes, scales and zero points are kept as they are: nothing is quantised again.
 """
 EXPLAIN = """\

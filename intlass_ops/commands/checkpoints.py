@@ -21,8 +21,9 @@ from transformers.utils import logging
 from ..demo.show import Show
 from ..explain import explain as explain_call
 from ..formats.checkpoint import Checkpoint
+from ..integrations.deferred import class_of, placement
 from ..integrations.experts import experts_left
-from ..integrations.load_pretrained import class_of, load_pretrained, placement
+from ..integrations.load_pretrained import load_pretrained
 from ..integrations.model_layers import specs_of
 from ..integrations.schemes import scheme_named
 from ..integrations.transformers_quantizer import (
@@ -66,7 +67,7 @@ def convert(options: argparse.Namespace) -> int:
     _save(model, src, dst)
     if src.is_file():
         from ..formats.gguf import GGUFFile
-        from ..integrations.gguf_llama import tokenizer_of
+        from ..integrations.gguf_tokenizers import tokenizer_of
 
         tokenizer_of(GGUFFile(src)).save_pretrained(dst)
     _report(show, model, None, dst, time.perf_counter() - start)

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.device,
         help="cpu, cuda, cuda:1 (default: a GPU, if there is one)",
     )
-    parser.add_argument("--model", type=Path, help=f"a GGUF Llama (default: {MODEL_PACKAGE}'s)")
+    parser.add_argument("--model", type=Path, help=f"a GGUF file (default: {MODEL_PACKAGE}'s)")
     parser.add_argument("--no-dense", action="store_true", help="skip the comparison")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
 

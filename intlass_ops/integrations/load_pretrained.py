@@ -42,7 +42,7 @@ def load_pretrained(
     """A transformers model whose quantised linears are `IntLinear`s with the checkpoint's codes.
 
     ``path``: a directory with config.json and safetensors in GPTQ, AWQ, compressed-tensors,
-    ModelOpt's, HQQ, torchao's, gpt-oss's or our own layout, or a GGUF file of a Llama. Linears of
+    ModelOpt's, HQQ, torchao's, gpt-oss's or our own layout, or a GGUF file. Linears of
     NVFP4 and MXFP4 become `Fp4Linear`s, their activations stay in 16 bits. Experts that the model
     holds fused become `IntExpertLinear`s or `Fp4ExpertLinear`s. Codes, scales and zero points are
     those of the file, not rounded again; weights are read one by one, so the peak is about the

@@ -1,7 +1,7 @@
 """Greedy generation with a static KV cache: one graph for chunks of the prompt, one for a token.
 
 Lives here: the cache, the step that is compiled, the loops around it. Not here: the model
-(gguf_llama.py), what is compiled with which backend (the caller).
+(gguf_models.py), what is compiled with which backend (the caller).
 """
 
 from __future__ import annotations
@@ -48,6 +48,12 @@ class Step(nn.Module):
         self.model = model
         self.length = length
         config = model.config
+        window = getattr(config, "sliding_window", None)
+        if window is not None and window < length:
+            raise ValueError(
+                f"Decoder: a cache of {length} tokens is longer than the window of {window} that "
+                f"some layers of {type(model).__name__} see; here every layer sees all of it"
+            )
         like = next(model.parameters())
         shape = (1, config.num_key_value_heads, length, config.head_dim)
         for i in range(config.num_hidden_layers):
