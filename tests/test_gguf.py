@@ -13,7 +13,7 @@ gguf = pytest.importorskip("gguf")
 
 from gguf import GGMLQuantizationType as Type  # noqa: E402
 from gguf import quants  # noqa: E402
-from tiny_gguf import BLOCKS, finish, random_blocks, write_tensors  # noqa: E402
+from tiny_gguf import BLOCKS, add, finish, random_blocks, write_tensors  # noqa: E402
 from tolerance import assert_close  # noqa: E402
 
 from intlass_ops import IntLinear, unpack_int4  # noqa: E402
@@ -164,6 +164,43 @@ def small_file(path: Path) -> bytes:
     writer.add_array("numbers", [1, 2, 3])
     writer.add_tensor("w", quants.quantize(random_weight(4, BLOCK), Type.Q4_1), raw_dtype=Type.Q4_1)
     return finish(writer, path).read_bytes()
+
+
+def write_parts(folder: Path, per_part: int = 2) -> tuple[list[Path], dict[str, np.ndarray]]:
+    values = {f"w{i}": random_weight(8) for i in range(5)}
+    writer = gguf.GGUFWriter(folder / "w.gguf", "llama", split_max_tensors=per_part)
+    for name, each in values.items():
+        add(writer, name, each, Type.Q8_0)
+    finish(writer, folder)
+    return sorted(folder.glob("w-*.gguf")), values
+
+
+def test_parts_of_a_file_are_read_as_one(tmp_path: Path) -> None:
+    (first, *others), values = write_parts(tmp_path)
+    assert len(others) == 2
+    file = GGUFFile(first)
+    assert [*file.tensors] == [*values]
+    assert file.metadata["general.architecture"] == "llama"
+    for name, each in values.items():
+        expected = quants.dequantize(quants.quantize(each, Type.Q8_0), Type.Q8_0)
+        np.testing.assert_array_equal(file.weight(name).dequantize().numpy(), expected)
+        np.testing.assert_array_equal(file.dense(name).numpy(), expected)
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    (first, second, third), _ = write_parts(tmp_path)
+    with pytest.raises(FormatError, match=r"part 1 \(from 0\) of 3; open the first one"):
+        GGUFFile(second)
+    renamed = first.rename(tmp_path / "other.gguf")
+    with pytest.raises(FormatError, match="open the first one"):
+        GGUFFile(renamed)
+    renamed.rename(first)
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(FormatError, match="this is not part 2 of"):
+        GGUFFile(first)
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match="w-00002-of-00003"):
+        GGUFFile(first)
 
 
 def test_every_cut_of_a_file_is_an_error(tmp_path: Path) -> None:

@@ -212,7 +212,6 @@ def changed(tmp_path: Path, name: str = "llama", **metadata: Any) -> GGUFFile:
         ({"llama__rope__scaling__type": "odd"}, "scaled rotary embeddings of type 'odd'"),
         ({"llama__rope__scaling__factor": 2.0}, "'llama.rope.scaling.factor' is 2.0, which is not"),
         ({"llama__rope__scaling__yarn_log_multiplier": 1.0}, "log_multiplier' is 1.0, which"),
-        ({"split__count": 2}, "one of 2 parts of a model; join them first"),
         ({"tokenizer__ggml__eos_token_id": 265}, "eos_token_id' is 265; the vocabulary has 265"),
     ],
 )

@@ -14,7 +14,8 @@ import functools
 import math
 import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _STRING, _ARRAY = 8, 9
+_NUMBER, _COUNT = "split.no", "split.count"
 # value type id -> struct format
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -60,10 +62,13 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    part: int = 0  # of a file that was split
 
 
 class GGUFFile:
     """A memory-mapped GGUF file: ``metadata``, ``tensors``, ``weight(name)``, ``dense(name)``.
+
+    Of a file that was split, name the first part: the others lie beside it.
 
     Raises FormatError for a file that is cut off, malformed or big-endian; FileNotFoundError and
     the like for one that cannot be opened. Unsupported tensor types raise when they are asked for.
@@ -74,11 +79,22 @@ class GGUFFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        if os.path.getsize(self.path) == 0:
-            raise FormatError(f"{self.path}: the file is empty")
-        self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
-        walk = _Walk(self.path, self._bytes)
-        self.metadata, self.tensors = walk.file()
+        self._bytes: list[np.memmap[Any, np.dtype[np.uint8]]] = []
+        self.metadata, self.tensors = self._open(self.path)
+        for part, other in enumerate(_other_parts(self.path, self.metadata), 1):
+            metadata, tensors = self._open(other)
+            if (metadata.get(_NUMBER), metadata.get(_COUNT)) != (part, self.metadata[_COUNT]):
+                raise FormatError(f"{other}: this is not part {part + 1} of {self.path}")
+            twice = self.tensors.keys() & tensors.keys()
+            if twice:
+                raise FormatError(f"{other}: tensor {min(twice)!r} is in another part too")
+            self.tensors |= {n: replace(info, part=part) for n, info in tensors.items()}
+
+    def _open(self, path: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+        if os.path.getsize(path) == 0:
+            raise FormatError(f"{path}: the file is empty")
+        self._bytes.append(np.memmap(path, dtype=np.uint8, mode="r"))
+        return _Walk(path, self._bytes[-1]).file()
 
     def info(self, name: str) -> TensorInfo:
         try:
@@ -129,7 +145,7 @@ class GGUFFile:
         return raw.view(dtypes[info.type]).view(info.shape).to(torch.float32)
 
     def _raw(self, info: TensorInfo) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        return self._bytes[info.offset : info.offset + info.nbytes]
+        return self._bytes[info.part][info.offset : info.offset + info.nbytes]
 
     def _halves(self, info: TensorInfo, pairs: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
         """fp16 block parameters [N, G]; one that is not finite would hide in codes."""
@@ -141,6 +157,22 @@ class GGUFFile:
                 f"(row {n}, block {g}); the file is damaged"
             )
         return values
+
+
+def _other_parts(path: str, metadata: dict[str, Any]) -> Iterator[str]:
+    """The files that a split one goes on in."""
+    count, number = metadata.get(_COUNT, 1), metadata.get(_NUMBER, 0)
+    if count in (0, 1):
+        return
+    end = f"-00001-of-{count:05}.gguf" if isinstance(count, int) else None
+    if end is None or number != 0 or not path.endswith(end):
+        raise FormatError(
+            f"{path}: part {number!r} (from 0) of {count!r}; open the first one, whose name ends "
+            "in -00001-of-….gguf"
+        )
+    start = path.removesuffix(end)
+    for part in range(2, count + 1):
+        yield f"{start}-{part:05}-of-{count:05}.gguf"
 
 
 class _Walk:

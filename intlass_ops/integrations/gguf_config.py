@@ -119,9 +119,6 @@ def architecture_of(file: GGUFFile) -> Architecture:
 def config_of(file: GGUFFile) -> Any:
     """The config of the transformers model that a GGUF file holds."""
     known, keys = architecture_of(file), Keys(file)
-    parts = metadata(file, "split.count", int, 1)
-    if parts > 1:
-        raise FormatError(f"{file.path}: one of {parts} parts of a model; join them first")
     model_class = getattr(transformers, known.model)
     heads = _size(keys, "attention.head_count")
     hidden = _size(keys, "embedding_length")
