@@ -11,12 +11,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import fp4
 from .nn import Stored, as_autocast, require_floating, require_tensors
 from .ops import matmul_experts
 from .ops._library import FLOATS
 from .ops.block_scaled_kernels import decode
+from .ops.experts import expert_of
 from .side_by_side import Movable
 
 MXFP4, NVFP4 = "mxfp4", "nvfp4"
@@ -48,14 +50,8 @@ class Fp4Layer(Stored):
         super().__init__()
         self.out_features, self.in_features = weight.shape[-2], 2 * weight.shape[-1]
         self.kind = self._kind_of(weight, scales)
-        each = weight.shape[:-2]  # of the experts, or no size: one weight
         if global_scale is not None:
-            if global_scale.dtype != torch.float32 or global_scale.numel() != each.numel():
-                raise ValueError(
-                    f"{name}: global_scale is {global_scale.dtype} {tuple(global_scale.shape)}; "
-                    f"expected float32, {f'[{each[0]}]' if each else 'one number'}"
-                )
-            global_scale = global_scale.reshape(each)
+            global_scale = self._checked(global_scale, weight)
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales.view(torch.uint8))
         self.register_buffer("global_scale", global_scale)
@@ -77,6 +73,21 @@ class Fp4Layer(Stored):
             )
         return kind
 
+    def _checked(self, global_scale: Tensor, weight: Tensor) -> Tensor:
+        """A number for each expert, or for one weight; experts may have one for each piece of N."""
+        each = weight.shape[:-2]
+        if global_scale.dtype == torch.float32:
+            if global_scale.numel() == each.numel():
+                return global_scale.reshape(each)
+            pieces = global_scale.shape[1] if each and global_scale.dim() == 2 else 0
+            if pieces and len(global_scale) == each[0] and weight.shape[1] % pieces == 0:
+                return global_scale
+        raise ValueError(
+            f"{type(self).__name__}: global_scale is {global_scale.dtype} "
+            f"{tuple(global_scale.shape)}; expected float32, "
+            f"{f'[{each[0]}] or [{each[0]}, pieces of N]' if each else 'one number'}"
+        )
+
     @property
     def group_size(self) -> int:
         """How many k share a scale."""
@@ -88,7 +99,8 @@ class Fp4Layer(Stored):
         scales = self.scales.flatten(0, -2).view(_SCALES[self.kind])
         factors = self.global_scale
         if factors is not None:  # one a row
-            factors = factors.reshape(-1, 1).expand(-1, self.out_features).reshape(-1, 1)
+            factors = factors.reshape(-1, 1)
+            factors = factors.expand(-1, len(codes) // len(factors)).reshape(-1, 1)
         dense = torch.empty(len(codes), self.in_features, dtype=dtype, device=codes.device)
         # In blocks of rows: the steps of a whole vocabulary would be several times its size.
         for start in range(0, len(codes), _ROWS):
@@ -171,8 +183,9 @@ class Fp4Linear(Movable, Fp4Layer):
 class Fp4ExpertLinear(Fp4Layer):
     """A linear of every expert of a mixture: `Fp4Linear`s of one kind, stacked.
 
-    ``weight`` [experts, N, K/2], ``scales`` [experts, N, K/32 or K/16], ``global_scale`` [experts]
-    or None, otherwise as in `Fp4Linear`. Called as an `IntExpertLinear` is: with tokens [T, K]
+    ``weight`` [experts, N, K/2], ``scales`` [experts, N, K/32 or K/16], ``global_scale`` [experts],
+    None, or [experts, P]: of each of P pieces of N (gate and up), which multiply a product in
+    float32; otherwise as in `Fp4Linear`. Called as an `IntExpertLinear` is: with tokens [T, K]
     sorted by expert, where the tokens of each expert end, and biases [experts, N], if there are
     any; or with tokens in any order, and ``rows``: which of them each expert has, one expert after
     the other. On a GPU all tokens are one kernel, but those in float32 (see `matmul_experts`).
@@ -192,16 +205,29 @@ class Fp4ExpertLinear(Fp4Layer):
         self, x: Tensor, ends: Tensor, bias: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
         require_floating(self, x)
-        return matmul_experts(
+        by_piece = self.global_scale is not None and self.global_scale.dim() == 2
+        y = matmul_experts(
             x if rows is None else x[rows],
             self.weight,
             self.scales,
             ends=ends,
             k=self.in_features,
-            bias=bias,
-            out_dtype=x.dtype,
-            alpha=self.global_scale,
+            bias=None if by_piece else bias,
+            out_dtype=torch.float32 if by_piece else x.dtype,
+            alpha=None if by_piece else self.global_scale,
         )
+        if by_piece:
+            y = self._scaled(y, ends, bias).to(x.dtype)
+        return y
+
+    def _scaled(self, y: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
+        """y [T, N] by what multiplies each piece of N, and the bias; 0 for tokens of no expert."""
+        assert self.global_scale is not None
+        expert = expert_of(len(y), ends)
+        # One more, for tokens of none
+        factors = pad(self.global_scale, (0, 0, 0, 1))[expert]
+        y = (y.unflatten(1, (factors.shape[1], -1)) * factors[:, :, None]).flatten(1)
+        return y if bias is None else y + pad(bias.to(y.dtype), (0, 0, 0, 1))[expert]
 
     def extra_repr(self) -> str:
         return f"experts={self.weight.shape[0]}, {super().extra_repr()}"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fp4_case import Fp4Weight, draw_fp4
 from strategies import BF16, FLOATS, FP16, FP32
-from tolerance import assert_identical
+from tolerance import assert_close, assert_identical
 from torch import Tensor, nn
 
 import intlass_ops as ia
@@ -94,6 +94,26 @@ def test_tokens_in_any_order(kind: str, dtype: torch.dtype, device: str) -> None
     layer, x = layer_of(kind).to(device), tokens(dtype, device)
     rows = torch.tensor([3, 0, 0, 5, 2], device=device)
     assert_identical(layer(x, ends_on(device), rows=rows), layer(x[rows], ends_on(device)))
+
+
+@each_dtype
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_pieces_with_other_global_scales(dtype: torch.dtype, with_bias: bool, device: str) -> None:
+    every, x = weights("nvfp4"), tokens(dtype)
+    pieces = torch.tensor([[0.5, 2.0], [1.0, 4.0], [8.0, 0.25]])
+    tensors = {**tensors_of(every), "global_scale": pieces}
+    bias = torch.arange(-60, 60).view(EXPERTS, N).to(dtype) if with_bias else None
+    layer = ia.Fp4ExpertLinear(**tensors).to(device)
+    y = layer(x.to(device), ends_on(device), None if bias is None else bias.to(device)).cpu()
+    rows = pieces.repeat_interleave(N // 2, 1).double()
+    expected = torch.zeros(6, N, dtype=torch.float64)
+    for e, (start, end) in enumerate(zip([0, *ENDS], ENDS, strict=False)):
+        dense = every[e].exact() / every[e].global_scale * rows[e, :, None]
+        assert_close(layer.dequantize()[e].cpu(), dense, dense.abs())
+        expected[start:end] = x[start:end].double() @ dense.T
+        if bias is not None:
+            expected[start:end] += bias[e].double()
+    assert_identical(y, round_once(expected, dtype))
 
 
 @each_kind

@@ -33,9 +33,8 @@ def stacked(
 
     ``parts``: for each piece of N (gate, up), the weights of all experts.
 
-    Raises FormatError where experts differ in shape, bits or groups, the pieces of one in their
-    global scales, or where they need a form that only single linears have (act-order, 8 bits with
-    zero points).
+    Raises FormatError where experts differ in shape, bits or groups, or need a form that only
+    single linears have (act-order, 8 bits with zero points).
     """
     _check_alike(name, parts)
     integers = [[each for each in row if isinstance(each, StoredWeight)] for row in parts]
@@ -63,28 +62,23 @@ def _form(stored: StoredWeight | StoredFp4) -> tuple[Any, ...]:
 
 
 def _fp4(name: str, parts: _Parts[StoredFp4]) -> tuple[LayerSpec, _Read]:
-    for first, *others in zip(*parts, strict=True):
-        for other in others:
-            if other.global_scale != first.global_scale:
-                raise FormatError(
-                    f"{name}: the global scale of {first.name} multiplies by {_number(first)}, "
-                    f"that of {other.name} by {_number(other)}; an expert has one for both"
-                )
-    spec = fp4_spec(parts[0][0].kind, _shape(parts))
+    scales = [[each.global_scale for each in row if each.global_scale is not None] for row in parts]
+    by_piece = any(row != scales[0] for row in scales)
+    rows = {row[0].shape[0] for row in parts}
+    if by_piece and len(rows) > 1:
+        raise FormatError(
+            f"{name}: gate and up have other global scales, and other sizes: {sorted(rows)} rows"
+        )
+    spec = fp4_spec(parts[0][0].kind, _shape(parts), len(parts) if by_piece else 1)
     read = _gathered(
         spec,
         parts,
         {"weight": lambda stored: stored.read(), "scales": lambda stored: stored.read_scales()},
     )
-    scales = [each.global_scale for each in parts[0] if each.global_scale is not None]
-    if scales:
-        read["global_scale"] = lambda: torch.stack(scales)
+    if scales[0]:
+        every = torch.stack([torch.stack(row) for row in scales], 1)
+        read["global_scale"] = lambda: every if by_piece else every[:, 0].contiguous()
     return spec, read
-
-
-def _number(stored: StoredFp4) -> str:
-    assert stored.global_scale is not None
-    return f"{stored.global_scale.item():.9g}"
 
 
 def _integers(

@@ -169,15 +169,17 @@ def buffers_of(
     return LayerSpec(kind, k, activation, tensors), read
 
 
-def fp4_spec(kind: str, shape: tuple[int, ...]) -> LayerSpec:
-    """Of a weight [N, K] or [experts, N, K] in the files of others: NVFP4 with global scales."""
+def fp4_spec(kind: str, shape: tuple[int, ...], pieces: int = 1) -> LayerSpec:
+    """Of a weight [N, K] or [experts, N, K] in the files of others: NVFP4 with global scales, of
+    experts perhaps one for each of some pieces of N."""
     *rows, k = shape
     tensors = [
         ("weight", torch.uint8, (*rows, k // 2)),
         ("scales", torch.uint8, (*rows, k // GROUPS[kind])),
     ]
     if kind == NVFP4:
-        tensors.append(("global_scale", torch.float32, tuple(rows[:-1])))
+        each = (*rows[:-1], pieces) if pieces > 1 else tuple(rows[:-1])
+        tensors.append(("global_scale", torch.float32, each))
     return LayerSpec(kind, k, None, tuple(tensors))
 
 

@@ -159,7 +159,7 @@ def _run(
         why = "how many tokens each expert has cannot be asked while a CUDA graph is captured"
         sizes = a.shape[0], p.n, k, p.group_size
         record(OP, p.scheme, sizes, "all tokens by each expert", why, fallback=True)
-        experts = _expert_of(a.shape[0], ends)[:, None]
+        experts = expert_of(a.shape[0], ends)[:, None]
         for expert in range(w.shape[0]):
             y = torch.where(experts == expert, product(expert, slice(None)), y)
         return y
@@ -194,7 +194,7 @@ def _weight_of(
     return w[expert], scales[expert], None if zeros is None else zeros[expert]
 
 
-def _expert_of(tokens: int, ends: Tensor) -> Tensor:
+def expert_of(tokens: int, ends: Tensor) -> Tensor:
     """That of each token; of those beyond the last expert's, the number of experts."""
     rows = torch.arange(tokens, device=ends.device)
     return torch.searchsorted(ends.to(rows.dtype), rows, right=True)
@@ -219,7 +219,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.bias_dtype is not None:
         # Rows of no expert add to one more, which is cut off.
         sums = grad.new_zeros((w.shape[0] + 1, grad.shape[1]), dtype=torch.float32)
-        expert = _expert_of(grad.shape[0], ends)
+        expert = expert_of(grad.shape[0], ends)
         grad_bias = sums.index_add(0, expert, grad.float())[:-1].to(ctx.bias_dtype)
     return grad_a, None, None, None, None, None, None, grad_bias, None, None
 
