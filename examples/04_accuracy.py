@@ -42,8 +42,8 @@ config, tokenizer = gguf_models.config_of(file), gguf_models.tokenizer_of(file)
 
 # %%
 LAYERS = 3
-file.metadata["llama.block_count"] = LAYERS  # read no more than we need
 model = gguf_models.load_dense(file)
+model.model.layers = model.model.layers[:LAYERS]  # compute no more than we need
 layer = model.model.layers[LAYERS - 1].mlp.up_proj
 seen = []
 layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
