@@ -27,7 +27,7 @@ constexpr int kWidest = 8;
 constexpr int kTileRows = kWidest == 16 ? 6 : 2;  // of w, times 4 of a: the sums that fit registers
 constexpr long kTileFrom = 6;                     // rows of a from which decoding to memory pays
 constexpr long kTileBytes = 384 << 10;            // of a, read once per kTileRows from the L2 cache
-constexpr long kWorthThreads = 1 << 17;           // codes: 5 us of work, what waking a thread costs
+constexpr long kWorthThreads = 1 << 17;  // codes: 5 us of work, what waking a thread costs
 
 template <int L> struct Lanes {
   typedef float Float __attribute__((vector_size(4 * L)));
@@ -77,18 +77,7 @@ template <int L> inline float sum(typename Lanes<L>::Float v) {
 }
 
 // The last three: scales of FP4, and what its codes have in place of zeros.
-enum Kind : int {
-  kNone,
-  kFloat32,
-  kBFloat16,
-  kFloat16,
-  kInt32,
-  kInt8,
-  kUInt8,
-  kE8M0,
-  kE4M3,
-  kE2M1
-};
+enum Kind : int { kNone, kFloat32, kBFloat16, kFloat16, kInt32, kInt8, kUInt8, kE8M0, kE4M3, kE2M1 };
 constexpr float kFp4Values[] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.f, -.5, -1, -1.5, -2, -3, -4, -6};
 
 inline float half_to_float(uint16_t h) {
@@ -386,10 +375,10 @@ template <int L> inline void sum_four(const typename Lanes<L>::Float* v, float* 
     const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
     const auto ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const auto cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512 all =
-        _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
-    const __m256 half =
-        _mm256_add_ps(_mm512_castps512_ps256(all), (__m256)_mm512_extractf64x4_pd((__m512d)all, 1));
+    const __m512 all = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd),
+                                     (__m512)_mm512_unpackhi_pd(ab, cd));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all),
+                                      (__m256)_mm512_extractf64x4_pd((__m512d)all, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
     return;
   }
@@ -400,8 +389,7 @@ template <int L> inline void sum_four(const typename Lanes<L>::Float* v, float* 
 // y[m, r] for M rows of a and R of w, both dense, `length` floats a row. Not inlined: one copy for
 // all decoders.
 template <int M, int R>
-__attribute__((noinline)) void tile(const float* a, const float* w, long length, float* y,
-                                    long y_row) {
+__attribute__((noinline)) void tile(const float* a, const float* w, long length, float* y, long y_row) {
   using Float = typename Lanes<kWidest>::Float;
   Float acc[R][4];
   for (int r = 0; r < R; ++r)
@@ -484,7 +472,8 @@ void tiles(const Weight& w, long m, const float* a, long length, float* y, int t
   });
 }
 
-template <int Bits> void matmul(const Weight& w, long m, const float* a, float* y, int threads) {
+template <int Bits>
+void matmul(const Weight& w, long m, const float* a, float* y, int threads) {
   // A row of a: INT4 its even columns, then its odd ones; INT8 as it is. Padded to whole vectors.
   constexpr long kParts = Bits == 4 ? 2 : 1;
   const long part = (w.k + kParts - 1) / kParts, a_part = (part + 15) / 16 * 16;

@@ -420,3 +420,10 @@ def _save(
     save_file(tensors, directory / "model.safetensors", metadata)
     text = json.dumps({**config.to_dict(), "quantization_config": quantization})
     (directory / "config.json").write_text(text)
+
+
+def change_config(directory: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    edit(config["quantization_config"])
+    file.write_text(json.dumps(config))

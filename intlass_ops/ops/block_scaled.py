@@ -60,10 +60,10 @@ def matmul_mxf4_bf16_tn(
     and ``b_scale`` float8_e8m0fnu in the order of `to_blocked`. With ``a`` bf16, fp16 or fp32 [...,
     K] and ``a_scale`` None only the weights are FP4 (W4A16; fp32 has no kernel of its own).
     ``out_dtype``: bf16, or that of a floating ``a``. K is a multiple of 32, M and N are any. No FP4
-    units are needed: bf16 holds a code times its scale exactly. Sums are float32's on a GPU,
-    float64's on a CPU. Large products of two FP4 operands are INT8's on Hopper where the scales of
-    each row lie within a factor of 8: exact, up to 1.7 times as fast, with N·K + M·K bytes of
-    workspace.
+    units are needed: bf16 holds a code times its scale exactly. Sums are float32's; on a CPU those
+    of two FP4 operands float64's. Large products of two FP4 operands are INT8's on Hopper where the
+    scales of each row lie within a factor of 8: exact, up to 1.7 times as fast, with N·K + M·K
+    bytes of workspace.
 
     Returns [..., N], differentiable in a floating ``a``. TypeError, ValueError: see the message.
 

@@ -1,9 +1,10 @@
 """Op `intlass::matmul_block_scaled`: GEMMs of the OCP microscaling formats and NVFP4.
 
-Here: the op with its checks, its CPU kernel (exact, float64) and its choice of a GPU path. Not
-here: the functions that people call (block_scaled.py), the formats (fp4.py), how scales are chosen
-(scales/, fused_quantize.py), the kernels that take FP4 (cuda/launch_fp4.py). The op takes bytes and
-the name of their format, so that no compiler has to know FP8 dtypes; the functions take the dtypes.
+Here: the op with its checks, its CPU kernel (of FP4 weights alone cpu.py's, else exact, float64)
+and its choice of a GPU path. Not here: the functions that people call (block_scaled.py), the
+formats (fp4.py), how scales are chosen (scales/, fused_quantize.py), the kernels that take FP4
+(cuda/launch_fp4.py). The op takes bytes and the name of their format, so that no compiler has to
+know FP8 dtypes; the functions take the dtypes.
 """
 
 from __future__ import annotations
