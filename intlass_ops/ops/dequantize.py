@@ -1,4 +1,4 @@
-"""Op `intlass::dequantize`: the dense weight of packed INT4 or INT8 codes.
+"""Op `intlass::dequantize`: the dense weight of packed INT4, INT8 or FP8 codes.
 
 On a GPU one Triton kernel (triton/dequantize.py).
 """
@@ -20,7 +20,7 @@ from .problem import check_parameters, inputs_of, rows_groups
 def _dequantize_check(
     w: Tensor, scales: Tensor, zeros: Tensor | None, k: int, dtype: torch.dtype
 ) -> None:
-    require_dtype("dequantize", "w", w.dtype, (torch.uint8, torch.int8))
+    require_dtype("dequantize", "w", w.dtype, (torch.uint8, torch.int8, torch.float8_e4m3fn))
     require_device("dequantize", w, scales=scales, zeros=zeros)
     if w.dim() != 2:
         raise ValueError(f"dequantize: w has shape {tuple(w.shape)}; expected two dimensions")
@@ -92,7 +92,7 @@ def dequantize(
     k: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Dense weight [N, K] = (q - zeros) * scales of packed INT4 (uint8) or INT8 codes.
+    """Dense weight [N, K] = (q - zeros) * scales of packed INT4 (uint8), INT8 or FP8 codes.
 
     Computed in fp32, rounded to ``dtype`` once; arguments as in :func:`matmul_int4_bf16_tn`.
     ``k``: K, needed when it is odd and ``w`` is packed. No gradient.

@@ -19,11 +19,12 @@ from .. import batch_invariance, fp4
 from ..cuda import launch_experts
 from ..explain import record
 from . import gradients
-from ._library import FLOATS, define, require_device, require_dtype
+from ._library import FLOATS, define, require_device, require_dtype, type_name
 from .block_scaled_kernels import two_terms
-from .problem import INT4, INT8, Problem, check, inputs_of
+from .problem import FP8, INT4, INT8, Problem, check, inputs_of
 
 OP = "matmul_experts"
+_OPS = {torch.uint8: INT4, torch.int8: INT8, torch.float8_e4m3fn: FP8}  # of one expert
 
 
 def _check(
@@ -39,7 +40,7 @@ def _check(
     alpha: Tensor | None = None,
 ) -> Problem:
     """The problem of one expert; raises TypeError or ValueError for what does not fit."""
-    require_dtype(OP, "w", w.dtype, (torch.uint8, torch.int8))
+    require_dtype(OP, "w", w.dtype, tuple(_OPS))
     require_dtype(OP, "ends", ends.dtype, (torch.int32, torch.int64))
     others = {"scales": scales, "zeros": zeros, "bias": bias, "alpha": alpha}
     require_device(OP, a, w=w, ends=ends, a_scale=a_scale, **others)
@@ -48,8 +49,8 @@ def _check(
     if w.dim() != 3 or not w.shape[0]:
         raise ValueError(f"{OP}: w has shape {tuple(w.shape)}; expected [experts, N, …]")
     of_fp4 = scales.dtype == torch.uint8
-    if zeros is not None and (of_fp4 or w.dtype == torch.int8):
-        kind = "w is FP4" if of_fp4 else "w is int8"
+    if zeros is not None and (of_fp4 or w.dtype != torch.uint8):
+        kind = "w is FP4" if of_fp4 else f"w is {type_name(w.dtype)}"
         raise ValueError(f"{OP}: zeros belong to INT4 weights (uint8), {kind}")
     experts = w.shape[0]
     if ends.shape != (experts,):
@@ -65,9 +66,19 @@ def _check(
     one = [None if t is None else t[0] for t in (zeros, bias)]
     if of_fp4:
         return _check_fp4(a, w, scales, k, a_scale, one[1], out_dtype)
-    name = INT4 if w.dtype == torch.uint8 else INT8
     return check(
-        name, a, w[0], scales[0], one[0], k, a_scale, None, None, one[1], out_dtype, called=OP
+        _OPS[w.dtype],
+        a,
+        w[0],
+        scales[0],
+        one[0],
+        k,
+        a_scale,
+        None,
+        None,
+        one[1],
+        out_dtype,
+        called=OP,
     )
 
 
@@ -150,6 +161,8 @@ def _run(
         after = None, factor, shift, p.out_dtype
         if codes.dtype == torch.uint8:
             y = torch.ops.intlass.matmul_int4_bf16_tn(a[rows], codes, s, z, k, given, *after)
+        elif p.w_kind == "e4m3":
+            y = torch.ops.intlass.matmul_fp8_bf16_tn(a[rows], codes, s, *after[1:])
         else:
             y = torch.ops.intlass.matmul_int8_bf16_tn(a[rows], codes, given, s, *after)
         return y
@@ -283,11 +296,12 @@ def matmul_experts(
 
     ``a`` [tokens, K], sorted by expert: rows ends[e - 1] to ends[e] - 1 belong to expert e, rows
     from the last of ``ends`` (int32 or int64 [experts]) on to none, and their result is 0. ``w``
-    uint8 [experts, N, ceil(K/2)] (INT4, see `pack_int4`) or int8 [experts, N, K]; ``scales`` and,
-    of INT4, ``zeros`` [experts, N, groups]; ``bias`` [experts, N]; ``alpha`` [experts]. Scales in
+    uint8 [experts, N, ceil(K/2)] (INT4, see `pack_int4`) or int8 or float8_e4m3fn [experts, N, K];
+    ``scales`` and, of INT4, ``zeros`` [experts, N, groups]; ``bias`` [experts, N]; ``alpha``
+    [experts]. Scales in
     uint8 say that the weights are FP4: codes of e2m1, and the bytes of e8m0 for 32 of them (MXFP4)
     or of e4m3 for 16 (NVFP4), under floating-point activations. The rest, dtypes and rounding as in
-    `matmul_int4_bf16_tn` and `matmul_int8_bf16_tn`. On a GPU one kernel has the tokens of all
+    the matmul op of such a weight. On a GPU one kernel has the tokens of all
     experts, and CUDA graphs may hold it; float32 activations and `batch_invariant` take one product
     an expert instead, and FP4 takes fp16 as two terms of bf16. Has a gradient for ``a`` and
     ``bias``, which waits for the GPU.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import INT4
+from .problem import FP8, INT4
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -89,6 +89,8 @@ def _before_activation(ctx: Any, grad: Tensor) -> Tensor:
     after = alpha, bias, torch.float32
     if ctx.op == INT4:
         v = ops.matmul_int4_bf16_tn(a, w, scales, zeros, ctx.given_k, a_scale, a_zero, *after)
+    elif ctx.op == FP8:
+        v = ops.matmul_fp8_bf16_tn(a, w, scales, *after)
     else:
         v = ops.matmul_int8_bf16_tn(a, w, a_scale, scales, a_zero, *after)
     grad = grad.float()

@@ -1,4 +1,4 @@
-"""Ops `intlass::matmul_int4_bf16_tn` and `intlass::matmul_int8_bf16_tn`: y = x @ w.T, w quantised.
+"""Ops `intlass::matmul_int4_bf16_tn`, `_int8_` and `_fp8_bf16_tn`: y = x @ w.T, w quantised.
 
 Here are their schemas and public functions. Checks are in problem.py, kernels in matmul_kernels.py,
 gradients and vmap in gradients.py, the mathematics in reference.py.
@@ -15,7 +15,7 @@ from . import gradients
 from ._library import LIBRARY, NAMESPACE, define
 from .matmul_kernels import fake, run_on_cpu, run_on_cuda
 from .packing import pack_int4  # noqa: F401 (used by a doctest)
-from .problem import INT4, INT8
+from .problem import FP8, INT4, INT8
 
 
 def _int4(kernel: Any) -> Any:
@@ -60,12 +60,33 @@ def _int8(kernel: Any) -> Any:
     return call
 
 
+def _fp8(kernel: Any) -> Any:
+    def call(
+        a: Tensor,
+        b: Tensor,
+        b_scale: Tensor,
+        alpha: Tensor | None = None,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Any:
+        after = alpha, bias, out_dtype, activation, residual
+        return kernel(FP8, a, b, b_scale, None, None, None, None, *after)
+
+    return call
+
+
 def _int4_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _int4(lambda op, *args: gradients.setup(op, ctx, *args))(*inputs)
 
 
 def _int8_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _int8(lambda op, *args: gradients.setup(op, ctx, *args))(*inputs)
+
+
+def _fp8_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _fp8(lambda op, *args: gradients.setup(op, ctx, *args))(*inputs)
 
 
 def _int4_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -76,6 +97,11 @@ def _int4_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_a, grad_bias, grad_residual = gradients.of_call(ctx, grad)
     return grad_a, *[None] * 5, grad_bias, None, None, grad_residual
+
+
+def _fp8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_a, grad_bias, grad_residual = gradients.of_call(ctx, grad)
+    return grad_a, *[None] * 3, grad_bias, None, None, grad_residual
 
 
 _TAIL = (
@@ -99,7 +125,15 @@ define(
     setup_context=_int8_setup,
     backward=_int8_backward,
 )
-for _name in (INT4, INT8):
+define(
+    f"{FP8}(Tensor a, Tensor b, Tensor b_scale, {_TAIL}",
+    fake=_fp8(fake),
+    cpu=_fp8(run_on_cpu),
+    cuda=_fp8(run_on_cuda),
+    setup_context=_fp8_setup,
+    backward=_fp8_backward,
+)
+for _name in (INT4, INT8, FP8):
     torch.library.register_vmap(
         f"{NAMESPACE}::{_name}", gradients.batched_activations(_name), lib=LIBRARY
     )
@@ -107,6 +141,7 @@ for _name in (INT4, INT8):
 
 _int4_op = torch.ops.intlass.matmul_int4_bf16_tn.default
 _int8_op = torch.ops.intlass.matmul_int8_bf16_tn.default
+_fp8_op = torch.ops.intlass.matmul_fp8_bf16_tn.default
 
 
 def dispatch(op: str, a: Tensor, w: Tensor, scales: Tensor, *rest: Any) -> Tensor:
@@ -211,4 +246,37 @@ def matmul_int8_bf16_tn(
     y: Tensor = _int8_op(
         a, b, a_scale, b_scale, a_zero, alpha, bias, out_dtype, activation, residual
     )
+    return y
+
+
+def matmul_fp8_bf16_tn(
+    a: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    alpha: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """FP8-weight GEMM under bf16, fp16 (or fp32) activations, on any GPU: no FP8 units are needed.
+
+        v[..., n] = alpha * sum_k a[..., k] * b[n, k] * b_scale[n, g] + bias[n]
+        y         = activation(v) + residual
+
+    ``a`` [..., K]; ``b`` float8_e4m3fn [N, K], which bf16 and fp16 hold exactly; ``b_scale``
+    scalar, [N] or [N, K/group_size], group_size a multiple of 16. ``alpha``, ``bias``,
+    ``activation``, ``residual``, ``out_dtype``, sums, errors and gradients as in
+    :func:`matmul_int4_bf16_tn`. The two codes that are NaN may be read as 480 of their sign: nobody
+    looks for them at every call, `Fp8Linear` and the readers of checkpoints refuse them.
+
+    >>> import torch
+    >>> b = torch.full((1, 16), 1.5).to(torch.float8_e4m3fn)
+    >>> matmul_fp8_bf16_tn(torch.ones(1, 16), b, torch.tensor([0.5]))
+    tensor([[12.]])
+    """
+    if alpha is not None:
+        alpha = _on_device_of(a, alpha)
+    y: Tensor = _fp8_op(a, b, b_scale, alpha, bias, out_dtype, activation, residual)
     return y

@@ -1,6 +1,6 @@
-"""The kernels of `matmul_int4_bf16_tn` and `matmul_int8_bf16_tn`: fake, CPU and CUDA.
+"""The kernels of the matmul ops, INT4, INT8 and FP8 weights: fake, CPU and CUDA.
 
-They take the arguments of either op in one common order. Not here: the mathematics (reference.py),
+They take the arguments of each op in one common order. Not here: the mathematics (reference.py),
 fast CPU paths (cpu.py, cpu_integers.py), plans and launches of GPU kernels (cuda/launch.py).
 """
 
@@ -70,7 +70,7 @@ def run_on_cpu(
     else:
         why = "no fast CPU kernel for this scheme and shape"
         _explain(p, rows.shape[0], "reference float64", why, fallback=True)
-        codes = w if p.w_kind == "s8" else packing.unpack(w, p.k, p.w_kind == "s4")
+        codes = packing.unpack(w, p.k, p.w_kind == "s4") if w.dtype == torch.uint8 else w
         if batch_invariance.enabled():
             x = rows.double() if za is None else rows.double() - za.double()
             y = batch_invariance.row_by_row(x, reference.dequantize(codes, s, z))

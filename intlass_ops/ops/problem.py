@@ -16,6 +16,7 @@ from ._library import FLOATS, INTEGERS, require_device, require_dtype, type_name
 
 INT4 = "matmul_int4_bf16_tn"
 INT8 = "matmul_int8_bf16_tn"
+FP8 = "matmul_fp8_bf16_tn"
 # |int8 * int8| <= 2^14, so an int32 sum of fewer than 2^17 products cannot overflow.
 MAX_INT_K = 1 << 17
 GROUP_STEP = 16
@@ -27,7 +28,7 @@ class Problem:
 
     op: str
     x_kind: str  # "fp32", "bf16", "fp16", "s8", "s4", "u4"
-    w_kind: str  # "s4", "u4", "s8"; of experts, "e2m1"
+    w_kind: str  # "s4", "u4", "s8", "e4m3"; of experts, "e2m1"
     n: int
     k: int
     group_size: int
@@ -36,9 +37,9 @@ class Problem:
 
     @property
     def scheme(self) -> str:
-        """Weight and activation bits, as in w4a16."""
-        bits = {"s8": 8, "s4": 4, "u4": 4, "e2m1": 4}
-        return f"w{bits[self.w_kind]}a{bits.get(self.x_kind, 16)}"
+        """Weight and activation bits, as in w4a16; FP8 weights are fp8a16."""
+        weight = {"s8": "w8", "e4m3": "fp8", "s4": "w4", "u4": "w4", "e2m1": "w4"}[self.w_kind]
+        return f"{weight}a{_X_BITS.get(self.x_kind, 16)}"
 
 
 _X_KIND = {
@@ -48,7 +49,13 @@ _X_KIND = {
     torch.int8: "s8",
     torch.int32: "s8",  # as lanes, packing.py
 }
+_X_BITS = {"s8": 8, "s4": 4, "u4": 4}
 _PER_COLUMN = {torch.uint8: 2, torch.int32: 4}  # codes, of `a`
+_FLOATING = (torch.bfloat16, torch.float16, torch.float32)
+# By op: the dtype of weights, what they are without zero points, and dtypes of integer activations.
+_CODES = {INT4: torch.uint8, INT8: torch.int8, FP8: torch.float8_e4m3fn}
+_W_KIND = {INT4: "s4", INT8: "s8", FP8: "e4m3"}
+_INTEGERS = {INT4: (torch.int8, torch.uint8, torch.int32), INT8: (torch.int8,), FP8: ()}
 
 
 def check_parameters(op: str, name: str, t: Tensor | None, n: Any, k: Any) -> Any:
@@ -110,9 +117,8 @@ def check(
     gemm = op
     if called is not None:
         op, w_name, s_name = called, "w", "scales"
-    integers = (torch.int8, torch.uint8, torch.int32) if int4 else (torch.int8,)
-    require_dtype(op, "a", a.dtype, (torch.bfloat16, torch.float16, torch.float32, *integers))
-    require_dtype(op, w_name, w.dtype, (torch.uint8,) if int4 else (torch.int8,))
+    require_dtype(op, "a", a.dtype, (*_FLOATING, *_INTEGERS[gemm]))
+    require_dtype(op, w_name, w.dtype, (_CODES[gemm],))
     require_dtype(op, s_name, scales.dtype, FLOATS)
     require_device(
         op,
@@ -180,7 +186,7 @@ def check(
     return Problem(
         op=gemm,
         x_kind=("s4" if a_zero is None else "u4") if packed_a else _X_KIND[a.dtype],
-        w_kind="s8" if not int4 else ("s4" if zeros is None else "u4"),
+        w_kind=_W_KIND[gemm] if zeros is None else "u4",
         n=n,
         k=k,
         group_size=k // groups,
