@@ -123,7 +123,8 @@ def _tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     sm_90 = device.arch.startswith("sm_90")  # elsewhere some spill
     if BITS[shape.w_kind] == 8:
         if few and chunks >= 16:
-            return (1, 4, 2, 512) if sparse else (2, 4, 3, 512)
+            deep = 3 if shape.w_kind == "s8" else 2  # FP8 would spill
+            return (1, 4, 2, 512) if sparse else (2, 4, deep, 512)
         if few:
             return 2, 4, 1, 1024
         return 1, 4, 2, 512 if shape.group_size < shape.k else 1024

@@ -71,7 +71,7 @@ def _rows(device: Device, shape: Shape) -> int:
     if (
         grouping is Grouping.STRADDLING
         or (shape.has_zeros and (crowded or shape.has_a_zero or grouping is Grouping.SPAN))
-        or (not channel and shape.w_kind == "s8" and (crowded or (floats and sm_90)))
+        or (not channel and BITS[shape.w_kind] == 8 and (crowded or (floats and sm_90)))
     ):
         return 64  # masked fragments, or sums of x, beside two sets of accumulators
     return 128
@@ -86,8 +86,8 @@ _TALL, _SQUARE, _WIDE = (128, 128, 1, 4), (128, 128, 2, 2), (128, 256, 2, 4)
 def _large_tile(device: Device, shape: Shape) -> Tile | None:
     """For many tokens, where one set of accumulators is enough.
 
-    Warps of 64 tokens by 64 rows; of 128 by 32 where INT4 codes become 16-bit floats, or INT8 ones
-    in several instructions: that is done half as often then.
+    Warps of 64 tokens by 64 rows; of 128 by 32 where codes become 16-bit floats in several
+    instructions: that is done half as often then.
     """
     channel = shape.group_size >= shape.k and not shape.has_zeros
     if BITS[shape.x_kind] == 16:
@@ -193,7 +193,8 @@ def gemm_candidates(device: Device, shape: Shape, *, measured: bool) -> Iterator
         if tile[:2] == (64, 64) and rows > 64 and not measured:
             continue
         config = _config(device, shape, tile)
-        for split_k in (1, 2, 4, _MOST_STRIPES):
+        spills = shape.w_kind == "e4m3" and _crowded(device, shape) and config.block_m > 64
+        for split_k in (1,) if spills and not measured else (1, 2, 4, _MOST_STRIPES):
             c = replace(config, split_k=split_k)
             if split_k > 1:
                 if math.ceil(shape.k / c.block_k) < 2 * split_k:

@@ -197,7 +197,7 @@ def hopper_time(c: Hopper, rate: float, device: Device, shape: Shape) -> float:
     speed = 2 * _ALONE if c.blocks_per_sm == 2 and blocks <= device.sm_count else 1.0
     if c.consumers == 1 and c.blocks_per_sm == 1:
         speed = _DEEP
-    if c.num_stages == 2 and c.w_kind != "s8":
+    if c.num_stages == 2 and BITS[c.w_kind] != 8:
         speed *= _TWO_STAGES
     if c.grouping == Grouping.SCALED_WEIGHTS and c.block_m <= _FEW and scales_are_split(c):
         wide = c.has_zeros and TYPE_BYTES[c.zero_type] > 1 and c.groups_per_tile > 1

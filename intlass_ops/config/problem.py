@@ -10,7 +10,7 @@ from enum import IntEnum
 from typing import Protocol
 
 SPAN_K = 32  # k of one span, operands.cuh
-BITS = {"bf16": 16, "fp16": 16, "s8": 8, "s4": 4, "u4": 4, "e2m1": 4}
+BITS = {"bf16": 16, "fp16": 16, "s8": 8, "s4": 4, "u4": 4, "e2m1": 4, "e4m3": 8}
 TYPE_BYTES = {
     "float": 4,
     "int": 4,
@@ -23,7 +23,7 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 INT4_MMA = ("sm_80", "sm_86", "sm_89")  # have tensor cores for INT4
 # Activation and weight kinds that have a kernel; FP4 weights (e2m1) have two more, config/fp4.py.
 PAIRS = (
-    *((x, w) for x in ("bf16", "fp16") for w in ("s4", "u4", "s8")),
+    *((x, w) for x in ("bf16", "fp16") for w in ("s4", "u4", "s8", "e4m3")),
     *(("s8", w) for w in ("s4", "u4", "s8")),
     *((x, w) for x in ("s4", "u4") for w in ("s4", "u4")),
 )

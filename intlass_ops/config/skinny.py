@@ -24,16 +24,16 @@ from .problem import (
 )
 
 SKINNY_MAX_M = 16
-# (tiles_n, warps, unroll), by kind of W, for up to 8 tokens and for more; where a block of 16 rows
+# (tiles_n, warps, unroll), by bits of W, for up to 8 tokens and for more; where a block of 16 rows
 # an SM is enough, where one of 32 is, where two are, and where more are needed. The best of 20
 # layers without zero points on an H200 (benchmarks/results/h200-layers.json); None: by the rules of
 # _direct_tile.
 _TILES = {
-    "s8": (
+    8: (
         ((1, 16, 2), (1, 16, 2), (2, 8, 2), (1, 8, 1)),
         ((1, 16, 2), (1, 16, 2), (2, 8, 2), (1, 4, 2)),
     ),
-    "s4": (
+    4: (
         ((1, 16, 2), (2, 16, 2), (2, 8, 2), (2, 4, 2)),
         ((1, 16, 2), None, None, (2, 4, 1)),
     ),
@@ -212,9 +212,9 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     if chunks <= 16 and 2 * blocks <= sms:  # a small layer: each warp one chunk
         return 1, max(1, chunks), 1, 1
     measured = None
-    if not shape.has_zeros and shape.w_kind in ("s4", "s8"):
+    if not shape.has_zeros and shape.w_kind != "e2m1":
         rounds = 0 if 2 * blocks <= sms else min(math.ceil(blocks / sms), 3)
-        measured = _TILES[shape.w_kind][not few_tokens][rounds]
+        measured = _TILES[BITS[shape.w_kind]][not few_tokens][rounds]
     if measured is not None:
         tiles_n, warps, unroll = measured
         tile = *measured, _threads(device, shape, tiles_n * unroll, unroll) // (32 * warps)

@@ -12,7 +12,6 @@
 struct e2m1 { static constexpr int bits = 4; };
 
 struct e8m0 { unsigned char code; };
-struct e4m3 { unsigned char code; };
 
 // What codes become: the type of the activations, if these are no codes themselves
 template <class X, class Scale> struct DecodedAs { using type = X; };

@@ -119,14 +119,17 @@ struct Fp4Fragments : Int4Float16Fragments<bf16, s4> {
   }
 };
 
-template <class X> struct Int8Float16Fragments : Float16Fragments<X> {
+template <class X, class W> struct ByteFloat16Fragments : Float16Fragments<X> {
+  using Codes = Bytes<X, W>;
   static constexpr int words_w = 2;
   static constexpr bool matrix_w = false;
   static __device__ __forceinline__ u32 bytes(u32 w, int j) {
+    if constexpr (Codes::upper) return __byte_perm(w, 0, j ? 0x3424 : 0x1404);
     return __byte_perm(w, 0, j ? 0x4342 : 0x4140);
   }
   static __device__ __forceinline__ u32 pair(u32 w, int j) {
-    return Int8Float16Pair<X>::even_bytes(bytes(w, j));
+    if constexpr (Codes::upper) return Codes::codes(bytes(w, j), factors);
+    return ByteFloat16Pair<X, W>::even_bytes(bytes(w, j));
   }
   static __device__ __forceinline__ typename Float16Fragments<X>::A w(const u32* v) {
     const u32 *lo = v, *hi = v + 2;
@@ -134,8 +137,8 @@ template <class X> struct Int8Float16Fragments : Float16Fragments<X> {
              pair(hi[1], 0), pair(lo[1], 1), pair(hi[1], 1)}};
   }
   using Row = typename Float16Fragments<X>::Row;
-  static constexpr u32 factors = Bytes<X>::factors;
-  static constexpr float unit = Bytes<X>::unit;
+  static constexpr u32 factors = Codes::factors;
+  static constexpr float unit = Codes::unit;
   static __device__ __forceinline__ Row plain() { return {0, 0}; }
   static __device__ __forceinline__ u32 entry(float s) { return halves<X>(s, 0.f); }
   static __device__ __forceinline__ Row row(u32 scale) { return {0, scale}; }
@@ -144,7 +147,7 @@ template <class X> struct Int8Float16Fragments : Float16Fragments<X> {
                                               const Row (&rows)[2]) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const u32 code = Bytes<X>::codes(bytes(v[r % 2 * 2 + part], r / 2), factors);
+      const u32 code = Codes::codes(bytes(v[r % 2 * 2 + part], r / 2), factors);
       a[r] = scaled ? rows[r % 2].times(code) : code;
     }
   }
@@ -226,8 +229,10 @@ template <bool wide> struct Fragments<bf16, s4, wide> : Int4Float16Fragments<bf1
 template <bool wide> struct Fragments<bf16, u4, wide> : Int4Float16Fragments<bf16, u4> {};
 template <bool wide> struct Fragments<fp16, s4, wide> : Int4Float16Fragments<fp16, s4> {};
 template <bool wide> struct Fragments<fp16, u4, wide> : Int4Float16Fragments<fp16, u4> {};
-template <bool wide> struct Fragments<bf16, s8, wide> : Int8Float16Fragments<bf16> {};
-template <bool wide> struct Fragments<fp16, s8, wide> : Int8Float16Fragments<fp16> {};
+template <bool wide> struct Fragments<bf16, s8, wide> : ByteFloat16Fragments<bf16, s8> {};
+template <bool wide> struct Fragments<fp16, s8, wide> : ByteFloat16Fragments<fp16, s8> {};
+template <bool wide> struct Fragments<bf16, e4m3, wide> : ByteFloat16Fragments<bf16, e4m3> {};
+template <bool wide> struct Fragments<fp16, e4m3, wide> : ByteFloat16Fragments<fp16, e4m3> {};
 template <bool wide> struct Fragments<bf16, e2m1, wide> : Fp4Fragments {};
 template <bool wide> struct Fragments<s8, s4, wide> : Int4Int8Fragments<s4> {};
 template <bool wide> struct Fragments<s8, u4, wide> : Int4Int8Fragments<u4> {};

@@ -16,7 +16,7 @@ constexpr int kept_scales = scaled && staged_scales ? flushes : 1;  // of those,
 // What sums are too small by: FP4's scales, and what its activations were divided by
 constexpr float sum_unit = (fp4 ? block_unit<Scale> : 1.f) * Config::x_unit;
 // What a product of codes stands for, beside P::unit
-using Codes = Select<W::bits == 4, Nibbles<X>, Bytes<X>>::type;
+using Codes = Select<W::bits == 4, Nibbles<X>, Bytes<X, W>>::type;
 constexpr float code_unit = Codes::unit;
 // Signed codes in groups under bf16: a code as it lies, a subnormal's bits of code * 2^-133, times the
 // scale, less 8 scales, is (code - 8) * scale in one FMA, which rounds as dequantising does. The sums are
@@ -37,7 +37,7 @@ template <class X, class W> struct Pieces {
     selector = fp4            ? b * 0x11 | (b + 4) * 0x1100
                : X::bits == 8 ? (b + 4) | b << 4 | (b + 5) << 8 | (b + 1) << 12
                : W::bits == 4 ? b | b << 8
-                              : b | (b + 1) << 8;
+                              : (b | (b + 1) << 8) << 4 * Bytes<X, W>::upper;
     if constexpr (!lane_order) pin(selector);  // else ptxas makes it anew in each tile of K
   }
   // One register of wgmma's A. `offset`: minus what is to be a code of zero, of INT4 as 16-bit floats,
@@ -50,7 +50,7 @@ template <class X, class W> struct Pieces {
       return xor_and(__byte_perm(w, w << 4, selector), same<W, u4>::value ? 0x80808080u : 0u,
                      0xf0f0f0f0);
     } else if constexpr (W::bits == 8) {
-      return Bytes<X>::codes(__byte_perm(w, next, selector), factors);
+      return Bytes<X, W>::codes(__byte_perm(w, next, selector), factors);
     } else {
       using C = Nibbles<X>;
       constexpr u32 flip = C::magic ^ (same<W, s4>::value ? 0x00800008u : 0u);

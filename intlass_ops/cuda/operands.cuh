@@ -24,6 +24,10 @@ struct fp16 { static constexpr int bits = 16; };
 struct s8 { static constexpr int bits = 8; };
 struct s4 { static constexpr int bits = 4; };
 struct u4 { static constexpr int bits = 4; };
+struct e4m3 {  // FP8 weights, and scales of NVFP4
+  static constexpr int bits = 8;
+  unsigned char code;
+};
 
 template <class A, class B> struct same { static constexpr bool value = false; };
 template <class A> struct same<A, A> { static constexpr bool value = true; };
@@ -178,13 +182,25 @@ template <> struct Pair<bf16, u4> : Int4Float16Pair<bf16, u4> {};
 template <> struct Pair<fp16, s4> : Int4Float16Pair<fp16, s4> {};
 template <> struct Pair<fp16, u4> : Int4Float16Pair<fp16, u4> {};
 
-// INT8 weights: bytes 0, 2 and 1, 3 of each word, so pairs (k0,k2) (k1,k3) | (k4,k6) (k5,k7)
-template <class X> struct Int8Float16Pair : Float16Pair<X> {
+// FP8 codes in the upper bytes of half words become floats of X by moving: exponent and mantissa to the low
+// bits of X's exponent and the high ones of its mantissa, subnormals included, and a factor does the rest.
+// It is exact. The two codes that are no numbers become 480.
+template <class X>
+constexpr u32 fp8_factor = same<X, bf16>::value ? 0x7b807b80 : 0x5c005c00;  // 2^120, 2^8
+template <class X> __device__ __forceinline__ u32 of_fp8(u32 w, u32 factor) {
+  const u32 rest = same<X, bf16>::value ? w >> 4 & 0x07f007f0 : w >> 1 & 0x3f803f80;
+  return mul2<X>(and_or(w, 0x80008000, rest), factor);
+}
+
+// Weights of eight bits: bytes 0, 2 and 1, 3 of each word, so pairs (k0,k2) (k1,k3) | (k4,k6) (k5,k7)
+template <class X, class W> struct ByteFloat16Pair : Float16Pair<X> {
   using typename Float16Pair<X>::A;
   using typename Float16Pair<X>::B;
   static __device__ __forceinline__ u32 even_bytes(u32 w) {
     using C = half_words<X>;
-    if constexpr (same<X, bf16>::value) {
+    if constexpr (same<W, e4m3>::value) {
+      return of_fp8<X>(w << 8, fp8_factor<X>);
+    } else if constexpr (same<X, bf16>::value) {
       // bf16 has seven mantissa bits: (128 + low seven bits) - (256 if negative else 128)
       return fma2<X>(and_or(w, 0x00800080, C::magic), C::minus_one,
                      and_or(w, 0x007f007f, C::magic));
@@ -208,8 +224,10 @@ template <class X> struct Int8Float16Pair : Float16Pair<X> {
              {__byte_perm(v[2], v[3], 0x5410), __byte_perm(v[2], v[3], 0x7632)}}};
   }
 };
-template <> struct Pair<bf16, s8> : Int8Float16Pair<bf16> {};
-template <> struct Pair<fp16, s8> : Int8Float16Pair<fp16> {};
+template <> struct Pair<bf16, s8> : ByteFloat16Pair<bf16, s8> {};
+template <> struct Pair<fp16, s8> : ByteFloat16Pair<fp16, s8> {};
+template <> struct Pair<bf16, e4m3> : ByteFloat16Pair<bf16, e4m3> {};
+template <> struct Pair<fp16, e4m3> : ByteFloat16Pair<fp16, e4m3> {};
 
 // INT4 codes become 16-bit floats where they are: one nibble at the bottom of a half word, another above
 // it, and the factors of an FMA differ. fp16 has room for both below its implicit one. bf16 has not,
@@ -236,12 +254,20 @@ template <> struct Nibbles<fp16> {
 };
 
 // INT8 codes in the same way, from the lower bytes of half words: all bits of a byte lie on that line
-template <class X> struct Bytes : Nibbles<X> {
+template <class X, class W> struct Bytes : Nibbles<X> {
+  static constexpr bool upper = false;
   static constexpr u32 factors = same<X, bf16>::value ? 0x7f007f00 : 0;  // 2^127
   static __device__ __forceinline__ u32 codes(u32 w, u32 factors) {
-    if constexpr (!same<X, bf16>::value) return Int8Float16Pair<X>::even_bytes(w);
+    if constexpr (!same<X, bf16>::value) return ByteFloat16Pair<X, W>::even_bytes(w);
     return fma2<X>(and_xor(w, 0x00ff00ff, 0x00800080), factors, 0xc000c000);  // less 128
   }
+};
+// FP8's from the upper ones
+template <class X> struct Bytes<X, e4m3> : Nibbles<X> {
+  static constexpr bool upper = true;
+  static constexpr u32 factors = fp8_factor<X>;
+  static constexpr float unit = 1.f;
+  static __device__ __forceinline__ u32 codes(u32 w, u32 factors) { return of_fp8<X>(w, factors); }
 };
 
 // The same fragments with one shift a word instead of three
