@@ -124,11 +124,11 @@ template <class X, class W> struct ByteFloat16Fragments : Float16Fragments<X> {
   static constexpr int words_w = 2;
   static constexpr bool matrix_w = false;
   static __device__ __forceinline__ u32 bytes(u32 w, int j) {
-    if constexpr (Codes::upper) return __byte_perm(w, 0, j ? 0x3424 : 0x1404);
+    if constexpr (same<W, e4m3>::value) return __byte_perm(w, 0, Codes::selector(2 * j));
     return __byte_perm(w, 0, j ? 0x4342 : 0x4140);
   }
   static __device__ __forceinline__ u32 pair(u32 w, int j) {
-    if constexpr (Codes::upper) return Codes::codes(bytes(w, j), factors);
+    if constexpr (same<W, e4m3>::value) return Codes::codes(bytes(w, j), factors);
     return ByteFloat16Pair<X, W>::even_bytes(bytes(w, j));
   }
   static __device__ __forceinline__ typename Float16Fragments<X>::A w(const u32* v) {
@@ -140,14 +140,15 @@ template <class X, class W> struct ByteFloat16Fragments : Float16Fragments<X> {
   static constexpr u32 factors = Codes::factors;
   static constexpr float unit = Codes::unit;
   static __device__ __forceinline__ Row plain() { return {0, 0}; }
-  static __device__ __forceinline__ u32 entry(float s) { return halves<X>(s, 0.f); }
+  static __device__ __forceinline__ u32 entry(float s) { return halves<X>(s * scale_factor, 0.f); }
   static __device__ __forceinline__ Row row(u32 scale) { return {0, scale}; }
   template <bool scaled>
   static __device__ __forceinline__ void half(u32 (&a)[4], const u32* v, int part, u32 factors,
                                               const Row (&rows)[2]) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const u32 code = Codes::codes(bytes(v[r % 2 * 2 + part], r / 2), factors);
+      const u32 two = bytes(v[r % 2 * 2 + part], r / 2);
+      const u32 code = scaled && fp8_takes_scales ? moved_fp8<X>(two) : Codes::codes(two, factors);
       a[r] = scaled ? rows[r % 2].times(code) : code;
     }
   }

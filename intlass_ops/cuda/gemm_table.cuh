@@ -58,7 +58,7 @@ template <class F> struct GroupTable {
   __device__ __forceinline__ void write_entry(char* to, Scale s) const {
     if constexpr (split_scales) {
       u32* words = reinterpret_cast<u32*>(to);
-      words[0] = split_scale(as_float(s));
+      words[0] = split_scale(as_float(s) * scale_factor);
       if constexpr (has_zeros)
         words[1] = split_offset(Nibbles<X>::bottom(as_float(z)), 1 / F::unit, as_float(s));
     } else if constexpr (same<W, e2m1>::value)

@@ -119,7 +119,9 @@ struct GroupScales {
 
 // What the sums of weights decoded ahead stand for, where no scale took it in
 template <class F> constexpr float sum_unit() {
-  if constexpr (decodes_ahead && (!scaled || split_scales || W::bits == 8))
+  if constexpr (fp8_takes_scales)
+    return fp8_unit;
+  else if constexpr (decodes_ahead && (!scaled || split_scales || W::bits == 8))
     return F::unit;
   else
     return 1.f;

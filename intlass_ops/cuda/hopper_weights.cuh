@@ -24,7 +24,10 @@ constexpr float code_unit = Codes::unit;
 // NaN, and the rows of a warp that has NaN sums are summed again, slowly.
 constexpr bool one_fma =
     scaled && !split_scales && !has_zeros && same<X, bf16>::value && same<W, s4>::value;
-constexpr float weight_unit = one_fma ? 4096.f : split_scales || W::bits == 8 ? code_unit : 1.f;
+constexpr float weight_unit = one_fma                        ? 4096.f
+                              : fp8_takes_scales             ? fp8_unit
+                              : split_scales || W::bits == 8 ? code_unit
+                                                             : 1.f;
 
 // How a lane finds its pieces of k in a word of W, or of INT8 codes in two: four neighbours, or two
 template <class X, class W> struct Pieces {
@@ -37,7 +40,7 @@ template <class X, class W> struct Pieces {
     selector = fp4            ? b * 0x11 | (b + 4) * 0x1100
                : X::bits == 8 ? (b + 4) | b << 4 | (b + 5) << 8 | (b + 1) << 12
                : W::bits == 4 ? b | b << 8
-                              : (b | (b + 1) << 8) << 4 * Bytes<X, W>::upper;
+                              : Bytes<X, W>::selector(b);
     if constexpr (!lane_order) pin(selector);  // else ptxas makes it anew in each tile of K
   }
   // One register of wgmma's A. `offset`: minus what is to be a code of zero, of INT4 as 16-bit floats,
@@ -50,7 +53,8 @@ template <class X, class W> struct Pieces {
       return xor_and(__byte_perm(w, w << 4, selector), same<W, u4>::value ? 0x80808080u : 0u,
                      0xf0f0f0f0);
     } else if constexpr (W::bits == 8) {
-      return Bytes<X, W>::codes(__byte_perm(w, next, selector), factors);
+      const u32 two = __byte_perm(w, next, selector);
+      return fp8_takes_scales ? moved_fp8<X>(two) : Bytes<X, W>::codes(two, factors);
     } else {
       using C = Nibbles<X>;
       constexpr u32 flip = C::magic ^ (same<W, s4>::value ? 0x00800008u : 0u);
@@ -85,13 +89,17 @@ struct RowScale : Offset<has_zeros || !split_scales> {
       : scale(__byte_perm(word, 0, place % 2 ? 0x3232 : 0x1010)) {
     if constexpr (split_scales) {
       const float s = scale_in(word, place);
-      scale = split_scale(s);
+      scale = split_scale(s * scale_factor);
       if constexpr (has_zeros) set(split_offset(Nibbles<X>::bottom(as_float(z)), 1 / code_unit, s));
       return;
     }
     if constexpr (one_fma) {
       set(mul2<X>(scale, 0xbb00bb00));     // -8 / weight_unit
       scale = mul2<X>(scale, 0x7a007c00);  // 2^133 / weight_unit, for the nibble above 2^129
+      return;
+    }
+    if constexpr (fp8_takes_scales) {
+      scale = mul2<X>(scale, halves<X>(scale_factor, scale_factor));
       return;
     }
     if constexpr (code_unit != weight_unit) scale = mul2<X>(scale, halves<X>(code_unit, code_unit));

@@ -182,14 +182,14 @@ template <> struct Pair<bf16, u4> : Int4Float16Pair<bf16, u4> {};
 template <> struct Pair<fp16, s4> : Int4Float16Pair<fp16, s4> {};
 template <> struct Pair<fp16, u4> : Int4Float16Pair<fp16, u4> {};
 
-// FP8 codes in the upper bytes of half words become floats of X by moving: exponent and mantissa to the low
-// bits of X's exponent and the high ones of its mantissa, subnormals included, and a factor does the rest.
-// It is exact. The two codes that are no numbers become 480.
+// FP8 codes become floats of X by moving, from half words that have the code in the lower byte and its sign in
+// all of the upper one: exponent and mantissa go to the low bits of X's exponent and the high ones of its
+// mantissa, subnormals included, and a factor does the rest. Exact; the two codes that are no numbers
+// become 480.
 template <class X>
 constexpr u32 fp8_factor = same<X, bf16>::value ? 0x7b807b80 : 0x5c005c00;  // 2^120, 2^8
-template <class X> __device__ __forceinline__ u32 of_fp8(u32 w, u32 factor) {
-  const u32 rest = same<X, bf16>::value ? w >> 4 & 0x07f007f0 : w >> 1 & 0x3f803f80;
-  return mul2<X>(and_or(w, 0x80008000, rest), factor);
+template <class X> __device__ __forceinline__ u32 moved_fp8(u32 halves) {
+  return same<X, bf16>::value ? halves << 4 & 0x87f087f0 : halves << 7 & 0xbf80bf80;
 }
 
 // Weights of eight bits: bytes 0, 2 and 1, 3 of each word, so pairs (k0,k2) (k1,k3) | (k4,k6) (k5,k7)
@@ -198,9 +198,7 @@ template <class X, class W> struct ByteFloat16Pair : Float16Pair<X> {
   using typename Float16Pair<X>::B;
   static __device__ __forceinline__ u32 even_bytes(u32 w) {
     using C = half_words<X>;
-    if constexpr (same<W, e4m3>::value) {
-      return of_fp8<X>(w << 8, fp8_factor<X>);
-    } else if constexpr (same<X, bf16>::value) {
+    if constexpr (same<X, bf16>::value) {
       // bf16 has seven mantissa bits: (128 + low seven bits) - (256 if negative else 128)
       return fma2<X>(and_or(w, 0x00800080, C::magic), C::minus_one,
                      and_or(w, 0x007f007f, C::magic));
@@ -208,14 +206,20 @@ template <class X, class W> struct ByteFloat16Pair : Float16Pair<X> {
       return fma2<X>(and_xor(w, 0x00ff00ff, 0x64806480), C::one, 0xe480e480);  // 1152 + q - 1152
     }
   }
+  static __device__ __forceinline__ u32 every_second(u32 w, bool odd) {
+    if constexpr (same<W, e4m3>::value)
+      return mul2<X>(moved_fp8<X>(__byte_perm(w, 0, odd ? 0xb391 : 0xa280)), fp8_factor<X>);
+    else
+      return even_bytes(odd ? w >> 8 : w);
+  }
   static __device__ __forceinline__ A w(const u32 (&lo)[2], const u32 (&hi)[2]) {
     A a;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      a.r[j][0] = even_bytes(lo[j]);
-      a.r[j][1] = even_bytes(hi[j]);
-      a.r[j][2] = even_bytes(lo[j] >> 8);
-      a.r[j][3] = even_bytes(hi[j] >> 8);
+      a.r[j][0] = every_second(lo[j], false);
+      a.r[j][1] = every_second(hi[j], false);
+      a.r[j][2] = every_second(lo[j], true);
+      a.r[j][3] = every_second(hi[j], true);
     }
     return a;
   }
@@ -253,21 +257,25 @@ template <> struct Nibbles<fp16> {
   static __device__ __forceinline__ float above(float zero) { return -64.f - zero; }
 };
 
-// INT8 codes in the same way, from the lower bytes of half words: all bits of a byte lie on that line
+// Codes of eight bits in the lower bytes of half words; INT8's in the same way: all bits of a byte lie on that
+// line. `selector`: the PRMT that brings the bytes b and b + 1 there.
 template <class X, class W> struct Bytes : Nibbles<X> {
-  static constexpr bool upper = false;
   static constexpr u32 factors = same<X, bf16>::value ? 0x7f007f00 : 0;  // 2^127
+  static __device__ __forceinline__ constexpr u32 selector(u32 b) { return b | (b + 1) << 8; }
   static __device__ __forceinline__ u32 codes(u32 w, u32 factors) {
     if constexpr (!same<X, bf16>::value) return ByteFloat16Pair<X, W>::even_bytes(w);
     return fma2<X>(and_xor(w, 0x00ff00ff, 0x00800080), factors, 0xc000c000);  // less 128
   }
 };
-// FP8's from the upper ones
 template <class X> struct Bytes<X, e4m3> : Nibbles<X> {
-  static constexpr bool upper = true;
   static constexpr u32 factors = fp8_factor<X>;
   static constexpr float unit = 1.f;
-  static __device__ __forceinline__ u32 codes(u32 w, u32 factors) { return of_fp8<X>(w, factors); }
+  static __device__ __forceinline__ constexpr u32 selector(u32 b) {
+    return b * 0x1111 + 0x9180;  // each followed by its sign
+  }
+  static __device__ __forceinline__ u32 codes(u32 w, u32 factors) {
+    return mul2<X>(moved_fp8<X>(w), factors);
+  }
 };
 
 // The same fragments with one shift a word instead of three

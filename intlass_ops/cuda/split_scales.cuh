@@ -16,6 +16,13 @@ constexpr bool split_scales = (grouping == scaled_weights || grouping == scaled_
                               same<X, bf16>::value && !same<W, e2m1>::value &&
                               (!same<Scale, __nv_bfloat16>::value || (has_zeros && is_float<Zero>));
 
+// FP8 codes under bf16 that take scales are left as they were moved: the scale has the factor, less what leaves
+// room for scales below 2^40. Sums are too small by that.
+constexpr bool fp8_takes_scales = (grouping == scaled_weights || grouping == scaled_spans) &&
+                                  same<X, bf16>::value && same<W, e4m3>::value;
+constexpr float fp8_unit = fp8_takes_scales ? 4294967296.f : 1.f;                       // 2^32
+constexpr float scale_factor = fp8_takes_scales ? 309485009821345068724781056.f : 1.f;  // 2^88
+
 // One of the two in a word, twice: instructions of bf16 pairs read either half so, without a PRMT
 __device__ __forceinline__ u32 low_twice(u32 v) {
   u32 d;
