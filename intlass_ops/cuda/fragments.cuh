@@ -124,7 +124,7 @@ template <class X, class W> struct ByteFloat16Fragments : Float16Fragments<X> {
   static constexpr int words_w = 2;
   static constexpr bool matrix_w = false;
   static __device__ __forceinline__ u32 bytes(u32 w, int j) {
-    if constexpr (same<W, e4m3>::value) return __byte_perm(w, 0, Codes::selector(2 * j));
+    if constexpr (same<W, e4m3>::value) return Codes::take(w, 0, Codes::selector(2 * j));
     return __byte_perm(w, 0, j ? 0x4342 : 0x4140);
   }
   static __device__ __forceinline__ u32 pair(u32 w, int j) {

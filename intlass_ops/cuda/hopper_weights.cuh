@@ -53,7 +53,7 @@ template <class X, class W> struct Pieces {
       return xor_and(__byte_perm(w, w << 4, selector), same<W, u4>::value ? 0x80808080u : 0u,
                      0xf0f0f0f0);
     } else if constexpr (W::bits == 8) {
-      const u32 two = __byte_perm(w, next, selector);
+      const u32 two = Bytes<X, W>::take(w, next, selector);
       return fp8_takes_scales ? moved_fp8<X>(two) : Bytes<X, W>::codes(two, factors);
     } else {
       using C = Nibbles<X>;

@@ -188,6 +188,12 @@ template <> struct Pair<fp16, u4> : Int4Float16Pair<fp16, u4> {};
 // become 480.
 template <class X>
 constexpr u32 fp8_factor = same<X, bf16>::value ? 0x7b807b80 : 0x5c005c00;  // 2^120, 2^8
+// Such half words: of two bytes of two words (__byte_perm brings no signs)
+__device__ __forceinline__ u32 with_signs(u32 w, u32 next, u32 selector) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(w), "r"(next), "r"(selector));
+  return d;
+}
 template <class X> __device__ __forceinline__ u32 moved_fp8(u32 halves) {
   return same<X, bf16>::value ? halves << 4 & 0x87f087f0 : halves << 7 & 0xbf80bf80;
 }
@@ -208,7 +214,7 @@ template <class X, class W> struct ByteFloat16Pair : Float16Pair<X> {
   }
   static __device__ __forceinline__ u32 every_second(u32 w, bool odd) {
     if constexpr (same<W, e4m3>::value)
-      return mul2<X>(moved_fp8<X>(__byte_perm(w, 0, odd ? 0xb391 : 0xa280)), fp8_factor<X>);
+      return mul2<X>(moved_fp8<X>(with_signs(w, 0, odd ? 0xb391 : 0xa280)), fp8_factor<X>);
     else
       return even_bytes(odd ? w >> 8 : w);
   }
@@ -262,6 +268,9 @@ template <> struct Nibbles<fp16> {
 template <class X, class W> struct Bytes : Nibbles<X> {
   static constexpr u32 factors = same<X, bf16>::value ? 0x7f007f00 : 0;  // 2^127
   static __device__ __forceinline__ constexpr u32 selector(u32 b) { return b | (b + 1) << 8; }
+  static __device__ __forceinline__ u32 take(u32 w, u32 next, u32 selector) {
+    return __byte_perm(w, next, selector);
+  }
   static __device__ __forceinline__ u32 codes(u32 w, u32 factors) {
     if constexpr (!same<X, bf16>::value) return ByteFloat16Pair<X, W>::even_bytes(w);
     return fma2<X>(and_xor(w, 0x00ff00ff, 0x00800080), factors, 0xc000c000);  // less 128
@@ -272,6 +281,9 @@ template <class X> struct Bytes<X, e4m3> : Nibbles<X> {
   static constexpr float unit = 1.f;
   static __device__ __forceinline__ constexpr u32 selector(u32 b) {
     return b * 0x1111 + 0x9180;  // each followed by its sign
+  }
+  static __device__ __forceinline__ u32 take(u32 w, u32 next, u32 selector) {
+    return with_signs(w, next, selector);
   }
   static __device__ __forceinline__ u32 codes(u32 w, u32 factors) {
     return mul2<X>(moved_fp8<X>(w), factors);
