@@ -20,6 +20,7 @@ from .errors import (
 from .explain import Dispatch, Explanation, explain, strict
 from .fp4 import from_blocked, to_blocked
 from .fp4_linear import Fp4ExpertLinear, Fp4Linear
+from .fp8_linear import Fp8ExpertLinear, Fp8Linear
 from .fused_quantize import (
     fused_quantize_int4,
     fused_quantize_int8,
@@ -112,6 +113,8 @@ __all__ = [
     "FallbackError",
     "Fp4ExpertLinear",
     "Fp4Linear",
+    "Fp8ExpertLinear",
+    "Fp8Linear",
     "Int4DynamicActivationInt4Weight",
     "Int4WeightOnly",
     "Int8DynamicActivationInt4Weight",

@@ -1,4 +1,4 @@
-"""Fast products on a CPU of INT4, INT8 and FP4 weights: cpu_kernels.cpp, compiled once, here.
+"""Fast products on a CPU of INT4, INT8, FP8 and FP4 weights: cpu_kernels.cpp, compiled once, here.
 
 Lives here: building and calling those kernels. A plan holds what a call's signature (dtypes,
 shapes, strides) decides, so that the next such call only fills in pointers. Not here: argument
@@ -54,6 +54,7 @@ _SIZES_THREADS = (_LONG, _LONG, _LONG, _INT)
 _SIGNATURES = {
     "matmul_int4": (_POINTER, _POINTER, _LONG, _POINTER, *_TABLE, *_TABLE, *_SIZES_THREADS),
     "matmul_int8": (_POINTER, _POINTER, _LONG, _POINTER, *_TABLE, *_SIZES_THREADS),
+    "matmul_fp8": (_POINTER, _POINTER, _LONG, _POINTER, *_TABLE, *_SIZES_THREADS),
 }
 
 # enum Kind of cpu_kernels.cpp
@@ -65,6 +66,7 @@ _KIND = {
     torch.int8: 5,
     torch.uint8: 6,
 }
+_OF_BYTES = {"s8": "matmul_int8", "e4m3": "matmul_fp8"}  # kernels of a code a byte
 _FP4_SCALES, _FP4_CODES = {32: 7, 16: 8}, 9  # by the size of a group: e8m0, e4m3; e2m1
 
 _load_lock = threading.Lock()
@@ -104,7 +106,7 @@ class Plan:
             self.zeros = _FP4_CODES, 0, 0
             self.unit = 4.0 if group_size == 32 else 1.0
         self.zero_type = None if zeros is None or zeros.dtype in _KIND else torch.float32
-        self.int4 = problem.w_kind != "s8"
+        self.of_bytes = _OF_BYTES.get(problem.w_kind)
 
     def run(self, a: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         """float32 [..., N] = a @ w.T; what follows is the caller's."""
@@ -120,8 +122,8 @@ class Plan:
             y = _empty(self.shape, self.strides, torch.float32)
         pointers = (y.data_ptr(), a.data_ptr(), self.rows, w.data_ptr(), scales.data_ptr())
         threads = torch.get_num_threads()
-        if not self.int4:
-            kernels["matmul_int8"](*pointers, *self.scales, *self.sizes, threads)
+        if self.of_bytes is not None:
+            kernels[self.of_bytes](*pointers, *self.scales, *self.sizes, threads)
         elif zeros is None:
             kernels["matmul_int4"](*pointers, *self.scales, None, *self.zeros, *self.sizes, threads)
         else:
@@ -183,7 +185,7 @@ def make(
     # Subclasses (functional tensors, fake ones) have no bytes to point at.
     if type(a) is not Tensor or not a.is_floating_point() or not a.numel() or not w.numel():
         return None
-    if problem.w_kind == "e4m3" or (_loaded or _kernels()) is None:
+    if (_loaded or _kernels()) is None:
         return None
     if len(_plans) >= _MAX_PLANS:
         _plans.clear()

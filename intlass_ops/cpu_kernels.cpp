@@ -1,6 +1,7 @@
 // y[M, N] = a[M, K] @ w[N, K]ᵀ on a CPU: weights are decoded in registers, one pass over their bytes.
 //
 // w = (q - zeros) * scales. INT4: two codes a byte, even k in the low nibble (packing.py); INT8: one.
+// FP8 (e4m3) is INT8 whose 256 values are others.
 // FP4 (fp4.py) is INT4 whose sixteen values are others.
 // Every value is decoded to float32 exactly as written and summed in float32, a partial sum a lane.
 // Few rows of a: straight into the sums. Many: some rows of w at a time into the first-level cache,
@@ -18,6 +19,8 @@
 #endif
 
 namespace {
+
+enum class Codes { kInt4, kInt8, kFp8 };
 
 #if defined(__AVX512F__)
 constexpr int kWidest = 16;
@@ -63,6 +66,32 @@ template <int L, class Byte> inline typename Lanes<L>::Int widen(const Byte* p) 
 #endif
   using Bytes = std::conditional_t<is_signed, typename Lanes<L>::S8, typename Lanes<L>::U8>;
   return __builtin_convertvector(load<Bytes>(p), typename Lanes<L>::Int);
+}
+
+// L codes of e4m3. A half with their bits is 2^-8 of each, subnormal ones too: the conversion obeys no
+// flag that flushes those of float32, which are never formed. The two NaNs become 480 of their sign
+// (e4m3_to_float keeps them).
+template <int L> inline typename Lanes<L>::Float e4m3_values(const int8_t* p) {
+  using Float = typename Lanes<L>::Float;
+  using Int = typename Lanes<L>::Int;
+#if defined(__AVX512F__)
+  if constexpr (L == 16) {
+    const __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load<__m128i>(p)), 7);
+    return (Float)_mm512_cvtph_ps(_mm256_and_si256(bits, _mm256_set1_epi16(~0x4000))) * 0x1p8f;
+  }
+#endif
+#if defined(__AVX2__) && defined(__F16C__)
+  if constexpr (L == 8) {
+    const __m128i bytes = _mm_cvtsi64_si128(load<long long>(p));
+    const __m128i bits = _mm_slli_epi16(_mm_cvtepi8_epi16(bytes), 7);
+    return (Float)_mm256_cvtph_ps(_mm_and_si128(bits, _mm_set1_epi16(~0x4000))) * 0x1p8f;
+  }
+#endif
+  // Subnormal ones as 2^-6 and more, less 2^-6.
+  const Int code = widen<L>(p), subnormal = (code & 0x78) == 0;
+  const Int bits = ((code & 0x7f) << 20) + (120 << 23) + (subnormal & 1 << 23);
+  const Float magnitude = (Float)bits - (Float)(subnormal & 121 << 23);
+  return (Float)((Int)magnitude | (code & INT32_MIN));
 }
 
 template <int L> inline float sum(typename Lanes<L>::Float v) {
@@ -251,9 +280,9 @@ inline void decode_int4(const Weight& w, const Row* rows, Visit&& visit, VisitOn
   }
 }
 
-// The same for INT8: visit(r, values, j), one column a lane.
-template <int L, int kPerGroup, int R, class Visit, class VisitOne>
-inline void decode_int8(const Weight& w, const Row* rows, Visit&& visit, VisitOne&& visit_one) {
+// The same for INT8 and FP8: visit(r, values, j), one column a lane.
+template <Codes C, int L, int kPerGroup, int R, class Visit, class VisitOne>
+inline void decode_bytes(const Weight& w, const Row* rows, Visit&& visit, VisitOne&& visit_one) {
   using Float = typename Lanes<L>::Float;
   const long groups = w.groups, group = kPerGroup ? kPerGroup * L : w.group;
   const long vectors = kPerGroup ? kPerGroup : group / L;
@@ -265,18 +294,21 @@ inline void decode_int8(const Weight& w, const Row* rows, Visit&& visit, VisitOn
       const Float s = scale - Float{};
       for (long v = 0; v < vectors; ++v) {
         const long j = start + v * L;
-        visit(r, __builtin_convertvector(widen<L>(codes + j), Float) * s, j);
+        if constexpr (C == Codes::kFp8)
+          visit(r, e4m3_values<L>(codes + j) * s, j);
+        else
+          visit(r, __builtin_convertvector(widen<L>(codes + j), Float) * s, j);
       }
       if constexpr (kPerGroup == 0)
         for (long j = start + vectors * L; j < start + group; ++j)
-          visit_one(r, codes[j] * scale, j);
+          visit_one(r, (C == Codes::kFp8 ? e4m3_to_float(codes[j]) : codes[j]) * scale, j);
     }
   }
 }
 
 // y[m, n .. n + R) for R rows of w and M rows of a. INT4: `even` and `odd` are the columns of a of
-// either parity, `a_row` apart; INT8: `even` is a.
-template <int Bits, int M, int L, int kPerGroup, int R>
+// either parity, `a_row` apart; else `even` is a.
+template <Codes C, int M, int L, int kPerGroup, int R>
 inline void dot_rows(const Weight& w, long n, const Row* rows, const float* even, const float* odd,
                      long a_row, float* y) {
   using Float = typename Lanes<L>::Float;
@@ -287,7 +319,7 @@ inline void dot_rows(const Weight& w, long n, const Row* rows, const float* even
       acc[r][m] = acc_odd[r][m] = Float{};
       rest[r][m] = 0;
     }
-  if constexpr (Bits == 4) {
+  if constexpr (C == Codes::kInt4) {
     const auto visit = [&](int r, Float low, Float high, long j) {
       for (int m = 0; m < M; ++m) {
         acc[r][m] += low * load<Float>(even + m * a_row + j);
@@ -306,7 +338,7 @@ inline void dot_rows(const Weight& w, long n, const Row* rows, const float* even
     const auto visit_one = [&](int r, float v, long j) {
       for (int m = 0; m < M; ++m) rest[r][m] += v * even[m * a_row + j];
     };
-    decode_int8<L, kPerGroup, R>(w, rows, visit, visit_one);
+    decode_bytes<C, L, kPerGroup, R>(w, rows, visit, visit_one);
   }
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) y[m * w.n + n + r] = sum<L>(acc[r][m] + acc_odd[r][m]) + rest[r][m];
@@ -331,16 +363,16 @@ template <class Body> inline void with_vectors(const Weight& w, int codes_per_la
 }
 
 // Calls body(n, rows, R) for R rows of w at a time, R a constant, spread over the threads.
-template <int Bits, int R, class Body>
+template <Codes C, int R, class Body>
 inline void for_each_rows(const Weight& w, int threads, Body&& body) {
-  const long stride = Bits == 4 ? (w.k + 1) / 2 : w.k, groups = w.groups;
+  const long stride = C == Codes::kInt4 ? (w.k + 1) / 2 : w.k, groups = w.groups;
 #pragma omp parallel num_threads(threads) if (w.n * w.k > kWorthThreads)
   {
     std::vector<float> buffer(2 * R * groups);
     const auto row = [&](long n, int slot) {
       float* scales = buffer.data() + 2 * slot * groups;
       return Row{static_cast<const char*>(w.codes) + n * stride, w.scales.of(n, groups, scales),
-                 Bits == 4 ? w.zeros.of(n, groups, scales + groups) : nullptr};
+                 C == Codes::kInt4 ? w.zeros.of(n, groups, scales + groups) : nullptr};
     };
 #pragma omp for schedule(static)
     for (long first = 0; first < w.n; first += R) {
@@ -359,11 +391,11 @@ inline void for_each_rows(const Weight& w, int threads, Body&& body) {
 }
 
 // A decoded weight serves M rows of a, an a that was loaded R rows of w.
-template <int Bits, int M>
+template <Codes C, int M>
 void dot(const Weight& w, const float* even, const float* odd, long a_row, float* y, int threads) {
-  with_vectors(w, Bits == 4 ? 2 : 1, [&](auto lanes, auto per_group) {
-    for_each_rows<Bits, 4 / M>(w, threads, [&](long n, const Row* rows, auto count) {
-      dot_rows<Bits, M, lanes(), per_group(), count()>(w, n, rows, even, odd, a_row, y);
+  with_vectors(w, C == Codes::kInt4 ? 2 : 1, [&](auto lanes, auto per_group) {
+    for_each_rows<C, 4 / M>(w, threads, [&](long n, const Row* rows, auto count) {
+      dot_rows<C, M, lanes(), per_group(), count()>(w, n, rows, even, odd, a_row, y);
     });
   });
 }
@@ -410,10 +442,10 @@ __attribute__((noinline)) void tile(const float* a, const float* w, long length,
 }
 
 // R decoded rows of w [R, length] in the order of a: INT4 even columns, then odd ones.
-template <int Bits, int L, int kPerGroup, int R>
+template <Codes C, int L, int kPerGroup, int R>
 inline void decode_rows(const Weight& w, const Row* rows, float* out, long length) {
   const long odd = length / 2;
-  if constexpr (Bits == 4) {
+  if constexpr (C == Codes::kInt4) {
     const auto visit = [&](int r, auto low, auto high, long j) {
       store(out + r * length + j, low);
       store(out + r * length + odd + j, high);
@@ -426,7 +458,7 @@ inline void decode_rows(const Weight& w, const Row* rows, float* out, long lengt
   } else {
     const auto visit = [&](int r, auto v, long j) { store(out + r * length + j, v); };
     const auto visit_one = [&](int r, float v, long j) { out[r * length + j] = v; };
-    decode_int8<L, kPerGroup, R>(w, rows, visit, visit_one);
+    decode_bytes<C, L, kPerGroup, R>(w, rows, visit, visit_one);
   }
 }
 
@@ -443,14 +475,14 @@ inline Floats zeroed(long count) {
   return Floats(memory);
 }
 
-template <int Bits>
+template <Codes C>
 void tiles(const Weight& w, long m, const float* a, long length, float* y, int threads) {
   const long fit = kTileBytes / (length * static_cast<long>(sizeof(float)));
   const long chunk = fit < 32 ? 32 : fit / 4 * 4;
-  with_vectors(w, Bits == 4 ? 2 : 1, [&](auto lanes, auto per_group) {
+  with_vectors(w, C == Codes::kInt4 ? 2 : 1, [&](auto lanes, auto per_group) {
     for (long begin = 0; begin < m; begin += chunk) {
       const long end = m < begin + chunk ? m : begin + chunk;
-      for_each_rows<Bits, kTileRows>(w, threads, [&](long n, const Row* rows, auto count) {
+      for_each_rows<C, kTileRows>(w, threads, [&](long n, const Row* rows, auto count) {
         // Padding stays zero: it meets that of a, and nought times an old NaN is none.
         thread_local std::vector<float> memory;
         thread_local long memory_k = 0;
@@ -458,7 +490,7 @@ void tiles(const Weight& w, long m, const float* a, long length, float* y, int t
         memory_k = w.k;
         float* decoded = memory.data();
         decoded += (64 - reinterpret_cast<uintptr_t>(decoded) % 64) % 64 / sizeof(float);
-        decode_rows<Bits, lanes(), per_group(), count()>(w, rows, decoded, length);
+        decode_rows<C, lanes(), per_group(), count()>(w, rows, decoded, length);
         long i = begin;
         const auto at = [&](auto some) {
           tile<some(), count()>(a + i * length, decoded, length, y + i * w.n + n, w.n);
@@ -472,15 +504,15 @@ void tiles(const Weight& w, long m, const float* a, long length, float* y, int t
   });
 }
 
-template <int Bits>
+template <Codes C>
 void matmul(const Weight& w, long m, const float* a, float* y, int threads) {
-  // A row of a: INT4 its even columns, then its odd ones; INT8 as it is. Padded to whole vectors.
-  constexpr long kParts = Bits == 4 ? 2 : 1;
+  // A row of a: INT4 its even columns, then its odd ones; else as it is. Padded to whole vectors.
+  constexpr long kParts = C == Codes::kInt4 ? 2 : 1;
   const long part = (w.k + kParts - 1) / kParts, a_part = (part + 15) / 16 * 16;
   const long length = kParts * a_part;
   Floats memory;
   const float* x = a;
-  if (Bits == 4 || length != w.k) {
+  if (C == Codes::kInt4 || length != w.k) {
     memory = zeroed(m * length);
     for (long i = 0; i < m; ++i)
       for (long c = 0; c < kParts; ++c)
@@ -488,11 +520,11 @@ void matmul(const Weight& w, long m, const float* a, float* y, int threads) {
           memory[i * length + c * a_part + j] = a[i * w.k + kParts * j + c];
     x = memory.get();
   }
-  if (m >= kTileFrom) return tiles<Bits>(w, m, x, length, y, threads);
-  const float* odd = x + (Bits == 4 ? a_part : 0);
+  if (m >= kTileFrom) return tiles<C>(w, m, x, length, y, threads);
+  const float* odd = x + (C == Codes::kInt4 ? a_part : 0);
   long i = 0;
   const auto at = [&](auto rows) {
-    dot<Bits, rows()>(w, x + i * length, odd + i * length, length, y + i * w.n, threads);
+    dot<C, rows()>(w, x + i * length, odd + i * length, length, y + i * w.n, threads);
     i += rows();
   };
   while (m - i >= 4) at(std::integral_constant<int, 4>{});
@@ -510,13 +542,20 @@ void intlass_matmul_int4(float* y, const float* a, long m, const uint8_t* codes,
                          long z_row, long z_column, long n, long k, long group, int threads) {
   const Weight w{
       codes, {s, Kind(s_kind), s_row, s_column}, {z, Kind(z_kind), z_row, z_column}, n, k, group};
-  matmul<4>(w, m, a, y, threads);
+  matmul<Codes::kInt4>(w, m, a, y, threads);
 }
 
 void intlass_matmul_int8(float* y, const float* a, long m, const int8_t* codes, const void* s,
                          int s_kind, long s_row, long s_column, long n, long k, long group,
                          int threads) {
   const Weight w{codes, {s, Kind(s_kind), s_row, s_column}, {nullptr, kNone, 0, 0}, n, k, group};
-  matmul<8>(w, m, a, y, threads);
+  matmul<Codes::kInt8>(w, m, a, y, threads);
+}
+
+void intlass_matmul_fp8(float* y, const float* a, long m, const int8_t* codes, const void* s,
+                        int s_kind, long s_row, long s_column, long n, long k, long group,
+                        int threads) {
+  const Weight w{codes, {s, Kind(s_kind), s_row, s_column}, {nullptr, kNone, 0, 0}, n, k, group};
+  matmul<Codes::kFp8>(w, m, a, y, threads);
 }
 }

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import fp4
-from .nn import Stored, as_autocast, require_floating, require_tensors
+from .nn import Stored, as_autocast, require_bias, require_floating, require_tensors
 from .ops import matmul_experts
-from .ops._library import FLOATS
 from .ops.block_scaled_kernels import decode
 from .ops.experts import expert_of
 from .side_by_side import Movable
@@ -149,11 +148,7 @@ class Fp4Linear(Movable, Fp4Layer):
         bias: Tensor | None = None,
     ) -> None:
         super().__init__(weight, scales, global_scale)
-        if bias is not None and (bias.dtype not in FLOATS or bias.shape != (self.out_features,)):
-            raise ValueError(
-                f"Fp4Linear: bias is {bias.dtype} {tuple(bias.shape)}; expected floating point "
-                f"({self.out_features},)"
-            )
+        require_bias(self, bias, self.out_features)
         self.register_buffer("bias", bias)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear has)

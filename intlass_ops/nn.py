@@ -20,6 +20,7 @@ from .ops import (
     quantize_int4,
     quantize_int8,
 )
+from .ops._library import FLOATS
 from .ops.lanes import takes_lanes
 from .side_by_side import Movable
 
@@ -46,9 +47,18 @@ def require_tensors(layer: str, **values: Tensor) -> None:
             raise TypeError(f"{layer}: {name} is a {type(value).__name__}; expected a tensor")
 
 
+def require_bias(layer: nn.Module, bias: Tensor | None, n: int) -> None:
+    """ValueError for a bias that is neither None nor floating-point [N]."""
+    if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
+        raise ValueError(
+            f"{type(layer).__name__}: bias is {bias.dtype} {tuple(bias.shape)}; expected floating "
+            f"point ({n},)"
+        )
+
+
 def require_floating(layer: nn.Module, x: Tensor) -> None:
-    """TypeError for an input that is not floating-point."""
-    if not x.is_floating_point():
+    """TypeError for an input that is not floating-point, or cast to what FP8 weights are."""
+    if not x.is_floating_point() or x.dtype == torch.float8_e4m3fn:
         raise TypeError(
             f"{type(layer).__name__}: x is {x.dtype}; expected fp32, bf16 or fp16. If the model "
             "casts it to the dtype of `weight`, leave this layer out (filter_fn, "

@@ -17,7 +17,7 @@ import oracle
 import torch
 from torch import Tensor
 
-import intlass_ops
+from intlass_ops import ops
 
 X_DTYPE = {
     "bf16": torch.bfloat16,
@@ -27,7 +27,8 @@ X_DTYPE = {
     "s4": torch.uint8,
     "u4": torch.uint8,
 }
-CODES = {"s8": (-128, 127), "s4": (-8, 7), "u4": (0, 15)}
+# Of e4m3, places in the row of the codes that are numbers.
+CODES = {"s8": (-128, 127), "s4": (-8, 7), "u4": (0, 15), "e4m3": (0, 253)}
 # "expanded" alone changes values, and comes last so that others can leave it out.
 LAYOUTS = ("contiguous", "transposed", "columns", "padded", "rows", "offset", "expanded")
 # Scales far from 1, one kind a row: see `special_scales`.
@@ -36,7 +37,7 @@ SPECIALS = ("one", "zero", "subnormal", "huge", "inf", "nan")
 
 @dataclass(frozen=True)
 class Case:
-    """One call of matmul_int4_bf16_tn or matmul_int8_bf16_tn, without its numbers."""
+    """One call of matmul_int4_bf16_tn, _int8_bf16_tn or _fp8_bf16_tn, without its numbers."""
 
     x: str
     w: str
@@ -66,9 +67,15 @@ class Case:
         return self.x in CODES
 
     @property
+    def packed(self) -> bool:
+        """Whether its weights are two a byte."""
+        return self.w in ("s4", "u4")
+
+    @property
     def op(self) -> Callable[..., Tensor]:
-        int8 = self.w == "s8"
-        return intlass_ops.matmul_int8_bf16_tn if int8 else intlass_ops.matmul_int4_bf16_tn
+        if self.packed:
+            return ops.matmul_int4_bf16_tn
+        return ops.matmul_int8_bf16_tn if self.w == "s8" else ops.matmul_fp8_bf16_tn
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -88,16 +95,16 @@ class Call:
     a: Tensor
     w: Tensor
     scales: Tensor
-    options: dict[str, Any]  # keyword arguments that both ops and the oracle name alike
+    options: dict[str, Any]  # keyword arguments that the ops and the oracle name alike
     k: int | None
     out_dtype: torch.dtype | None
 
     def run(self) -> Tensor:
         options = {**self.options, "out_dtype": self.out_dtype}
-        if self.case.w == "s8":
-            a_scale = options.pop("a_scale", None)
-            return self.case.op(self.a, self.w, a_scale, self.scales, **options)
-        return self.case.op(self.a, self.w, self.scales, k=self.k, **options)
+        if self.case.packed:
+            return self.case.op(self.a, self.w, self.scales, k=self.k, **options)
+        a_scale = (options.pop("a_scale", None),) if self.case.w == "s8" else ()
+        return self.case.op(self.a, self.w, *a_scale, self.scales, **options)
 
     def expected(self) -> oracle.Expected:
         return oracle.matmul(self.a, self.w, self.scales, k=self.k, **self.options)
@@ -107,6 +114,13 @@ class Call:
         options = {n: change(v) if isinstance(v, Tensor) else v for n, v in self.options.items()}
         a, w, scales = (change(t) for t in (self.a, self.w, self.scales))
         return replace(self, a=a, w=w, scales=scales, options=options)
+
+
+def stored(kind: str, codes: Tensor) -> Tensor:
+    """Weights [N, K] as the ops take them; ``codes`` are those of CODES."""
+    if kind == "e4m3":
+        return (codes + (codes >= 127)).to(torch.uint8).view(torch.float8_e4m3fn)  # 127 is a NaN
+    return codes.to(torch.int8) if kind == "s8" else oracle.pack(codes)
 
 
 def relayout(t: Tensor, layout: str) -> Tensor:
@@ -157,7 +171,7 @@ def build(case: Case, device: str, *, numbers: str = "exact") -> Call:
         options["activation"] = case.activation
     if case.residual:
         options["residual"] = draw.residual()
-    k = None if case.w == "s8" else case.k
+    k = case.k if case.packed else None
     call = Call(case, a, w, scales, options, k, case.out).map(lambda t: t.to(device))
     call.a = relayout(call.a, case.a_layout)
     call.w = relayout(call.w, case.w_layout)
@@ -192,8 +206,10 @@ class _Draw:
         return torch.randn(shape, generator=self.generator)
 
     def weight(self) -> Tensor:
-        q = self.integers(*CODES[self.case.w], self.case.n, self.case.k)
-        return q.to(torch.int8) if self.case.w == "s8" else oracle.pack(q)
+        kind, shape = self.case.w, (self.case.n, self.case.k)
+        if kind == "e4m3" and self.exact:
+            return self.integers(-16, 16, *shape).to(torch.float8_e4m3fn)
+        return stored(kind, self.integers(*CODES[kind], *shape))
 
     def activations(self) -> Tensor:
         case = self.case
@@ -201,7 +217,7 @@ class _Draw:
             return oracle.pack(self.integers(*CODES[case.x], *case.lead, case.k))
         if self.exact:
             quarters = 4 if case.w == "u4" and case.zero.is_floating_point else 1
-            largest_weight = {"s8": 128, "s4": 8, "u4": 20}[case.w] * 4 * quarters
+            largest_weight = {"s8": 128, "s4": 8, "u4": 20, "e4m3": 16}[case.w] * 4 * quarters
             bound = max(1, min(100, 2**24 // (largest_weight * max(case.k, 1)) - 3))
             a = self.integers(-bound, bound, *case.lead, case.k).to(X_DTYPE[case.x])
         elif case.x == "s8":
@@ -282,7 +298,7 @@ def float32_is_exact(call: Call) -> bool:
     n, k = call.w.shape[0], case.k
     if 0 in (n, k, call.a.numel()):
         return True
-    q = oracle.unpack(call.w, k, case.w == "s4") if case.w != "s8" else call.w
+    q = oracle.unpack(call.w, k, case.w == "s4") if case.packed else call.w
     x = oracle.unpack(call.a, k, case.x == "s4") if case.x in ("s4", "u4") else call.a
     shift_q, shift_x = (8 if kind == "u4" else 0 for kind in (case.w, case.x))
     q = (q.double() - shift_q).abs()

@@ -32,11 +32,11 @@ def _option(call: Call, **options: object) -> Call:
 
 
 def _w(call: Call) -> str:
-    return "b" if call.case.w == "s8" else "packed_w"
+    return "packed_w" if call.case.packed else "b"
 
 
 def _s(call: Call) -> str:
-    return "b_scale" if call.case.w == "s8" else "scales"
+    return "scales" if call.case.packed else "b_scale"
 
 
 def _shape(t: Tensor) -> str:
@@ -55,7 +55,7 @@ def _residual(call: Call) -> Tensor:
 def _wide(call: Call, k: int) -> Call:
     """A legal call but for its K, without the memory it would take."""
     a = call.a.new_zeros(1, 1).expand(2, k if call.case.x == "s8" else k // 2)
-    w = call.w.new_zeros(1, 1).expand(call.case.n, k if call.case.w == "s8" else k // 2)
+    w = call.w.new_zeros(1, 1).expand(call.case.n, k // 2 if call.case.packed else k)
     options = {n: v for n, v in call.options.items() if n in ("bias", "alpha")}
     if "zeros" in call.options:
         options["zeros"] = _full(w)
@@ -80,8 +80,10 @@ def _dtype(name: str, dtype: torch.dtype) -> Mutation:
         if name in ("a_scale", "a_zero"):
             return case.integer
         if name == "zeros":
-            return case.w != "s8"
-        return not (name == "a" and dtype == torch.uint8 and case.w != "s8")
+            return case.packed
+        if dtype == torch.int8:
+            return name == "scales" or case.w == "e4m3"
+        return not (name == "a" and dtype == torch.uint8 and case.packed)
 
     return Mutation(f"{name}-{str(dtype)[6:]}", TypeError, applies, change, named)
 
@@ -91,8 +93,9 @@ def _always(case: Case) -> bool:
 
 
 MUTATIONS = (
-    *(_dtype("a", d) for d in (torch.float64, torch.int16, torch.bool, torch.uint8)),
-    *(_dtype("w", d) for d in (torch.int32, torch.bfloat16, torch.bool)),
+    *(_dtype("a", d) for d in (torch.float64, torch.int16, torch.bool, torch.uint8, torch.int8)),
+    *(_dtype("w", d) for d in (torch.int32, torch.bfloat16, torch.bool, torch.int8)),
+    _dtype("w", torch.float8_e5m2),
     *(_dtype("scales", d) for d in (torch.float64, torch.int8)),
     *(_dtype("zeros", d) for d in (torch.complex64, torch.bool)),
     *(_dtype("a_zero", d) for d in (torch.complex64, torch.bool)),
@@ -170,7 +173,7 @@ MUTATIONS = (
     Mutation(
         "k-negative",
         ValueError,
-        lambda case: case.w != "s8",
+        lambda case: case.packed,
         lambda c: replace(c, k=-1, a=c.a[..., :0], w=c.w[:, :0]),
         lambda c: ("k=-1",),
     ),
@@ -228,14 +231,14 @@ MUTATIONS = (
     Mutation(
         "float-a-with-a_scale",
         ValueError,
-        lambda case: not case.integer,
+        lambda case: not case.integer and case.w != "e4m3",
         lambda c: _option(c, a_scale=_full(c.w)),
         lambda c: ("a_scale", "integer", f"a is {str(c.a.dtype)[6:]}"),
     ),
     Mutation(
         "float-a-with-a_zero",
         ValueError,
-        lambda case: not case.integer,
+        lambda case: not case.integer and case.w != "e4m3",
         lambda c: _option(c, a_zero=_full(c.w)),
         lambda c: ("a_zero", "integer", f"a is {str(c.a.dtype)[6:]}"),
     ),

@@ -88,10 +88,21 @@ def per_weight(table: Tensor, n: int, k: int) -> Tensor:
     return table[:, column_group]
 
 
+def e4m3(codes: Tensor) -> Tensor:
+    """float64 of FP8 codes, from the definition of the format; none of them a NaN."""
+    bits = codes.view(torch.uint8).long()
+    exponent, fraction = bits % 128 // 8, (bits % 8).double() / 8
+    magnitude = (fraction + (exponent > 0)) * power_of_two(exponent.clamp(min=1) - 7)
+    return torch.where(bits < 128, magnitude, -magnitude)
+
+
 def weight(w: Tensor, scales: Tensor, zeros: Tensor | None, k: int) -> Tensor:
     """float64 [N, K] = (q - zeros) * scales."""
     n = w.shape[0]
-    q = w.double() if w.dtype == torch.int8 else unpack(w, k, zeros is None).double()
+    if w.dtype == torch.float8_e4m3fn:
+        q = e4m3(w)
+    else:
+        q = w.double() if w.dtype == torch.int8 else unpack(w, k, zeros is None).double()
     if zeros is not None:
         q = q - per_weight(zeros, n, k)
     return q * per_weight(scales, n, k)
@@ -120,7 +131,7 @@ def matmul(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Expected:
-    """activation(alpha * a_scale * ((a - a_zero) @ w.T) + bias) + residual for either op, before
+    """activation(alpha * a_scale * ((a - a_zero) @ w.T) + bias) + residual for each op, before
     any rounding."""
     if k is None:
         k = a.shape[-1] * (2 if a.dtype == torch.uint8 else 1)

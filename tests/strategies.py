@@ -24,6 +24,7 @@ ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 PAIRS = (
     *((x, w) for x in ("bf16", "fp16", "fp32", "s8") for w in ("s4", "u4", "s8")),
     *((x, w) for x in ("s4", "u4") for w in ("s4", "u4")),
+    *((x, "e4m3") for x in ("bf16", "fp16", "fp32")),
 )
 # Types that the random tests on a GPU stay within, to compile few kernels: x, w, scale, zero, out.
 GPU_TYPES = (
@@ -32,6 +33,7 @@ GPU_TYPES = (
     ("fp16", "s4", FP16, torch.uint8, FP16),
     ("s8", "u4", FP32, torch.int8, BF16),
     ("u4", "u4", FP32, FP32, BF16),
+    ("bf16", "e4m3", FP32, torch.uint8, BF16),
 )
 
 # Shape, granularity and group size of tensors to quantise.
@@ -109,7 +111,7 @@ def dtype_cases() -> list[Case]:
         *(Case(x, "u4", k=192, groups=4, zero=z) for x in ("bf16", "s8") for z in ZERO_DTYPES),
         *(
             Case("bf16", w, scale=scale, out=out, bias=out, alpha="float")
-            for w in ("u4", "s8")
+            for w in ("u4", "s8", "e4m3")
             for scale, out in zip(FLOATS, (BF16, FP16, FP32), strict=True)
         ),
         *(Case("s8", "s8", a_scale="token", a_zero=zero) for zero in ZERO_DTYPES),
@@ -137,7 +139,7 @@ def identity_cases() -> list[Case]:
             n=1 + CODES[w][1] - CODES[w][0],
             k=96,
             groups=96 // group_size,
-            scale=FP32 if w == "s8" else BF16,
+            scale=BF16 if w in ("s4", "u4") else FP32,
             zero=zeros[i % 4],
             out=FP32,
             a_zero=a_zero_of(x),
@@ -160,7 +162,7 @@ def long_cases() -> list[Case]:
             a_zero=a_zero_of(x),
             out=out,
         )
-        for x, w in (("bf16", "u4"), ("bf16", "s8"), ("s8", "s4"), ("u4", "u4"))
+        for x, w in (("bf16", "u4"), ("bf16", "s8"), ("s8", "s4"), ("u4", "u4"), ("bf16", "e4m3"))
         for k, out in ((4096, FP32), (4100, None))
     ]
 
@@ -174,6 +176,8 @@ def special_cases() -> list[Case]:
         ("fp16", "s8"),
         ("s8", "u4"),
         ("u4", "s4"),
+        ("bf16", "e4m3"),
+        ("fp32", "e4m3"),
     )
     return [
         Case(

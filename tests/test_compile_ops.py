@@ -48,6 +48,7 @@ _CASES = [
     Case("s8", "s8", lead=(2, 3), a_scale="token", a_zero=torch.int32, alpha="tensor"),
     Case("u4", "s4", k=33, a_scale="flat", a_zero=a_zero_of("u4")),
     Case("fp32", "s8", groups=4),
+    Case("bf16", "e4m3", groups=4, bias=BF16, activation="silu", residual=True),
 ]
 
 
@@ -135,6 +136,7 @@ def test_batch_and_sequence_are_dynamic_together(device: str) -> None:
 _REFUSED_CASES = [
     Case("bf16", "u4", lead=(2,), n=5, k=96),
     Case("s8", "s8", lead=(2,), n=5, k=96, a_scale="token"),
+    Case("fp16", "e4m3", lead=(2,), n=5, k=96),
 ]
 
 

@@ -6,8 +6,10 @@ import platform
 import warnings
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
+from gemm_case import CODES, stored
 from tolerance import assert_close, assert_identical
 from torch import Tensor
 
@@ -48,8 +50,10 @@ def matmul_int4(a: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None, k: i
     return y
 
 
-def matmul_int8(a: Tensor, w: Tensor, scales: Tensor) -> Tensor:
-    y = planned("matmul_int8_bf16_tn", a, w, scales, None, w.shape[1])
+def matmul_bytes(a: Tensor, w: Tensor, scales: Tensor) -> Tensor:
+    """The same of INT8 or FP8."""
+    op = "matmul_int8_bf16_tn" if w.dtype == torch.int8 else "matmul_fp8_bf16_tn"
+    y = planned(op, a, w, scales, None, w.shape[1])
     assert y is not None
     return y
 
@@ -77,13 +81,43 @@ def test_int4_is_within_tolerance(n: int, k: int, group: int, m: int, signed: bo
 
 @pytest.mark.parametrize(("n", "k", "group"), SHAPES)
 @pytest.mark.parametrize("m", ROWS)
-def test_int8_is_within_tolerance(n: int, k: int, group: int, m: int) -> None:
+@pytest.mark.parametrize("kind", ["s8", "e4m3"])
+def test_bytes_are_within_tolerance(n: int, k: int, group: int, m: int, kind: str) -> None:
     seed = generator(n, k, m)
-    q = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=seed)
+    low, high = CODES[kind]
+    q = stored(kind, torch.randint(low, high + 1, (n, k), generator=seed))
     a, scales = torch.randn(m, k, generator=seed), torch.randn(n, k // group, generator=seed)
-    y = matmul_int8(a, q, scales)
+    y = matmul_bytes(a, q, scales)
     w = reference.dequantize(q, scales, None)
     assert_close(y, a.double() @ w.T, a.double().abs() @ w.abs().T)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize(("k", "group"), [(16, 16), (64, 64), (96, 48), (8, 8), (31, 31)])
+@pytest.mark.parametrize("m", [1, 3, 40])
+def test_every_fp8_number_is_exact(m: int, k: int, group: int, flush: bool) -> None:
+    """In vectors of either width and in what is left over; flags for subnormal numbers are others'
+    business."""
+    w = stored("e4m3", (torch.arange(254)[:, None] + 7 * torch.arange(k)) % 254)
+    scales, expected = torch.ones(254, k // group), oracle.e4m3(w).T.float()
+    torch.set_flush_denormal(flush)
+    try:
+        for first in range(k):
+            y = matmul_bytes(torch.eye(k).roll(-first, 0)[torch.arange(m) % k], w, scales)
+            assert_identical(y, expected.roll(-first, 0)[torch.arange(m) % k])
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("k", [16, 31])
+def test_an_fp8_nan_is_a_nan_or_480_and_stays_in_its_row(k: int) -> None:
+    w = torch.ones(48, k).to(torch.float8_e4m3fn)
+    w.view(torch.uint8)[5], w.view(torch.uint8)[7] = 0x7F, 0xFF
+    y = matmul_bytes(torch.eye(k), w, torch.ones(()))
+    others = ~torch.isin(torch.arange(48), torch.tensor([5, 7]))
+    assert (y[:, others] == 1).all()
+    assert (y[:, 5].isnan() | (y[:, 5] == 480)).all()
+    assert (y[:, 7].isnan() | (y[:, 7] == -480)).all()
 
 
 @pytest.mark.parametrize("m", [1, 3, 40])
@@ -162,7 +196,7 @@ def test_codes_equal_to_their_zero_vanish() -> None:
 def test_half_parameters_are_read_exactly(value: float, dtype: torch.dtype) -> None:
     scales = torch.full((3, 2), value, dtype=dtype)
     q = torch.ones(3, 32, dtype=torch.int8)
-    y = matmul_int8(torch.eye(32)[:1], q, scales)
+    y = matmul_bytes(torch.eye(32)[:1], q, scales)
     # The scale times the zeros of the other columns: NaN if it is not finite.
     expected = torch.full((1, 3), value).to(dtype).float() + (0 * scales[:, 1].float())
     assert_identical(y, expected)
@@ -191,7 +225,7 @@ def test_leading_dimensions_are_kept() -> None:
     w = reference.dequantize(q, scales, None)
     for lead in ((), (3,), (2, 1, 9)):
         a = torch.randn(*lead, 64)
-        y = matmul_int8(a, q, scales)
+        y = matmul_bytes(a, q, scales)
         assert_close(y, a.double() @ w.T, a.double().abs() @ w.abs().T)
 
 
@@ -310,8 +344,11 @@ def test_lesser_processors_compute_the_same(target: str, monkeypatch: pytest.Mon
     for n, k, group in SHAPES[:6]:
         test_int4_is_within_tolerance(n, k, group, 3, signed=False)
         test_int4_is_within_tolerance(n, k, group, 16, signed=True)
-        test_int8_is_within_tolerance(n, k, group, 3)
-        test_int8_is_within_tolerance(n, k, group, 16)
+        for kind in ("s8", "e4m3"):
+            test_bytes_are_within_tolerance(n, k, group, 3, kind)
+            test_bytes_are_within_tolerance(n, k, group, 16, kind)
+    for k, group in ((8, 8), (16, 16), (31, 31)):
+        test_every_fp8_number_is_exact(3, k, group, True)
     for n, k, group in FP4_SHAPES[:5]:
         test_fp4_is_within_tolerance(n, k, group, 3)
         test_fp4_is_within_tolerance(n, k, group, 16)

@@ -70,7 +70,12 @@ def with_nan(t: Tensor) -> Tensor:
         ("packed mxfp4", "weight_global_scale", torch.ones(1), "weight_global_scale of an FP4"),
         ("modelopt nvfp4", "weight_scale_2", None, "weight_scale_2 is missing"),
         ("modelopt nvfp4", "weight_scale_2", torch.tensor(torch.inf), "an infinity or a NaN"),
-        ("modelopt nvfp4", "weight", torch.zeros(48, 32).to(E4M3), "weight is F8_E4M3: FP8 is not"),
+        (
+            "modelopt nvfp4",
+            "weight",
+            torch.zeros(48, 32).to(E4M3),
+            "weight_scale_2 of an FP8 layer",
+        ),
         ("modelopt nvfp4", "weight", torch.zeros(48, 32), "weight is F32; expected uint8"),
         ("modelopt nvfp4", "weight_scale", torch.ones(()), "weight_scale is F32; expected float8"),
         ("modelopt nvfp4", "weight_scale", with_nan, "weight_scale holds a NaN"),
@@ -87,7 +92,8 @@ def test_tensors_that_do_not_fit(
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["FP8", "W4A8_AWQ", "NVFP4_AWQ", "NVFP4_SVD", "W4A8_NVFP4_FP8", "MXFP8", None, 4]
+    "algorithm",
+    ["FP8_PB_WO", "W4A8_AWQ", "NVFP4_AWQ", "NVFP4_SVD", "W4A8_NVFP4_FP8", "MXFP8", None, 4],
 )
 def test_other_algorithms_of_modelopt(tmp_path: Path, algorithm: Any) -> None:
     write(tmp_path, FORMS["modelopt nvfp4"])
@@ -112,7 +118,7 @@ def test_mixed_checkpoints_of_modelopt_name_the_layer(tmp_path: Path) -> None:
         load_pretrained(tmp_path)
 
 
-FP8_GROUP = {"targets": ["re:.*self_attn.*"], "weights": {"num_bits": 8, "type": "float"}}
+FP6_GROUP = {"targets": ["re:.*self_attn.*"], "weights": {"num_bits": 6, "type": "float"}}
 
 
 def test_mixed_checkpoints_of_compressed_tensors_name_the_layer(tmp_path: Path) -> None:
@@ -120,7 +126,7 @@ def test_mixed_checkpoints_of_compressed_tensors_name_the_layer(tmp_path: Path) 
 
     def both(config: dict[str, Any]) -> None:
         config["format"] = "mixed-precision"
-        config["config_groups"]["group_1"] = FP8_GROUP
+        config["config_groups"]["group_1"] = FP6_GROUP
 
     change_config(tmp_path, both)  # as long as no layer is of that group, it does not matter
     logits = load_pretrained(tmp_path)(PROMPT).logits
@@ -133,7 +139,7 @@ def test_mixed_checkpoints_of_compressed_tensors_name_the_layer(tmp_path: Path) 
         tensors[f"{K_PROJ}.weight_scale"] = torch.ones(16, 1)
 
     change(tmp_path, in_fp8)
-    with pytest.raises(FormatError, match=r"self_attn\.k_proj: weight is F8_E4M3: FP8 is not read"):
+    with pytest.raises(FormatError, match=r"self_attn\.k_proj: no config group has weights of 8 "):
         load_pretrained(tmp_path)
 
 

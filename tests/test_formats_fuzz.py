@@ -61,7 +61,9 @@ def with_other_header(content: bytes, rng: random.Random) -> bytes:
     entry = header[rng.choice([name for name in header if name != "__metadata__"])]
     kind = rng.randrange(5)
     if kind == 0:
-        entry["dtype"] = rng.choice(["I32", "F32", "U32", "I8", "U8", "F16", "F8_E4M3", "I64"])
+        entry["dtype"] = rng.choice(
+            ["I32", "F32", "U32", "I8", "U8", "F16", "F8_E4M3", "F8_E5M2", "I64"]
+        )
     elif kind == 1:
         entry["shape"] = entry["shape"][::-1]
     elif kind == 2:
@@ -111,21 +113,26 @@ def gpt_oss(w: Fp4Weight) -> dict[str, Tensor]:
 
 
 GPT_OSS = Form({"group": 32}, gpt_oss, {"quant_method": "mxfp4"}, make=draw_fp4)
+# What each is in another library's layout.
+OURS = {
+    "intlass": FORMS["packed w4a16"],
+    "intlass nvfp4": FORMS["packed nvfp4"],
+    "intlass fp8": FORMS["fp8 blocks"],
+}
 
 
-@pytest.mark.parametrize("name", [*FORMS, "gpt-oss", "intlass", "intlass nvfp4"])
+@pytest.mark.parametrize("name", [*FORMS, "gpt-oss", *OURS])
 def test_mutated_checkpoints_raise_our_errors(
     tmp_path: Path, name: str, request: pytest.FixtureRequest
 ) -> None:
     count = 2000 if request.config.getoption("--thorough") else 50
-    ours = {"intlass": FORMS["packed w4a16"], "intlass nvfp4": FORMS["packed nvfp4"]}
-    form = {**FORMS, **ours, "gpt-oss": GPT_OSS}[name]
+    form = {**FORMS, **OURS, "gpt-oss": GPT_OSS}[name]
     weight = form.make(16, 64, 0, **form.draw)
     tensors = {f"layer.{part}": t.contiguous() for part, t in form.store(weight).items()}
     file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     save_file(tensors, file, {"layer.weight": form.metadata} if form.metadata else None)
     settings = form.config
-    if name in ours:
+    if name in OURS:
         config.write_text(json.dumps({"quantization_config": settings}))
         stored = open_reader(Checkpoint(tmp_path)).stored("layer")
         settings = write_specs({"layer": buffers_of(stored, None)[0]})

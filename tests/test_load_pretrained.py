@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import FORMS, Weight, draw, linears, write, write_experts
 from transformers.quantizers.base import HfQuantizer
 
-from intlass_ops import Fp4Linear, IntLinear, dequantize, pack_int4
+from intlass_ops import Fp4Linear, Fp8Linear, IntLinear, dequantize, pack_int4
 from intlass_ops.formats import FormatError
 from intlass_ops.formats.checkpoint import Checkpoint
 from intlass_ops.formats.experts import stacked
@@ -44,7 +44,7 @@ def test_codes_come_over_exactly_and_generation_agrees(tmp_path: Path, name: str
         assert torch.equal(weight.dequantize(), dense[path]), path
 
     model = load_pretrained(tmp_path / "theirs")
-    kinds = (Fp4Linear, IntLinear, PackedLinear)
+    kinds = (Fp4Linear, Fp8Linear, IntLinear, PackedLinear)
     layers = [m for m in model.modules() if isinstance(m, kinds)]
     assert len(layers) == len(dense)
     logits, reference = model(PROMPT).logits, expected(PROMPT).logits
@@ -138,7 +138,8 @@ def test_gguf_file_loads_saves_and_reloads(
 
 
 @pytest.mark.parametrize(
-    "name", ["gptq v2 act-order", "gptq v1 8 bits", "awq", "int w8a8", "packed mxfp4"]
+    "name",
+    ["gptq v2 act-order", "gptq v1 8 bits", "awq", "int w8a8", "packed mxfp4", "fp8 blocks"],
 )
 def test_loads_onto_a_device(tmp_path: Path, name: str, device: str) -> None:
     expected = write(tmp_path, FORMS[name])

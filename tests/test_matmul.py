@@ -1,4 +1,4 @@
-"""matmul_int4_bf16_tn, matmul_int8_bf16_tn and dequantize against the oracle: exactly where float32
+"""The ops with INT4, INT8 and FP8 weights, and dequantize, against the oracle: exactly where float32
 has nothing to round, by the tolerance rule at random.
 
 Refusals: test_matmul_refusals.py. Compilation, gradients, vmap: test_compile_ops.py,
@@ -13,7 +13,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from gemm_case import CODES, X_DTYPE, Case, build, float32_is_exact, relayout
+from gemm_case import CODES, X_DTYPE, Case, build, float32_is_exact, relayout, stored
 from gemm_checks import check_bounded, check_exact, check_large_sum
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -22,6 +22,7 @@ from strategies import (
     FLOATS,
     FP16,
     FP32,
+    PAIRS,
     cover,
     dtype_cases,
     identity_cases,
@@ -34,6 +35,7 @@ from tolerance import assert_identical
 from torch import Tensor
 
 from intlass_ops import dequantize, matmul_int4_bf16_tn, matmul_int8_bf16_tn, packing
+from intlass_ops.ops import matmul_fp8_bf16_tn
 
 # ------------------------------------------------------------------------------------------- exact
 
@@ -72,7 +74,7 @@ def test_identity_activations_reproduce_the_weights(case: Case, device: str) -> 
     """Bit for bit: every code in every group, with scales that are no powers of two."""
     call = build(case, device)
     codes = every_code(case.w, case.n, case.k)
-    call.w = (codes.to(torch.int8) if case.w == "s8" else oracle.pack(codes)).to(device)
+    call.w = stored(case.w, codes).to(device)
     call.scales = call.scales * 1.171875  # 1.0010110 in binary
     if case.a_zero is not None:
         call.options["a_zero"] = torch.zeros((), device=device)
@@ -86,10 +88,12 @@ def test_identity_activations_reproduce_the_weights(case: Case, device: str) -> 
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("w", ["s4", "u4", "s8"])
+@pytest.mark.parametrize("w", ["s4", "u4", "s8", "e4m3"])
 def test_dequantize_rounds_the_exact_weights(w: str, dtype: torch.dtype, device: str) -> None:
     for k, groups in ((96, 6), (96, 2), (96, 1), (33, 1), (0, 1)):
         call = build(Case("bf16", w, k=k, groups=groups, zero=BF16, scale=BF16), device)
+        if w == "e4m3":
+            call.w = stored(w, every_code(w, 48, k)).to(device)
         zeros = call.options.get("zeros")
         expected = oracle.round_to(oracle.weight(call.w, call.scales, zeros, k), dtype)
         for layout in ("contiguous", "transposed", "columns"):
@@ -103,8 +107,7 @@ def test_dequantize_rounds_the_exact_weights(w: str, dtype: torch.dtype, device:
 
 
 @pytest.mark.parametrize("out", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("x", ["bf16", "fp16", "fp32", "s8"])
-@pytest.mark.parametrize("w", ["s4", "u4", "s8"])
+@pytest.mark.parametrize(("x", "w"), [pair for pair in PAIRS if pair[0] not in ("s4", "u4")])
 def test_bias_joins_before_the_rounding(x: str, w: str, out: torch.dtype, device: str) -> None:
     """The product is halfway between two numbers of the output type; the bias decides."""
     odd, values = {BF16: (257, [16.0] * 16 + [1.0]), FP16: (2049, [127.0] * 16 + [17.0])}[out]
@@ -115,6 +118,9 @@ def test_bias_joins_before_the_rounding(x: str, w: str, out: torch.dtype, device
     bias, ones = torch.tensor([1.0, -1.0], device=device), torch.ones(2, device=device)
     if w == "s8":
         y = matmul_int8_bf16_tn(a, codes, None, ones, bias=bias, out_dtype=out)
+    elif w == "e4m3":
+        codes = codes.to(torch.float8_e4m3fn)
+        y = matmul_fp8_bf16_tn(a, codes, ones, bias=bias, out_dtype=out)
     else:
         zeros = None if w == "s4" else torch.zeros_like(ones)
         y = matmul_int4_bf16_tn(a, oracle.pack(codes), ones, zeros, bias=bias, out_dtype=out)
@@ -191,7 +197,7 @@ def test_zero_subnormal_huge_and_infinite_scales(case: Case, device: str) -> Non
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("w", ["s4", "u4", "s8"])
+@pytest.mark.parametrize("w", ["s4", "u4", "s8", "e4m3"])
 @pytest.mark.parametrize("x", ["bf16", "fp16", "fp32"])
 def test_a_token_that_is_not_finite_spoils_itself_only(
     x: str, w: str, value: float, device: str
@@ -228,8 +234,11 @@ def test_nan_in_a_parameter_reaches_the_output(name: str, device: str) -> None:
 # ------------------------------------------------------------------------------------------ shapes
 
 
+_ONE_OF_EACH = [("bf16", "u4"), ("fp32", "s8"), ("bf16", "e4m3"), ("s8", "s8"), ("s4", "s4")]
+
+
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (4, 0), (2, 3), (2, 1, 3)], ids=str)
-@pytest.mark.parametrize(("x", "w"), [("bf16", "u4"), ("fp32", "s8"), ("s8", "s8"), ("s4", "s4")])
+@pytest.mark.parametrize(("x", "w"), _ONE_OF_EACH)
 def test_leading_dimensions_are_kept(x: str, w: str, lead: tuple[int, ...], device: str) -> None:
     for a_scale in ("token", "flat") if x in CODES else ("none",):
         case = Case(x, w, lead=lead, a_scale=a_scale, out=FP32)
@@ -241,7 +250,7 @@ def test_leading_dimensions_are_kept(x: str, w: str, lead: tuple[int, ...], devi
 
 @pytest.mark.parametrize("k", [0, 1])
 @pytest.mark.parametrize("n", [0, 1, 3])
-@pytest.mark.parametrize(("x", "w"), [("bf16", "u4"), ("fp32", "s8"), ("s8", "s8"), ("s4", "s4")])
+@pytest.mark.parametrize(("x", "w"), _ONE_OF_EACH)
 def test_empty_and_single_sizes(x: str, w: str, n: int, k: int, device: str) -> None:
     """K = 0 is a sum of nothing: the bias alone, as torch.nn.functional.linear has it."""
     for lead in ((), (1,), (3,), (0,)):

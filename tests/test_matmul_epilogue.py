@@ -1,4 +1,4 @@
-"""`activation` and `residual` of matmul_int4_bf16_tn and matmul_int8_bf16_tn: results, gradients,
+"""`activation` and `residual` of the ops with INT4, INT8 and FP8 weights: results, gradients,
 vmap. Refusals: test_matmul_refusals.py; any legal call: test_matmul.py.
 """
 
@@ -72,7 +72,11 @@ def _reference(
 
 
 @pytest.mark.parametrize(
-    ("activation", "w"), [(None, "s4"), ("gelu", "s4"), *((name, "s8") for name in ACTIVATIONS)]
+    ("activation", "w"),
+    [
+        *((None, "s4"), ("gelu", "s4"), (None, "e4m3"), ("silu", "e4m3")),
+        *((name, "s8") for name in ACTIVATIONS),
+    ],
 )
 def test_gradients(activation: str | None, w: str, device: str) -> None:
     case = Case(

@@ -1,5 +1,5 @@
-"""What matmul_int4_bf16_tn and matmul_int8_bf16_tn refuse: with one message on every device, on
-meta and on fake tensors. Under torch.compile: test_compile_ops.py.
+"""What the ops with INT4, INT8 and FP8 weights refuse: with one message on every device, on meta
+and on fake tensors. Under torch.compile: test_compile_ops.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 _REFUSED_CASES = tuple(
     Case(x, w, lead=(2,), n=5, k=96, a_zero=a_zero_of(x))
-    for x, w in (("bf16", "u4"), ("fp32", "s8"), ("s8", "s8"), ("s8", "u4"), ("u4", "s4"))
+    for x, w in (
+        ("bf16", "u4"),
+        ("fp32", "s8"),
+        ("s8", "s8"),
+        ("s8", "u4"),
+        ("u4", "s4"),
+        ("bf16", "e4m3"),
+    )
 )
 
 

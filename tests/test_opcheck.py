@@ -40,6 +40,8 @@ def _matmul(case: Case, **requires_grad: bool) -> tuple[Any, tuple[Any, ...]]:
         o["residual"] = o["residual"].detach().requires_grad_()
     last = (o.get("a_zero"), o.get("alpha"), o.get("bias"), case.out)
     last += (o.get("activation"), o.get("residual"))
+    if case.w == "e4m3":
+        return OPS.matmul_fp8_bf16_tn.default, (call.a, call.w, call.scales, *last[1:])
     if case.w == "s8":
         args = (call.a, call.w, o.get("a_scale"), call.scales, *last)
         return OPS.matmul_int8_bf16_tn.default, args
@@ -205,6 +207,56 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         ),
         {},
     ),
+    "fp8": (
+        *_matmul(
+            Case("fp16", "e4m3", (2, 3), 7, 48, groups=3, bias=FP32, alpha="tensor", out=FP32),
+            a=True,
+            bias=True,
+        ),
+        {},
+    ),
+    "fp8-gelu-residual": (
+        *_matmul(
+            Case("bf16", "e4m3", (3,), 7, 33, activation="gelu", residual=True, w_layout="columns"),
+            a=True,
+            residual=True,
+        ),
+        {},
+    ),
+    "dequantize-fp8": (
+        OPS.dequantize.default,
+        (_codes(4, 32).to(torch.float8_e4m3fn), _x(4, 2), None, 32, FP16),
+        {},
+    ),
+    "experts-fp8": (
+        OPS.matmul_experts.default,
+        (
+            _x(5, 32).requires_grad_(),
+            _codes(3, 4, 32).to(torch.float8_e4m3fn),
+            _x(3, 4, 2),
+            None,
+            torch.tensor([2, 2, 4]),
+            32,
+            None,
+            _x(3, 4).requires_grad_(),
+            None,
+            _x(3),
+        ),
+        {},
+    ),
+    "experts-backward-fp8": (
+        OPS.matmul_experts_backward.default,
+        (
+            _x(5, 4),
+            _codes(2, 4, 7).to(torch.float8_e4m3fn),
+            _x(2, 4, 1),
+            None,
+            torch.tensor([2, 5]),
+            7,
+            BF16,
+        ),
+        {},
+    ),
     "w8a8-transposed": (*_matmul(Case("s8", "s8", (3,), 8, 16, w_layout="transposed")), {}),
 }
 
@@ -215,6 +267,20 @@ def _to(value: Any, device: str) -> Any:
     return value.detach().to(device).requires_grad_(value.requires_grad)
 
 
+@pytest.fixture
+def float8_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schema's check asks torch.allclose, which has no float8, whether an input was changed."""
+    allclose = torch.allclose
+
+    def by_bytes(a: Tensor, b: Tensor, **how: Any) -> bool:
+        if a.dtype == b.dtype == torch.float8_e4m3fn:
+            return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        return allclose(a, b, **how)
+
+    monkeypatch.setattr(torch, "allclose", by_bytes)
+
+
+@pytest.mark.usefixtures("float8_is_compared")
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name: str, device: str) -> None:
     """Schema, fake kernel, autograd registration, AOT dispatch with dynamic shapes."""
@@ -240,6 +306,7 @@ def test_every_op_has_a_sample() -> None:
             "quantize_static",
             "matmul_int4_bf16_tn",
             "matmul_int8_bf16_tn",
+            "matmul_fp8_bf16_tn",
             "dequantize",
             "fused_quantize",
             "matmul_block_scaled",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import intlass_ops
 from intlass_ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn
+from intlass_ops.ops import matmul_fp8_bf16_tn
 
 OPS = torch.ops.intlass
 
@@ -51,6 +52,8 @@ _GRADIENT_CASES = [
         ("bf16", "s8", (7,), 32, 1, "none", BF16, FP32),
         ("fp16", "s8", (), 48, 3, "float", FP16, BF16),
         ("fp16", "s4", (1,), 32, 1, "none", FP32, None),
+        ("fp32", "e4m3", (2, 3), 33, 1, "none", FP32, None),
+        ("bf16", "e4m3", (7,), 48, 3, "tensor", BF16, FP32),
     )
 ]
 
@@ -188,18 +191,20 @@ def _loop(fn: Callable[..., Tensor], in_dims: tuple[int | None, ...], *args: Ten
     )
 
 
+@pytest.mark.parametrize("op", [matmul_int4_bf16_tn, matmul_fp8_bf16_tn])
 @pytest.mark.parametrize("in_dims", [(0, None, None), (1, None, None), (0, 0, 0), (None, 0, None)])
-def test_vmap_of_float_activations(in_dims: tuple[int | None, ...], device: str) -> None:
-    a = _codes(4, 4, 32).to(BF16).to(device)
-    w = oracle.pack(_codes(4, 6, 32)).to(device)
+def test_vmap_of_float_activations(in_dims: tuple[int | None, ...], op: Any, device: str) -> None:
+    a, w = _codes(4, 4, 32).to(BF16).to(device), _codes(4, 6, 32)
+    w = oracle.pack(w) if op is matmul_int4_bf16_tn else w.to(torch.float8_e4m3fn)
+    w = w.to(device)
     scales = _powers_of_two(4, 6, 2).to(device)
     args = (
         a,
         w if in_dims[1] is not None else w[0],
         scales if in_dims[2] is not None else scales[0],
     )
-    y = torch.vmap(matmul_int4_bf16_tn, in_dims=in_dims)(*args)
-    assert_identical(y, _loop(matmul_int4_bf16_tn, in_dims, *args))
+    y = torch.vmap(op, in_dims=in_dims)(*args)
+    assert_identical(y, _loop(op, in_dims, *args))
 
 
 @pytest.mark.parametrize("in_dims", [(0, None, None, None), (0, None, 0, None), (0, 0, 0, 0)])

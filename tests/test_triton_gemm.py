@@ -61,7 +61,11 @@ def test_dequantised_weights(signed: bool, dtype: torch.dtype) -> None:
         q = torch.randint(-8, 8, (n, k), generator=rng) + (0 if signed else 8)
         s = torch.rand(n, groups, generator=rng)
         z = None if signed else 15 * torch.rand(n, groups, generator=rng)
-        for codes, scales in ((packing.pack(q), s), (q.to(torch.int8), s[:, :1])):
+        fp8 = (torch.arange(n * k).view(n, k) % 256).to(torch.uint8)
+        fp8[fp8 % 128 == 127] = 0  # not the two NaNs
+        fp8 = fp8.view(torch.float8_e4m3fn)
+        one_scale = (q.to(torch.int8), s[:, :1]), (fp8.T.contiguous().T, s[:, :1])
+        for codes, scales in ((packing.pack(q), s), (fp8, s), *one_scale):
             found = kernels.dequantize(codes, scales, z, k, dtype)
             expected = torch.ops.intlass.dequantize(codes, scales, z, k, dtype)
             assert torch.equal(found, expected), (n, k, groups, codes.dtype)

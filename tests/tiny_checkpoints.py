@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from fp4_case import Fp4Weight, draw_fp4
+from fp8_case import Fp8Weight, draw_fp8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -148,6 +149,13 @@ def modelopt(w: Fp4Weight) -> dict[str, Tensor]:
     }
 
 
+def fp8(w: Fp8Weight, scale: str = "weight_scale", more: str = "") -> dict[str, Tensor]:
+    """Scales under a name; of a whole tensor, where there is but one, a number."""
+    s = w.s[0, 0] if w.s.numel() == 1 and w.block == w.q.shape else w.s
+    tensors = {"weight": w.codes(), scale: s}
+    return tensors | ({more: torch.tensor(0.01)} if more else {})
+
+
 def compressed(bits: int, form: str, activation: int | None = None) -> dict[str, Any]:
     inputs = {"num_bits": activation, "type": "int", "symmetric": True, "dynamic": True,
               "strategy": "token"}  # fmt: skip
@@ -173,6 +181,16 @@ def compressed_fp4(group: int) -> dict[str, Any]:
     config["config_groups"]["group_0"] |= {
         "weights": {**scheme, "strategy": "group" if group == 32 else "tensor_group"},
         "input_activations": {**scheme, "dynamic": True if group == 32 else "local"},
+    }
+    return config
+
+
+def compressed_fp8(**weights: Any) -> dict[str, Any]:
+    config = compressed(8, "float-quantized")
+    scheme = {"num_bits": 8, "type": "float", "symmetric": True}
+    config["config_groups"]["group_0"] |= {
+        "weights": {**scheme, "dynamic": False, **weights},
+        "input_activations": {**scheme, "dynamic": True, "strategy": "token"},
     }
     return config
 
@@ -232,6 +250,13 @@ MODELOPT_CONFIG = {
     "ignore": ["lm_head"],
     "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
 }
+FP8_CONFIG = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [24, 16],
+    "modules_to_not_convert": ["lm_head"],
+}
 FORMS = {
     "gptq v1": Form({}, lambda w: gptq(w, 1), gptq_config(4, 1)),
     "gptq v1 symmetric": Form({"symmetric": True}, lambda w: gptq(w, 1), gptq_config(4, 1, True)),
@@ -267,6 +292,28 @@ FORMS = {
     ),
     "modelopt nvfp4": Form(
         {"group": 16, "global_scale": 0.07}, modelopt, MODELOPT_CONFIG, make=draw_fp4
+    ),
+    "fp8 blocks": Form(
+        {"block": (24, 16)}, lambda w: fp8(w, "weight_scale_inv"), FP8_CONFIG, make=draw_fp8
+    ),
+    "fp8 per tensor": Form(
+        {"block": (None, None)}, lambda w: fp8(w, "weight_scale_inv", "activation_scale"),
+        {"quant_method": "fp8", "activation_scheme": "static"}, make=draw_fp8,
+    ),
+    "fbgemm fp8": Form(
+        {}, lambda w: fp8(w, "weight_scale", "input_scale_ub"),
+        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, make=draw_fp8,
+    ),
+    "packed fp8": Form(
+        {"dtype": torch.bfloat16}, fp8, compressed_fp8(strategy="channel"), make=draw_fp8
+    ),
+    "packed fp8 blocks": Form(
+        {"block": (24, 16), "dtype": torch.bfloat16}, fp8,
+        compressed_fp8(strategy="block", block_structure=[24, 16]), make=draw_fp8,
+    ),
+    "modelopt fp8": Form(
+        {"block": (None, None)}, lambda w: fp8(w, "weight_scale", "input_scale"),
+        {**MODELOPT_CONFIG, "quant_algo": "FP8"}, make=draw_fp8,
     ),
 }  # fmt: skip
 
@@ -318,7 +365,7 @@ def write_experts(directory: Path, form: Form, kind: str = "Mixtral") -> Any:
         del state[name]
         path = name.removesuffix(".weight")
         state |= {f"{path}.{part}": t for part, t in form.store(w).items()}
-    _save(directory, state, form.config, config)
+    save(directory, state, form.config, config)
     return model_class.from_pretrained(None, config=config, state_dict=dense).eval()
 
 
@@ -345,7 +392,7 @@ def write_gpt_oss(directory: Path) -> Any:
         del state[name]
         state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
     left = {"modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    _save(directory, state, {"quant_method": "mxfp4", **left}, config)
+    save(directory, state, {"quant_method": "mxfp4", **left}, config)
     return model
 
 
@@ -404,11 +451,11 @@ def write(
         linear.weight.copy_(w.dense())
     metadata = {f"{path}.weight": form.metadata for path in linears(model)}
     model.config.architectures = ["LlamaForCausalLM"]
-    _save(directory, state, form.config, model.config, metadata if form.metadata else None)
+    save(directory, state, form.config, model.config, metadata if form.metadata else None)
     return model
 
 
-def _save(
+def save(
     directory: Path,
     state: dict[str, Tensor],
     quantization: dict[str, Any],

@@ -79,7 +79,7 @@ _TILES_BY_STAGES["bf16", 8, "groups"] = _TILES_BY_STAGES["bf16", 4, "groups"]
 # above, whose rates are not those of small groups: a fit to 86 problems of three layers and nine
 # forms, M = 256..8192; picking loses 0.2 % to the best tile, 3.5 % at most.
 _SHORT_STAGES_OF_GROUPS = (("", 930), ("by_stages", 960))  # below 128
-_SHORT_STAGES_OF_ROWS = (("", 750),)  # INT8
+_SHORT_STAGES_OF_ROWS = (("", 750),)  # weights of eight bits, in groups of 128 and more too
 # As many tokens and no more, of layers that are wide or long: stages of 256 k. block_m, consumers,
 # how, TOPS
 _TILES_OF_LONG_STAGES = {
@@ -92,6 +92,7 @@ _TILES_OF_LONG_STAGES = {
 # 4096x14336, W4A16's to 4096x4096 too.
 _TILES_OF_SEVERAL = {
     ("bf16", 4, "channel"): ((128, 1, 2, 970), (64, 1, 2, 620), (32, 1, 2, 387), (16, 1, 2, 189)),
+    ("bf16", 8, "channel"): ((128, 1, 2, 900),),
     ("s8", 4, "groups"): ((64, 1, 2, 834), (32, 1, 2, 497)),
 }
 # Rows that do not fill all SMs alike, few tokens: the last consumer has a share of the K of those
@@ -152,7 +153,7 @@ def tiles_of(shape: Shape, scaled: bool, whole: bool) -> Iterator[Tile]:
         yield Tile(m, 1, block_k, consumers, "by_stages" if consumers > 1 else "", rate)
     for m, consumers, how, rate in _TILES_OF_LONG_STAGES.get(key, ()):
         yield Tile(m, 1, 256, consumers, how, rate)
-    if key == ("bf16", 8, "channel") and whole:
+    if key == ("bf16", 8, "channel") and (whole or shape.group_size % HOPPER_BLOCK_K == 0):
         short: tuple[tuple[str, int], ...] = _SHORT_STAGES_OF_ROWS
     else:
         small = shape.group_size < min(shape.k, HOPPER_BLOCK_K)

@@ -24,20 +24,29 @@ from .problem import (
 )
 
 SKINNY_MAX_M = 16
-# (tiles_n, warps, unroll), by bits of W, for up to 8 tokens and for more; where a block of 16 rows
+# (tiles_n, warps, unroll), by kind of W, for up to 8 tokens and for more; where a block of 16 rows
 # an SM is enough, where one of 32 is, where two are, and where more are needed. The best of 20
 # layers without zero points on an H200 (benchmarks/results/h200-layers.json); None: by the rules of
 # _direct_tile.
 _TILES = {
-    8: (
+    "s8": (
         ((1, 16, 2), (1, 16, 2), (2, 8, 2), (1, 8, 1)),
         ((1, 16, 2), (1, 16, 2), (2, 8, 2), (1, 4, 2)),
     ),
-    4: (
+    "s4": (
         ((1, 16, 2), (2, 16, 2), (2, 8, 2), (2, 4, 2)),
         ((1, 16, 2), None, None, (2, 4, 1)),
     ),
+    "e4m3": (  # of four layers
+        ((1, 16, 2), (1, 16, 2), (1, 16, 1), (1, 8, 2)),
+        ((1, 16, 1), (1, 16, 1), (1, 8, 2), (2, 4, 2)),
+    ),
 }
+# The same of eight bits in groups of 128, with four layers of FP8
+_TILES_IN_GROUPS = (
+    ((1, 8, 4), (1, 8, 4), (1, 8, 2), (1, 8, 2)),
+    ((1, 16, 1), (1, 16, 1), (2, 8, 2), (1, 4, 1)),
+)
 
 
 @dataclass(frozen=True)
@@ -212,9 +221,11 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     if chunks <= 16 and 2 * blocks <= sms:  # a small layer: each warp one chunk
         return 1, max(1, chunks), 1, 1
     measured = None
-    if not shape.has_zeros and shape.w_kind != "e2m1":
+    if not shape.has_zeros and shape.w_kind in _TILES:
         rounds = 0 if 2 * blocks <= sms else min(math.ceil(blocks / sms), 3)
-        measured = _TILES[BITS[shape.w_kind]][not few_tokens][rounds]
+        in_groups = BITS[shape.w_kind] == 8 and shape.group_size < shape.k
+        of_kind = _TILES_IN_GROUPS if in_groups else _TILES[shape.w_kind]
+        measured = of_kind[not few_tokens][rounds]
     if measured is not None:
         tiles_n, warps, unroll = measured
         tile = *measured, _threads(device, shape, tiles_n * unroll, unroll) // (32 * warps)

@@ -1,4 +1,4 @@
-"""compressed-tensors checkpoints: integers (W4A16 to W8A8, act-order), NVFP4 and MXFP4.
+"""compressed-tensors checkpoints: integers (W4A16 to W8A8, act-order), FP8, NVFP4 and MXFP4.
 
     weight_packed     int32 [N, ceil(K·b/32)]   q + 2^(b-1), lowest bits first (pack-quantized)
     weight_shape      int [2]                   N, K
@@ -12,9 +12,14 @@
     weight_scale        e4m3 [N, K/16]          NVFP4; or uint8 [N, K/32], e8m0 (MXFP4)
     weight_global_scale float32 [1]             NVFP4 alone
 
-Activations of FP4 layers stay in 16 bits, also in files of W4A4, and so does a quantised cache of
-keys and values. Activations of integer layers, quantised per token on the fly (symmetric INT8 or
-INT4), are quantised by our own ops: their scale is amax / 127 where the library's is amax / 127.5.
+    float-quantized: w = code · scale
+    weight              e4m3 [N, K]
+    weight_scale        [1], [N, 1], [N, G], or of blocks: [ceil(N/bn), ceil(K/bk)]
+
+Activations of FP4 and FP8 layers stay in 16 bits, also in files of W4A4 and W8A8, and so does a
+quantised cache of keys and values. Activations of integer layers, quantised per token on the fly
+(symmetric INT8 or INT4), are quantised by our own ops: their scale is amax / 127 where the
+library's is amax / 127.5.
 Other activation schemes are refused: `prepare_` converts the library's own model exactly.
 """
 
@@ -29,14 +34,16 @@ from torch import Tensor
 
 from .. import packing
 from ..fp4_linear import GROUPS, MXFP4, NVFP4
+from ..fp8_linear import FP8
 from ..nn import Activation
-from . import FormatError, fp4
+from . import FormatError, fp4, fp8
 from .checkpoint import Checkpoint, Layer, number
-from .stored import StoredWeight, act_order, fields, group_size_of, unsigned
+from .layers import AnyStored
+from .stored import act_order, fields, group_size_of, unsigned
 
 _INDEX = (torch.int32, torch.int64)
 _FORMATS = (
-    "pack-quantized", "int-quantized", "naive-quantized", "mixed-precision",
+    "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision",
     "nvfp4-pack-quantized", "mxfp4-pack-quantized",
 )  # fmt: skip
 _FP4 = fp4.Names("weight_packed", "weight_scale", "weight_global_scale", True, "input_global_scale")
@@ -47,9 +54,10 @@ class _Group:
     """An entry of config_groups: the layers that it is for, and what it says of them."""
 
     targets: list[str]
-    kind: str | None  # of the weights: "int", "mxfp4", "nvfp4"; None for what is not read
+    kind: str | None  # of the weights: "int", "mxfp4", "nvfp4", "fp8"; None for what is not read
     bits: int
     activations: Any
+    block: fp8.Block | None = None  # of FP8: what shares a scale, but for rows and whole tensors
 
 
 class CompressedTensors:
@@ -94,6 +102,8 @@ class CompressedTensors:
         if kind != "float":
             raise FormatError(f"{where}: weights of type {kind!r}; expected 'int' or 'float'")
         bits, size = number(weights, "num_bits", where), weights.get("group_size")
+        if bits == 8:
+            return _Group(targets, FP8, bits, None, _block(weights, where))
         of_size = (each for each, group in GROUPS.items() if group == size and bits == 4)
         return _Group(targets, next(of_size, None), bits, None)
 
@@ -106,7 +116,7 @@ class CompressedTensors:
 
     def activation(self, path: str) -> Activation:
         layer = Layer(self.checkpoint, path)
-        if self._is_fp4(layer):
+        if self._is_fp4(layer) or fp8.is_fp8(layer):
             return None
         bits = self._bits(layer)
         found = [g.activations for g in self._groups(path) if g.kind == "int" and g.bits == bits]
@@ -143,6 +153,13 @@ class CompressedTensors:
             )
         return fp4.stored(layer, kind, _FP4)
 
+    def _stored_fp8(self, layer: Layer) -> fp8.StoredFp8:
+        groups = [group for group in self._groups(layer.path) if group.kind == FP8]
+        if not groups:
+            raise layer.fail("no config group has weights of 8 floating-point bits")
+        blocks = [group.block for group in groups if group.block is not None]
+        return fp8.stored(layer, "weight_scale", blocks)
+
     def _bits(self, layer: Layer) -> int:
         if not layer.has("weight_packed"):
             layer.shape("weight", 2, (torch.int8,))
@@ -166,11 +183,12 @@ class CompressedTensors:
             raise layer.fail(f"weight_shape is [{n}, {k}], but weight_packed has {rows} rows")
         return n, k
 
-    def stored(self, path: str) -> StoredWeight | fp4.StoredFp4:
+    def stored(self, path: str) -> AnyStored:
         layer = Layer(self.checkpoint, path)
         if self._is_fp4(layer):
             return self._stored_fp4(layer)
-        fp4.refuse_fp8(layer, "weight")
+        if fp8.is_fp8(layer):
+            return self._stored_fp8(layer)
         bits, packed = self._bits(layer), layer.has("weight_packed")
         n, k = self._shape(layer) if packed else layer.shape("weight", 2, (torch.int8,))
         scales = self._scales(layer, n)
@@ -220,6 +238,14 @@ class CompressedTensors:
         if bool((values < -middle).any()) or bool((values >= middle).any()):
             raise layer.fail(f"weight_zero_point leaves the {bits}-bit codes")
         return (values + middle).to(torch.int16).expand(n, groups)
+
+
+def _block(weights: Mapping[str, Any], where: str) -> fp8.Block | None:
+    if weights.get("strategy") == "block":
+        return fp8.block_of(weights.get("block_structure"), f"{where}: block_structure")
+    size = weights.get("group_size")
+    # -1: one scale a row.
+    return (1, size) if type(size) is int and size > 0 else None
 
 
 def _plain_codes(layer: Layer, bits: int, n: int, k: int) -> Tensor:

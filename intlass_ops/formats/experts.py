@@ -7,29 +7,33 @@ has fused already (mxfp4.py).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..fp8_linear import FP8
 from ..lowering.storage import INT4, INT8
 from ..nn import Activation
+from ..ops.problem import GROUP_STEP
 from . import FormatError
 from .fp4 import StoredFp4
-from .layers import LayerSpec, fp4_spec
+from .fp8 import StoredFp8
+from .layers import AnyStored, LayerSpec, fp4_spec, fp8_spec
 from .stored import StoredWeight
 
-_Stored = TypeVar("_Stored", StoredWeight, StoredFp4)
+_Stored = TypeVar("_Stored", StoredWeight, StoredFp4, StoredFp8)
 # For each piece of N (gate, up), the weights of all experts.
 _Parts = Sequence[Sequence[_Stored]]
 _Read = dict[str, Callable[[], Tensor]]
 
 
 def stacked(
-    name: str, parts: Sequence[Sequence[StoredWeight | StoredFp4]], activation: Activation
+    name: str, parts: Sequence[Sequence[AnyStored]], activation: Activation
 ) -> tuple[LayerSpec, _Read]:
-    """Spec of an `IntExpertLinear` or `Fp4ExpertLinear`, and how to get each of its tensors.
+    """Spec of an `IntExpertLinear` or its kin of FP4 or FP8, and how to get each of its tensors.
 
     ``parts``: for each piece of N (gate, up), the weights of all experts.
 
@@ -40,10 +44,13 @@ def stacked(
     integers = [[each for each in row if isinstance(each, StoredWeight)] for row in parts]
     if any(integers):
         return _integers(name, integers, activation)
+    fp8 = [[each for each in row if isinstance(each, StoredFp8)] for row in parts]
+    if any(fp8):
+        return _fp8(name, fp8)
     return _fp4(name, [[each for each in row if isinstance(each, StoredFp4)] for row in parts])
 
 
-def _check_alike(name: str, parts: Sequence[Sequence[StoredWeight | StoredFp4]]) -> None:
+def _check_alike(name: str, parts: Sequence[Sequence[AnyStored]]) -> None:
     first = parts[0][0]
     for row in parts:
         for stored in row:
@@ -54,10 +61,12 @@ def _check_alike(name: str, parts: Sequence[Sequence[StoredWeight | StoredFp4]])
             raise FormatError(f"{name}: the experts differ in number or shape")
 
 
-def _form(stored: StoredWeight | StoredFp4) -> tuple[Any, ...]:
+def _form(stored: AnyStored) -> tuple[Any, ...]:
     """All of a weight that is the same in the whole layer, but for the number of rows."""
     if isinstance(stored, StoredFp4):
         return stored.kind, stored.shape[1]
+    if isinstance(stored, StoredFp8):  # groups may differ
+        return FP8, stored.shape[1]
     return stored.bits, stored.shape[1], stored.scales.shape[1], stored.scales.dtype
 
 
@@ -79,6 +88,24 @@ def _fp4(name: str, parts: _Parts[StoredFp4]) -> tuple[LayerSpec, _Read]:
         every = torch.stack([torch.stack(row) for row in scales], 1)
         read["global_scale"] = lambda: every if by_piece else every[:, 0].contiguous()
     return spec, read
+
+
+def _fp8(name: str, parts: _Parts[StoredFp8]) -> tuple[LayerSpec, _Read]:
+    """Scales of the smallest groups that all experts have: others are repeated."""
+    every, (experts, n, k) = [stored for row in parts for stored in row], _shape(parts)
+    groups = math.lcm(*(stored.groups for stored in every))
+    if k % groups or (groups > 1 and k // groups % GROUP_STEP):
+        sizes = sorted({stored.group_size for stored in every})
+        raise FormatError(f"{name}: the experts differ in their groups: {sizes}")
+    dtype = functools.reduce(torch.promote_types, (stored.scale_dtype for stored in every))
+    spec = fp8_spec((experts, n, k), groups, dtype)
+
+    def scales_of(stored: StoredFp8) -> Tensor:
+        return stored.read_scales().repeat_interleave(groups // stored.groups, 1)
+
+    return spec, _gathered(
+        spec, parts, {"weight": lambda stored: stored.read(), "scales": scales_of}
+    )
 
 
 def _integers(

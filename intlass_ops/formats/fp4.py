@@ -101,10 +101,3 @@ def _global_scale(layer: Layer, names: Names) -> Tensor:
     if not bool(torch.isfinite(scale)):
         raise layer.fail(f"{names.global_scale} is {value.item()}; the file is damaged")
     return scale
-
-
-def refuse_fp8(layer: Layer, name: str) -> None:
-    """FormatError for a weight of 8-bit floating point, as mixed checkpoints have beside FP4."""
-    header = layer.checkpoint.tensors.get(f"{layer.path}.{name}")
-    if header is not None and header.stored.startswith("F8"):
-        raise layer.fail(f"{name} is {header.stored}: FP8 is not read")

@@ -8,7 +8,8 @@ A layer is saved as its buffers (`<path>.weight`, `.scales`, `.zeros`, `.order`,
                  "activation": null, "tensors": {"weight": ["uint8", [11008, 2048]], …}}, …]}
 
 Layers that are stored alike share an entry. Layers of experts have one dimension more: experts.
-Of FP4 scales are their bytes, and NVFP4 has `.global_scale` beside them.
+Of FP4 scales are their bytes, and NVFP4 has `.global_scale` beside them; of FP8 the weight is in
+e4m3 and scales are floating.
 Not here: how a model is walked (integrations/).
 """
 
@@ -22,15 +23,23 @@ import torch
 from torch import Tensor, nn
 
 from ..fp4_linear import GROUPS, MXFP4, NVFP4, Fp4ExpertLinear, Fp4Layer, Fp4Linear
+from ..fp8_linear import CODES, FP8, Fp8ExpertLinear, Fp8Layer, Fp8Linear
 from ..lowering.storage import INT4, INT4_PAIR, INT8, Packed
 from ..nn import Activation, IntExpertLinear, IntLinear, PackedLinear
 from . import FormatError
 from .fp4 import StoredFp4
+from .fp8 import StoredFp8
 from .stored import StoredWeight
 
+AnyStored = StoredFp4 | StoredFp8 | StoredWeight
 VERSION = 1
 METHOD = "intlass"
-_KINDS = (INT4, INT8, INT4_PAIR, MXFP4, NVFP4)
+_FP4_LAYERS: tuple[type[Fp4Layer], type[Fp4Layer]] = (Fp4Linear, Fp4ExpertLinear)
+# Layers of floating-point codes, by kind: of one weight, and of all experts.
+_FLOATING: dict[str, tuple[type[Fp4Layer | Fp8Layer], type[Fp4Layer | Fp8Layer]]] = {
+    MXFP4: _FP4_LAYERS, NVFP4: _FP4_LAYERS, FP8: (Fp8Linear, Fp8ExpertLinear),
+}  # fmt: skip
+_KINDS = (INT4, INT8, INT4_PAIR, *_FLOATING)
 _NAMES = (
     "weight", "scales", "zeros", "high", "high_scales", "order", "input_scale", "global_scale",
     "bias",
@@ -39,7 +48,7 @@ _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
         torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
-        torch.float16, torch.bfloat16, torch.float32,
+        torch.float16, torch.bfloat16, torch.float32, CODES,
     )
 }  # fmt: skip
 
@@ -48,7 +57,7 @@ _DTYPES = {
 class LayerSpec:
     """Everything about a quantised linear but the values of its tensors."""
 
-    kind: str  # "int4", "int8", "int4 pair", "mxfp4", "nvfp4"
+    kind: str  # "int4", "int8", "int4 pair", "mxfp4", "nvfp4", "fp8"
     in_features: int
     activation: Activation
     tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
@@ -56,11 +65,11 @@ class LayerSpec:
     @classmethod
     def of(cls, module: nn.Module) -> LayerSpec | None:
         """The spec of one of our layers; None for any other module."""
-        if not isinstance(module, (Fp4Layer, IntExpertLinear, IntLinear, PackedLinear)):
+        if not isinstance(module, (Fp4Layer, Fp8Layer, IntExpertLinear, IntLinear, PackedLinear)):
             return None
         buffers = ((name, getattr(module, name, None)) for name in _NAMES)
         tensors = tuple((name, t.dtype, tuple(t.shape)) for name, t in buffers if t is not None)
-        if isinstance(module, (Fp4Layer, PackedLinear)):
+        if isinstance(module, (Fp4Layer, Fp8Layer, PackedLinear)):
             return cls(module.kind, module.in_features, None, tensors)
         kind = INT4 if module.bits == 4 else INT8
         return cls(kind, module.in_features, module.activation, tensors)
@@ -86,8 +95,8 @@ def layer_of(
 ) -> nn.Module:
     """The module of a kind over these buffers; ValueError or TypeError if they do not fit."""
     weight, scales = tensors["weight"], tensors["scales"]
-    if kind in (MXFP4, NVFP4):
-        return _fp4_layer(kind, in_features, activation, tensors)
+    if kind in _FLOATING:
+        return _floating_layer(kind, in_features, activation, tensors)
     if weight.dim() == 3:
         if kind == INT4_PAIR or not tensors.keys() <= {"weight", "scales", "zeros"}:
             raise ValueError(f"experts of kind {kind!r} with {', '.join(tensors)}")
@@ -108,15 +117,17 @@ def layer_of(
     return layer
 
 
-def _fp4_layer(
+def _floating_layer(
     kind: str, in_features: int, activation: Activation, tensors: dict[str, Tensor]
-) -> Fp4Layer:
-    more, of_experts = {*tensors}.difference(Fp4Layer.kept), tensors["weight"].dim() == 3
+) -> Fp4Layer | Fp8Layer:
+    of_experts = tensors["weight"].dim() == 3
+    made = _FLOATING[kind][of_experts]
+    more = {*tensors}.difference(made.kept)
     if not of_experts:
         more.discard("bias")
     if more or activation is not None:
         raise ValueError(f"kind {kind!r} with {', '.join(more) or 'quantised activations'}")
-    layer: Fp4Layer = (Fp4ExpertLinear if of_experts else Fp4Linear)(**tensors)
+    layer = made(**tensors)
     if (layer.kind, layer.in_features) != (kind, in_features):
         raise ValueError(
             f"kind {layer.kind!r} of in_features {layer.in_features}, by its tensors; expected "
@@ -126,7 +137,7 @@ def _fp4_layer(
 
 
 def buffers_of(
-    stored: StoredWeight | StoredFp4, activation: Activation
+    stored: AnyStored, activation: Activation
 ) -> tuple[LayerSpec, dict[str, Callable[[], Tensor]]]:
     """The layer of a stored weight, without its bias: spec, and how to get each tensor.
 
@@ -137,6 +148,9 @@ def buffers_of(
         if stored.global_scale is not None:
             read["global_scale"] = _constant(stored.global_scale)
         return fp4_spec(stored.kind, stored.shape), read
+    if isinstance(stored, StoredFp8):
+        spec = fp8_spec(stored.shape, stored.groups, stored.scale_dtype)
+        return spec, {"weight": stored.read, "scales": stored.read_scales}
     n, k = stored.shape
     width = (k + 1) // 2
     known: dict[str, Tensor] = {"scales": stored.scales}
@@ -183,6 +197,14 @@ def fp4_spec(kind: str, shape: tuple[int, ...], pieces: int = 1) -> LayerSpec:
     return LayerSpec(kind, k, None, tuple(tensors))
 
 
+def fp8_spec(shape: tuple[int, ...], groups: int, scale_dtype: torch.dtype) -> LayerSpec:
+    """Of a weight [N, K] or [experts, N, K] with this number of scales a row."""
+    scales = (*shape[:-1], groups)
+    return LayerSpec(
+        FP8, shape[-1], None, (("weight", CODES, shape), ("scales", scale_dtype, scales))
+    )
+
+
 def _constant(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor
 
@@ -226,6 +248,8 @@ def _spec(entry: Any) -> LayerSpec:
             dtype, shape = entry["tensors"][name]
             if not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
                 raise ValueError(f"{name} has shape {shape!r}")
+            if _DTYPES[dtype] == CODES and name != "weight":
+                raise ValueError(f"{name} is {dtype}")
             tensors.append((name, _DTYPES[dtype], tuple(shape)))
     k = entry["in_features"]
     if type(k) is not int or k < 1 or entry["kind"] not in _KINDS:

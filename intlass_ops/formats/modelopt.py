@@ -1,12 +1,17 @@
-"""NVIDIA ModelOpt's checkpoints: NVFP4, as config.json or hf_quant_config.json names it.
+"""NVIDIA ModelOpt's checkpoints: NVFP4 and FP8, as config.json or hf_quant_config.json names them.
 
-    weight          uint8 [N, K/2]    e2m1, the even k in the low nibble
+    weight          uint8 [N, K/2]    NVFP4: e2m1, the even k in the low nibble
     weight_scale    e4m3 [N, K/16]
     weight_scale_2  float32 []        w = code · weight_scale · weight_scale_2
-    input_scale     float32 []        of activations in FP4 (W4A4); here they stay in 16 bits
+
+    weight          e4m3 [N, K]       FP8
+    weight_scale    float32 []        w = code · weight_scale
+
+    input_scale     float32 []        of quantised activations; here they stay in 16 bits
 
 Scales of a quantised cache of keys and values (k_proj.k_scale, v_proj.v_scale) are not used either.
-Not read: FP8, AWQ's and SVDQuant's NVFP4, which scale the inputs of a layer too.
+Which of the two a layer is its weight says, also where a checkpoint has both (MIXED_PRECISION).
+Not read: AWQ's and SVDQuant's NVFP4, which scale the inputs of a layer too, and FP8 in blocks.
 """
 
 from __future__ import annotations
@@ -16,11 +21,11 @@ from typing import Any
 
 from ..fp4_linear import NVFP4
 from ..nn import Activation
-from . import FormatError, fp4
+from . import FormatError, fp4, fp8
 from .checkpoint import Checkpoint, Layer
 
 CONFIG = "hf_quant_config.json"
-_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
+_ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8")
 _MIXED = "MIXED_PRECISION"
 _NAMES = fp4.Names("weight", "weight_scale", "weight_scale_2", False, "input_scale")
 
@@ -42,14 +47,15 @@ class Modelopt:
         self.layers = layers if algorithm == _MIXED else {}
         self.paths = checkpoint.layers(_NAMES.scales)
 
-    def stored(self, path: str) -> fp4.StoredFp4:
+    def stored(self, path: str) -> fp4.StoredFp4 | fp8.StoredFp8:
         layer = Layer(self.checkpoint, path)
-        fp4.refuse_fp8(layer, _NAMES.codes)
         described = self.layers.get(path)
         if isinstance(described, dict) and described.get("quant_algo") not in _ALGORITHMS:
             raise layer.fail(
                 f"quant_algo is {described.get('quant_algo')!r}; read are {', '.join(_ALGORITHMS)}"
             )
+        if fp8.is_fp8(layer):
+            return fp8.stored(layer, _NAMES.scales, ())
         return fp4.stored(layer, NVFP4, _NAMES)
 
     def activation(self, path: str) -> Activation:

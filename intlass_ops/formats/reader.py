@@ -9,10 +9,11 @@ from . import FormatError, hqq, modelopt
 from .awq import Awq
 from .checkpoint import Checkpoint, read_json
 from .compressed_tensors import CompressedTensors
-from .fp4 import StoredFp4
+from .finegrained_fp8 import METHODS as FP8_METHODS
+from .finegrained_fp8 import FinegrainedFp8
 from .gptq import Gptq
+from .layers import AnyStored
 from .mxfp4 import Mxfp4
-from .stored import StoredWeight
 from .torchao import Torchao
 
 
@@ -22,12 +23,14 @@ class Reader(Protocol):
     checkpoint: Checkpoint
     paths: list[str]  # modules whose weights are quantised
 
-    def stored(self, path: str) -> StoredWeight | StoredFp4: ...
+    def stored(self, path: str) -> AnyStored: ...
 
     def activation(self, path: str) -> Activation: ...
 
 
-FORMATS = ("gptq", "awq", "compressed-tensors", "modelopt", "hqq", "torchao", "mxfp4")
+FORMATS = (
+    "gptq", "awq", "compressed-tensors", "modelopt", "hqq", "torchao", "mxfp4", *FP8_METHODS,
+)  # fmt: skip
 
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -83,6 +86,8 @@ def open_reader(checkpoint: Checkpoint, *, checkpoint_format: str | None = None)
         return Torchao(checkpoint)
     if method == "mxfp4":
         return Mxfp4(checkpoint)
+    if method in FP8_METHODS:
+        return FinegrainedFp8(checkpoint, config)
     raise FormatError(
         f"{checkpoint.directory}: quant_method is {method!r}; read are {', '.join(FORMATS)}"
     )

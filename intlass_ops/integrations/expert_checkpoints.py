@@ -4,11 +4,13 @@ Checkpoints have a linear for each expert; transformers (version 5) joins them t
 while it loads, and has given other names to parts of some models than older files have. Its own
 lists of both are asked here. Not here: how codes are joined (formats/experts.py).
 
-Private API of transformers, checked on 5.23: `rename_source_key` of core_model_loading.
+Private API of transformers, checked on 5.23: `rename_source_key` of core_model_loading,
+`_keys_to_ignore_on_load_unexpected` of a model.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,6 +66,23 @@ def fused(model_class: Any, config: Any, paths: Sequence[str]) -> dict[str, list
         ]
         for target, parts in found.items()
     }
+
+
+def unused(model_class: Any, config: Any, paths: Sequence[str]) -> set[str]:
+    """Those of ``paths`` that the model has no place for and says it does without.
+
+    Such as the layers of DeepSeek-V3 that predict more tokens at once: transformers leaves them out
+    of floating-point checkpoints too.
+    """
+    with torch.device("meta"):
+        model = model_class(config)
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    found = {path for path in paths if any(re.search(each, f"{path}.weight") for each in patterns)}
+    if not found:
+        return found
+    place, _ = _renaming(model)
+    own = model.state_dict()
+    return {path for path in found if place(path)[0] not in own}
 
 
 def renamed(model_class: Any, config: Any, paths: Sequence[str]) -> dict[str, str]:

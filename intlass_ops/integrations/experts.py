@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..fp4_linear import Fp4ExpertLinear
+from ..fp8_linear import Fp8ExpertLinear
 from ..nn import IntExpertLinear
 
-ExpertLinear = Fp4ExpertLinear | IntExpertLinear
+ExpertLinear = Fp4ExpertLinear | Fp8ExpertLinear | IntExpertLinear
 IMPLEMENTATION, WATCHED = "intlass", "intlass_watched"
 # Not the parameters' own names: transformers splits tensors of these names when a model is saved.
 SUFFIX = "_quantized"

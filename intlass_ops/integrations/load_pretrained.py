@@ -8,7 +8,7 @@ our own are described and saved (transformers_quantizer.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from . import experts as mixtures
 from . import gguf_models
 from . import transformers_quantizer as _quantizer  # noqa: F401  (registers quant_method="intlass")
 from .deferred import Deferred, State, add_layer, class_of, finish, placed
-from .expert_checkpoints import fused, renamed
+from .expert_checkpoints import fused, renamed, unused
 
 
 def load_pretrained(
@@ -42,12 +42,12 @@ def load_pretrained(
     """A transformers model whose quantised linears are `IntLinear`s with the checkpoint's codes.
 
     ``path``: a directory with config.json and safetensors in GPTQ, AWQ, compressed-tensors,
-    ModelOpt's, HQQ, torchao's, gpt-oss's or our own layout, or a GGUF file. Linears of
-    NVFP4 and MXFP4 become `Fp4Linear`s, their activations stay in 16 bits. Experts that the model
-    holds fused become `IntExpertLinear`s or `Fp4ExpertLinear`s. Codes, scales and zero points are
-    those of the file, not rounded again; weights are read one by one, so the peak is about the
-    quantised size. A cache of keys and values that the file would have quantised stays in the
-    model's dtype.
+    ModelOpt's, HQQ, torchao's, gpt-oss's, FP8's or our own layout, or a GGUF file. Linears of
+    NVFP4 and MXFP4 become `Fp4Linear`s, those of FP8 `Fp8Linear`s; their activations stay in 16
+    bits. Experts that the model holds fused become `IntExpertLinear`s, `Fp4ExpertLinear`s or
+    `Fp8ExpertLinear`s. Codes, scales and zero points are those of the file, not rounded again;
+    weights are read one by one, so the peak is about the quantised size. A cache of keys and values
+    that the file would have quantised stays in the model's dtype.
     ``device_map`` as in transformers; a device such as "cuda" also where accelerate is missing.
     ``dtype`` is that of everything that is not quantised (default: the checkpoint's; float32 for
     GGUF). ``checkpoint_format``: "gptq" or "gptq_v2", for GPTQ files that contradict themselves.
@@ -73,7 +73,9 @@ def load_pretrained(
     if isinstance(reader, Mxfp4):
         specs, state = _fused_layers(reader)
     else:
-        specs, state = _layers(reader, fused(class_of(config), config, reader.paths))
+        left = unused(class_of(config), config, reader.paths)
+        paths = [path for path in reader.paths if path not in left]
+        specs, state = _layers(reader, fused(class_of(config), config, paths), left)
     places = renamed(class_of(config), config, [p for p in reader.paths if p in specs])
     config.quantization_config = write_specs({places.get(p, p): s for p, s in specs.items()})
     if dtype is None:
@@ -86,16 +88,17 @@ def load_pretrained(
 
 
 def _layers(
-    reader: Reader, experts: Mapping[str, list[list[str]]]
+    reader: Reader, experts: Mapping[str, list[list[str]]], left: Collection[str]
 ) -> tuple[dict[str, LayerSpec], State]:
     """Specs of the quantised layers, and every tensor of the model.
 
     ``experts``: paths of layers of fused experts, and of the checkpoint's linears they consist of.
+    ``left``: paths of linears that the model does without.
     """
     specs: dict[str, LayerSpec] = {}
     state: State = {}
     checkpoint = reader.checkpoint
-    read = set()
+    read = set(left)
     for target, parts in experts.items():
         paths = [path for row in parts for path in row]
         weights = [[reader.stored(path) for path in row] for row in parts]

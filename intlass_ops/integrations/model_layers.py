@@ -14,6 +14,7 @@ from torch import nn
 from ..formats import FormatError
 from ..formats.layers import LayerSpec
 from ..fp4_linear import Fp4Linear
+from ..fp8_linear import Fp8Layer, Fp8Linear, has_nan
 from ..nn import IntLinear, PackedLinear
 from ..ops import dequantize
 from . import conv1d, experts, weight_readers
@@ -76,9 +77,9 @@ def specs_of(model: nn.Module) -> dict[str, LayerSpec]:
     return {path: spec for path, spec in specs.items() if spec is not None}
 
 
-def linear_of(layer: IntLinear | Fp4Linear, dtype: torch.dtype) -> nn.Linear:
+def linear_of(layer: IntLinear | Fp4Linear | Fp8Linear, dtype: torch.dtype) -> nn.Linear:
     """A floating-point linear of the same weight, rounded to ``dtype``."""
-    if isinstance(layer, Fp4Linear):
+    if isinstance(layer, (Fp4Linear, Fp8Linear)):
         w = layer.dequantize(dtype)
     else:
         w = dequantize(layer.weight, layer.scales, layer.zeros, k=layer.in_features, dtype=dtype)
@@ -93,7 +94,16 @@ def linear_of(layer: IntLinear | Fp4Linear, dtype: torch.dtype) -> nn.Linear:
     return linear
 
 
-def check_order(path: str, layer: PackedLinear) -> None:
+def check_values(model: nn.Module) -> None:
+    """FormatError for what our layers were loaded with and cannot compute with."""
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            _check_order(path, module)
+        if isinstance(module, Fp8Layer) and not module.weight.is_meta and has_nan(module.weight):
+            raise FormatError(f"{path}.weight holds a NaN; the file is damaged")
+
+
+def _check_order(path: str, layer: PackedLinear) -> None:
     """An index out of range would end the CUDA context at the first call."""
     order = layer.order
     if order is None or order.is_meta:

@@ -2,6 +2,8 @@
 
 Lives here: the layer that peft puts around an `IntLinear`, and `lora_config`, which tells peft so.
 Not here: fine-tuning without peft (qat.py).
+
+Private API of peft, checked on 0.21: `_get_base_layer_device_and_dtype` of its layers.
 """
 
 from __future__ import annotations
@@ -13,15 +15,16 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 
 from ..fp4_linear import Fp4Linear
+from ..fp8_linear import Fp8Linear
 from ..nn import IntLinear, PackedLinear
 
 
 class LoraIntLinear(Linear):  # type: ignore[misc]
-    """y = base(x) + scaling · B(A(dropout(x))), with the base in INT4, INT8 or FP4.
+    """y = base(x) + scaling · B(A(dropout(x))), with the base in INT4, INT8, FP4 or FP8.
 
     Several adapters, switching between them and saving work as on any layer of peft. Gradients
-    reach x through weight-only bases (w4a16, w8a16); bases that quantise their activations have
-    none, so adapters below them cannot be trained.
+    reach x through weight-only bases (w4a16, w8a16, fp8a16); bases that quantise their activations
+    have none, so adapters below them cannot be trained.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -29,6 +32,11 @@ class LoraIntLinear(Linear):  # type: ignore[misc]
             # peft warns of base layers it does not know, before it is told that this one does.
             warnings.filterwarnings("ignore", "Unsupported layer type")
             super().__init__(*args, **options)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[Any, Any]:
+        """FP8 is floating-point, but no type for an adapter."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return device, None if isinstance(base_layer, Fp8Linear) else dtype
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: rounding the sum to the base's codes again would lose most of the adapter."""
@@ -50,6 +58,6 @@ def lora_config(**options: Any) -> LoraConfig:
     >>> model = get_peft_model(model, config)                                 # doctest: +SKIP
     """
     config = LoraConfig(**options)
-    ours = (Fp4Linear, IntLinear, PackedLinear)
+    ours = (Fp4Linear, Fp8Linear, IntLinear, PackedLinear)
     config._register_custom_module(dict.fromkeys(ours, LoraIntLinear))
     return config

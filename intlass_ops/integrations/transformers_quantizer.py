@@ -24,11 +24,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import calibrated, side_by_side
 from ..formats.layers import METHOD, VERSION, read_specs, write_specs
 from ..fp4_linear import Fp4Linear
-from ..nn import IntLinear, PackedLinear
+from ..fp8_linear import Fp8Linear
+from ..nn import IntLinear
 from ..qat import QATLinear, RotatedIntLinear
 from ..quantize import Scheme, quantize_, quantize_experts, quantize_linear
 from . import conv1d, experts, weight_readers
-from .model_layers import check_order, linear_of, put_layers, specs_of
+from .model_layers import check_values, linear_of, put_layers, specs_of
 from .schemes import scheme_named
 
 # Called with (done, total) after each layer that is quantised while a model is loaded.
@@ -148,9 +149,7 @@ class IntlassQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
-        for path, module in model.named_modules():
-            if isinstance(module, PackedLinear):
-                check_order(path, module)
+        check_values(model)
         # transformers 5.17 leaves parameters that it renames in the dtype of the file.
         wide = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
         for name, parameter in model.named_parameters():
@@ -167,7 +166,7 @@ class IntlassQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.device("meta"):
             plain = type(model)(model.config)
         for path, module in list(model.named_modules()):
-            if isinstance(module, (Fp4Linear, IntLinear)):
+            if isinstance(module, (Fp4Linear, Fp8Linear, IntLinear)):
                 linear = linear_of(module, dtype)
                 transposed = conv1d.is_conv1d(plain.get_submodule(path))
                 model.set_submodule(path, conv1d.conv1d_of(linear) if transposed else linear)

@@ -1,4 +1,4 @@
-"""The dense weight of INT4 or INT8 codes, as a Triton kernel of one pass (ops/dequantize.py)."""
+"""The dense weight of INT4, INT8 or FP8 codes, a Triton kernel of one pass (ops/dequantize.py)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def _parameter(ptr, row, group, row_step, group_step, inside):
 @triton.jit
 def _kernel(
     w_ptr, s_ptr, z_ptr, out_ptr, n, k, stored, w_row, group_size, s_row, s_group, z_row, z_group,
-    CODES: tl.constexpr, HAS_ZEROS: tl.constexpr, GROUP: tl.constexpr,
+    CODES: tl.constexpr, E4M3: tl.constexpr, HAS_ZEROS: tl.constexpr, GROUP: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile of BR rows and BK k, of which GROUP have one scale.
 
-    A row is `stored` elements of CODES codes each: INT8, or INT4 in bytes or in words.
+    A row is `stored` elements of CODES codes each: INT8, E4M3's bytes, or INT4 in bytes or words.
     """
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     first = tl.program_id(1) * BK
@@ -33,15 +33,21 @@ def _kernel(
     at = row.to(tl.int64)[:, None] * w_row + element[None, :]
     there = (row < n)[:, None] & (element < stored)[None, :]
     q = tl.load(w_ptr + at, mask=there, other=0).to(tl.int32)
-    if CODES == 1:
-        q += 128
+    if E4M3:
+        # As a half the bits are 2^-8 of the value, subnormal ones too, on any GPU and whatever it
+        # does to the subnormal numbers of float32. The two NaNs become 480 of their sign.
+        half = ((q & 0x80) << 8 | (q & 0x7F) << 7).to(tl.int16).to(tl.float16, bitcast=True)
+        q = tl.reshape(half.to(tl.float32) * 256.0, (BR, BK))
     else:
-        q = (q[:, :, None] >> (4 * tl.arange(0, CODES))[None, None, :]) & 15
-        if not HAS_ZEROS:
-            q ^= 8
-    # joined to the bits of 2^23 a code is that many more; conversions are slow instructions
-    offset: tl.constexpr = 8388608.0 + (128.0 if CODES == 1 else 0.0 if HAS_ZEROS else 8.0)
-    q = tl.reshape((q | 0x4B000000).to(tl.float32, bitcast=True) - offset, (BR, BK))
+        if CODES == 1:
+            q += 128
+        else:
+            q = (q[:, :, None] >> (4 * tl.arange(0, CODES))[None, None, :]) & 15
+            if not HAS_ZEROS:
+                q ^= 8
+        # joined to the bits of 2^23 a code is that many more; conversions are slow instructions
+        offset: tl.constexpr = 8388608.0 + (128.0 if CODES == 1 else 0.0 if HAS_ZEROS else 8.0)
+        q = tl.reshape((q | 0x4B000000).to(tl.float32, bitcast=True) - offset, (BR, BK))
     each = first + tl.arange(0, BK // GROUP) * GROUP
     group = each // group_size
     known = (row < n)[:, None] & (each < k)[None, :]
@@ -63,7 +69,9 @@ def dequantize(
     if out.numel() == 0:
         return out
     w = w if w.stride(1) == 1 else w.contiguous()
-    codes = 2 if w.dtype == torch.uint8 else 1
+    codes, e4m3 = 2 if w.dtype == torch.uint8 else 1, w.dtype == torch.float8_e4m3fn
+    if e4m3:
+        w = w.view(torch.uint8)
     if codes == 2 and k % 8 == 0 and w.stride(0) % 4 == 0 and w.data_ptr() % 4 == 0:
         w, codes = w.view(torch.int32), 8
     group_size = k // max(scales.shape[1], 1 if zeros is None else zeros.shape[1])
@@ -83,6 +91,7 @@ def dequantize(
         *_strides(scales),
         *_strides(z),
         CODES=codes,
+        E4M3=e4m3,
         HAS_ZEROS=zeros is not None,
         GROUP=min(group_size & -group_size, bk) if group_size < k else bk,
         BR=br,
