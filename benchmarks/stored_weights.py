@@ -22,7 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from torch import Tensor
 
-from intlass_ops import explain, matmul_int4_bf16_tn, matmul_int8_bf16_tn, provenance
+from intlass_ops import (
+    explain,
+    matmul_fp8_bf16_tn,
+    matmul_int4_bf16_tn,
+    matmul_int8_bf16_tn,
+    provenance,
+)
 from intlass_ops.bench import parse_numbers, parse_shapes, timing
 
 SHAPES = "4096x4096,28672x4096,4096x14336"
@@ -30,6 +36,7 @@ TOKENS = "1,8,16,32,64,256,512,2048"
 SECONDS = 0.003  # of each measurement
 CHECKED = 16  # rows and tokens
 BF16, FP16, FP32, BYTE = torch.bfloat16, torch.float16, torch.float32, torch.uint8
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Form:
     group_size: int | None  # None: one scale a row
     scales: torch.dtype
     zeros: torch.dtype | None = None
+    codes: torch.dtype = torch.int8  # of 8 bits
 
     def draw(self, n: int, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
         codes = torch.randint(0, 256, (n, k * self.bits // 8), dtype=BYTE, device="cuda")
@@ -48,7 +56,9 @@ class Form:
             zeros = torch.randint(0, 16, groups, dtype=BYTE, device="cuda")
         elif self.zeros:
             zeros = (torch.rand(groups, device="cuda") * 15).to(self.zeros)
-        return codes if self.bits == 4 else codes.view(torch.int8), scales, zeros
+        if self.codes == FP8:
+            codes[(codes & 127) == 127] = 0  # are no numbers
+        return codes if self.bits == 4 else codes.view(self.codes), scales, zeros
 
 
 FORMS = {
@@ -61,12 +71,16 @@ FORMS = {
     "HQQ": Form(4, 64, BF16, BF16),
     "torchao INT4": Form(4, 32, BF16, BF16),
     "INT8 by rows": Form(8, None, FP32),
+    "FP8 by rows": Form(8, None, FP32, codes=FP8),
+    "FP8 in blocks of 128": Form(8, 128, FP32, codes=FP8),
 }
 
 
 def product(form: Form, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     if form.bits == 4:
         return matmul_int4_bf16_tn(x, codes, scales, zeros)
+    if form.codes == FP8:
+        return matmul_fp8_bf16_tn(x, codes, scales)
     return matmul_int8_bf16_tn(x, codes, None, scales)
 
 

@@ -282,12 +282,10 @@ def _build(compiler: str) -> bytes:
 def _open(binary: bytes) -> dict[str, Any]:
     """Load from memory: folders for temporary files may forbid execution."""
     descriptor = os.memfd_create("intlass_cpu_kernels")
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(binary)
-        library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
+    # Stays open: the loader knows libraries by name, and would take the next of this number for it.
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(binary)
+    library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
     kernels: dict[str, Any] = {}
     for name, arguments in _SIGNATURES.items():
         kernels[name] = getattr(library, f"intlass_{name}")

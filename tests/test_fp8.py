@@ -1,6 +1,6 @@
-"""matmul_fp8_bf16_tn and matmul_experts with FP8 weights, where a test of INT8's has no room for them.
+"""matmul_fp8_bf16_tn and matmul_experts with FP8 weights: what no test of all ops has.
 
-Not here: what the tests of all ops have, FP8 among the weights of a `Case` (test_matmul.py,
+Not here: those tests, which have FP8 among the weights of a `Case` (test_matmul.py,
 test_cpu.py, test_opcheck.py and others); layers and checkpoints (test_fp8_linear.py,
 test_formats_fp8.py).
 """
@@ -80,6 +80,28 @@ def test_without_kernels_the_reference_agrees(monkeypatch: pytest.MonkeyPatch) -
                 check_exact(case, "cpu")
         else:
             check_exact(case, "cpu")
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])
+def test_gradients_of_all_that_has_one(activation: str, device: str) -> None:
+    """What is before the activation is computed again, alpha and bias included."""
+    case = Case("fp32", "e4m3", (2, 3), 24, 48, groups=3, bias=FP32, alpha="tensor", residual=True)
+    call = build(replace(case, activation=activation), device, numbers="random")
+    leaves = [call.a, call.options["bias"], call.options["residual"]]
+    a, bias, residual = (t.double().requires_grad_() for t in leaves)
+    for t in leaves:
+        t.requires_grad_()
+    y = call.run()
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    y.backward(grad)
+    w = oracle.weight(call.w, call.scales, None, 48) * call.options["alpha"].double()
+    expected = oracle.ACTIVATIONS[activation](a @ w.T + bias) + residual
+    expected.backward(grad.double())
+    magnitude = 20 * grad.double().abs() @ w.abs()
+    assert_close(leaves[0].grad, a.grad, magnitude)
+    sums = 20 * grad.double().abs().flatten(0, 1).sum(0)
+    assert_close(leaves[1].grad, bias.grad, sums)
+    assert_identical(leaves[2].grad, grad)
 
 
 @pytest.mark.parametrize(

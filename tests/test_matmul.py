@@ -1,5 +1,5 @@
-"""The ops with INT4, INT8 and FP8 weights, and dequantize, against the oracle: exactly where float32
-has nothing to round, by the tolerance rule at random.
+"""The ops with INT4, INT8 and FP8 weights, and dequantize, against the oracle: exactly where
+float32 has nothing to round, by the tolerance rule at random.
 
 Refusals: test_matmul_refusals.py. Compilation, gradients, vmap: test_compile_ops.py,
 test_transforms.py. What only a GPU has: test_cuda_ops.py, test_cuda_streams.py.

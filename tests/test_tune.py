@@ -109,8 +109,8 @@ def test_what_is_timed_is_the_scheme(name: str, monkeypatch: pytest.MonkeyPatch)
     def microseconds(call: Callable[[int], object], *_: object, **__: object) -> float:
         (ran,) = explain(call, 1).dispatches
         assert (ran.m, ran.n, ran.k, ran.group_size) == (3, 48, 256, shape.group_size)
-        bits = config.BITS
-        assert ran.scheme == f"w{bits[shape.w_kind]}a{bits[shape.x_kind]}"
+        weights = "fp8" if shape.w_kind == "e4m3" else f"w{config.BITS[shape.w_kind]}"
+        assert ran.scheme == f"{weights}a{config.BITS[shape.x_kind]}"
         return 5.0
 
     monkeypatch.setattr(tuning.timing, "microseconds", microseconds)

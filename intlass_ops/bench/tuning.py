@@ -21,7 +21,7 @@ from .. import config
 from ..config import Device, Matmul, Shape, tuned
 from ..cuda import compiler, cubin, launch, source
 from ..errors import KernelCompileError
-from ..ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn
+from ..ops import matmul_fp8_bf16_tn, matmul_int4_bf16_tn, matmul_int8_bf16_tn
 from . import timing
 
 # So much longer than the best so far, and a candidate is not timed again.
@@ -63,6 +63,8 @@ SCHEMES = {
     "w4a16": Scheme("bf16", "s4", 128),
     "w4a16z": Scheme("bf16", "u4", 128),
     "w8a16": Scheme("bf16", "s8", None, "float"),
+    "fp8a16": Scheme("bf16", "e4m3", None, "float"),
+    "fp8a16g": Scheme("bf16", "e4m3", 128, "float"),
     "w8a8": Scheme("s8", "s8", None, "float"),
     "w4a8": Scheme("s8", "s4", 128),
     "w4a8c": Scheme("s8", "s4", None, "float"),
@@ -123,6 +125,8 @@ class Layer:
         self.scheme, self.n, self.k, self.device = scheme, n, k, device
         self.bits = config.BITS[scheme.w_kind]
         weights = self._codes(n, k, self.bits)
+        if scheme.w_kind == "e4m3":  # of numbers of one sign and from one to two
+            weights = (weights & 7 | 56).view(torch.float8_e4m3fn)
         self.copies = timing.copies_of(weights.numel())
         groups = k // scheme.group_size if scheme.group_size else 1
         dtype = torch.float32 if scheme.scale_type == "float" else torch.bfloat16
@@ -157,6 +161,8 @@ class Layer:
 
         def call(i: int) -> Tensor:
             w, scales, zeros = self.weights[i]
+            if self.scheme.w_kind == "e4m3":
+                return matmul_fp8_bf16_tn(x, w, scales, out_dtype=torch.bfloat16)
             if self.bits == 8:
                 return matmul_int8_bf16_tn(x, w, x_scale, scales, out_dtype=torch.bfloat16)
             return matmul_int4_bf16_tn(

@@ -32,7 +32,9 @@ measured one take its configuration, everything else is predicted as before.
 Another configuration may sum in another order, so the last bits of results may change;
 batch_invariant() ignores tables. Deleting the file undoes it.
 """
-SCHEMES_HELP = "w4a16z: with zero points; w4a8c: one scale a row (%(default)s)"
+SCHEMES_HELP = (
+    "w4a16z: with zero points; w4a8c: one scale a row; fp8a16g: groups of 128 (%(default)s)"
+)
 EPILOG = """\
 examples:
   intlass tune                                      six layers of Llama models, minutes

@@ -41,6 +41,19 @@ Operand = Tensor | None
 _FP4_SCALES = {32: "e8m0", 16: "e4m3"}  # by the size of a group
 
 
+class Operands(NamedTuple):
+    """Of a call; as they are given, or as the kernels read them."""
+
+    a: Tensor
+    w: Tensor
+    scales: Tensor
+    zeros: Operand
+    ends: Tensor
+    a_scale: Operand
+    bias: Operand
+    alpha: Operand
+
+
 class Plan(NamedTuple):
     """A grouped GEMM of one signature."""
 
@@ -54,21 +67,10 @@ class Plan(NamedTuple):
     report: tuple[Any, ...]  # for `record`
     copies: bool  # whether operands are not read as they are given
 
-    def run(
-        self,
-        a: Tensor,
-        w: Tensor,
-        scales: Tensor,
-        zeros: Operand,
-        ends: Tensor,
-        a_scale: Operand,
-        bias: Operand,
-        alpha: Operand,
-    ) -> Tensor:
-        if self.copies:
-            a, w, scales, zeros, ends, a_scale, bias = _as_read(
-                self.problem, a, w, scales, zeros, ends, a_scale, bias
-            )
+    def run(self, given: Operands) -> Tensor:
+        a, w, scales, zeros, ends, a_scale, bias, alpha = (
+            _as_read(self.problem, given) if self.copies else given
+        )
         device = a.device
         y = empty(self.out_shape, (self.out_shape[1], 1), self.problem.out_dtype, device)
         table = empty((self.slots + 1, 4), (4, 1), torch.int32, device)
@@ -87,20 +89,16 @@ class Plan(NamedTuple):
 _plans: dict[Key, Plan] = {}
 
 
-def key_of(k: int, out_dtype: torch.dtype | None, a: Tensor, w: Tensor, *rest: Operand) -> Key:
+def key_of(k: int, out_dtype: torch.dtype | None, given: Operands) -> Key:
     """Of a call's plan."""
-    scales = rest[0]
-    assert scales is not None
     return (
         k,
         out_dtype,
         batch_invariance.enabled(),
-        a.data_ptr() % ALIGNMENT,
-        w.data_ptr() % ALIGNMENT,
-        scales.data_ptr() % ALIGNMENT,
-        signature(a),
-        signature(w),
-        *map(signature, rest),
+        given.a.data_ptr() % ALIGNMENT,
+        given.w.data_ptr() % ALIGNMENT,
+        given.scales.data_ptr() % ALIGNMENT,
+        *map(signature, given),
     )
 
 
@@ -109,26 +107,14 @@ def find(key: Key | None) -> Plan | None:
     return None if key is None else _plans.get(key)
 
 
-def make(
-    key: Key,
-    p: Problem,
-    a: Tensor,
-    w: Tensor,
-    scales: Tensor,
-    zeros: Operand,
-    ends: Tensor,
-    a_scale: Operand,
-    bias: Operand,
-    alpha: Operand,
-) -> Plan | None:
+def make(key: Key, p: Problem, given: Operands) -> Plan | None:
     """The plan of a checked problem; None where no kernel fits."""
     kinds = ("bf16",) if p.w_kind == "e2m1" else ("bf16", "fp16", "s8", "s4", "u4")
-    if p.x_kind not in kinds or batch_invariance.enabled() or not a.shape[0] * p.n * p.k:
+    if p.x_kind not in kinds or batch_invariance.enabled() or not given.a.shape[0] * p.n * p.k:
         return None
-    given = a, w, scales, zeros, ends, a_scale, bias
-    read = _as_read(p, *given)
+    read = _as_read(p, given)
     copies = any(r is not None and not _is_same(r, g) for r, g in zip(read, given, strict=True))
-    plan = _make(p, copies, *read, alpha)
+    plan = _make(p, copies, read)
     return None if plan is None else remember(_plans, key, plan)
 
 
@@ -136,17 +122,9 @@ def _is_same(read: Tensor, given: Operand) -> bool:
     return given is not None and (read.data_ptr(), read.dtype) == (given.data_ptr(), given.dtype)
 
 
-def _as_read(
-    p: Problem,
-    a: Tensor,
-    w: Tensor,
-    scales: Tensor,
-    zeros: Operand,
-    ends: Tensor,
-    a_scale: Operand,
-    bias: Operand,
-) -> tuple[Tensor, Tensor, Tensor, Operand, Tensor, Operand, Operand]:
+def _as_read(p: Problem, given: Operands) -> Operands:
     """As the kernels read them: unit strides along K, w as [experts·N, …], known types."""
+    a, w, scales, zeros, ends, a_scale, bias, alpha = given
     x = packing.from_lanes(a) if a.dtype == torch.int32 else launch.unit_stride(a)
     if config.widens(device_of(a.device.index), p.x_kind):
         x = widen(x, p.x_kind, p.k, lane_order=False)
@@ -158,21 +136,11 @@ def _as_read(
         zeros = zeros.float()
     a_scale = None if a_scale is None else a_scale.float().reshape(-1)
     bias = None if bias is None else launch.unit_stride(bias)
-    return x, w, scales, zeros, ends.contiguous(), a_scale, bias
+    return Operands(x, w, scales, zeros, ends.contiguous(), a_scale, bias, alpha)
 
 
-def _make(
-    p: Problem,
-    copies: bool,
-    x: Tensor,
-    w: Tensor,
-    scales: Tensor,
-    zeros: Operand,
-    ends: Tensor,
-    a_scale: Operand,
-    bias: Operand,
-    alpha: Operand,
-) -> Plan | None:
+def _make(p: Problem, copies: bool, read: Operands) -> Plan | None:
+    x, w, scales, zeros, ends, a_scale, bias, alpha = read
     tokens, experts, device = x.shape[0], scales.shape[0], x.device
     gpu = device_of(device.index)
     shape = config.Shape(

@@ -131,16 +131,16 @@ def _run(
     out_dtype: torch.dtype | None = None,
     alpha: Tensor | None = None,
 ) -> Tensor:
-    operands = a, w, scales, zeros, ends, a_scale, bias, alpha
-    key = launch_experts.key_of(k, out_dtype, *operands) if a.is_cuda else None
+    operands = launch_experts.Operands(a, w, scales, zeros, ends, a_scale, bias, alpha)
+    key = launch_experts.key_of(k, out_dtype, operands) if a.is_cuda else None
     plan = launch_experts.find(key)
     if plan is not None:
-        return plan.run(*operands)
+        return plan.run(operands)
     p = _check(a, w, scales, zeros, ends, k, a_scale, bias, out_dtype, alpha)
     if key is not None:
-        plan = launch_experts.make(key, p, *operands)
+        plan = launch_experts.make(key, p, operands)
         if plan is not None:
-            return plan.run(*operands)
+            return plan.run(operands)
         if (p.w_kind, p.x_kind) == ("e2m1", "fp16") and not batch_invariance.enabled():
             return _of_two_terms(a, w, scales, ends, k, bias, p.out_dtype, alpha)
     if a_scale is not None:
