@@ -113,7 +113,10 @@ inline float half_to_float(uint16_t h) {
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
   uint32_t bits = (h & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : 0;
-  const float finite = load<float>(&magnitude) * 0x1p112f;
+  // A subnormal of fp16 beside the smallest normal one: no subnormal of float32, which may count as 0
+  const bool small = (h & 0x7c00) == 0;
+  const uint32_t moved = magnitude + (small ? 0x38800000 : 0x38000000);
+  const float finite = load<float>(&moved) - (small ? 0x1p-14f : 0.0f);
   bits = (h & 0x7c00) == 0x7c00 ? bits : load<uint32_t>(&finite);
   bits |= sign;
   return load<float>(&bits);

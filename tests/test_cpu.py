@@ -191,14 +191,19 @@ def test_codes_equal_to_their_zero_vanish() -> None:
     assert (y == 0).all()
 
 
+@pytest.mark.parametrize("flush", [False, True])
 @pytest.mark.parametrize("value", [2.0**-24, 2.0**-14, 65504.0, -0.0, torch.inf, torch.nan])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_parameters_are_read_exactly(value: float, dtype: torch.dtype) -> None:
+def test_half_parameters_are_read_exactly(value: float, dtype: torch.dtype, flush: bool) -> None:
     scales = torch.full((3, 2), value, dtype=dtype)
     q = torch.ones(3, 32, dtype=torch.int8)
-    y = matmul_bytes(torch.eye(32)[:1], q, scales)
     # The scale times the zeros of the other columns: NaN if it is not finite.
     expected = torch.full((1, 3), value).to(dtype).float() + (0 * scales[:, 1].float())
+    torch.set_flush_denormal(flush)
+    try:
+        y = matmul_bytes(torch.eye(32)[:1], q, scales)
+    finally:
+        torch.set_flush_denormal(False)
     assert_identical(y, expected)
 
 

@@ -30,6 +30,7 @@ class Case(NamedTuple):
     scales: torch.dtype = torch.float32
     k: int = 512
     n: int = 96
+    codes: torch.dtype = torch.int8  # of 8 bits
 
     @property
     def of_fp4(self) -> bool:
@@ -44,6 +45,9 @@ CASES = {
     "w4a16, scales of another type": Case(torch.bfloat16, 4, 32, None, torch.float16),
     "w8a16": Case(torch.bfloat16, 8, 512),
     "w8a16, groups": Case(torch.bfloat16, 8, 32, None, torch.float16),
+    "fp8": Case(torch.bfloat16, 8, 512, codes=torch.float8_e4m3fn),
+    "fp8, groups": Case(torch.float16, 8, 128, codes=torch.float8_e4m3fn),
+    "fp8, tails": Case(torch.bfloat16, 8, 16, k=208, n=37, codes=torch.float8_e4m3fn),
     "w8a8": Case(torch.int8, 8, 512),
     "w4a8": Case(torch.int8, 4, 128),
     "w4a8, one scale a row": Case(torch.int8, 4, 512),
@@ -84,7 +88,7 @@ def problem(
     if case.zeros is not None:
         found["zeros"] = integers(0, 16, experts, case.n, groups).to(case.zeros)
     unsigned = case.zeros is not None
-    found["w"] = pack_int4(codes + 8 * unsigned) if case.bits == 4 else codes.to(torch.int8)
+    found["w"] = pack_int4(codes + 8 * unsigned) if case.bits == 4 else codes.to(case.codes)
     x = integers(-5, 6, tokens, case.k)
     found["a"] = pack_int4(x) if case.a == torch.uint8 else x.to(case.a)
     if case.a.is_floating_point and not exact:
