@@ -2,9 +2,9 @@
 
     python benchmarks/experts.py --out benchmarks/results/experts-h200
 
-The projections of known models, random numbers; MXFP4 weights are under bf16 activations. Each
-token chooses its experts at random; calls of one CUDA graph go round over such choices, so that
-they meet other experts' weights. Microseconds; the largest error beside the float64 product of some
+The projections of known models, random numbers; FP4 and FP8 weights are under bf16 activations.
+Each token chooses its experts at random; calls of one CUDA graph go round over such choices, so
+that they meet other experts' weights. Microseconds; the largest error beside the float64 product of some
 rows, in units of eps(bf16) * (|x| @ |w|).
 "One by one" is a call of `matmul_int4_bf16_tn` for each expert, from outside, with the wait for how
 many tokens each has: what `matmul_experts` did before it had a kernel of its own.
@@ -107,20 +107,25 @@ class Weights(NamedTuple):
     w8: Tensor
     s8: Tensor
     sx: Tensor  # MXFP4's, for the codes w4
+    f8: Tensor  # FP8, with the scales sf
+    sf: Tensor
 
 
 def draw(layer: Layer) -> Weights:
     e, n, k = layer.experts, layer.n, layer.k
     w8 = torch.randint(-128, 128, (e, n, k), device="cuda", dtype=torch.int8)
     groups = k // (128 if k % 128 == 0 else 64)
+    s4 = torch.rand(e, n, groups, device="cuda") * 0.01 + 0.01
     return Weights(
         dense=torch.randn(e, n, k, device="cuda", dtype=BF16),
         w4=w8[..., : k // 2].contiguous().view(torch.uint8),
-        s4=(torch.rand(e, n, groups, device="cuda") * 0.01 + 0.01).to(BF16),
+        s4=s4.to(BF16),
         z4=torch.randint(0, 16, (e, n, groups), device="cuda", dtype=torch.uint8),
         w8=w8,
         s8=torch.rand(e, n, 1, device="cuda") * 1e-3 + 1e-3,
         sx=torch.randint(118, 122, (e, n, k // 32), device="cuda", dtype=torch.uint8),
+        f8=(w8 & -2).view(torch.float8_e4m3fn),  # no NaN among them
+        sf=s4,
     )
 
 
@@ -137,6 +142,7 @@ def measure(layer: Layer, of: Weights, m: int) -> Iterator[dict[str, Any]]:
         "w4a16": lambda i: matmul_experts(x, of.w4, of.s4, ends=ends[i]),
         "w4a16, zero points": lambda i: matmul_experts(x, of.w4, of.s4, of.z4, ends=ends[i]),
         "mxfp4": lambda i: matmul_experts(x, of.w4, of.sx, ends=ends[i]),
+        "fp8, groups": lambda i: matmul_experts(x, of.f8, of.sf, ends=ends[i]),
         "w8a16": lambda i: matmul_experts(x, of.w8, of.s8, ends=ends[i]),
         "w8a8": lambda i: matmul_experts(xq, of.w8, of.s8, ends=ends[i], a_scale=xs),
         "w4a8": lambda i: matmul_experts(xq, of.w4, of.s4, ends=ends[i], a_scale=xs),
@@ -148,6 +154,7 @@ def measure(layer: Layer, of: Weights, m: int) -> Iterator[dict[str, Any]]:
         if scheme != "bf16":
             codes, scales = (of.w8, of.s8) if scheme[1] == "8" else (of.w4, of.s4)
             scales = of.sx if scheme == "mxfp4" else scales
+            codes, scales = (of.f8, of.sf) if scheme.startswith("fp8") else (codes, scales)
             given = xq * xs if scheme.endswith("a8") else x
             zeros = of.z4 if "zero" in scheme else None
             dense = functools.partial(weight, codes, scales, zeros, layer.k)
