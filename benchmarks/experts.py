@@ -4,8 +4,8 @@
 
 The projections of known models, random numbers; FP4 and FP8 weights are under bf16 activations.
 Each token chooses its experts at random; calls of one CUDA graph go round over such choices, so
-that they meet other experts' weights. Microseconds; the largest error beside the float64 product of some
-rows, in units of eps(bf16) * (|x| @ |w|).
+that they meet other experts' weights. Microseconds; the largest error beside the float64 product of
+some rows, in units of eps(bf16) * (|x| @ |w|).
 "One by one" is a call of `matmul_int4_bf16_tn` for each expert, from outside, with the wait for how
 many tokens each has: what `matmul_experts` did before it had a kernel of its own.
 """
