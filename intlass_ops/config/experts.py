@@ -107,7 +107,8 @@ def _skinny(device: Device, shape: Shape) -> Skinny:
     layers, the fastest or nearly (docs/notes/kernels.md). Where there are too few blocks of 32
     rows, another tile is as for one weight.
     """
-    if shape.n <= 64 * device.sm_count:
+    long_groups = _in_groups(shape) and _chunks(shape) >= _LONG
+    if shape.n <= 64 * device.sm_count and not long_groups:
         return _roomy(device, shape, pick_skinny(device, shape))
     tiles_n, warps, unroll, threads = _tile(device, shape)
     most = 1024 if device.arch.startswith("sm_90") else 512  # elsewhere more may spill
@@ -115,18 +116,34 @@ def _skinny(device: Device, shape: Shape) -> Skinny:
     return _roomy(device, shape, skinny_config(shape, tile))
 
 
+_LONG = 100  # chunks of a row
+
+
+def _chunks(shape: Shape) -> int:
+    return math.ceil(shape.k * BITS[shape.w_kind] / 512)
+
+
+def _in_groups(shape: Shape) -> bool:
+    """Eight bits under 16-bit activations, in groups of whole chunks: timed with FP8."""
+    kinds = BITS[shape.x_kind], BITS[shape.w_kind]
+    return kinds == (16, 8) and shape.group_size < shape.k and groups_of_chunk(shape) == 1
+
+
 def _tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     """(tiles_n, warps, unroll, threads of an SM): as few warps as K is short."""
-    few, chunks = columns_of(shape) <= 8, math.ceil(shape.k * BITS[shape.w_kind] / 512)
+    few, chunks = columns_of(shape) <= 8, _chunks(shape)
     blocks = shape.n / 32 / device.sm_count  # an SM, at most
     short, sparse = chunks < 12, chunks >= 12 and blocks <= 4
     sm_90 = device.arch.startswith("sm_90")  # elsewhere some spill
     if BITS[shape.w_kind] == 8:
+        if few and chunks >= 16 and _in_groups(shape):
+            return (1, 4, 4, 512) if chunks >= _LONG else (1, 4, 2, 768 if sparse else 1024)
         if few and chunks >= 16:
             deep = 3 if shape.w_kind == "s8" else 2  # FP8 would spill
             return (1, 4, 2, 512) if sparse else (2, 4, deep, 512)
         if few:
-            return 2, 4, 1, 1024
+            spills = shape.w_kind == "s8" and _in_groups(shape)  # under fp16
+            return 2, 4, 1, 768 if spills else 1024
         return 1, 4, 2, 512 if shape.group_size < shape.k else 1024
     if BITS[shape.x_kind] == 8:
         if not few:
@@ -144,7 +161,7 @@ def _tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
         return 2, 1, 2, 384 if shape.has_zeros else 512
     if chunks < 20:
         return (2, 4, 2, 512) if sparse else (2, 4, 1, 512 if short else 768)
-    if chunks >= 100 and shape.w_kind == "s4" and sm_90:
+    if chunks >= _LONG and shape.w_kind == "s4" and sm_90:
         return 2, 4, 4, 384
     return 2, 2 if blocks >= 8 and chunks < 40 else 4, 2, 512
 
