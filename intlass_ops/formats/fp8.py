@@ -86,11 +86,17 @@ def stored(layer: Layer, scale: str, blocks: Collection[Block]) -> StoredFp8:
 
     def scales() -> Tensor:
         rows, columns = torch.arange(n) // block[0], torch.arange(0, k, group) // block[1]
-        return layer.scales(scale, shape).reshape(-1, -(-k // block[1]))[rows][:, columns]
+        values = layer.scales(scale, shape).to(dtype)
+        return values.reshape(-1, -(-k // block[1]))[rows][:, columns]
 
-    dtype = layer.checkpoint.tensors[f"{layer.path}.{scale}"].dtype
-    assert dtype is not None  # one of _SCALES
+    dtype = _smallest_dtype(layer.scales(scale, shape))
     return StoredFp8(layer.path, (n, k), k // group, dtype, lambda: _codes(layer, (n, k)), scales)
+
+
+def _smallest_dtype(scales: Tensor) -> torch.dtype:
+    """bf16 where it holds them exactly, as it does powers of two: the kernels' faster way."""
+    halves = scales.to(torch.bfloat16)
+    return torch.bfloat16 if torch.equal(halves.to(scales.dtype), scales) else scales.dtype
 
 
 def _block(
