@@ -57,18 +57,21 @@ def rows() -> Iterator[tuple[str, Write, bool]]:
     yield "MXFP4, gpt-oss", lambda d: (d, tiny_checkpoints.write_gpt_oss(d)), False
     for kind in GGUF_TYPES:
         yield f"GGUF {kind}", lambda d, kind=kind: gguf(d, kind), False
+    yield "GGUF MXFP4, gpt-oss", lambda d: gguf(d, "MXFP4", "gpt-oss"), False
 
 
-def gguf(directory: Path, kind: str) -> tuple[Path, Any]:
+def gguf(directory: Path, kind: str, model: str = "llama tied") -> tuple[Path, Any]:
+    """``kind``: of linears, or of experts where there are any; the rest is Q8_0."""
     from gguf import GGMLQuantizationType as Type
-    from tiny_gguf_models import write_llama
+    from tiny_gguf_models import CASES, write_model
 
     from intlass_ops.formats.gguf import GGUFFile
     from intlass_ops.integrations import gguf_models
 
     directory.mkdir()
     path = directory / "tiny.gguf"
-    write_llama(path, Type[kind], table=Type.Q8_0)
+    rest = Type[kind] if model == "llama tied" else Type.Q8_0
+    write_model(path, CASES[model], rest, table=Type.Q8_0, experts=Type[kind])
     return path, gguf_models.load_dense(GGUFFile(path))
 
 

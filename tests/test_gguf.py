@@ -128,6 +128,35 @@ def test_blocks_of_random_bits_agree_with_gguf(tmp_path: Path, kind: Type) -> No
     assert_close(y, x.double() @ w.T, x.double().abs() @ w.abs().T)
 
 
+def test_every_mxfp4_code_and_scale_is_that_of_gguf_bit_for_bit(tmp_path: Path) -> None:
+    """But for the sign of zero, which ggml's table has not; the largest overflow on both sides."""
+    raw = np.empty((255, 16, 17), np.uint8)  # a row for each scale that is no NaN
+    raw[..., 0] = np.arange(255)[:, None]
+    raw[..., 1:] = np.arange(256).reshape(16, 16)  # every pair of codes
+    writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
+    writer.add_tensor("w", raw.reshape(255, -1), raw_dtype=Type.MXFP4)
+    writer.add_tensor("e", raw.reshape(3, 85, -1), raw_dtype=Type.MXFP4)
+    file = GGUFFile(finish(writer, tmp_path / "w.gguf"))
+    with np.errstate(over="ignore"):
+        expected = quants.dequantize(raw.reshape(255, -1), Type.MXFP4)
+    assert np.isinf(expected[-1]).any()
+    assert np.abs(expected[expected != 0]).min() == 2.0**-128
+    layer = file.fp4("w").load()
+    assert (layer.kind, layer.group_size, layer.in_features) == ("mxfp4", BLOCK, 512)
+    for found in (layer.dequantize(), file.dense("w"), file.dense("e").flatten(0, 1)):
+        np.testing.assert_array_equal(found.numpy(), expected)
+    np.testing.assert_array_equal(layer.scales.numpy(), raw[..., 0])
+    with pytest.raises(FormatError, match=r"w has type MXFP4; a weight is read from"):
+        file.weight("w")
+    with pytest.raises(FormatError, match=r"e has shape \(3, 85, 512\); expected \[N, K\]"):
+        file.fp4("e")
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
+    rows = slice(100, 140)
+    few = type(layer)(layer.weight[rows], layer.scales[rows])
+    w = torch.from_numpy(expected[rows]).double()
+    assert_close(few(x), x.double() @ w.T, x.double().abs() @ w.abs().T)
+
+
 def test_take_rows_moves_whole_rows(tmp_path: Path) -> None:
     file = GGUFFile(write_tensors(tmp_path / "w.gguf", {"w": (random_weight(), Type.Q4_1)}))
     weight, order = file.weight("w"), torch.randperm(24)

@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as Type  # noqa: E402
 from tiny_gguf import HIDDEN  # noqa: E402
 from tiny_gguf_models import CASES, LLAMA3, Case, write_model  # noqa: E402
 
-from intlass_ops import IntExpertLinear, IntLinear, load_pretrained  # noqa: E402
+from intlass_ops import Fp4ExpertLinear, Fp4Linear, IntExpertLinear, IntLinear, load_pretrained  # noqa: E402
 from intlass_ops.formats import FormatError  # noqa: E402
 from intlass_ops.formats.gguf import GGUFFile  # noqa: E402
 from intlass_ops.integrations import gguf_models  # noqa: E402
@@ -52,7 +52,10 @@ def dense_of(model: Any, name: str) -> torch.Tensor:
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
     if hasattr(module, last + SUFFIX):
-        return getattr(module, last + SUFFIX).dequantize()
+        dense = getattr(module, last + SUFFIX).dequantize()
+        return dense.transpose(1, 2) if module.is_transposed else dense
+    if last == "weight" and isinstance(module, Fp4Linear):
+        return module.dequantize()
     if last == "weight" and isinstance(module, IntLinear):
         return linear_of(module, torch.float32).weight
     if last == "weight" and isinstance(module, PackedLinear):
@@ -78,7 +81,9 @@ def test_float_file_gives_the_transformers_model_back(tmp_path: Path, case: Case
 
 
 @every
-@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0, Type.MXFP4], ids=lambda kind: kind.name
+)
 @torch.no_grad()
 def test_codes_are_kept(tmp_path: Path, case: Case, kind: Type) -> None:
     original = write_model(tmp_path / "q.gguf", case, kind)
@@ -91,7 +96,9 @@ def test_codes_are_kept(tmp_path: Path, case: Case, kind: Type) -> None:
     quantised = {
         name for name, info in GGUFFile(tmp_path / "q.gguf").tensors.items() if info.type != "F32"
     }
-    layers = [m for m in model.modules() if isinstance(m, (IntLinear, IntExpertLinear))]
+    integers, fp4 = (IntLinear, IntExpertLinear), (Fp4Linear, Fp4ExpertLinear)
+    kinds = fp4 if kind == Type.MXFP4 else integers
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
     gates = sum("ffn_gate_exps" in name for name in quantised)  # with ffn_up_exps one layer
     tied = "output.weight" not in quantised
     assert len(layers) == len(quantised) - gates - (not tied)
@@ -244,7 +251,9 @@ def test_metadata_without_an_effect_is_no_reason_to_refuse(tmp_path: Path) -> No
 ODD: list[Any] = [0, 1, 7, -1, 2**31 - 1, 2**62, 0.0, -1.5, 1e38, math.inf, "", "x", True, [], [1]]
 
 
-@pytest.mark.parametrize("name", ["llama 3.1", "mixtral", "gemma3", "phi3 longrope", "smollm3"])
+@pytest.mark.parametrize(
+    "name", ["llama 3.1", "mixtral", "gemma3", "phi3 longrope", "smollm3", "gpt-oss"]
+)
 def test_no_value_of_the_metadata_does_more_than_raise(tmp_path: Path, name: str) -> None:
     file = changed(tmp_path, name)
     rng, sound, refused = random.Random(name), dict(file.metadata), 0

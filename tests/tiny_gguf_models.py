@@ -84,6 +84,11 @@ def _mixture(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
 
 
+def _gpt_oss(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+
+
 def _gemma2(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -120,6 +125,15 @@ _EXPERTS = {
 _GEMMA3_ROPE = {
     "sliding_attention": PLAIN,
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+}
+_EXACT_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 32,
 }
 _LONGROPE = {
     "rope_type": "longrope",
@@ -229,6 +243,19 @@ CASES = {
         _phi3,
     ),
     "starcoder2": Case("starcoder2", "Starcoder2ForCausalLM", {"tie_word_embeddings": True}),
+    "gpt-oss": Case(
+        "gpt-oss",
+        "GptOssForCausalLM",
+        {
+            **_WIDE_HEADS,
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "num_hidden_layers": 3,
+            "rope_parameters": _EXACT_YARN,
+        },
+        _gpt_oss,
+    ),
 }
 
 
@@ -258,12 +285,23 @@ def random_model(case: Case, **changes: Any) -> PreTrainedModel:
     return model
 
 
+# The converter keeps these as they are.
+_FLOATS = ("mlp.gate.", "mlp.router.", "shared_expert_gate")
+
+
 def write_model(
-    path: Path, case: Case, kind: Type = Type.F32, *, table: Type | None = None, **changes: Any
+    path: Path,
+    case: Case,
+    kind: Type = Type.F32,
+    *,
+    table: Type | None = None,
+    experts: Type | None = None,
+    **changes: Any,
 ) -> PreTrainedModel:
     """Write a random model; returns it with the values that the file has, dequantised by gguf.
 
-    ``kind``: of its linears and experts; ``table``: of embedding and head (default: as well).
+    ``kind``: of its linears; ``table``: of embedding and head, ``experts``: of experts (default: as
+    well).
     """
     model = random_model(case, **changes)
     writer = gguf.GGUFWriter(path, case.arch)
@@ -275,7 +313,9 @@ def write_model(
     for name, parameter in model.named_parameters():
         of_table = name.startswith(("model.embed_tokens", "lm_head"))
         wanted = (table or kind) if of_table else kind
-        if parameter.dim() == 1 or "mlp.gate." in name or "shared_expert_gate" in name:
+        if experts is not None and ".experts." in name:
+            wanted = experts
+        if parameter.dim() == 1 or name.endswith("_bias") or any(map(name.__contains__, _FLOATS)):
             wanted = Type.F32
         state[name] = layout.write(writer, name, parameter.data, wanted)
     finish(writer, path)
@@ -299,6 +339,9 @@ def add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if "beta_fast" in rope:
+            writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+            writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     writer.add_rope_freq_base(rope["rope_theta"])
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -337,16 +380,34 @@ class _Layout:
 
     def write(self, writer: gguf.GGUFWriter, name: str, value: Tensor, kind: Type) -> Tensor:
         """Written; returns the value that the file has then."""
+        if self.arch == "gpt-oss" and (".experts." in name or name.endswith("sinks")):
+            return self._gpt_oss(writer, name, value, kind)
         if name.endswith("experts.gate_up_proj"):
             halves = zip(("gate_proj", "up_proj"), value.chunk(2, 1), strict=True)
             stem = name.removesuffix("gate_up_proj")
             return torch.cat([self._one(writer, stem + n, v, kind) for n, v in halves], 1)
         return self._one(writer, name, value, kind)
 
+    def _gpt_oss(self, writer: gguf.GGUFWriter, name: str, value: Tensor, kind: Type) -> Tensor:
+        """Weights are [experts, K, N] in the model; rows of gate and up alternate."""
+        transposed = value.dim() == 3
+        rows = value.transpose(1, 2) if transposed else value
+        stem = name.removesuffix("_bias")
+        last = ".bias" if name.endswith("_bias") else ".weight"
+        if stem.endswith("gate_up_proj"):
+            stem = stem.removesuffix("gate_up_proj")
+            back = torch.empty_like(rows)
+            for first, part in enumerate(("gate_proj", "up_proj")):
+                back[:, first::2] = self._one(writer, stem + part + last, rows[:, first::2], kind)
+        else:
+            back = self._one(writer, stem + last, rows, kind)
+        return back.transpose(1, 2) if transposed else back
+
     def _one(self, writer: gguf.GGUFWriter, name: str, value: Tensor, kind: Type) -> Tensor:
         if name.startswith("model.layers") and self.config.model_type == "mixtral":
             name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
-        stem = name if ".experts." not in name else f"{name}.weight"
+        named = ".experts." not in name or name.endswith((".weight", ".bias"))
+        stem = name if named else f"{name}.weight"
         of_file = self.names.get_name(stem, try_suffixes=(".weight", ".bias"))
         assert of_file is not None, name
         heads = None

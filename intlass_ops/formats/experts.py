@@ -31,23 +31,30 @@ _Read = dict[str, Callable[[], Tensor]]
 
 
 def stacked(
-    name: str, parts: Sequence[Sequence[AnyStored]], activation: Activation
+    name: str,
+    parts: Sequence[Sequence[AnyStored]],
+    activation: Activation,
+    alternating: bool = False,
 ) -> tuple[LayerSpec, _Read]:
     """Spec of an `IntExpertLinear` or its kin of FP4 or FP8, and how to get each of its tensors.
 
-    ``parts``: for each piece of N (gate, up), the weights of all experts.
+    ``parts``: for each piece of N (gate, up), the weights of all experts. ``alternating``: rows of
+    the pieces take turns (gate, up, gate, …), where else one piece follows the other.
 
     Raises FormatError where experts differ in shape, bits or groups, or need a form that only
     single linears have (act-order, 8 bits with zero points).
     """
     _check_alike(name, parts)
+    if alternating and len({row[0].shape for row in parts}) > 1:
+        raise FormatError(f"{name}: gate and up, whose rows alternate, differ in shape")
     integers = [[each for each in row if isinstance(each, StoredWeight)] for row in parts]
     if any(integers):
-        return _integers(name, integers, activation)
+        return _integers(name, integers, activation, alternating)
     fp8 = [[each for each in row if isinstance(each, StoredFp8)] for row in parts]
     if any(fp8):
-        return _fp8(name, fp8)
-    return _fp4(name, [[each for each in row if isinstance(each, StoredFp4)] for row in parts])
+        return _fp8(name, fp8, alternating)
+    fp4 = [[each for each in row if isinstance(each, StoredFp4)] for row in parts]
+    return _fp4(name, fp4, alternating)
 
 
 def _check_alike(name: str, parts: Sequence[Sequence[AnyStored]]) -> None:
@@ -70,10 +77,12 @@ def _form(stored: AnyStored) -> tuple[Any, ...]:
     return stored.bits, stored.shape[1], stored.scales.shape[1], stored.scales.dtype
 
 
-def _fp4(name: str, parts: _Parts[StoredFp4]) -> tuple[LayerSpec, _Read]:
+def _fp4(name: str, parts: _Parts[StoredFp4], alternating: bool) -> tuple[LayerSpec, _Read]:
     scales = [[each.global_scale for each in row if each.global_scale is not None] for row in parts]
     by_piece = any(row != scales[0] for row in scales)
     rows = {row[0].shape[0] for row in parts}
+    if by_piece and alternating:
+        raise FormatError(f"{name}: gate and up, whose rows alternate, have other global scales")
     if by_piece and len(rows) > 1:
         raise FormatError(
             f"{name}: gate and up have other global scales, and other sizes: {sorted(rows)} rows"
@@ -83,6 +92,7 @@ def _fp4(name: str, parts: _Parts[StoredFp4]) -> tuple[LayerSpec, _Read]:
         spec,
         parts,
         {"weight": lambda stored: stored.read(), "scales": lambda stored: stored.read_scales()},
+        alternating,
     )
     if scales[0]:
         every = torch.stack([torch.stack(row) for row in scales], 1)
@@ -90,7 +100,7 @@ def _fp4(name: str, parts: _Parts[StoredFp4]) -> tuple[LayerSpec, _Read]:
     return spec, read
 
 
-def _fp8(name: str, parts: _Parts[StoredFp8]) -> tuple[LayerSpec, _Read]:
+def _fp8(name: str, parts: _Parts[StoredFp8], alternating: bool) -> tuple[LayerSpec, _Read]:
     """Scales of the smallest groups that all experts have: others are repeated."""
     every, (experts, n, k) = [stored for row in parts for stored in row], _shape(parts)
     groups = math.lcm(*(stored.groups for stored in every))
@@ -103,13 +113,15 @@ def _fp8(name: str, parts: _Parts[StoredFp8]) -> tuple[LayerSpec, _Read]:
     def scales_of(stored: StoredFp8) -> Tensor:
         return stored.read_scales().repeat_interleave(groups // stored.groups, 1)
 
-    return spec, _gathered(
-        spec, parts, {"weight": lambda stored: stored.read(), "scales": scales_of}
-    )
+    of_one: dict[str, Callable[[StoredFp8], Tensor]] = {
+        "weight": lambda stored: stored.read(),
+        "scales": scales_of,
+    }
+    return spec, _gathered(spec, parts, of_one, alternating)
 
 
 def _integers(
-    name: str, parts: _Parts[StoredWeight], activation: Activation
+    name: str, parts: _Parts[StoredWeight], activation: Activation, alternating: bool
 ) -> tuple[LayerSpec, _Read]:
     every = [stored for row in parts for stored in row]
     for stored in every:
@@ -145,7 +157,7 @@ def _integers(
         tensors.append(("zeros", zero_type, (experts, n, groups)))
         of_one["zeros"] = zeros_of
     spec = LayerSpec(INT4 if first.bits == 4 else INT8, k, activation, tuple(tensors))
-    return spec, _gathered(spec, parts, of_one)
+    return spec, _gathered(spec, parts, of_one, alternating)
 
 
 def _shape(parts: _Parts[_Stored]) -> tuple[int, int, int]:
@@ -154,7 +166,10 @@ def _shape(parts: _Parts[_Stored]) -> tuple[int, int, int]:
 
 
 def _gathered(
-    spec: LayerSpec, parts: _Parts[_Stored], of_one: dict[str, Callable[[_Stored], Tensor]]
+    spec: LayerSpec,
+    parts: _Parts[_Stored],
+    of_one: dict[str, Callable[[_Stored], Tensor]],
+    alternating: bool,
 ) -> _Read:
     """How to get tensors of the layer from ``of_one``: what gets the same of a single weight."""
 
@@ -162,10 +177,11 @@ def _gathered(
         ((dtype, shape),) = ((d, s) for each, d, s in spec.tensors if each == name)
         found, start = torch.empty(shape, dtype=dtype), 0
         # One after the other: all of them and the layer would be twice its size.
-        for row in parts:
+        for piece, row in enumerate(parts):
             end = start + row[0].shape[0]
+            rows = slice(piece, None, len(parts)) if alternating else slice(start, end)
             for expert, stored in enumerate(row):
-                found[expert, start:end] = of_one[name](stored)
+                found[expert, rows] = of_one[name](stored)
             start = end
         return found
 

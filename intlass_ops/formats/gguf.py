@@ -1,4 +1,4 @@
-"""GGUF files: metadata, and tensors as canonical weights that keep every code as it is stored.
+"""GGUF files: metadata, and tensors as weights that keep every code as it is stored.
 
 Lives here: the file's structure. Not here: its block formats (gguf_blocks.py), what a model does
 with them (integrations/gguf_models.py).
@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..fp4_linear import MXFP4
 from . import CanonicalWeight, FormatError
-from .gguf_blocks import BLOCK_TYPES
+from .fp4 import StoredFp4
+from .gguf_blocks import BLOCK_TYPES, MXFP4_BLOCK, Bytes, mxfp4_codes, mxfp4_scales
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -38,18 +40,19 @@ _SCALARS = {
 _FLOATS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)}
 _IDS = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
-    13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS",
+    13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4",
 }  # fmt: skip
-_TYPES = _FLOATS | {
-    number: (name, BLOCK_TYPES[name].weights, BLOCK_TYPES[name].bytes)
-    for number, name in _IDS.items()
-}
-QUANTIZED = tuple(BLOCK_TYPES)
+FP4 = "MXFP4"
+_NAN = 255  # of e8m0
+_BLOCKS = {name: (form.weights, form.bytes) for name, form in BLOCK_TYPES.items()}
+_BLOCKS[FP4] = MXFP4_BLOCK
+_TYPES = _FLOATS | {number: (name, *_BLOCKS[name]) for number, name in _IDS.items()}
+INTEGERS, QUANTIZED = tuple(BLOCK_TYPES), tuple(_BLOCKS)
 # The rest of ggml's enumeration, to name what is not read.
 _UNREAD_TYPES = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S",
     22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
-    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+    35: "TQ2_0", 40: "NVFP4",
 }  # fmt: skip
 
 
@@ -67,6 +70,8 @@ class TensorInfo:
 
 class GGUFFile:
     """A memory-mapped GGUF file: ``metadata``, ``tensors``, ``weight(name)``, ``dense(name)``.
+
+    ``weight`` is of integers; MXFP4 is ``fp4(name)``.
 
     Of a file that was split, name the first part: the others lie beside it.
 
@@ -106,35 +111,58 @@ class GGUFFile:
         return self.info(name).type in QUANTIZED
 
     def weight(self, name: str, expert: int | None = None) -> CanonicalWeight:
-        """A quantised tensor [N, K], codes unchanged (copied out of the mapping).
+        """A tensor [N, K] in integers, codes unchanged (copied out of the mapping).
 
         ``expert``: which of a tensor [experts, N, K].
         """
+        info = self._typed(name, INTEGERS)
+        form = BLOCK_TYPES[info.type]
+        name, blocks = self._blocks(info, expert)
+        codes, scales, zeros = form.decode(blocks, functools.partial(self._halves, info))
+        shape = info.shape[-2], info.shape[-1]
+        return CanonicalWeight(name, codes, scales, zeros, form.bits, form.group_size, shape)
+
+    def fp4(self, name: str, expert: int | None = None) -> StoredFp4:
+        """The same of a tensor in MXFP4: codes and scales are read when they are asked for."""
+        info = self._typed(name, (FP4,))
+        of, blocks = self._blocks(info, expert)
+
+        def scales() -> Tensor:
+            found = mxfp4_scales(blocks)
+            if bool((found == _NAN).any()):  # ggml takes it for 2^128
+                raise FormatError(f"{self.path}: the scales of {of} hold a NaN; it is damaged")
+            return found
+
+        shape = info.shape[-2], info.shape[-1]
+        return StoredFp4(of, MXFP4, shape, None, lambda: mxfp4_codes(blocks), scales)
+
+    def _typed(self, name: str, types: tuple[str, ...]) -> TensorInfo:
         info = self.info(name)
-        if info.type not in QUANTIZED:
+        if info.type not in types:
             raise FormatError(
                 f"{self.path}: {name} has type {info.type}; a weight is read from "
                 f"{', '.join(QUANTIZED)}"
             )
+        return info
+
+    def _blocks(self, info: TensorInfo, expert: int | None) -> tuple[str, Bytes]:
+        """Name and blocks [N, K/weights, bytes] of a weight, in the mapping."""
         if len(info.shape) != (2 if expert is None else 3):
             wanted = "[N, K]" if expert is None else "[experts, N, K]"
-            raise FormatError(f"{self.path}: {name} has shape {info.shape}; expected {wanted}")
+            raise FormatError(f"{self.path}: {info.name} has shape {info.shape}; expected {wanted}")
         n, k = info.shape[-2:]
-        form = BLOCK_TYPES[info.type]
-        raw = self._raw(info).reshape(-1, n, k // form.weights, form.bytes)
-        blocks = raw[expert or 0]
-        codes, scales, zeros = form.decode(blocks, functools.partial(self._halves, info))
-        name = name if expert is None else f"{name}[{expert}]"
-        return CanonicalWeight(name, codes, scales, zeros, form.bits, form.group_size, (n, k))
+        weights, size = _BLOCKS[info.type]
+        blocks = self._raw(info).reshape(-1, n, k // weights, size)[expert or 0]
+        return info.name if expert is None else f"{info.name}[{expert}]", blocks
 
     def dense(self, name: str) -> Tensor:
         """Any supported tensor as float32."""
         info = self.info(name)
         if info.type in QUANTIZED and len(info.shape) == 3:
             experts = range(info.shape[0])
-            return torch.stack([self.weight(name, each).dequantize() for each in experts])
+            return torch.stack([self._dequantized(info, each) for each in experts])
         if info.type in QUANTIZED:
-            return self.weight(name).dequantize()
+            return self._dequantized(info, None)
         dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         if info.type not in dtypes:
             raise FormatError(
@@ -143,6 +171,11 @@ class GGUFFile:
             )
         raw = torch.from_numpy(self._raw(info).copy())
         return raw.view(dtypes[info.type]).view(info.shape).to(torch.float32)
+
+    def _dequantized(self, info: TensorInfo, expert: int | None) -> Tensor:
+        if info.type == FP4:
+            return self.fp4(info.name, expert).load().dequantize()
+        return self.weight(info.name, expert).dequantize()
 
     def _raw(self, info: TensorInfo) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return self._bytes[info.part][info.offset : info.offset + info.nbytes]

@@ -13,12 +13,14 @@
     Q6_K      256    210  nibbles, 2-bit pairs, 16 · int8 s, fp16 d     (q - 32)·ds     INT8
     IQ4_NL     32     18  fp16 d, nibbles                               table[q]·d      INT8
     IQ4_XS    256    136  fp16 d, 8 · 6-bit s, nibbles                  table[q]·d(s-32) INT8
+    MXFP4      32     17  e8m0 s, nibbles of e2m1                       e2m1(q)·2^(s-127) FP4
 
 Groups are 32 weights, in Q2_K, Q3_K and Q6_K 16. Codes and scales are exact (the products d·s have
 at most 19 bits and are kept in float32). The one rounding is that of floating zeros, half an ulp:
 with it, (q - zeros)·scale in float32 is within 2^-23·(|m| + |w|) of the exact w. A group whose
 scale is 0 and which has a minimum has one value whatever its codes; it becomes code 0, scale 1,
-zero -value: exact.
+zero -value: exact. MXFP4 is no canonical weight but what an `Fp4Linear` holds: ggml's table has
+twice the values of e2m1, and ggml halves the scale.
 
 In the blocks of 32, nibble byte j holds elements j (low) and j + 16 (high); ours holds neighbours
 (packing.py). Source of the layouts: ggml's quants, as the gguf package has them. Not here: the file
@@ -34,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..fp4 import MXFP4_GROUP
 from ..packing import pack
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -144,6 +147,16 @@ def _iq4_xs(blocks: Bytes, halves: Halves) -> Decoded:
     return Decoded(codes.flatten(1), (d.unsqueeze(-1) * s).flatten(1), None)
 
 
+def mxfp4_codes(blocks: Bytes) -> Tensor:
+    """Blocks [N, K/32, 17] to the codes [N, K/2] of an `Fp4Linear`."""
+    return pack(_nibbles(blocks[..., 1:])).flatten(1)
+
+
+def mxfp4_scales(blocks: Bytes) -> Tensor:
+    """Blocks [N, K/32, 17] to e8m0 [N, K/32]."""
+    return torch.from_numpy(blocks[..., 0].copy())
+
+
 def _affine(codes: Tensor, scales: Tensor, minimum: Tensor, bits: int = 4) -> Decoded:
     """w = codes·scales + minimum; codes uint8 [N, G, group_size], of ``bits`` here."""
     flat = scales == 0
@@ -188,6 +201,7 @@ def _pairs_of_bits(octets: Tensor) -> Tensor:
 
 
 _PLACES = torch.arange(8, dtype=torch.uint8)
+MXFP4_BLOCK = MXFP4_GROUP, 17  # weights, bytes
 # What IQ4's codes stand for
 _TABLE = torch.tensor(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.int8

@@ -20,6 +20,8 @@ Names = Mapping[str, tuple[str, ...]]
 class Architecture:
     """A ``general.architecture`` and the transformers model that it is.
 
+    ``layer``: a parameter of a module of experts, or of no module of its own, has its name with it.
+
     ``required`` and ``optional`` metadata besides what all have; ``fixed``: config fields that no
     key states. ``biases``: config fields that are true where the first layer has a bias of a name.
     """
@@ -38,6 +40,10 @@ class Architecture:
     scaled_by_width: int | None = None
     # A rotary part of a head may be smaller than the head.
     partial_rotary: bool = False
+    # YaRN's ramp begins and ends between two frequencies; llama.cpp rounds that everywhere.
+    exact_yarn: bool = False
+    # Tokens that end a text besides EOS, as the model's generation_config.json has them.
+    stops: tuple[str, ...] = ()
 
 
 _ATTENTION: Names = {
@@ -69,6 +75,13 @@ _EXPERTS: Names = {
     "mlp.gate": ("ffn_gate_inp",),
     "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
     "mlp.experts.down_proj": ("ffn_down_exps",),
+}
+_EXPERTS_WITH_BIASES: Names = {
+    "mlp.router": ("ffn_gate_inp",),
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "mlp.experts.gate_up_proj_bias": ("ffn_gate_exps", "ffn_up_exps"),
+    "mlp.experts.down_proj": ("ffn_down_exps",),
+    "mlp.experts.down_proj_bias": ("ffn_down_exps",),
 }
 _SHARED_EXPERT: Names = {
     "mlp.shared_expert_gate": ("ffn_gate_inp_shexp",),
@@ -175,6 +188,27 @@ ARCHITECTURES: dict[str, Architecture] = {
         {**_ATTENTION, "mlp.c_fc": ("ffn_up",), "mlp.c_proj": ("ffn_down",), **_NORMS},
         {"attention.layer_norm_epsilon": ("norm_epsilon", float), **_WIDTH},
         biases={"use_bias": "attn_q"},
+    ),
+    "gpt-oss": Architecture(
+        "GptOssForCausalLM",
+        {
+            **_ATTENTION,
+            "self_attn.sinks": ("attn_sinks",),
+            **_EXPERTS_WITH_BIASES,
+            "input_layernorm": ("attn_norm",),
+            "post_attention_layernorm": ("post_attention_norm",),
+        },
+        {
+            **_DENSE,  # of its width the file has two keys, of which this one counts:
+            "expert_feed_forward_length": ("intermediate_size", int),
+            "expert_count": ("num_local_experts", int),
+            "expert_used_count": ("num_experts_per_tok", int),
+            "attention.sliding_window": ("sliding_window", int),
+        },
+        fixed={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        biases=_BIASES,
+        exact_yarn=True,
+        stops=("<|endoftext|>", "<|call|>"),
     ),
 }
 

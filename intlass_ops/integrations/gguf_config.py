@@ -137,7 +137,7 @@ def config_of(file: GGUFFile) -> Any:
         "architectures": [known.model],
     }
     for key, (name, kind) in known.required.items():
-        fields[name] = keys.get(key, kind)
+        fields[name] = _size(keys, key) if kind is int else keys.get(key, kind)
     for key, (name, kind) in known.optional.items():
         value = keys.get(key, kind, None)
         # A window of no tokens stands for none (Phi-4), and so does a missing one (Gemma 3).
@@ -155,6 +155,7 @@ def config_of(file: GGUFFile) -> Any:
         fields |= _local_and_global(keys, fields)
     for name, of_file in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         fields[f"{name}_token_id"] = token_id(file, of_file, fields["vocab_size"])
+    fields["eos_token_id"] = _ends(file, fields["eos_token_id"], known)
     keys.check_all_used()
     _check_layers(file, layers)
     try:
@@ -175,6 +176,15 @@ def token_id(file: GGUFFile, name: str, vocabulary: int) -> int | None:
             f"{file.path}: metadata {key!r} is {found}; the vocabulary has {vocabulary} rows"
         )
     return found
+
+
+def _ends(file: GGUFFile, eos: int | None, known: Architecture) -> int | list[int] | None:
+    """EOS, and the other tokens that end a text of such a model where the file has them."""
+    tokens = metadata(file, "tokenizer.ggml.tokens", list, []) if known.stops else []
+    others = [tokens.index(each) for each in known.stops if each in tokens]
+    if eos is None or not others:
+        return eos
+    return [eos, *(each for each in others if each != eos)]
 
 
 def _size(keys: Keys, key: str) -> int:

@@ -4,13 +4,12 @@ Lives here: loading; nothing is fetched. Not here: the file format (formats/gguf
 of the architectures (gguf_architectures.py), config (gguf_config.py), which tensors a parameter
 consists of (gguf_tensors.py), tokenizer (gguf_tokenizers.py), generation (static_decoding.py).
 
-`load` gives the INT4/INT8 model, `load_dense` the same weights dequantised, to compare with.
+`load` gives the quantised model, `load_dense` the same weights dequantised, to compare with.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,18 +20,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..formats import CanonicalWeight, FormatError
+from ..formats import FormatError
 from ..formats.experts import stacked
-from ..formats.gguf import GGUFFile
+from ..formats.gguf import INTEGERS, GGUFFile
 from ..formats.layers import LayerSpec, buffers_of, write_specs
-from ..formats.stored import StoredWeight
 from ..nn import IntLinear
 from ..ops import dequantize
 from . import experts
 from . import transformers_quantizer as _quantizer  # noqa: F401  (registers quant_method="intlass")
 from .deferred import Deferred, State, add_layer, finish, placed
 from .gguf_config import architecture_of, config_of
-from .gguf_tensors import EMBEDDING, HEAD, Place, empty, int_layer, places, rotary_row_order, stored
+from .gguf_tensors import (
+    EMBEDDING,
+    HEAD,
+    Place,
+    empty,
+    int_layer,
+    places,
+    rotary_row_order,
+    stored_in,
+)
 from .gguf_tokenizers import tokenizer_of
 
 __all__ = ["config_of", "load", "load_dense", "load_device_map", "tokenizer_of"]
@@ -156,7 +163,7 @@ class _Checkpoint:
         name = "token_embd.weight"
         (place,) = (each for each in self.places if each.tensors == (name,))
         own = empty(self.file, self.config, self.known).get_submodule(place.path)
-        if type(own) is not nn.Embedding or not self.file.is_quantized(name):
+        if type(own) is not nn.Embedding or self.file.info(name).type not in INTEGERS:
             return None  # Gemma's multiplies what it looks up
         layer = int_layer(self.file.weight(name))
         self._looked_up_in_integers = isinstance(layer, IntLinear)
@@ -186,8 +193,8 @@ class _Checkpoint:
         return self._state
 
     def _add_linear(self, path: str, place: Place) -> None:
-        weight = self._weight(place)
-        spec, buffers = buffers_of(stored(weight, lambda: self._weight(place)), None)
+        (name,) = place.tensors
+        spec, buffers = buffers_of(stored_in(self.file, name, order=self._order(name)), None)
         buffers["weight"] = self._counted(place, buffers["weight"])
         self._specs[path] = add_layer(self._state, path, spec, buffers)
 
@@ -199,16 +206,12 @@ class _Checkpoint:
                 )
         target = place.name + experts.SUFFIX
         parts = [
-            [self._expert(name, number) for number in range(place.shape[0])]
+            [stored_in(self.file, name, number) for number in range(place.shape[0])]
             for name in place.tensors
         ]
-        spec, buffers = stacked(f"{self.file.path}: {target}", parts, None)
+        spec, buffers = stacked(f"{self.file.path}: {target}", parts, None, place.alternating)
         buffers["weight"] = self._counted(place, buffers["weight"])
         self._specs[target] = add_layer(self._state, target, spec, buffers)
-
-    def _expert(self, name: str, number: int) -> StoredWeight:
-        read = functools.partial(self.file.weight, name, number)
-        return stored(read(), read)
 
     def _add_dense(self, place: Place) -> None:
         read = self._counted(place, lambda: self._dense(place))
@@ -218,11 +221,6 @@ class _Checkpoint:
             bias = ("bias", self.dtype, place.shape)
             self._specs[place.path] = replace(spec, tensors=(*spec.tensors, bias))
 
-    def _weight(self, place: Place) -> CanonicalWeight:
-        (name,) = place.tensors
-        order, weight = self._order(name), self.file.weight(name)
-        return weight if order is None else weight.take_rows(order)
-
     def _dense(self, place: Place) -> Tensor:
         if place.path == EMBEDDING and self._looked_up_in_integers:
             return torch.zeros((), dtype=self.dtype).expand(place.shape)
@@ -230,10 +228,15 @@ class _Checkpoint:
         for name in place.tensors:
             order, values = self._order(name), self.file.dense(name)
             parts.append(values if order is None else values[order])
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+        if place.alternating:
+            joined = torch.stack(parts, 2).flatten(1, 2)
+        else:
+            joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if place.transposed:
+            joined = joined.transpose(1, 2)
         if place.path.endswith("norm"):
             joined = joined - self.known.norm_offset
-        return joined.view(place.shape).to(self.dtype)
+        return joined.reshape(place.shape).to(self.dtype)
 
     def _order(self, name: str) -> Tensor | None:
         heads = {

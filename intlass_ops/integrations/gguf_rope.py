@@ -74,6 +74,8 @@ def rope_parameters(keys: Keys, known: Architecture, head_dim: int, length: int)
             "beta_fast": _positive(keys, "rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": _positive(keys, "rope.scaling.yarn_beta_slow", 1.0),
         }
+        if known.exact_yarn:
+            rope["truncate"] = False
     elif kind == "linear":
         rope |= {"rope_type": "linear", "factor": _positive(keys, "rope.scaling.factor")}
     elif kind != "none":

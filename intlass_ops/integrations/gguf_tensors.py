@@ -6,7 +6,7 @@ Not here: the names (gguf_architectures.py), putting layers into a model (gguf_m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..formats import CanonicalWeight, FormatError
-from ..formats.gguf import GGUFFile
+from ..formats.fp4 import StoredFp4
+from ..formats.gguf import FP4, GGUFFile
 from ..formats.layers import buffers_of, layer_of
 from ..formats.stored import StoredWeight
 from . import gguf_rope
@@ -28,13 +29,19 @@ _ROPE = (gguf_rope.FACTORS, gguf_rope.LONG_FACTORS, gguf_rope.SHORT_FACTORS)
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter of the model, and the tensors of the file whose rows are its rows."""
+    """A parameter of the model, and the tensors of the file whose rows are its rows.
+
+    Of experts (modules that say so): ``transposed``: they are [experts, K, N] in the model;
+    ``alternating``: rows of the tensors take turns, where else one tensor follows the other.
+    """
 
     path: str
     parameter: str  # weight, bias, or the parameter's name in a module of experts
     tensors: tuple[str, ...]
     shape: tuple[int, ...]
     is_linear: bool
+    transposed: bool = False
+    alternating: bool = False
 
     @property
     def name(self) -> str:
@@ -48,8 +55,16 @@ def places(file: GGUFFile, config: Any, known: Architecture) -> list[Place]:
     for name, parameter in model.named_parameters():
         path, _, last = name.rpartition(".")
         tensors = tuple(_tensors_of(path, last, known))
-        is_linear = type(model.get_submodule(path)) is nn.Linear and last == "weight"
-        place = Place(path, last, tensors, tuple(parameter.shape), is_linear)
+        module, shape = model.get_submodule(path), tuple(parameter.shape)
+        place = Place(
+            path,
+            last,
+            tensors,
+            shape,
+            is_linear=type(module) is nn.Linear and last == "weight",
+            transposed=len(shape) == 3 and bool(getattr(module, "is_transposed", False)),
+            alternating=len(tensors) > 1 and not getattr(module, "is_concatenated", True),
+        )
         _check_shape(file, place)
         found.append(place)
     used = {*_ROPE, *(tensor for place in found for tensor in place.tensors)}
@@ -68,9 +83,10 @@ def _tensors_of(path: str, last: str, known: Architecture) -> Iterator[str]:
         yield f"{_NAMES[path][0]}.{last}"
         return
     number, _, part = path.removeprefix("model.layers.").partition(".")
-    of_experts = f"{part}.{last}" in known.layer
-    for tensor in known.layer[f"{part}.{last}" if of_experts else part]:
-        yield f"blk.{number}.{tensor}.{'weight' if of_experts else last}"
+    if f"{part}.{last}" in known.layer:  # a parameter that is no weight of a module
+        part, last = f"{part}.{last}", "bias" if last.endswith("_bias") else "weight"
+    for tensor in known.layer[part]:
+        yield f"blk.{number}.{tensor}.{last}"
 
 
 def empty(file: GGUFFile, config: Any, known: Architecture) -> PreTrainedModel:
@@ -87,10 +103,14 @@ def empty(file: GGUFFile, config: Any, known: Architecture) -> PreTrainedModel:
 def _check_shape(file: GGUFFile, place: Place) -> None:
     shapes = [file.info(name).shape for name in place.tensors]
     joined = shapes[0]
-    if len(shapes) > 1 and all(len(each) == 3 for each in shapes):
-        joined = (joined[0], sum(n for _, n, _ in shapes), joined[2])
-        if len({(experts, k) for experts, _, k in shapes}) > 1:
+    if len(shapes) > 1:  # of experts
+        alike = len({(len(each), *each[:1], *each[2:]) for each in shapes}) == 1
+        if not alike or len(joined) < 2 or (place.alternating and len({*shapes}) > 1):
             joined = ()
+        else:
+            joined = (joined[0], sum(each[1] for each in shapes), *joined[2:])
+    if place.transposed and len(joined) == 3:
+        joined = (joined[0], joined[2], joined[1])
     # The gate of a shared expert has one row, stored as a vector.
     if place.shape not in (joined, (1, *joined)):
         raise FormatError(
@@ -118,6 +138,27 @@ def stored(weight: CanonicalWeight, read: Callable[[], CanonicalWeight]) -> Stor
         return read().codes ^ -128 if wide else read().codes
 
     return StoredWeight(weight.name, weight.bits, weight.shape, weight.scales, zeros, None, codes)
+
+
+def stored_in(
+    file: GGUFFile, name: str, expert: int | None = None, order: Tensor | None = None
+) -> StoredWeight | StoredFp4:
+    """A quantised weight of the file, its rows in ``order``."""
+    if file.info(name).type == FP4:
+        found = file.fp4(name, expert)
+        if order is None:
+            return found
+        return replace(
+            found,
+            read=lambda: found.read()[order],
+            read_scales=lambda: found.read_scales()[order],
+        )
+
+    def read() -> CanonicalWeight:
+        weight = file.weight(name, expert)
+        return weight if order is None else weight.take_rows(order)
+
+    return stored(read(), read)
 
 
 def int_layer(weight: CanonicalWeight) -> nn.Module:
