@@ -22,6 +22,7 @@ from .problem import (
     Device,
     Grouping,
     Shape,
+    bytes_in_groups,
     columns_of,
     groups_of_chunk,
     groups_spread,
@@ -107,7 +108,7 @@ def _skinny(device: Device, shape: Shape) -> Skinny:
     layers, the fastest or nearly (docs/notes/kernels.md). Where there are too few blocks of 32
     rows, another tile is as for one weight.
     """
-    long_groups = _in_groups(shape) and _chunks(shape) >= _LONG
+    long_groups = bytes_in_groups(shape) and _chunks(shape) >= _LONG
     if shape.n <= 64 * device.sm_count and not long_groups:
         return _roomy(device, shape, pick_skinny(device, shape))
     tiles_n, warps, unroll, threads = _tile(device, shape)
@@ -123,12 +124,6 @@ def _chunks(shape: Shape) -> int:
     return math.ceil(shape.k * BITS[shape.w_kind] / 512)
 
 
-def _in_groups(shape: Shape) -> bool:
-    """Eight bits under 16-bit activations, in groups of whole chunks: timed with FP8."""
-    kinds = BITS[shape.x_kind], BITS[shape.w_kind]
-    return kinds == (16, 8) and shape.group_size < shape.k and groups_of_chunk(shape) == 1
-
-
 def _tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     """(tiles_n, warps, unroll, threads of an SM): as few warps as K is short."""
     few, chunks = columns_of(shape) <= 8, _chunks(shape)
@@ -136,13 +131,13 @@ def _tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     short, sparse = chunks < 12, chunks >= 12 and blocks <= 4
     sm_90 = device.arch.startswith("sm_90")  # elsewhere some spill
     if BITS[shape.w_kind] == 8:
-        if few and chunks >= 16 and _in_groups(shape):
+        if few and chunks >= 16 and bytes_in_groups(shape):  # timed with FP8
             return (1, 4, 4, 512) if chunks >= _LONG else (1, 4, 2, 768 if sparse else 1024)
         if few and chunks >= 16:
             deep = 3 if shape.w_kind == "s8" else 2  # FP8 would spill
             return (1, 4, 2, 512) if sparse else (2, 4, deep, 512)
         if few:
-            spills = shape.w_kind == "s8" and _in_groups(shape)  # under fp16
+            spills = shape.w_kind == "s8" and bytes_in_groups(shape)  # under fp16
             return 2, 4, 1, 768 if spills else 1024
         return 1, 4, 2, 512 if shape.group_size < shape.k else 1024
     if BITS[shape.x_kind] == 8:

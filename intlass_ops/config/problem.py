@@ -208,6 +208,12 @@ def groups_in_columns(shape: Shape) -> bool:
     return groups > 1 and shape.m * groups <= 8 and not (zeros and shape.k > 8192)
 
 
+def bytes_in_groups(shape: Shape) -> bool:
+    """Eight bits under 16-bit activations, in groups of whole chunks."""
+    kinds = BITS[shape.x_kind], BITS[shape.w_kind]
+    return kinds == (16, 8) and shape.group_size < shape.k and groups_of_chunk(shape) == 1
+
+
 def groups_spread(shape: Shape) -> bool:
     """Whether a chunk's groups lie in spans of their own, which the lanes of a quad share."""
     apart = codes_take_scales(shape) or groups_in_columns(shape)

@@ -14,6 +14,7 @@ from .problem import (
     Device,
     Grouping,
     Shape,
+    bytes_in_groups,
     codes_take_scales,
     columns_of,
     decoded_fp4,
@@ -42,7 +43,7 @@ _TILES = {
         ((1, 16, 1), (1, 16, 1), (1, 8, 2), (2, 4, 2)),
     ),
 }
-# The same of eight bits in groups of 128, with four layers of FP8
+# The same of `bytes_in_groups`, from four layers of FP8 in groups of 128
 _TILES_IN_GROUPS = (
     ((1, 8, 4), (1, 8, 4), (1, 8, 2), (1, 8, 2)),
     ((1, 16, 1), (1, 16, 1), (2, 8, 2), (1, 4, 1)),
@@ -223,8 +224,7 @@ def _direct_tile(device: Device, shape: Shape) -> tuple[int, int, int, int]:
     measured = None
     if not shape.has_zeros and shape.w_kind in _TILES:
         rounds = 0 if 2 * blocks <= sms else min(math.ceil(blocks / sms), 3)
-        in_groups = BITS[shape.w_kind] == 8 and shape.group_size < shape.k
-        of_kind = _TILES_IN_GROUPS if in_groups else _TILES[shape.w_kind]
+        of_kind = _TILES_IN_GROUPS if bytes_in_groups(shape) else _TILES[shape.w_kind]
         measured = of_kind[not few_tokens][rounds]
     if measured is not None:
         tiles_n, warps, unroll = measured

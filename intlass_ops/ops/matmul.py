@@ -269,7 +269,8 @@ def matmul_fp8_bf16_tn(
     scalar, [N] or [N, K/group_size], group_size a multiple of 16. ``alpha``, ``bias``,
     ``activation``, ``residual``, ``out_dtype``, sums, errors and gradients as in
     :func:`matmul_int4_bf16_tn`. The two codes that are NaN may be read as 480 of their sign: nobody
-    looks for them at every call, `Fp8Linear` and the readers of checkpoints refuse them.
+    looks for them at every call, `Fp8Linear` and the readers of checkpoints refuse them. In groups
+    under bf16, scales of 2^40 and more may give infinities or NaN on a GPU.
 
     >>> import torch
     >>> b = torch.full((1, 16), 1.5).to(torch.float8_e4m3fn)
