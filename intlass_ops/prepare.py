@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from . import side_by_side
 from .formats import modules as formats
 from .integrations import weight_readers
-from .lowering import capture
+from .lowering import capture, fp8_modules
+from .lowering.fp8 import is_code_type
 from .lowering.records import DECLINED, SWAPPED, Decision
 from .nn import PackedWeight, Stored
 from .ops._library import require_module
@@ -32,11 +33,12 @@ def prepare_(model: nn.Module, *, same_codes: bool = True) -> list[Decision]:
 
     For linears of torchao, HQQ, optimum-quanto, GPTQ, AWQ, compressed-tensors, GGUF, BitLinear and
     hand-written modules: their codes, scales, zero points and biases are packed into an
-    `IntLinear` (or, with quantised activations, act-order or 8-bit zero points, a module that
-    keeps the library's own activation arithmetic), and the original is released before the next
-    one is read. The result needs no library, runs eager and under any torch.compile, and holds
-    each weight once. What a module computes is found by tracing it and proved on its own values, as
-    under ``torch.compile(backend="intlass")``; a module that cannot be proved stays as it is.
+    `IntLinear`, or an `Fp8Linear` (or, with quantised activations, act-order or 8-bit zero points,
+    a module that keeps the library's own activation arithmetic), and the original is released
+    before the next one is read. The result needs no library, runs eager and under any
+    torch.compile, and holds each weight once. What a module computes is found by tracing it and
+    proved on its own values, as under ``torch.compile(backend="intlass")``; a module that cannot be
+    proved stays as it is.
 
     Where the library's own arithmetic is that of ``quantize_int8(full_range=True)``, as that of
     torchao's int8 is, the module is an `IntLinear` too, and the codes are the same bit for bit.
@@ -44,6 +46,8 @@ def prepare_(model: nn.Module, *, same_codes: bool = True) -> list[Decision]:
     each token a symmetric scale at every call. Libraries differ in what they divide by and in what
     they round on the way, so codes may differ by 1; ours is computed together with an RMS norm or
     SwiGLU before it, and lets the product start early.
+    It also converts FP8 layers whose library quantises activations to FP8 (transformers'
+    FP8Linear, compressed-tensors): theirs stay floats, on any GPU; ``reason`` says so.
 
     Returns one `Decision` per module looked at: ``path``, ``outcome`` ("swapped" or "declined"),
     ``scheme`` and ``reason``. Plain floating-point layers are not looked at.
@@ -93,8 +97,12 @@ def _convert(
         return module, _declined(path, kind, "its number of input features is unknown")
     x = torch.randn(1, 32, k, dtype=_dtype(module, dtype), device=_tensors(module)[0].device)
     reason = ""
+    fp8 = fp8_modules.spelled_out(module)
+    if fp8 is not None and fp8.activations and same_codes:
+        return module, _declined(path, kind, fp8_modules.ACTIVATIONS)
+    makers = formats.spellings(module) if fp8 is None else [fp8.make]
     # Three dimensions as in a model; some libraries' functions know two only.
-    for make, example in itertools.product(formats.spellings(module), (x, x[0])):
+    for make, example in itertools.product(makers, (x, x[0])):
         try:
             new, scheme = session.convert(make(), example, same_codes=same_codes)
         except capture.NotConverted as problem:
@@ -102,6 +110,8 @@ def _convert(
             continue
         new.train(module.training)
         reason = "packed in place" + _QUANTISED.get(getattr(new, "activation", ""), "")
+        if fp8 is not None and fp8.activations:
+            reason += ", activations left as floats where the library's are FP8"
         return new, Decision(path, path, kind, SWAPPED, scheme, reason)
     return module, _declined(path, kind, reason)
 
@@ -122,15 +132,14 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module itself holds an integer matrix or a quantised tensor, as linears do."""
+    """Whether a module itself holds a matrix of codes or a quantised tensor, as linears do."""
     if (
         isinstance(module, (PackedWeight, Stored, nn.Embedding))
         or "Embedding" in type(module).__name__
     ):
         return False
     return formats.input_size(module) is not None and any(
-        type(each) not in (Tensor, nn.Parameter)
-        or (not each.dtype.is_floating_point and each.dtype != torch.bool and each.dim() >= 2)
+        type(each) not in (Tensor, nn.Parameter) or (is_code_type(each.dtype) and each.dim() >= 2)
         for each in _tensors(module)
     )
 

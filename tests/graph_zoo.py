@@ -252,6 +252,58 @@ class Experts(Idiom):
         return torch.bmm(flat, w).sum(0).view(*x.shape[:-1], N)
 
 
+class Fp8PerRow(Idiom):
+    codes = torch.float8_e4m3fn
+
+    def setup(self, q: Tensor, s: Tensor, z: Tensor) -> None:
+        g = torch.Generator().manual_seed(10)
+        self.register_buffer("w", (torch.randn(N, K, generator=g) * 80).to(self.codes))
+        self.register_buffer("s", s[:, 0] / 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.w.to(self.dtype) * self.s.unsqueeze(1))
+
+
+class Fp8Epilogue(Fp8PerRow):
+    def setup(self, q: Tensor, s: Tensor, z: Tensor) -> None:
+        super().setup(q, s, z)
+        self.register_buffer("bias", torch.randn(N).to(s.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.w.to(x.dtype)) * self.s + self.bias
+
+
+class Fp8Blocks(Fp8PerRow):
+    """DeepSeek's: a scale for each block of 32 x 32, the last row of blocks cut off."""
+
+    def setup(self, q: Tensor, s: Tensor, z: Tensor) -> None:
+        super().setup(q, s, z)
+        g = torch.Generator().manual_seed(11)
+        self.register_buffer("s", torch.rand(-(-N // 32), K // GROUP, generator=g) / 500 + 0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.s.repeat_interleave(32, 0).narrow(0, 0, N).repeat_interleave(GROUP, 1)
+        return nn.functional.linear(x, (self.w.to(torch.float32) * s).to(x.dtype))
+
+
+class Fp8OtherType(Fp8PerRow):
+    codes = torch.float8_e5m2
+
+
+class Fp8Rounded(Fp8PerRow):
+    """The scaled weight is rounded to a type that we do not read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = (self.w.to(self.dtype) * self.s.unsqueeze(1)).to(torch.float8_e5m2)
+        return nn.functional.linear(x, w.to(self.dtype))
+
+
+class Fp8Added(Fp8PerRow):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.w.to(self.dtype) * self.s.unsqueeze(1) + self.s.unsqueeze(1)
+        return nn.functional.linear(x, w)
+
+
 class MulSum(SubMul):
     """Not a GEMM call at all; must be left alone and stay right."""
 
@@ -334,10 +386,14 @@ AFFINE: dict[str, Callable[..., Idiom]] = {
     for cls in (
         SubMul, RepeatInterleave, IntegerZeros, DivideByInverse, AddShift, SignExtendWhere,
         SignExtendShift, HalvesCat, AwqOrder, Int32Words, ActOrder, Int8PerChannel, Int8Epilogue,
-        Int8Asymmetric, Conv1dLayout, Einsum, WeightLeft, Experts,
+        Int8Asymmetric, Conv1dLayout, Einsum, WeightLeft, Experts, Fp8PerRow, Fp8Epilogue,
+        Fp8Blocks,
     )
 }  # fmt: skip
 UNTOUCHED: dict[str, Callable[..., Idiom]] = {
     cls.__name__: cls
-    for cls in (MulSum, Table, LinearTable, AxisZero, Dense, Clamped, PartClamped, Squared)
-}
+    for cls in (
+        MulSum, Table, LinearTable, AxisZero, Dense, Clamped, PartClamped, Squared, Fp8OtherType,
+        Fp8Rounded, Fp8Added,
+    )
+}  # fmt: skip

@@ -153,6 +153,18 @@ def _torchao_tile_packed() -> Case:
     return model, x
 
 
+def _torchao_float8_activations() -> Case:
+    import torchao.quantization as q
+
+    model, x = mlp()
+    if DEVICE != "cuda":
+        raise ImportError("torchao quantises so on a GPU only")
+    granularity = _granularity("PerRow")
+    config = q.Float8DynamicActivationFloat8WeightConfig(granularity=granularity)
+    q.quantize_(model.to(DEVICE), config)
+    return model, x
+
+
 class PackedLinear(nn.Module):
     """compressed-tensors pack-quantized, decompressed inside the graph by the library itself."""
 
@@ -196,6 +208,12 @@ LIBRARY: dict[str, Entry] = {
         "swapped",
         "w8a16",
     ),
+    "torchao: float8 weight-only per row": Entry(
+        _torchao(lambda q: q.Float8WeightOnlyConfig()), "swapped", "fp8a16"
+    ),
+    "torchao: float8 dynamic activation, float8 weight": Entry(
+        _torchao_float8_activations, "declined", "quantised"
+    ),
     "torchao: intx int4 weight-only group 32": Entry(_torchao(_intx(4, 32)), "swapped", "w4a16"),
     "torchao: intx int8 weight-only group 64": Entry(_torchao(_intx(8, 64)), "swapped", "w8a16"),
     "torchao: int8 dynamic activation, int8 weight": Entry(
@@ -234,7 +252,10 @@ LIBRARY: dict[str, Entry] = {
     "hqq: 4-bit axis 0": Entry(_hqq(4, 0), "declined", "quantised"),
     "optimum-quanto: qint8": Entry(_quanto("qint8", torch.bfloat16), "swapped", "w8a16"),
     "optimum-quanto: qint4 fp32": Entry(_quanto("qint4", torch.float32), "swapped", "w4a16"),
-    "optimum-quanto: qfloat8": Entry(_quanto("qfloat8", torch.bfloat16), "declined", "quantised"),
+    "optimum-quanto: qfloat8": Entry(_quanto("qfloat8", torch.bfloat16), "swapped", "fp8a16"),
+    "optimum-quanto: qfloat8_e5m2": Entry(
+        _quanto("qfloat8_e5m2", torch.bfloat16), "declined", "quantised"
+    ),
     "compressed-tensors: pack-quantized, decompressed in graph": Entry(
         _compressed_tensors, "swapped", "w4a16"
     ),

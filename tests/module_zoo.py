@@ -122,6 +122,71 @@ def _compressed(weights: dict[str, Any], inputs: dict[str, Any] | None) -> Calla
     return make
 
 
+def _compressed_fp8(strategy: str, **more: Any) -> Callable[[], Case]:
+    """Weights alone; the state that `ModelCompressor` leaves, which no forward reads."""
+
+    def make() -> Case:
+        from compressed_tensors.quantization import QuantizationScheme
+
+        weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, **more}
+        rows, columns = more.get("block_structure", (N if strategy == "tensor" else 1, K))
+        q, s, x = _random_fp8(rows, columns, torch.bfloat16)
+        module = nn.Linear(K, N).bfloat16()
+        bias = module.bias.detach().double()
+        module.weight = nn.Parameter(q, requires_grad=False)
+        module.weight_scale = nn.Parameter(s.flatten() if s.numel() == 1 else s)
+        module.quantization_scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+        return module, x, x.double() @ _times(q, s, rows, columns).t() + bias
+
+    return make
+
+
+def _random_fp8(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q [N, K], a scale for each block of it, x."""
+    g = torch.Generator().manual_seed(10)
+    q = (torch.randn(N, K, generator=g) * 80).to(torch.float8_e4m3fn)
+    s = (torch.rand(-(-N // rows), -(-K // columns), generator=g) * 0.001 + 0.0001).to(dtype)
+    return q, s, torch.randn(5, K, generator=g).bfloat16()
+
+
+def _times(q: Tensor, s: Tensor, rows: int, columns: int) -> Tensor:
+    spread = s.double().repeat_interleave(rows, 0)[:N].repeat_interleave(columns, 1)[:, :K]
+    return q.double() * spread
+
+
+class PlainFp8(nn.Module):
+    """A hand-written FP8 linear, scales of blocks of 32 x 64 as in DeepSeek's reference code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = K, N
+        q, s, _ = _random_fp8(32, 64, torch.float32)
+        self.weight = nn.Parameter(q, requires_grad=False)
+        self.weight_scale_inv = nn.Parameter(s)
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = self.weight.float().unflatten(0, (-1, 32)).unflatten(-1, (-1, 64))
+        w = (blocks * self.weight_scale_inv[:, None, :, None]).reshape(N, K)
+        return nn.functional.linear(x, w.to(x.dtype))
+
+
+def _plain_fp8() -> Case:
+    module, (q, s, x) = PlainFp8(), _random_fp8(32, 64, torch.float32)
+    return module, x, x.double() @ _times(q, s, 32, 64).t()
+
+
+def fp8_linear_of_transformers(block: tuple[int, int] | None = (32, 64)) -> Case:
+    """Its activations are quantised by the kernel that it calls; the output is without that."""
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    rows, columns = block or (N, K)
+    q, s, x = _random_fp8(rows, columns, torch.float32)
+    module = FP8Linear(K, N, block_size=block)
+    module.weight = nn.Parameter(q, requires_grad=False)
+    module.weight_scale_inv = nn.Parameter(s if block else s.reshape(()))
+    return module, x, x.double() @ _times(q, s, rows, columns).t()
+
+
 def _gguf(name: str) -> Callable[[], Case]:
     def make() -> Case:
         import gguf
@@ -254,6 +319,13 @@ MODULES: dict[str, tuple[Callable[[], Case], str]] = {
     "compressed-tensors: W8A8 dynamic": (_compressed(_INT8, _TOKEN), "w8a8"),
     "compressed-tensors: W8A8 static": (_compressed(_INT8, _STATIC), "w8a8"),
     "compressed-tensors: W4A8": (_compressed({**_INT4, "symmetric": True}, _TOKEN), "w4a8"),
+    "compressed-tensors: FP8 per channel": (_compressed_fp8("channel"), "fp8a16"),
+    "compressed-tensors: FP8 per tensor": (_compressed_fp8("tensor"), "fp8a16"),
+    "compressed-tensors: FP8 in blocks": (
+        _compressed_fp8("block", block_structure=[32, 64]),
+        "fp8a16",
+    ),
+    "FP8 in blocks, by hand": (_plain_fp8, "fp8a16"),
     "GGUF: Q4_0": (_gguf("Q4_0"), "w4a16"),
     "GGUF: Q4_1": (_gguf("Q4_1"), "w4a16"),
     "GGUF: Q8_0": (_gguf("Q8_0"), "w8a16"),

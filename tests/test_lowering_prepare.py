@@ -56,6 +56,8 @@ LIVE = (
     "hqq: 4-bit axis 0",
     "optimum-quanto: qint8",
     "optimum-quanto: qint4 fp32",
+    "optimum-quanto: qfloat8",
+    "torchao: float8 weight-only per row",
 )
 
 

@@ -17,19 +17,23 @@ import torch
 from torch.fx import Node
 
 from .editor import CAST, Editor, aten
+from .fp8 import CODES, UNREAD, unread
 from .gemms import Gemm, static_shape
 from .weights import NotAffine
 
 
 def _scaled_rows(edit: Editor, node: Node) -> Gemm:
-    """op(x, int8 W[N, K], scales [N] or [N, 1])."""
+    """op(x, W[N, K] of int8 or FP8 codes, scales [N] or [N, 1])."""
     x, weight, scales = node.args[:3]
     assert isinstance(x, Node)
     assert isinstance(weight, Node)
     assert isinstance(scales, Node)
     n, k = static_shape(weight) or (0, 0)
-    if weight.meta["val"].dtype != torch.int8 or not n:
-        raise NotAffine(f"the weight is {weight.meta['val'].dtype}, not int8 codes")
+    dtype = weight.meta["val"].dtype
+    if dtype in UNREAD:
+        raise NotAffine(unread(dtype))
+    if dtype not in (torch.int8, CODES) or not n:
+        raise NotAffine(f"the weight is {dtype}, not int8 codes")
     with edit.at(node):
         column = edit.call(aten.reshape.default, scales, [-1, 1])
         product = edit.call(aten.mul.Tensor, edit.call(CAST, weight, torch.float32), column)
@@ -75,6 +79,8 @@ ADAPTERS: dict[str, Callable[[Editor, Node], Gemm]] = {
     "aten._weight_int4pack_mm_for_cpu.default": _tile_packed,
 }
 
+_FP8_ACTIVATIONS = "activations in FP8 too: under FP8 weights, ours stay floats"
+
 # Name prefix or fragment: why it is left alone.
 OPAQUE: dict[str, str] = {
     "mslk.": "an opaque kernel with a private weight layout",
@@ -82,7 +88,8 @@ OPAQUE: dict[str, str] = {
     "bitsandbytes.int8": "bitsandbytes int8 keeps outlier columns aside",
     "bitsandbytes.gemv_4bit": "NF4/FP4 codes index a table: not integers times a scale",
     "onednn.qlinear": "a prepacked oneDNN linear",
-    "aten._scaled_mm": "fp8 operands: not integers",
+    "aten._scaled_mm": _FP8_ACTIVATIONS,
+    "aten._scaled_grouped_mm": _FP8_ACTIVATIONS,
 }
 
 

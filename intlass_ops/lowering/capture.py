@@ -16,15 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from ..fp8_linear import Fp8Linear
 from ..nn import Activation, IntLinear, PackedLinear
 from . import full_range, graph_pass, records, requantise, runtime
 from .gemms import shape_of
 from .graph_linear import GraphLinear
 from .graph_linear import NotConverted as NotConverted
 from .siblings import LINEAR
-from .storage import BETWEEN, DENSE, INT4, INT8, Packed, recipes_of
+from .storage import BETWEEN, DENSE, FP8, INT4, INT8, Packed, recipes_of
 
 INT8_GEMM: Any = torch.ops.intlass.matmul_int8_bf16_tn.default
+# Of modules that hold codes as buffers, only an Fp8Linear keeps FP8 when a model's dtype changes.
+_MORE_THAN_FP8 = "FP8 weights with more than a bias around the product: compile the model instead"
 _VIEWS = ("aten.view.", "aten.reshape.", "aten._unsafe_view.", "aten.alias.")
 
 
@@ -89,7 +92,7 @@ def _rebuild(
     out: Any = result.meta.get("val") if isinstance(result, Node) else None
     if not isinstance(out, Tensor) or type(shape_of(result)[-2]) is int:
         raise NotConverted("its forward depends on the number of rows")
-    bits = [_as_module(owner, graph, node, tensors, i) for i, node in enumerate(products)]
+    weights = [_as_module(owner, graph, node, tensors, i) for i, node in enumerate(products)]
     calls = [node for node in graph.nodes if node.op == "call_module"]
     integer = any(not node.args[0].meta["val"].dtype.is_floating_point for node in calls)
     activation = None
@@ -98,10 +101,12 @@ def _rebuild(
     graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure())
     _bind(owner, graph, entry, tensors, x)
     graph.lint()
-    scheme = f"w{max(bits)}a{8 if integer else 16}"
+    scheme = f"{max(weights)}a{8 if integer else 16}"
     plain = _plain(owner, entry, result, activation)
     if plain is not None:
         return plain, scheme
+    if "fp8" in weights:
+        raise NotConverted(_MORE_THAN_FP8)
     if x.dim() == 3:  # traced for x[1, M, K], as some libraries' functions know no x[M, K]
         with graph.inserting_after(entry):
             batch = graph.call_function(torch.ops.aten.unsqueeze.default, (entry, 0))
@@ -124,8 +129,8 @@ def _is(value: Any, x: Tensor) -> bool:
 
 def _as_module(
     owner: nn.Module, graph: Graph, node: Node, tensors: dict[Any, Any], index: int
-) -> int:
-    """Replace a GEMM node by a call of a PackedLinear; returns the bits of its weight."""
+) -> str:
+    """Replace a GEMM node by a call of a PackedLinear; returns its weight's part of the scheme."""
     arguments = [*node.args, None, None, None, None]
     k: int
     a_zero: Any
@@ -154,7 +159,7 @@ def _as_module(
     call.meta = node.meta
     node.replace_all_uses_with(call)
     graph.erase_node(node)
-    return 4 if packed.kind == INT4 else 8
+    return {INT4: "w4", FP8: "fp8"}.get(packed.kind, "w8")
 
 
 def _evaluate(owner: nn.Module, node: Any, tensors: dict[Any, Any]) -> Tensor:
@@ -251,5 +256,7 @@ def _plain(owner: nn.Module, entry: Node, result: Node, activation: Activation) 
         )
     if activation is not None:
         return None
+    if linear.kind == FP8:
+        return None if linear.order is not None else Fp8Linear(linear.weight, linear.scales, value)
     linear.bias = value
     return linear

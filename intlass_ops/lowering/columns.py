@@ -47,6 +47,8 @@ def candidates(evaluation: Evaluation, k: int) -> Iterator[Columns]:
         value = evaluation.values[index]
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() != k:
             continue
+        if value.dtype.itemsize == 1:
+            continue  # few operations know floats of 8 bits: what they are cast to is next to them
         after = dependents(program, index)
         path = [program.operations[i - program.leaves] for i in after]
         floats = all(evaluation.values[i].is_floating_point() for i in after)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from .fp8 import is_code_type
 from .gemms import Gemm, column_like, shape_of, static_shape
 from .leaves import LeafMeta, synthetic
 from .probing import WeightForm, probe
@@ -66,24 +67,21 @@ _INTEGERS = ("quantize", "round", "floor", "trunc", "ceil", "bitwise", "shift")
 
 
 def looks_quantised(leaves: Iterable[Node], inner: Iterable[Node]) -> bool:
-    """Whether a slice has integers in it at all: a plain float weight needs no probing."""
-    return any(leaf.op != "get_attr" and _integers(leaf) for leaf in leaves) or any(
-        any(word in str(node.target) for word in _INTEGERS) or _made_integers(node)
-        for node in inner
+    """Whether a slice has codes in it at all: a plain float weight needs no probing."""
+    return any(leaf.op != "get_attr" and _codes(leaf) for leaf in leaves) or any(
+        any(word in str(node.target) for word in _INTEGERS) or _made_codes(node) for node in inner
     )
 
 
-def _integers(node: Node) -> bool:
+def _codes(node: Node) -> bool:
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.dtype == torch.bool:
-        return False
-    return not value.dtype.is_floating_point and not value.dtype.is_complex
+    return isinstance(value, torch.Tensor) and is_code_type(value.dtype)
 
 
-def _made_integers(node: Node) -> bool:
-    """Whether a cast makes integers of floats."""
+def _made_codes(node: Node) -> bool:
+    """Whether a cast makes codes of floats."""
     source = node.args[0] if node.target in (CAST, aten._to_copy.default) else None
-    if not isinstance(source, Node) or not _integers(node):
+    if not isinstance(source, Node) or not _codes(node):
         return False
     return bool(source.meta["val"].dtype.is_floating_point)
 
@@ -152,7 +150,7 @@ class Editor:
         return self._is_static[node]
 
     def quantised(self, node: Node) -> bool:
-        """Whether a node depends on weights and constants alone, and integers among them."""
+        """Whether a node depends on weights and constants alone, and codes among them."""
         if not self.is_static(node):
             return False
         return looks_quantised(*walk(node, self.certain_leaf))
@@ -260,17 +258,13 @@ class Editor:
 
     def _only_codes(self, gemm: Gemm, leaves: Sequence[Node], uncertain: set[Node]) -> None:
         """A tensor that is no parameter may still be a weight (a closure, an argument) if the
-        operand is made from integers of a fixed shape, and not also of what it multiplies;
+        operand is made from codes of a fixed shape, and not also of what it multiplies;
         otherwise it is an activation."""
         values = [leaf.meta["val"] for leaf in leaves]
-        integer_bits = sum(
-            8 * v.numel() * v.element_size()
-            for v in values
-            if not v.dtype.is_floating_point and v.dtype != torch.bool
-        )
-        few = integer_bits < 2 * gemm.batch * gemm.n * gemm.k
+        bits = sum(8 * v.numel() * v.element_size() for v in values if is_code_type(v.dtype))
+        few = bits < 2 * gemm.batch * gemm.n * gemm.k
         if gemm.flipped or few or uncertain & _inputs_of(gemm.x):
-            raise NotASlice("depends on an input that is not a parameter, buffer or integer codes")
+            raise NotASlice("depends on an input that is not a parameter, buffer or codes")
 
     def probe(self, gemm: Gemm, piece: Slice) -> WeightForm:
         recipe = Recipe(piece.program, 0, gemm.layout, gemm.batch, gemm.n, gemm.k)

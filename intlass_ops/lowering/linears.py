@@ -18,6 +18,7 @@ from torch.fx import Node
 from . import activations, adapters, columns, full_range, integer_sums
 from .activations import Activation
 from .editor import CAST, Editor, Slice, aten, looks_quantised
+from .fp8 import is_code_type
 from .gemms import FLOATS, Epilogue, Gemm, epilogue, is_gemm, readings, shape_of
 from .probing import WeightForm
 from .program import NotASlice, TooLong, walk
@@ -160,9 +161,11 @@ def _match(edit: Editor, gemm: Gemm) -> Match:
         if dtype not in FLOATS:
             raise NotAffine("scales per column, of activations that are codes")
         activation = None
-    if edit.training and not any(
-        not meta.dtype.is_floating_point and meta.dtype != torch.bool for meta in piece.metas
-    ):
+    if form.fp8 and activation is not None:
+        if dtype not in FLOATS:
+            raise NotAffine("FP8 weights under activations that are integers")
+        activation = None
+    if edit.training and not any(is_code_type(meta.dtype) for meta in piece.metas):
         raise NotAffine("the weight is quantised from a float one that trains: repacked each step")
     bias = None if sums is None else sums.bias
     if bias is not None and any(_many(each) for each, _ in tail.row_scales):

@@ -12,12 +12,14 @@ import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import blocks, columns, parts
 from .columns import Columns
+from .fp8 import CODES, UNREAD, unread
 from .leaves import LeafMeta, synthetic
 from .program import Evaluation, NotASlice, Program, dependents
 from .weights import Measured, NotAffine, NotGrouped, Recipe, evaluate_real, measure
@@ -39,6 +41,7 @@ class WeightForm:
     span: tuple[int, int]
     has_zeros: bool
     codes_are_weight: bool  # no scale inside the slice: it comes later, as an epilogue
+    fp8: bool  # the codes are float8_e4m3fn
     codes_leaf: int | None  # the leaf that already is int8 W[N, K], if one is
     # values equal to the per-channel scales, nearest to the weight first: one further away may
     # lack a clamp that synthetic scales do not reach
@@ -108,6 +111,8 @@ def _probe(
         freed = _probe_columns(evaluation, leaves, shape, whole)
         if freed is not None:
             return freed
+        large = (value.dtype for value in evaluation.values if _large(value, numel))
+        found = next((unread(dtype) for dtype in large if dtype in UNREAD), found)
         return _probe_parts(evaluation, leaves, shape, whole, found)
     return _form(evaluation, found, replace(whole, codes=found.recipe.codes))
 
@@ -215,7 +220,7 @@ def _nearest(evaluation: Evaluation, shape: Recipe, candidates: Sequence[int]) -
 
 def _form(evaluation: Evaluation, found: _Found, whole: Recipe) -> WeightForm:
     low, high = found.measured.span
-    if high - low > 255:
+    if high - low > 255 and not found.measured.fp8:
         raise NotAffine(f"codes span [{low}, {high}]: more than 8 bits")
     form = _describe(evaluation, found.recipe, found.measured, found.rows)
     return replace(form, recipe=whole)
@@ -255,9 +260,14 @@ def _same_codes(found: Tensor, source: Tensor) -> bool:
 
     The rows looked at may miss an extreme value, never a tenth of the range.
     """
-    least, most = (float(each) for each in torch.aminmax(source))
-    low, high = (float(each) for each in torch.aminmax(found))
+    least, most = _extremes(source)
+    low, high = _extremes(found)
     return least <= low and high <= most and high - low >= 0.9 * (most - least)
+
+
+def _extremes(codes: Tensor) -> list[float]:
+    wide = codes.float() if codes.dtype == CODES else codes
+    return [float(each) for each in torch.aminmax(wide)]
 
 
 def _candidates(evaluation: Evaluation, numel: int) -> list[int]:
@@ -266,19 +276,23 @@ def _candidates(evaluation: Evaluation, numel: int) -> list[int]:
     found: list[tuple[bool, int, int]] = []
     for index in range(evaluation.program.result, -1, -1):
         value = evaluation.values[index]
-        if not isinstance(value, Tensor) or not numel <= value.numel() <= MAX_PARTS * numel:
-            continue
-        if _integral(value):
+        if _large(value, numel) and _integral(value):
             found.append((value.numel() > numel, len(found), index))
     return [index for *_, index in sorted(found)]
 
 
+def _large(value: Any, numel: int) -> bool:
+    return isinstance(value, Tensor) and numel <= value.numel() <= MAX_PARTS * numel
+
+
 def _integral(value: Tensor) -> bool:
-    """Whether a value is integers, and not one integer all over."""
+    """Whether a value is integers, and not one integer all over, or codes of FP8."""
     if value.dtype == torch.bool or value.dtype.is_complex:
         return False
-    if not value.dtype.is_floating_point:
+    if not value.dtype.is_floating_point or value.dtype == CODES:
         return True
+    if value.dtype.itemsize == 1:
+        return False
     corner = value[(slice(PROBED_ROWS),) * value.dim()]
     return not bool((corner != corner.round()).any() | (corner == corner.min()).all())
 
@@ -345,6 +359,7 @@ def _describe(evaluation: Evaluation, recipe: Recipe, found: Measured, rows: sli
         span=found.span,
         has_zeros=bool((found.zeros != 0).any()),
         codes_are_weight=bool((found.scales == 1).all()) and not bool((found.zeros != 0).any()),
+        fp8=found.fp8,
         codes_leaf=leaf,
         scale_values=tuple(reversed(scale_values)),
     )

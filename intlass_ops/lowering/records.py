@@ -67,8 +67,10 @@ class Decision:
             return replace(
                 self, outcome=DECLINED, scheme="quantised", reason=f"its values: {dense}"
             )
-        bits = 4 if set(kinds) == {"int4"} else 8
         reason = self.reason if dense is None else f"{self.reason}; some stay dense: {dense}"
+        if "fp8" in kinds:
+            return replace(self, reason=reason)
+        bits = 4 if set(kinds) == {"int4"} else 8
         return replace(self, scheme=f"w{bits}{self.scheme[2:]}", reason=reason)
 
     def __str__(self) -> str:

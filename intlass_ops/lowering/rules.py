@@ -40,7 +40,8 @@ class Match:
 
     @property
     def scheme(self) -> str:
-        return f"w{self.form.bits}a{16 if self.activation is None else 8}"
+        weight = "fp8" if self.form.fp8 else f"w{self.form.bits}"
+        return f"{weight}a{16 if self.activation is None else 8}"
 
     @property
     def bound(self) -> float:

@@ -26,6 +26,7 @@ from .. import reference
 from ..explain import record as record_dispatch
 from ..ops import matmul, matmul_kernels
 from ..ops._library import implement
+from ..ops.problem import FP8 as OF_FP8
 from ..ops.problem import INT4 as OF_INT4
 from ..ops.problem import INT8 as OF_INT8
 from . import records
@@ -33,6 +34,7 @@ from .program import device_of
 from .storage import (
     BETWEEN,
     DENSE,
+    FP8,
     INT4,
     INT8,
     Packed,
@@ -201,7 +203,8 @@ def _refresh(entry: _Entry, leaves: Sequence[Tensor]) -> None:
         kinds = [", ".join(each.kind for each in packed) for packed in (old, new)]
         raise RuntimeError(
             f"linear_from_leaves: a weight captured in a CUDA graph as {kinds[0]} is now "
-            f"{kinds[1]} with other shapes or dtypes; call torch.compiler.reset() and recompile"
+            f"{kinds[1]} with other shapes, dtypes or memory; call torch.compiler.reset() and "
+            "recompile"
         )
     for before, after in zip(old, new, strict=True):
         for target, source in zip(before.tensors(), after.tensors(), strict=True):
@@ -241,8 +244,23 @@ def take(leaves: Sequence[Tensor], text: str) -> Packed:
 def packed_bytes() -> int:
     """Memory held by repacked weights."""
     entries = list(_MEMO.values())
-    tensors = [t for entry in entries for each in entry.packed or () for t in each.tensors()]
+    every = [each for entry in entries for each in entry.packed or ()]
+    tensors = [t for p in every for t in p.tensors() if not (p.borrowed and t is p.weight)]
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+_OF = {INT8: OF_INT8, FP8: OF_FP8}
+
+
+def _dispatch(op: str, x: Tensor, weight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    """The op on arguments in the order of its kernels."""
+    if op != OF_FP8:
+        return matmul.dispatch(op, x, weight, scales, *rest)
+    _, _, a_scale, a_zero, *after = rest
+    assert a_scale is None
+    assert a_zero is None
+    y: Tensor = torch.ops.intlass.matmul_fp8_bf16_tn.default(x, weight, scales, *after)
+    return y
 
 
 def multiply(
@@ -255,7 +273,7 @@ def multiply(
     out_dtype: torch.dtype,
     activation: str | None = None,
     residual: Tensor | None = None,
-    run: Callable[..., Tensor] = matmul.dispatch,
+    run: Callable[..., Tensor] = _dispatch,
 ) -> Tensor:
     """x by a packed weight, by the ops or, within an op, by their kernels (`run`)."""
     if packed.order is not None:
@@ -270,8 +288,8 @@ def multiply(
     assert packed.scales is not None
     scales, zeros = packed.scales, packed.zeros
     after = a_scale, a_zero, None, bias, out_dtype, activation, residual
-    if packed.kind == INT8:
-        return run(OF_INT8, x, weight, scales, None, None, *after)
+    if packed.kind in _OF:
+        return run(_OF[packed.kind], x, weight, scales, None, None, *after)
     if packed.kind == INT4:
         return run(OF_INT4, x, weight, scales, zeros, k, *after)
     assert packed.high is not None

@@ -37,7 +37,7 @@ def _matrix_vector(edit: Editor, node: Node) -> Node | None:
     if shape is None or len(shape) != 2 or shape_of(x) != shape[1:] or not edit.quantised(weight):
         return None
     narrow = uncast(x).meta["val"].dtype
-    dtypes = {user.meta["val"].dtype for user in node.users}
+    dtypes = {getattr(user.meta.get("val"), "dtype", None) for user in node.users}
     if uncast(weight).meta["val"].dtype == narrow and dtypes == {narrow}:
         x, weight = uncast(x), uncast(weight)
     row = edit.call(aten.reshape.default, x, [1, shape[1]])

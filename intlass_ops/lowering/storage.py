@@ -17,12 +17,14 @@ from torch import Tensor
 
 from ..cuda import launch_store_rows
 from . import blocks
+from .fp8 import CODES
 from .program import Evaluation, device_of
 from .weights import Measured, NotAffine, Recipe, as_nk, evaluate_real, planes
 
 INT4 = "int4"
 INT8 = "int8"
 INT4_PAIR = "int4 pair"
+FP8 = "fp8"
 DENSE = "dense"
 # Of recipes in one text. No JSON holds it, and Inductor may put it into a comment: no line break.
 BETWEEN = "\t"
@@ -33,6 +35,7 @@ class Packed:
     """One weight in our storage. `order`: the K permutation of an act-order weight.
 
     INT4_PAIR is an 8-bit weight with zeros: w = 16 * scales * high + scales * (low - zeros).
+    borrowed: `weight` is the memory of a leaf.
     """
 
     kind: str
@@ -43,6 +46,7 @@ class Packed:
     high_scales: Tensor | None = None
     order: Tensor | None = None
     reason: str = ""
+    borrowed: bool = False
 
     def tensors(self) -> list[Tensor]:
         values = (getattr(self, each.name) for each in fields(self))
@@ -55,7 +59,8 @@ class Packed:
 
     def form(self) -> tuple[Any, ...]:
         """What a captured CUDA graph relies on."""
-        return (self.kind, *((t.shape, t.dtype) for t in self.tensors()))
+        place = self.weight.data_ptr() if self.borrowed else None
+        return (self.kind, place, *((t.shape, t.dtype) for t in self.tensors()))
 
 
 @functools.lru_cache(maxsize=65536)
@@ -88,13 +93,28 @@ def _pack(recipe: Recipe, leaves: Sequence[Tensor]) -> Packed:
     """Evaluate, prove and pack; a weight that turns out not to be affine is kept dense."""
     try:
         try:
-            return _by_rows(recipe, leaves, blocks.measured)
+            return _borrowing(_by_rows(recipe, leaves, blocks.measured), leaves)
         except blocks.ColumnsDiffer:
-            return _by_rows(recipe, leaves, blocks.whole)
+            return _borrowing(_by_rows(recipe, leaves, blocks.whole), leaves)
     except NotAffine as problem:
         # A leaf itself must not be kept alive by its own memo entry: a copy.
         dense = dense_weight(recipe, leaves).clone(memory_format=torch.contiguous_format)
         return Packed(DENSE, dense, reason=str(problem))
+
+
+def _borrowing(packed: Packed, leaves: Sequence[Tensor]) -> Packed:
+    """The same without a copy of FP8 codes that a leaf holds as they are.
+
+    The memory is the leaf's, the tensor is not: its memo entry must not keep a leaf alive.
+    """
+    weight = packed.weight
+    for leaf in leaves if packed.kind == FP8 else ():
+        whole = leaf.is_contiguous() and leaf.untyped_storage().nbytes() == weight.nbytes
+        if whole and leaf.dtype == weight.dtype and leaf.numel() == weight.numel():
+            same = weight.new_empty(0).set_(leaf.untyped_storage(), 0, weight.shape)  # type: ignore[call-overload]
+            if torch.equal(same.view(torch.uint8), weight.view(torch.uint8)):
+                return replace(packed, weight=same, borrowed=True)
+    return packed
 
 
 def _by_rows(
@@ -103,9 +123,11 @@ def _by_rows(
     measured: Callable[[Recipe, Sequence[Tensor], blocks.Take | None], Iterator[Measured]],
 ) -> Packed:
     """Rows are stored as they are measured, in the form that the first ones need; if others need a
-    wider one, all of them again. A GPU stores the others unmeasured, and asks once if that held."""
+    wider one, all of them again. A GPU stores the others unmeasured (but for FP8), and asks once if
+    that held."""
     form: Form | None = None
-    quick = launch_store_rows.can_store(device_of(leaves))
+    fp8 = any(leaf.dtype == CODES for leaf in leaves)
+    quick = not fp8 and launch_store_rows.can_store(device_of(leaves))
     while True:
         rows = _Rows(recipe.n * recipe.batch)
         for found in measured(recipe, leaves, rows.take if quick else None):
@@ -139,7 +161,7 @@ class _Rows:
             self.whole, self.start = part, rows
             return
         if self.whole is None:
-            blank: dict[str, Any] = {name: self._all(t) for name, t in _by_name(part)}
+            blank: dict[str, Any] = {name: self._all(name, t) for name, t in _by_name(part)}
             self.whole = replace(part, **blank)
             self.dtypes = {name: t.dtype for name, t in _by_name(part)}
             self.zeros, self.levels = form.zeros, 16 if form.kind == INT4 else 256
@@ -152,14 +174,14 @@ class _Rows:
             self.dtypes[name] = torch.promote_types(self.dtypes[name], theirs.dtype)
         self.start += rows
 
-    def _all(self, some: Tensor) -> Tensor:
-        dtype = torch.float32 if some.dtype.is_floating_point else some.dtype
+    def _all(self, name: str, some: Tensor) -> Tensor:
+        dtype = some.dtype if name in ("weight", "high") else torch.float32
         return some.new_empty((self.n, some.shape[1]), dtype=dtype)
 
     def take(self, evaluation: Evaluation, recipe: Recipe) -> bool:
         """Store the next rows as the first ones were; `proved` tells later if that was right."""
         whole, dtype = self.whole, evaluation.weight().dtype
-        if whole is None or dtype not in launch_store_rows.WEIGHTS:
+        if whole is None or whole.kind == FP8 or dtype not in launch_store_rows.WEIGHTS:
             return False
         if self.flags is None:
             self.flags = torch.zeros(1, dtype=torch.int32, device=whole.weight.device)
@@ -221,7 +243,7 @@ def _alike(packed: Sequence[Packed]) -> bool:
         columns = [None if t is None else t.shape[1] for t in (each.scales, each.zeros)]
         return (each.kind, each.order is None, *columns)
 
-    plain = first.kind != DENSE and first.order is None
+    plain = first.kind != DENSE and first.order is None and not first.borrowed
     return plain and all(form(each) == form(first) for each in packed)
 
 
@@ -253,6 +275,8 @@ class Form:
 
 def _reduced(found: Measured) -> tuple[Form, Measured]:
     """The narrowest form of some rows; where that has no zero points, they are in the codes."""
+    if found.fp8:
+        return Form(FP8, False, found.group_size), found
     low, high = found.span
     group, zeros = found.group_size, found.zeros
     if bool((zeros == zeros.round()).all()) and bool((zeros.abs() < 512).all()):
@@ -272,6 +296,8 @@ def _store(found: Measured, form: Form) -> Packed:
     order, codes = found.order, found.codes
     repeats = found.group_size // form.group
     scales, zeros = (t.repeat_interleave(repeats, 1) for t in (found.scales, found.zeros))
+    if form.kind == FP8:
+        return Packed(FP8, codes, _compact(scales), order=order)
     if not form.zeros:
         if form.kind == INT4:
             return Packed(INT4, _pack4(codes), _compact(scales), order=order)

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ..ops._library import NAMESPACE
+from .fp8 import CODES
 
 
 def computes_codes(graph: Graph) -> bool:
@@ -24,7 +25,7 @@ def computes_codes(graph: Graph) -> bool:
 
 def _is_codes(node: Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype in (torch.int8, torch.uint8)
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.int8, torch.uint8, CODES)
 
 
 def _is_given(node: Node) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..cuda.launch_store_rows import Planes
+from .fp8 import CODES
 from .program import Evaluation, Program, needed_for
 
 GROUP_STEP = 16
@@ -63,7 +64,8 @@ class Recipe:
 class Measured:
     """w[:, order] = (codes - zeros) * scales, group_size columns sharing one zero and one scale.
 
-    codes [N, K] int16; scales, zeros [N, K / group_size] float64; order [K] or None.
+    codes [N, K] int16, or float8_e4m3fn, where zeros are 0; scales, zeros [N, K / group_size]
+    float64; order [K] or None.
     """
 
     codes: Tensor
@@ -74,8 +76,12 @@ class Measured:
 
     @property
     def span(self) -> tuple[int, int]:
-        low, high = torch.aminmax(self.codes)
+        low, high = torch.aminmax(self.codes.float() if self.fp8 else self.codes)
         return int(low), int(high)
+
+    @property
+    def fp8(self) -> bool:
+        return self.codes.dtype == CODES
 
 
 def as_nk(weight: Tensor, recipe: Recipe) -> Tensor:
@@ -104,6 +110,9 @@ def measure(
     def some(weight: Tensor) -> Tensor:
         return as_nk(weight, recipe)[rows].double()
 
+    kind = evaluation.coarsest(recipe.codes)
+    if kind is not None and kind.bits == 8:
+        raise NotAffine("the weight is rounded to FP8 after its scales")
     source = evaluation.values[recipe.codes]
     true_codes = source.to(torch.float64, copy=True)  # what is made of them is written to
     zero = some(evaluation.with_codes(recipe.codes, torch.zeros_like(true_codes))).clone()
@@ -111,14 +120,15 @@ def measure(
     raw = some(evaluation.with_codes(recipe.codes, true_codes))
     raw = raw.contiguous() if 0 in raw.stride() else raw
     del true_codes
-    codes = torch.empty(raw.shape, dtype=torch.int16, device=raw.device)
+    fp8 = source.dtype == CODES
+    solve = _solve_fp8 if fp8 else _solve
+    codes = torch.empty(raw.shape, dtype=CODES if fp8 else torch.int16, device=raw.device)
     weight = as_nk(evaluation.weight(), recipe)[rows]
-    kind = evaluation.coarsest(recipe.codes)
     # In blocks that stay in cache.
     block = max(1, _BLOCK_ELEMENTS // max(recipe.k, 1)) if not raw.is_cuda else raw.shape[0]
     for start in range(0, raw.shape[0], max(block, 1)):
         part = slice(start, start + block)
-        codes[part] = _solve(raw[part], zero[part], scale[part], weight[part], kind)
+        codes[part] = solve(raw[part], zero[part], scale[part], weight[part], kind)
     return _grouped(codes, scale, zero, order)
 
 
@@ -168,6 +178,23 @@ def _solve(
     del slope, allowed, nearest, close
     _verify(weight, codes, scale, zero, kind, exact)
     return codes.to(torch.int16)
+
+
+def _solve_fp8(
+    raw: Tensor, offset: Tensor, scale: Tensor, weight: Tensor, kind: torch.finfo | None
+) -> Tensor:
+    """The same for codes of FP8, which have no zero points: without codes there is no weight."""
+    if bool((offset != 0).any()):
+        raise NotAffine("something is added to FP8 codes")
+    if bool(raw.isnan().any()):
+        raise NotAffine("an FP8 code or a scale is NaN, which the product would not show")
+    exact = raw.div_(scale.masked_fill(scale == 0, 1.0))
+    codes = exact.to(CODES)
+    rounded = codes.double()  # NaN for what is out of range
+    if not bool((exact.sub_(rounded).abs_() <= rounded.abs() * 1e-6).all()):
+        raise NotAffine("an element is not its own FP8 code times a scale (a clamp, a rotation?)")
+    _verify(weight, rounded, scale, offset, kind, exact)
+    return codes
 
 
 def _verify(
