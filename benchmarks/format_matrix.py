@@ -41,7 +41,7 @@ _LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 0.03}  # of
 PROMPT = torch.tensor([[1, 7, 23, 42, 5]])
 MIXTURES = (
     "gptq v1", "awq", "packed w4a16", "packed nvfp4", "packed mxfp4", "modelopt nvfp4",
-    "fp8 blocks", "packed fp8", "modelopt fp8",
+    "fp8 blocks", "packed fp8", "modelopt fp8", "auto-round gptq", "bitsandbytes int8",
 )  # fmt: skip
 GGUF_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 # Writes a checkpoint into a folder; returns its path and the model that it stands for.

@@ -27,6 +27,8 @@ from intlass_ops import (
     matmul_fp8_bf16_tn,
     matmul_int4_bf16_tn,
     matmul_int8_bf16_tn,
+    matmul_nf4_bf16_tn,
+    nf4,
     provenance,
 )
 from intlass_ops.bench import parse_numbers, parse_shapes, timing
@@ -46,6 +48,7 @@ class Form:
     scales: torch.dtype
     zeros: torch.dtype | None = None
     codes: torch.dtype = torch.int8  # of 8 bits
+    nf4: bool = False
 
     def draw(self, n: int, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
         codes = torch.randint(0, 256, (n, k * self.bits // 8), dtype=BYTE, device="cuda")
@@ -73,10 +76,13 @@ FORMS = {
     "INT8 by rows": Form(8, None, FP32),
     "FP8 by rows": Form(8, None, FP32, codes=FP8),
     "FP8 in blocks of 128": Form(8, 128, FP32, codes=FP8),
+    "NF4, groups of 64": Form(4, 64, FP32, nf4=True),
 }
 
 
 def product(form: Form, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    if form.nf4:
+        return matmul_nf4_bf16_tn(x, codes, scales)
     if form.bits == 4:
         return matmul_int4_bf16_tn(x, codes, scales, zeros)
     if form.codes == FP8:
@@ -87,7 +93,9 @@ def product(form: Form, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor 
 def error(form: Form, x: Tensor, weight: tuple[Tensor, Tensor, Tensor | None], y: Tensor) -> float:
     """Of some rows and tokens, in units of eps(bf16) * (|x| @ |w|)."""
     codes, scales, zeros = weight[0][:CHECKED], weight[1][:CHECKED], weight[2]
-    if form.bits == 4:
+    if form.nf4:
+        q = nf4.decode(codes, x.shape[-1], x.dtype).double()
+    elif form.bits == 4:
         q = torch.stack((codes & 15, codes >> 4), -1).flatten(1).double()
         q = q if zeros is not None else torch.where(q > 7, q - 16, q)
     else:

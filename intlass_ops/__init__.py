@@ -28,6 +28,7 @@ from .fused_quantize import (
     fused_quantize_nv,
 )
 from .gptq import gptq
+from .nf4_linear import Nf4Linear
 from .nn import IntExpertLinear, IntLinear
 from .ops import (
     dequantize,
@@ -39,6 +40,7 @@ from .ops import (
     matmul_mxf4_bf16_tn,
     matmul_mxf8_bf16_nn,
     matmul_mxf8_bf16_tn,
+    matmul_nf4_bf16_tn,
     matmul_nvf4_bf16_tn,
     mixed_mm,
     pack_int4,
@@ -128,6 +130,7 @@ __all__ = [
     "KernelCompileError",
     "KernelLaunchError",
     "KernelNotReadyError",
+    "Nf4Linear",
     "QATConfig",
     "QATLinear",
     "RotatedIntLinear",
@@ -166,6 +169,7 @@ __all__ = [
     "matmul_mxf4_bf16_tn",
     "matmul_mxf8_bf16_nn",
     "matmul_mxf8_bf16_tn",
+    "matmul_nf4_bf16_tn",
     "matmul_nvf4_bf16_tn",
     "mixed_mm",
     "mxfp4_dequantize",

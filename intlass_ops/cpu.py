@@ -1,4 +1,4 @@
-"""Fast products on a CPU of INT4, INT8, FP8 and FP4 weights: cpu_kernels.cpp, compiled once, here.
+"""Fast CPU products of INT4, INT8, FP8, FP4 and NF4 weights: cpu_kernels.cpp, compiled here, once.
 
 Lives here: building and calling those kernels. A plan holds what a call's signature (dtypes,
 shapes, strides) decides, so that the next such call only fills in pointers. Not here: argument
@@ -12,6 +12,7 @@ the reference.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import math
 import os
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import batch_invariance
+from . import batch_invariance, nf4
 from .cuda.cache import CubinCache, default_directory
 from .errors import KernelCompileError
 
@@ -68,6 +69,8 @@ _KIND = {
 }
 _OF_BYTES = {"s8": "matmul_int8", "e4m3": "matmul_fp8"}  # kernels of a code a byte
 _FP4_SCALES, _FP4_CODES = {32: 7, 16: 8}, 9  # by the size of a group: e8m0, e4m3; e2m1
+_SIXTEEN = 10  # values of NF4's codes
+_X_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _load_lock = threading.Lock()
 # What Inductor's generated code allocates with (PyTorch 2.11 and 2.13), in half the time.
@@ -105,6 +108,10 @@ class Plan:
             self.scales = _FP4_SCALES[group_size], *self.scales[1:]
             self.zeros = _FP4_CODES, 0, 0
             self.unit = 4.0 if group_size == 32 else 1.0
+        self.values: Any = None  # of codes that are neither integers nor e2m1
+        if problem.w_kind == "nf4":
+            self.values = _nf4_values(_X_DTYPE[problem.x_kind])
+            self.zeros = _SIXTEEN, 0, 0
         self.zero_type = None if zeros is None or zeros.dtype in _KIND else torch.float32
         self.of_bytes = _OF_BYTES.get(problem.w_kind)
 
@@ -125,7 +132,9 @@ class Plan:
         if self.of_bytes is not None:
             kernels[self.of_bytes](*pointers, *self.scales, *self.sizes, threads)
         elif zeros is None:
-            kernels["matmul_int4"](*pointers, *self.scales, None, *self.zeros, *self.sizes, threads)
+            kernels["matmul_int4"](
+                *pointers, *self.scales, self.values, *self.zeros, *self.sizes, threads
+            )
         else:
             z = zeros if self.zero_type is None else zeros.to(self.zero_type).contiguous()
             kernels["matmul_int4"](
@@ -191,6 +200,13 @@ def make(
         _plans.clear()
     plan = _plans[key] = Plan(problem, tuple(a.shape), scales, zeros)
     return plan
+
+
+@functools.cache
+def _nf4_values(dtype: torch.dtype) -> Any:
+    """The numbers, rounded to ``dtype``, as sixteen C floats."""
+    values = torch.tensor(nf4.VALUES, dtype=dtype, device="cpu").tolist()
+    return (ctypes.c_float * 16)(*values)
 
 
 def _table(t: Tensor | None) -> tuple[int, int, int]:

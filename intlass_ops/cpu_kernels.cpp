@@ -2,7 +2,7 @@
 //
 // w = (q - zeros) * scales. INT4: two codes a byte, even k in the low nibble (packing.py); INT8: one.
 // FP8 (e4m3) is INT8 whose 256 values are others.
-// FP4 (fp4.py) is INT4 whose sixteen values are others.
+// FP4 (fp4.py) and NF4 (nf4.py) are INT4 whose sixteen values are others.
 // Every value is decoded to float32 exactly as written and summed in float32, a partial sum a lane.
 // Few rows of a: straight into the sums. Many: some rows of w at a time into the first-level cache,
 // then a tile of 4 rows of a by kTileRows of w a step, whose sums are all in registers.
@@ -105,8 +105,11 @@ template <int L> inline float sum(typename Lanes<L>::Float v) {
   return t[0];
 }
 
-// The last three: scales of FP4, and what its codes have in place of zeros.
-enum Kind : int { kNone, kFloat32, kBFloat16, kFloat16, kInt32, kInt8, kUInt8, kE8M0, kE4M3, kE2M1 };
+// The last four: scales of FP4, what its codes have in place of zeros, and what NF4's have: a table of
+// sixteen floats.
+enum Kind : int {
+  kNone, kFloat32, kBFloat16, kFloat16, kInt32, kInt8, kUInt8, kE8M0, kE4M3, kE2M1, kSixteen
+};
 constexpr float kFp4Values[] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.f, -.5, -1, -1.5, -2, -3, -4, -6};
 
 inline float half_to_float(uint16_t h) {
@@ -176,8 +179,14 @@ struct Table {
       case kUInt8: return convert<uint8_t>(values, first, column, count, out, as_is);
       case kE8M0: return convert<uint8_t>(values, first, column, count, out, e8m0_to_float);
       case kE4M3: return convert<uint8_t>(values, first, column, count, out, e4m3_to_float);
-      case kE2M1: return;
+      case kE2M1:
+      case kSixteen: return;
     }
+  }
+
+  // The values of the sixteen codes, or nullptr: those of INT4.
+  const float* sixteen() const {
+    return kind == kE2M1 ? kFp4Values : kind == kSixteen ? static_cast<const float*>(values) : nullptr;
   }
 
   void fill_from_half(long first, long count, float* out) const {
@@ -205,27 +214,30 @@ struct Row {
   const float *scales, *zeros;
 };
 
-// Nibbles of L bytes to (q - zero) * scale, or of FP4 to value * scale. AVX-512 looks the sixteen values
-// up in a register, AVX2 the eight magnitudes of FP4.
+// Nibbles of L bytes to (q - zero) * scale, or of FP4 and NF4 to value * scale. AVX-512 looks the
+// sixteen values up in a register; AVX2 the eight magnitudes of FP4, or NF4's values in two registers,
+// `scale` and `zero`.
 template <int L> struct Nibbles {
   using Float = typename Lanes<L>::Float;
   using Int = typename Lanes<L>::Int;
   Float scale, zero;
   Int flip;
-  bool fp4;
+  Kind kind;
 #if defined(__AVX512F__)
   static constexpr bool kLookUp = L == 16;
 #else
   static constexpr bool kLookUp = false;
 #endif
 
-  // flip: 0x88 turns two's complement nibbles into offset ones, whose zero is 8.
-  Nibbles(float s, float z, int flip_bits, bool of_fp4) : fp4(of_fp4) {
+  // flip: 0x88 turns two's complement nibbles into offset ones, whose zero is 8. sixteen: values of
+  // the codes, or nullptr.
+  Nibbles(float s, float z, int flip_bits, Kind k, const float* sixteen) : kind(k) {
     scale = s - Float{};
     zero = z - Float{};
     flip = flip_bits - Int{};
-    if (fp4) {
-      scale *= load<Float>(kFp4Values);
+    if (sixteen) {
+      if constexpr (!kLookUp) zero = scale * load<Float>(sixteen + 8);
+      scale *= load<Float>(sixteen);
     } else if constexpr (kLookUp) {
       Int code = {};
       for (int i = 0; i < L; ++i) code[i] = i;
@@ -233,23 +245,34 @@ template <int L> struct Nibbles {
     }
   }
 
+  // Of the low nibbles of L integers.
   Float value(Int nibble) const {
 #if defined(__AVX512F__)
     if constexpr (kLookUp) return (Float)_mm512_permutexvar_ps((__m512i)nibble, (__m512)scale);
 #endif
-    if (fp4) return fp4_value(nibble);
+    if (kind == kE2M1) return (Float)((Int)look_up(scale, nibble) ^ (nibble & 8) << 28);
+    if (kind == kSixteen) return of_two(nibble);
     return (__builtin_convertvector((nibble ^ flip) & 15, Float) - zero) * scale;
   }
 
-  Float fp4_value(Int nibble) const {
-    Float magnitude;
+  static Float look_up(Float eight, Int index) {
 #if defined(__AVX2__)
     if constexpr (L == 8)
-      magnitude = (Float)_mm256_permutevar8x32_ps((__m256)scale, (__m256i)nibble);
-    else
+      return (Float)_mm256_permutevar8x32_ps((__m256)eight, (__m256i)index);
 #endif
-      for (int i = 0; i < L; ++i) magnitude[i] = scale[nibble[i] & 7];
-    return (Float)((Int)magnitude ^ (nibble & 8) << 28);
+    Float v;
+    for (int i = 0; i < L; ++i) v[i] = eight[index[i] & 7];
+    return v;
+  }
+
+  Float of_two(Int nibble) const {
+    const Int upper = nibble << 28;  // negative where a code is 8 or more
+    const Float low = look_up(scale, nibble), high = look_up(zero, nibble);
+#if defined(__AVX2__)
+    if constexpr (L == 8)
+      return (Float)_mm256_blendv_ps((__m256)low, (__m256)high, (__m256)upper);
+#endif
+    return upper < 0 ? high : low;
   }
 };
 
@@ -261,14 +284,14 @@ inline void decode_int4(const Weight& w, const Row* rows, Visit&& visit, VisitOn
   const long bytes = kPerGroup ? kPerGroup * L : (w.group + 1) / 2;
   const long vectors = kPerGroup ? kPerGroup : bytes / L;
   const int flip = w.zeros.kind == kNone ? 0x88 : 0;
-  const bool fp4 = w.zeros.kind == kE2M1;
+  const float* const sixteen = w.zeros.sixteen();
   const long groups = w.groups, k = w.k;
   for (long g = 0; g < groups; ++g) {
     const long start = g * bytes;
     for (int r = 0; r < R; ++r) {
       const uint8_t* codes = static_cast<const uint8_t*>(rows[r].codes);
-      const float scale = rows[r].scales[g], zero = fp4 ? 0 : rows[r].zeros[g];
-      const Nibbles<L> nibbles(scale, zero, flip, fp4);
+      const float scale = rows[r].scales[g], zero = sixteen ? 0 : rows[r].zeros[g];
+      const Nibbles<L> nibbles(scale, zero, flip, w.zeros.kind, sixteen);
       for (long v = 0; v < vectors; ++v) {
         const auto b = widen<L>(codes + start + v * L);
         visit(r, nibbles.value(b), nibbles.value(b >> 4), start + v * L);
@@ -276,7 +299,7 @@ inline void decode_int4(const Weight& w, const Row* rows, Visit&& visit, VisitOn
       if constexpr (kPerGroup == 0)
         for (long j = start + vectors * L; j < start + bytes; ++j) {
           const int b = codes[j] ^ flip;
-          const auto value = [&](int q) { return (fp4 ? kFp4Values[q] : q - zero) * scale; };
+          const auto value = [&](int q) { return (sixteen ? sixteen[q] : q - zero) * scale; };
           visit_one(r, value(b & 15), 2 * j + 1 < k ? value(b >> 4) : 0.0f, j);
         }
     }
@@ -539,7 +562,8 @@ void matmul(const Weight& w, long m, const float* a, float* y, int threads) {
 
 extern "C" {
 
-// Tables are passed as address, Kind, row stride, column stride. zeros of kind 0: signed codes.
+// Tables are passed as address, Kind, row stride, column stride. zeros of kind 0: signed codes; of
+// kSixteen: the address of the values.
 void intlass_matmul_int4(float* y, const float* a, long m, const uint8_t* codes, const void* s,
                          int s_kind, long s_row, long s_column, const void* z, int z_kind,
                          long z_row, long z_column, long n, long k, long group, int threads) {

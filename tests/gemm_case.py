@@ -28,7 +28,10 @@ X_DTYPE = {
     "u4": torch.uint8,
 }
 # Of e4m3, places in the row of the codes that are numbers.
-CODES = {"s8": (-128, 127), "s4": (-8, 7), "u4": (0, 15), "e4m3": (0, 253)}
+CODES = {"s8": (-128, 127), "s4": (-8, 7), "u4": (0, 15), "nf4": (0, 15), "e4m3": (0, 253)}
+# NF4's numbers as bf16 are multiples of 2^-11; in other types those of few bits are -1, 0 and 1.
+NF4_UNITS = {"bf16": 2**11}
+NF4_INTEGERS = (0, 7, 15)
 # "expanded" alone changes values, and comes last so that others can leave it out.
 LAYOUTS = ("contiguous", "transposed", "columns", "padded", "rows", "offset", "expanded")
 # Scales far from 1, one kind a row: see `special_scales`.
@@ -37,7 +40,7 @@ SPECIALS = ("one", "zero", "subnormal", "huge", "inf", "nan")
 
 @dataclass(frozen=True)
 class Case:
-    """One call of matmul_int4_bf16_tn, _int8_bf16_tn or _fp8_bf16_tn, without its numbers."""
+    """One call of matmul_int4_bf16_tn, _int8_, _fp8_ or _nf4_bf16_tn, without its numbers."""
 
     x: str
     w: str
@@ -69,13 +72,16 @@ class Case:
     @property
     def packed(self) -> bool:
         """Whether its weights are two a byte."""
-        return self.w in ("s4", "u4")
+        return self.w in ("s4", "u4", "nf4")
 
     @property
     def op(self) -> Callable[..., Tensor]:
-        if self.packed:
-            return ops.matmul_int4_bf16_tn
-        return ops.matmul_int8_bf16_tn if self.w == "s8" else ops.matmul_fp8_bf16_tn
+        others: dict[str, Callable[..., Tensor]] = {
+            "s8": ops.matmul_int8_bf16_tn,
+            "e4m3": ops.matmul_fp8_bf16_tn,
+            "nf4": ops.matmul_nf4_bf16_tn,
+        }
+        return others.get(self.w, ops.matmul_int4_bf16_tn)
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -107,7 +113,13 @@ class Call:
         return self.case.op(self.a, self.w, *a_scale, self.scales, **options)
 
     def expected(self) -> oracle.Expected:
-        return oracle.matmul(self.a, self.w, self.scales, k=self.k, **self.options)
+        nf4 = self.case.w == "nf4"
+        return oracle.matmul(self.a, self.w, self.scales, k=self.k, nf4=nf4, **self.options)
+
+    def weight(self) -> Tensor:
+        """float64 [N, K]."""
+        nf4 = X_DTYPE[self.case.x] if self.case.w == "nf4" else None
+        return oracle.weight(self.w, self.scales, self.options.get("zeros"), self.case.k, nf4)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Call:
         """The same call with ``change`` applied to every tensor."""
@@ -209,6 +221,8 @@ class _Draw:
         kind, shape = self.case.w, (self.case.n, self.case.k)
         if kind == "e4m3" and self.exact:
             return self.integers(-16, 16, *shape).to(torch.float8_e4m3fn)
+        if kind == "nf4" and self.exact and self.case.x not in NF4_UNITS:
+            return stored(kind, torch.tensor(NF4_INTEGERS)[self.integers(0, 2, *shape)])
         return stored(kind, self.integers(*CODES[kind], *shape))
 
     def activations(self) -> Tensor:
@@ -217,7 +231,9 @@ class _Draw:
             return oracle.pack(self.integers(*CODES[case.x], *case.lead, case.k))
         if self.exact:
             quarters = 4 if case.w == "u4" and case.zero.is_floating_point else 1
-            largest_weight = {"s8": 128, "s4": 8, "u4": 20, "e4m3": 16}[case.w] * 4 * quarters
+            nf4 = NF4_UNITS.get(case.x, 1)
+            largest = {"s8": 128, "s4": 8, "u4": 20, "e4m3": 16, "nf4": nf4}[case.w]
+            largest_weight = largest * 4 * quarters
             bound = max(1, min(100, 2**24 // (largest_weight * max(case.k, 1)) - 3))
             a = self.integers(-bound, bound, *case.lead, case.k).to(X_DTYPE[case.x])
         elif case.x == "s8":
@@ -299,11 +315,14 @@ def float32_is_exact(call: Call) -> bool:
     if 0 in (n, k, call.a.numel()):
         return True
     q = oracle.unpack(call.w, k, case.w == "s4") if case.packed else call.w
+    units = 1
+    if case.w == "nf4":
+        q, units = oracle.nf4_numbers(q, X_DTYPE[case.x]), NF4_UNITS.get(case.x, 1)
     x = oracle.unpack(call.a, k, case.x == "s4") if case.x in ("s4", "u4") else call.a
     shift_q, shift_x = (8 if kind == "u4" else 0 for kind in (case.w, case.x))
     q = (q.double() - shift_q).abs()
     x = (x.double().reshape(-1, k) - shift_x).abs()
-    unit = 0.25  # of s, whose largest value in a row becomes 1
+    unit = 0.25 / units  # of s, whose largest value in a row becomes 1
     if "zeros" in call.options:
         zeros = call.options["zeros"]
         q = q + (oracle.per_weight(zeros, n, k) - 8).abs()
@@ -312,6 +331,7 @@ def float32_is_exact(call: Call) -> bool:
         x = x + (call.options["a_zero"].double().reshape(-1, 1) - shift_x).abs()
     s = oracle.per_weight(call.scales, n, k)
     s = (s / s.amax(dim=1, keepdim=True)).nan_to_num(1.0)
-    # 2^13: a bias of 32 beside results that are multiples of alpha * a_scale * s * unit >= 2^-8
-    added = 2**13 * (1 + case.residual)
+    # 2^13: a bias of 32 beside results that are multiples of alpha * a_scale * s * unit >= 2^-8;
+    # without a_scale and fractions of zero points, 2^-5 / units
+    added = (2**13 if units == 1 else 2**10 * units) * (1 + case.residual)
     return float((x @ (q * s).T).max()) / unit + added < 2**24

@@ -27,6 +27,9 @@ class Mutation:
         return self.name
 
 
+_OF_FLOATS = ("e4m3", "nf4")  # weights whose ops take no integer activations and no zero points
+
+
 def _option(call: Call, **options: object) -> Call:
     return replace(call, options={**call.options, **options})
 
@@ -80,10 +83,11 @@ def _dtype(name: str, dtype: torch.dtype) -> Mutation:
         if name in ("a_scale", "a_zero"):
             return case.integer
         if name == "zeros":
-            return case.packed
+            return case.packed and case.w not in _OF_FLOATS
         if dtype == torch.int8:
-            return name == "scales" or case.w == "e4m3"
-        return not (name == "a" and dtype == torch.uint8 and case.packed)
+            return name == "scales" or case.w in _OF_FLOATS
+        of_integers = case.packed and case.w not in _OF_FLOATS
+        return not (name == "a" and dtype == torch.uint8 and of_integers)
 
     return Mutation(f"{name}-{str(dtype)[6:]}", TypeError, applies, change, named)
 
@@ -231,14 +235,14 @@ MUTATIONS = (
     Mutation(
         "float-a-with-a_scale",
         ValueError,
-        lambda case: not case.integer and case.w != "e4m3",
+        lambda case: not case.integer and case.w not in _OF_FLOATS,
         lambda c: _option(c, a_scale=_full(c.w)),
         lambda c: ("a_scale", "integer", f"a is {str(c.a.dtype)[6:]}"),
     ),
     Mutation(
         "float-a-with-a_zero",
         ValueError,
-        lambda case: not case.integer and case.w != "e4m3",
+        lambda case: not case.integer and case.w not in _OF_FLOATS,
         lambda c: _option(c, a_zero=_full(c.w)),
         lambda c: ("a_zero", "integer", f"a is {str(c.a.dtype)[6:]}"),
     ),

@@ -215,6 +215,27 @@ def _gguf(name: str) -> Callable[[], Case]:
     return make
 
 
+def _nf4(double: bool) -> Callable[[], Case]:
+    """Against the weight before it is rounded to its dtype, which ours never is."""
+
+    def make() -> Case:
+        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        g = torch.Generator().manual_seed(12)
+        module = Linear4bit(K, N)
+        w = torch.randn(N, K, generator=g).bfloat16()
+        module.weight = Params4bit(w, quant_type="nf4", compress_statistics=double)
+        module.bias.data = torch.randn(N, generator=g).bfloat16()
+        module = module.to("cpu")
+        state, x = module.weight.quant_state, torch.randn(5, K, generator=g).bfloat16()
+        dtype, state.dtype = state.dtype, torch.float32
+        real, state.dtype = dequantize_4bit(module.weight.data, state), dtype
+        return module, x, x.double() @ real.double().t() + module.bias.detach().double()
+
+    return make
+
+
 def _bitlinear() -> Case:
     from transformers.integrations.bitnet import BitLinear, pack_weights
 
@@ -326,6 +347,8 @@ MODULES: dict[str, tuple[Callable[[], Case], str]] = {
         "fp8a16",
     ),
     "FP8 in blocks, by hand": (_plain_fp8, "fp8a16"),
+    "bitsandbytes: NF4": (_nf4(False), "nf4a16"),
+    "bitsandbytes: NF4, double quantisation": (_nf4(True), "nf4a16"),
     "GGUF: Q4_0": (_gguf("Q4_0"), "w4a16"),
     "GGUF: Q4_1": (_gguf("Q4_1"), "w4a16"),
     "GGUF: Q8_0": (_gguf("Q8_0"), "w8a16"),

@@ -96,10 +96,35 @@ def e4m3(codes: Tensor) -> Tensor:
     return torch.where(bits < 128, magnitude, -magnitude)
 
 
-def weight(w: Tensor, scales: Tensor, zeros: Tensor | None, k: int) -> Tensor:
-    """float64 [N, K] = (q - zeros) * scales."""
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def nf4_numbers(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """float64 of NF4 codes, each number rounded to ``dtype``."""
+    exact = torch.tensor(NF4, dtype=torch.float64, device=codes.device)
+    return round_to(exact, dtype).double()[codes.long()]
+
+
+def weight(
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    k: int,
+    nf4: torch.dtype | None = None,
+) -> Tensor:
+    """float64 [N, K] = (q - zeros) * scales.
+
+    ``nf4``: packed codes are those of NF4, its numbers in this dtype.
+    """
     n = w.shape[0]
-    if w.dtype == torch.float8_e4m3fn:
+    if nf4 is not None:
+        q = nf4_numbers(unpack(w, k, False), nf4)
+    elif w.dtype == torch.float8_e4m3fn:
         q = e4m3(w)
     else:
         q = w.double() if w.dtype == torch.int8 else unpack(w, k, zeros is None).double()
@@ -130,12 +155,14 @@ def matmul(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    nf4: bool = False,
 ) -> Expected:
     """activation(alpha * a_scale * ((a - a_zero) @ w.T) + bias) + residual for each op, before
-    any rounding."""
+    any rounding. ``nf4``: packed weights are NF4, in the dtype of ``a``."""
     if k is None:
         k = a.shape[-1] * (2 if a.dtype == torch.uint8 else 1)
-    x, dense = activations(a, a_zero, k), weight(w, scales, zeros, k)
+    x = activations(a, a_zero, k)
+    dense = weight(w, scales, zeros, k, a.dtype if nf4 else None)
     y, magnitude = x @ dense.T, x.abs() @ dense.abs().T
     for factor in (a_scale, alpha):
         if factor is not None:

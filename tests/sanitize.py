@@ -44,7 +44,7 @@ def shared(
     device: config.Device,
 ) -> Iterator[tuple[config.Matmul, tuple[str, str], tuple[int, int, int, int], torch.dtype]]:
     """One configuration of each kernel, way of sharing and shape."""
-    pairs = ("bf16", "s4"), ("bf16", "e4m3"), ("s8", "s4"), ("s8", "s8")
+    pairs = ("bf16", "s4"), ("bf16", "e4m3"), ("bf16", "nf4"), ("s8", "s4"), ("s8", "s8")
     for (x, w), (m, n, k, group_size) in itertools.product(pairs, SHARED + WITH_REST):
         g = k if w == "s8" else group_size
         dtype = torch.bfloat16 if x == "bf16" and g < k else torch.float32
@@ -75,7 +75,8 @@ def shared(
 def product(
     x: str, w: str, m: int, n: int, k: int, group_size: int, dtype: torch.dtype = torch.float32
 ) -> None:
-    low, high = {"s8": (-128, 128), "s4": (-8, 8), "u4": (0, 16), "e4m3": (0, 127)}[w]
+    ranges = {"s8": (-128, 128), "s4": (-8, 8), "u4": (0, 16), "nf4": (0, 16), "e4m3": (0, 127)}
+    low, high = ranges[w]
     codes = torch.randint(low, high, (n, k), dtype=torch.int8, device="cuda")
     scales = torch.rand(n, k // group_size, device="cuda", dtype=dtype)
     if dtype == torch.bfloat16:
@@ -85,7 +86,7 @@ def product(
     if x in ("bf16", "fp16"):
         a = torch.randn(m, k, device="cuda", dtype=torch.bfloat16 if x == "bf16" else torch.half)
     else:
-        low, high = {"s8": (-128, 128), "s4": (-8, 8), "u4": (0, 16)}[x]
+        low, high = ranges[x]
         a = torch.randint(low, high, (m, k), dtype=torch.int8, device="cuda")
         a = a if x == "s8" else intlass_ops.pack_int4(a)
         a_scale = torch.rand(m, 1, device="cuda")
@@ -94,6 +95,9 @@ def product(
     bias = torch.randn(n, device="cuda")
     if w == "e4m3":
         intlass_ops.matmul_fp8_bf16_tn(a, codes.view(torch.float8_e4m3fn), scales, bias=bias)
+    elif w == "nf4":
+        packed = intlass_ops.pack_int4(codes)
+        intlass_ops.matmul_nf4_bf16_tn(a, packed, scales, k=k, bias=bias)
     elif w == "s8":
         intlass_ops.matmul_int8_bf16_tn(a, codes, a_scale, scales, a_zero=a_zero, bias=bias)
     else:

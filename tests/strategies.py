@@ -24,7 +24,7 @@ ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 PAIRS = (
     *((x, w) for x in ("bf16", "fp16", "fp32", "s8") for w in ("s4", "u4", "s8")),
     *((x, w) for x in ("s4", "u4") for w in ("s4", "u4")),
-    *((x, "e4m3") for x in ("bf16", "fp16", "fp32")),
+    *((x, w) for w in ("e4m3", "nf4") for x in ("bf16", "fp16", "fp32")),
 )
 # Types that the random tests on a GPU stay within, to compile few kernels: x, w, scale, zero, out.
 GPU_TYPES = (
@@ -34,6 +34,7 @@ GPU_TYPES = (
     ("s8", "u4", FP32, torch.int8, BF16),
     ("u4", "u4", FP32, FP32, BF16),
     ("bf16", "e4m3", FP32, torch.uint8, BF16),
+    ("bf16", "nf4", FP32, torch.uint8, BF16),
 )
 
 # Shape, granularity and group size of tensors to quantise.
@@ -111,7 +112,7 @@ def dtype_cases() -> list[Case]:
         *(Case(x, "u4", k=192, groups=4, zero=z) for x in ("bf16", "s8") for z in ZERO_DTYPES),
         *(
             Case("bf16", w, scale=scale, out=out, bias=out, alpha="float")
-            for w in ("u4", "s8", "e4m3")
+            for w in ("u4", "s8", "e4m3", "nf4")
             for scale, out in zip(FLOATS, (BF16, FP16, FP32), strict=True)
         ),
         *(Case("s8", "s8", a_scale="token", a_zero=zero) for zero in ZERO_DTYPES),
@@ -162,8 +163,36 @@ def long_cases() -> list[Case]:
             a_zero=a_zero_of(x),
             out=out,
         )
-        for x, w in (("bf16", "u4"), ("bf16", "s8"), ("s8", "s4"), ("u4", "u4"), ("bf16", "e4m3"))
+        for x, w in (
+            ("bf16", "u4"),
+            ("bf16", "s8"),
+            ("s8", "s4"),
+            ("u4", "u4"),
+            ("bf16", "e4m3"),
+            ("bf16", "nf4"),
+        )
         for k, out in ((4096, FP32), (4100, None))
+    ]
+
+
+def nf4_cases() -> list[Case]:
+    """NF4's groups and tails of K, and its scales' types, by numbers of tokens."""
+    forms = (  # x, n, k, group size, scale, out
+        ("bf16", 4096, 1024, 64, FP32, None),
+        ("bf16", 48, 512, 64, BF16, None),
+        ("bf16", 100, 480, 16, FP32, FP32),
+        ("bf16", 64, 384, 32, FP16, BF16),
+        ("bf16", 64, 1152, 128, FP32, FP32),
+        ("bf16", 48, 333, None, FP32, FP32),
+        ("bf16", 100, 4100, None, BF16, None),
+        ("fp16", 64, 512, 64, FP16, None),
+        ("fp16", 100, 448, 32, FP32, FP32),
+        ("fp16", 48, 1001, None, FP16, None),
+    )
+    return [
+        Case(x, "nf4", (m,), n, k, k // (size or k), scale=scale, out=out, seed=m)
+        for x, n, k, size, scale, out in forms
+        for m in (1, 2, 4, 7, 8, 9, 16, 17, 32, 64, 100, 128, 256, 300)
     ]
 
 
@@ -178,6 +207,8 @@ def special_cases() -> list[Case]:
         ("u4", "s4"),
         ("bf16", "e4m3"),
         ("fp32", "e4m3"),
+        ("bf16", "nf4"),
+        ("fp32", "nf4"),
     )
     return [
         Case(

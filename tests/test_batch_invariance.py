@@ -22,6 +22,7 @@ FLOATS = {
     "odd": Case("bf16", "s4", (TOKENS,), 33, 1001, out=FP32, alpha="float"),
     "int8": Case("bf16", "s8", (TOKENS,), 50, 4096, groups=32, out=FP32),
     "fp8": Case("bf16", "e4m3", (TOKENS,), 50, 2064, groups=43, out=FP32),
+    "nf4": Case("bf16", "nf4", (TOKENS,), 50, 2064, groups=43, out=FP32),
     "fp32": Case("fp32", "u4", (TOKENS,), 50, 1024, groups=8),
 }
 

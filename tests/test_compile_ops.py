@@ -49,6 +49,7 @@ _CASES = [
     Case("u4", "s4", k=33, a_scale="flat", a_zero=a_zero_of("u4")),
     Case("fp32", "s8", groups=4),
     Case("bf16", "e4m3", groups=4, bias=BF16, activation="silu", residual=True),
+    Case("bf16", "nf4", k=33, bias=FP32, activation="silu", residual=True),
 ]
 
 
@@ -137,6 +138,7 @@ _REFUSED_CASES = [
     Case("bf16", "u4", lead=(2,), n=5, k=96),
     Case("s8", "s8", lead=(2,), n=5, k=96, a_scale="token"),
     Case("fp16", "e4m3", lead=(2,), n=5, k=96),
+    Case("fp16", "nf4", lead=(2,), n=5, k=96),
 ]
 
 

@@ -50,6 +50,12 @@ def matmul_int4(a: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None, k: i
     return y
 
 
+def matmul_nf4(a: Tensor, w: Tensor, scales: Tensor, k: int) -> Tensor:
+    y = planned("matmul_nf4_bf16_tn", a, w, scales, None, k)
+    assert y is not None
+    return y
+
+
 def matmul_bytes(a: Tensor, w: Tensor, scales: Tensor) -> Tensor:
     """The same of INT8 or FP8."""
     op = "matmul_int8_bf16_tn" if w.dtype == torch.int8 else "matmul_fp8_bf16_tn"
@@ -90,6 +96,34 @@ def test_bytes_are_within_tolerance(n: int, k: int, group: int, m: int, kind: st
     y = matmul_bytes(a, q, scales)
     w = reference.dequantize(q, scales, None)
     assert_close(y, a.double() @ w.T, a.double().abs() @ w.abs().T)
+
+
+@pytest.mark.parametrize(("n", "k", "group"), SHAPES)
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nf4_is_within_tolerance(n: int, k: int, group: int, m: int, dtype: torch.dtype) -> None:
+    """The numbers as the type of the activations has them."""
+    seed = generator(n, k, m)
+    w = packing.pack(torch.randint(0, 16, (n, k), generator=seed))
+    a = torch.randn(m, k, generator=seed).to(dtype)
+    scales = torch.randn(n, k // group, generator=seed)
+    y = matmul_nf4(a, w, scales, k)
+    dense = oracle.weight(w, scales, None, k, dtype)
+    assert_close(y, a.double() @ dense.T, a.double().abs() @ dense.abs().T)
+
+
+@pytest.mark.parametrize(("k", "group"), [(16, 16), (64, 64), (96, 48), (8, 8), (31, 31)])
+@pytest.mark.parametrize("m", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_nf4_number_is_exact(m: int, k: int, group: int, dtype: torch.dtype) -> None:
+    """In vectors of either width, in both nibbles and in what is left over."""
+    codes = (torch.arange(48)[:, None] + 7 * torch.arange(k)) % 16
+    w, scales = packing.pack(codes), torch.ones(48, k // group)
+    expected = oracle.nf4_numbers(codes, dtype).T.float()
+    for first in range(k):
+        rows = (torch.arange(m) + first) % k
+        y = matmul_nf4(torch.eye(k, dtype=dtype)[rows], w, scales, k)
+        assert_identical(y, expected[rows])
 
 
 @pytest.mark.parametrize("flush", [False, True])
@@ -349,11 +383,14 @@ def test_lesser_processors_compute_the_same(target: str, monkeypatch: pytest.Mon
     for n, k, group in SHAPES[:6]:
         test_int4_is_within_tolerance(n, k, group, 3, signed=False)
         test_int4_is_within_tolerance(n, k, group, 16, signed=True)
+        test_nf4_is_within_tolerance(n, k, group, 3, torch.bfloat16)
+        test_nf4_is_within_tolerance(n, k, group, 16, torch.float32)
         for kind in ("s8", "e4m3"):
             test_bytes_are_within_tolerance(n, k, group, 3, kind)
             test_bytes_are_within_tolerance(n, k, group, 16, kind)
     for k, group in ((8, 8), (16, 16), (31, 31)):
         test_every_fp8_number_is_exact(3, k, group, True)
+        test_every_nf4_number_is_exact(3, k, group, torch.float16)
     for n, k, group in FP4_SHAPES[:5]:
         test_fp4_is_within_tolerance(n, k, group, 3)
         test_fp4_is_within_tolerance(n, k, group, 16)

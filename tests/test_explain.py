@@ -89,6 +89,7 @@ def test_fallbacks_are_told_apart(device: str) -> None:
         (Case("bf16", "s4"), "w4a16"),
         (Case("bf16", "s8"), "w8a16"),
         (Case("bf16", "e4m3"), "fp8a16"),
+        (Case("bf16", "nf4"), "nf4a16"),
         (Case("s8", "s8"), "w8a8"),
         (Case("s8", "u4"), "w4a8"),
         (Case("s4", "u4"), "w4a4"),

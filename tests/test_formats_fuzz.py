@@ -118,6 +118,7 @@ OURS = {
     "intlass": FORMS["packed w4a16"],
     "intlass nvfp4": FORMS["packed nvfp4"],
     "intlass fp8": FORMS["fp8 blocks"],
+    "intlass nf4": FORMS["bitsandbytes nf4"],
 }
 
 
@@ -127,7 +128,7 @@ def test_mutated_checkpoints_raise_our_errors(
 ) -> None:
     count = 2000 if request.config.getoption("--thorough") else 50
     form = {**FORMS, **OURS, "gpt-oss": GPT_OSS}[name]
-    weight = form.make(16, 64, 0, **form.draw)
+    weight = form.make(32 if form.draw.get("bits") == 3 else 16, 64, 0, **form.draw)
     tensors = {f"layer.{part}": t.contiguous() for part, t in form.store(weight).items()}
     file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     save_file(tensors, file, {"layer.weight": form.metadata} if form.metadata else None)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import FORMS, Weight, draw, linears, write, write_experts
 from transformers.quantizers.base import HfQuantizer
 
-from intlass_ops import Fp4Linear, Fp8Linear, IntLinear, dequantize, pack_int4
+from intlass_ops import Fp4Linear, Fp8Linear, IntLinear, Nf4Linear, dequantize, pack_int4
 from intlass_ops.formats import FormatError
 from intlass_ops.formats.checkpoint import Checkpoint
 from intlass_ops.formats.experts import stacked
@@ -44,7 +44,7 @@ def test_codes_come_over_exactly_and_generation_agrees(tmp_path: Path, name: str
         assert torch.equal(weight.dequantize(), dense[path]), path
 
     model = load_pretrained(tmp_path / "theirs")
-    kinds = (Fp4Linear, Fp8Linear, IntLinear, PackedLinear)
+    kinds = (Fp4Linear, Fp8Linear, IntLinear, Nf4Linear, PackedLinear)
     layers = [m for m in model.modules() if isinstance(m, kinds)]
     assert len(layers) == len(dense)
     logits, reference = model(PROMPT).logits, expected(PROMPT).logits
@@ -61,7 +61,9 @@ def test_codes_come_over_exactly_and_generation_agrees(tmp_path: Path, name: str
     assert again.state_dict().keys() == model.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", ["gptq v1", "awq", "packed w4a16", "int w8a8"])
+@pytest.mark.parametrize(
+    "name", ["gptq v1", "awq", "packed w4a16", "int w8a8", "auto-round gptq", "bitsandbytes int8"]
+)
 def test_experts_of_a_checkpoint_are_joined(tmp_path: Path, name: str) -> None:
     expected = write_experts(tmp_path / "theirs", FORMS[name])
     model = load_pretrained(tmp_path / "theirs")
@@ -139,8 +141,11 @@ def test_gguf_file_loads_saves_and_reloads(
 
 @pytest.mark.parametrize(
     "name",
-    ["gptq v2 act-order", "gptq v1 8 bits", "awq", "int w8a8", "packed mxfp4", "fp8 blocks"],
-)
+    [
+        "gptq v2 act-order", "gptq v1 8 bits", "awq", "int w8a8", "packed mxfp4", "fp8 blocks",
+        "bitsandbytes nf4 double",
+    ],
+)  # fmt: skip
 def test_loads_onto_a_device(tmp_path: Path, name: str, device: str) -> None:
     expected = write(tmp_path, FORMS[name])
     model = load_pretrained(tmp_path, device_map=device, dtype=torch.bfloat16)
@@ -207,8 +212,8 @@ def test_gptq_version_is_not_guessed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "changes", "message"),
     [
-        ("gptq v1", {"bits": 3}, "bits is 3; expected one of 2, 4, 8"),
-        ("gptq v1", {"dynamic": {"x": {}}}, "'dynamic'"),
+        ("gptq v1", {"bits": 5}, "bits is 5; expected one of 2, 3, 4, 8"),
+        ("gptq v1", {"bits": 3}, "qzeros has 4 words a row, which are not N=32 fields of 3 bits"),
         ("gptq v1", {"quant_method": "aqlm"}, "quant_method is 'aqlm'; read are gptq"),
         ("gptq v1", {"sym": True}, "says symmetric, but zero points differ from 8"),
         ("awq", {"version": "gemv"}, "version is 'gemv'"),

@@ -1,4 +1,4 @@
-"""The ops with INT4, INT8 and FP8 weights, and dequantize, against the oracle: exactly where
+"""The ops with INT4, INT8, FP8 and NF4 weights, and dequantize, against the oracle: exactly where
 float32 has nothing to round, by the tolerance rule at random.
 
 Refusals: test_matmul_refusals.py. Compilation, gradients, vmap: test_compile_ops.py,
@@ -34,7 +34,13 @@ from strategies import (
 from tolerance import assert_identical
 from torch import Tensor
 
-from intlass_ops import dequantize, matmul_int4_bf16_tn, matmul_int8_bf16_tn, packing
+from intlass_ops import (
+    dequantize,
+    matmul_int4_bf16_tn,
+    matmul_int8_bf16_tn,
+    matmul_nf4_bf16_tn,
+    packing,
+)
 from intlass_ops.ops import matmul_fp8_bf16_tn
 
 # ------------------------------------------------------------------------------------------- exact
@@ -78,7 +84,7 @@ def test_identity_activations_reproduce_the_weights(case: Case, device: str) -> 
     call.scales = call.scales * 1.171875  # 1.0010110 in binary
     if case.a_zero is not None:
         call.options["a_zero"] = torch.zeros((), device=device)
-    expected = oracle.weight(call.w, call.scales, call.options.get("zeros"), case.k).T
+    expected = call.weight().T
     eye = torch.eye(case.k, dtype=torch.int64)
     eye = oracle.pack(eye) if case.x in ("s4", "u4") else eye.to(X_DTYPE[case.x])
     m = case.lead[0]
@@ -88,17 +94,17 @@ def test_identity_activations_reproduce_the_weights(case: Case, device: str) -> 
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("w", ["s4", "u4", "s8", "e4m3"])
+@pytest.mark.parametrize("w", ["s4", "u4", "s8", "e4m3", "nf4"])
 def test_dequantize_rounds_the_exact_weights(w: str, dtype: torch.dtype, device: str) -> None:
     for k, groups in ((96, 6), (96, 2), (96, 1), (33, 1), (0, 1)):
         call = build(Case("bf16", w, k=k, groups=groups, zero=BF16, scale=BF16), device)
         if w == "e4m3":
             call.w = stored(w, every_code(w, 48, k)).to(device)
-        zeros = call.options.get("zeros")
-        expected = oracle.round_to(oracle.weight(call.w, call.scales, zeros, k), dtype)
+        zeros, nf4 = call.options.get("zeros"), FP32 if w == "nf4" else None
+        expected = oracle.round_to(oracle.weight(call.w, call.scales, zeros, k, nf4), dtype)
         for layout in ("contiguous", "transposed", "columns"):
             w_of_layout = relayout(call.w, layout)
-            dense = dequantize(w_of_layout, call.scales, zeros, k=k, dtype=dtype)
+            dense = dequantize(w_of_layout, call.scales, zeros, k=k, dtype=dtype, of_nf4=w == "nf4")
             assert_identical(dense, expected)
             assert dense.is_contiguous()
 
@@ -121,6 +127,9 @@ def test_bias_joins_before_the_rounding(x: str, w: str, out: torch.dtype, device
     elif w == "e4m3":
         codes = codes.to(torch.float8_e4m3fn)
         y = matmul_fp8_bf16_tn(a, codes, ones, bias=bias, out_dtype=out)
+    elif w == "nf4":
+        packed = oracle.pack(15 * codes)
+        y = matmul_nf4_bf16_tn(a, packed, ones, bias=bias, out_dtype=out)
     else:
         zeros = None if w == "s4" else torch.zeros_like(ones)
         y = matmul_int4_bf16_tn(a, oracle.pack(codes), ones, zeros, bias=bias, out_dtype=out)
@@ -197,7 +206,7 @@ def test_zero_subnormal_huge_and_infinite_scales(case: Case, device: str) -> Non
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("w", ["s4", "u4", "s8", "e4m3"])
+@pytest.mark.parametrize("w", ["s4", "u4", "s8", "e4m3", "nf4"])
 @pytest.mark.parametrize("x", ["bf16", "fp16", "fp32"])
 def test_a_token_that_is_not_finite_spoils_itself_only(
     x: str, w: str, value: float, device: str
@@ -234,7 +243,9 @@ def test_nan_in_a_parameter_reaches_the_output(name: str, device: str) -> None:
 # ------------------------------------------------------------------------------------------ shapes
 
 
-_ONE_OF_EACH = [("bf16", "u4"), ("fp32", "s8"), ("bf16", "e4m3"), ("s8", "s8"), ("s4", "s4")]
+_ONE_OF_EACH = [
+    ("bf16", "u4"), ("fp32", "s8"), ("bf16", "e4m3"), ("bf16", "nf4"), ("s8", "s8"), ("s4", "s4"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (4, 0), (2, 3), (2, 1, 3)], ids=str)

@@ -1,4 +1,4 @@
-"""`activation` and `residual` of the ops with INT4, INT8 and FP8 weights: results, gradients,
+"""`activation` and `residual` of the ops with INT4, INT8, FP8 and NF4 weights: results, gradients,
 vmap. Refusals: test_matmul_refusals.py; any legal call: test_matmul.py.
 """
 
@@ -74,7 +74,7 @@ def _reference(
 @pytest.mark.parametrize(
     ("activation", "w"),
     [
-        *((None, "s4"), ("gelu", "s4"), (None, "e4m3"), ("silu", "e4m3")),
+        *((None, "s4"), ("gelu", "s4"), (None, "e4m3"), ("silu", "e4m3"), ("silu", "nf4")),
         *((name, "s8") for name in ACTIVATIONS),
     ],
 )
@@ -90,7 +90,7 @@ def test_gradients(activation: str | None, w: str, device: str) -> None:
     y = call.run()
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device)
     y.backward(grad)
-    dense = oracle.weight(call.w, call.scales, None, case.k)
+    dense = call.weight()
     a, bias, residual = doubles
     _reference(a, dense, activation, bias, residual).backward(grad.double())
     for t, d in zip(leaves, doubles, strict=True):

@@ -1,5 +1,5 @@
-"""What the ops with INT4, INT8 and FP8 weights refuse: with one message on every device, on meta
-and on fake tensors. Under torch.compile: test_compile_ops.py.
+"""What the ops with INT4, INT8, FP8 and NF4 weights refuse: with one message on every device, on
+meta and on fake tensors. Under torch.compile: test_compile_ops.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _REFUSED_CASES = tuple(
         ("s8", "u4"),
         ("u4", "s4"),
         ("bf16", "e4m3"),
+        ("bf16", "nf4"),
     )
 )
 

@@ -42,6 +42,9 @@ def _matmul(case: Case, **requires_grad: bool) -> tuple[Any, tuple[Any, ...]]:
     last += (o.get("activation"), o.get("residual"))
     if case.w == "e4m3":
         return OPS.matmul_fp8_bf16_tn.default, (call.a, call.w, call.scales, *last[1:])
+    if case.w == "nf4":
+        args = (call.a, call.w, call.scales, case.k, *last[1:])
+        return OPS.matmul_nf4_bf16_tn.default, args
     if case.w == "s8":
         args = (call.a, call.w, o.get("a_scale"), call.scales, *last)
         return OPS.matmul_int8_bf16_tn.default, args
@@ -228,6 +231,27 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         (_codes(4, 32).to(torch.float8_e4m3fn), _x(4, 2), None, 32, FP16),
         {},
     ),
+    "nf4": (
+        *_matmul(
+            Case("fp16", "nf4", (2, 3), 7, 48, groups=3, bias=FP32, alpha="tensor", out=FP32),
+            a=True,
+            bias=True,
+        ),
+        {},
+    ),
+    "nf4-gelu-residual": (
+        *_matmul(
+            Case("bf16", "nf4", (3,), 7, 33, activation="gelu", residual=True, w_layout="columns"),
+            a=True,
+            residual=True,
+        ),
+        {},
+    ),
+    "dequantize-nf4": (
+        OPS.dequantize.default,
+        (oracle.pack(_codes(4, 33)), _x(4, 1), None, 33, FP16, True),
+        {},
+    ),
     "experts-fp8": (
         OPS.matmul_experts.default,
         (
@@ -307,6 +331,7 @@ def test_every_op_has_a_sample() -> None:
             "matmul_int4_bf16_tn",
             "matmul_int8_bf16_tn",
             "matmul_fp8_bf16_tn",
+            "matmul_nf4_bf16_tn",
             "dequantize",
             "fused_quantize",
             "matmul_block_scaled",

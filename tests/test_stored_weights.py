@@ -26,6 +26,8 @@ FORMS = {
     "HQQ-fp16": ("u4", 64, FP16, FP16),
     "symmetric-g128": ("s4", 128, FP16, None),
     "symmetric-g64": ("s4", 64, FP32, None),
+    "NF4": ("nf4", 64, FP32, None),
+    "NF4, bf16 scales": ("nf4", 64, BF16, None),
 }
 SIZES = [(300, 1024), (4100, 576)]  # N, K
 CASES = [(form, n, k) for form in FORMS for n, k in SIZES if k % FORMS[form][1] == 0]

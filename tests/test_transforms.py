@@ -14,7 +14,7 @@ from tolerance import assert_close, assert_identical
 from torch import Tensor
 
 import intlass_ops
-from intlass_ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn
+from intlass_ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn, matmul_nf4_bf16_tn
 from intlass_ops.ops import matmul_fp8_bf16_tn
 
 OPS = torch.ops.intlass
@@ -33,7 +33,7 @@ def _differentiable(case: Case, device: str, numbers: str) -> Call:
 
 def _expected_gradients(call: Call, grad: Tensor) -> tuple[oracle.Expected, oracle.Expected]:
     """float64 dX and dbias with their magnitudes."""
-    w = oracle.weight(call.w, call.scales, call.options.get("zeros"), call.case.k)
+    w = call.weight()
     alpha = float(call.options.get("alpha", 1.0))
     g = grad.double()
     rows = g.reshape(-1, g.shape[-1])
@@ -54,6 +54,8 @@ _GRADIENT_CASES = [
         ("fp16", "s4", (1,), 32, 1, "none", FP32, None),
         ("fp32", "e4m3", (2, 3), 33, 1, "none", FP32, None),
         ("bf16", "e4m3", (7,), 48, 3, "tensor", BF16, FP32),
+        ("fp32", "nf4", (2, 3), 33, 1, "none", FP32, None),
+        ("bf16", "nf4", (7,), 48, 3, "tensor", BF16, FP32),
     )
 ]
 
@@ -191,11 +193,11 @@ def _loop(fn: Callable[..., Tensor], in_dims: tuple[int | None, ...], *args: Ten
     )
 
 
-@pytest.mark.parametrize("op", [matmul_int4_bf16_tn, matmul_fp8_bf16_tn])
+@pytest.mark.parametrize("op", [matmul_int4_bf16_tn, matmul_fp8_bf16_tn, matmul_nf4_bf16_tn])
 @pytest.mark.parametrize("in_dims", [(0, None, None), (1, None, None), (0, 0, 0), (None, 0, None)])
 def test_vmap_of_float_activations(in_dims: tuple[int | None, ...], op: Any, device: str) -> None:
     a, w = _codes(4, 4, 32).to(BF16).to(device), _codes(4, 6, 32)
-    w = oracle.pack(w) if op is matmul_int4_bf16_tn else w.to(torch.float8_e4m3fn)
+    w = w.to(torch.float8_e4m3fn) if op is matmul_fp8_bf16_tn else oracle.pack(w)
     w = w.to(device)
     scales = _powers_of_two(4, 6, 2).to(device)
     args = (

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from fp4_case import exact
+from oracle import nf4_numbers
 
 from intlass_ops import fp4, packing
 
@@ -69,6 +70,23 @@ def test_dequantised_weights(signed: bool, dtype: torch.dtype) -> None:
             found = kernels.dequantize(codes, scales, z, k, dtype)
             expected = torch.ops.intlass.dequantize(codes, scales, z, k, dtype)
             assert torch.equal(found, expected), (n, k, groups, codes.dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("scale", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_dequantised_nf4(dtype: torch.dtype, scale: torch.dtype) -> None:
+    """Codes in bytes and in words, each in every place."""
+    from intlass_ops.triton import dequantize as kernels
+
+    rng = torch.Generator().manual_seed(0)
+    for n, k, groups in ((33, 301, 1), (17, 336, 7), (20, 512, 8), (3, 1300, 1)):
+        codes = (torch.arange(n)[:, None] + 7 * torch.arange(k)) % 16
+        packed, s = packing.pack(codes), torch.rand(n, groups, generator=rng).to(scale)
+        expected = nf4_numbers(codes).float() * s.float().repeat_interleave(k // groups, 1)
+        for w in (packed, packed.T.contiguous().T, torch.nn.functional.pad(packed, (0, 3))):
+            found = kernels.dequantize(w[:, : packed.shape[1]], s, None, k, dtype, True)
+            assert torch.equal(found, expected.to(dtype)), (n, k, groups)
 
 
 @interpreted

@@ -109,7 +109,8 @@ def test_what_is_timed_is_the_scheme(name: str, monkeypatch: pytest.MonkeyPatch)
     def microseconds(call: Callable[[int], object], *_: object, **__: object) -> float:
         (ran,) = explain(call, 1).dispatches
         assert (ran.m, ran.n, ran.k, ran.group_size) == (3, 48, 256, shape.group_size)
-        weights = "fp8" if shape.w_kind == "e4m3" else f"w{config.BITS[shape.w_kind]}"
+        named = {"e4m3": "fp8", "nf4": "nf4"}
+        weights = named.get(shape.w_kind, f"w{config.BITS[shape.w_kind]}")
         assert ran.scheme == f"{weights}a{config.BITS[shape.x_kind]}"
         return 5.0
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from fp4_case import Fp4Weight, draw_fp4
 from fp8_case import Fp8Weight, draw_fp8
+from nf4_case import bitsandbytes_nf4, draw_nf4
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -41,12 +42,12 @@ class Weight:
 
 def draw(
     n: int, k: int, seed: int, *, bits: int = 4, symmetric: bool = False, shuffled: bool = False,
-    groups: int | None = None,
+    groups: int | None = None, lowest: int = 0,
 ) -> Weight:  # fmt: skip
     rng = torch.Generator().manual_seed(seed)
     groups = groups or k // GROUP
     q = torch.randint(0, 1 << bits, (n, k), generator=rng)
-    z = torch.randint(0, 1 << bits, (n, groups), generator=rng)
+    z = torch.randint(lowest, 1 << bits, (n, groups), generator=rng)
     s = (torch.rand(n, groups, generator=rng) * 0.5 + 0.5) * 0.6 / (1 << bits)
     g = torch.arange(k) // (k // groups)
     if shuffled:
@@ -56,6 +57,10 @@ def draw(
 
 def words(codes: Tensor, bits: int) -> Tensor:
     """Codes [..., C] lowest first into int32 [..., ceil(C·bits/32)]."""
+    if bits == 3:  # one stream of bits: 32 codes in three words
+        stream = (codes.long().unsqueeze(-1) >> torch.arange(3)) & 1
+        value = (stream.flatten(-2).unflatten(-1, (-1, 32)) << torch.arange(32)).sum(-1)
+        return torch.where(value >= 1 << 31, value - (1 << 32), value).to(torch.int32)
     per = 32 // bits
     padded = nn.functional.pad(codes.long(), (0, -codes.shape[-1] % per))
     fields = padded.unflatten(-1, (-1, per))
@@ -65,7 +70,9 @@ def words(codes: Tensor, bits: int) -> Tensor:
 
 def gptq(w: Weight, version: int) -> dict[str, Tensor]:
     stored = words(w.z.t(), w.bits)
-    if version == 1:  # one word at a time: a zero point of 0 borrows from the next
+    if version == 1 and w.bits == 3:  # each field by itself
+        stored = words((w.z.t() - 1) % 8, 3)
+    elif version == 1:  # one word at a time: a zero point of 0 borrows from the next
         stored -= {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[w.bits]
     return {
         "qweight": words(w.q, w.bits).t(),
@@ -73,6 +80,11 @@ def gptq(w: Weight, version: int) -> dict[str, Tensor]:
         "scales": w.s.t(),
         "g_idx": w.g.int(),
     }
+
+
+def ordered(w: Weight, version: int) -> dict[str, Tensor]:
+    """As AutoRound stores it, whose inputs are in order."""
+    return {name: t for name, t in gptq(w, version).items() if name != "g_idx"}
 
 
 def awq(w: Weight) -> dict[str, Tensor]:
@@ -127,6 +139,28 @@ def torchao(w: Weight) -> dict[str, Tensor]:
         "_weight_scale": w.s,
         "_weight_zero_point": (w.z - half).to(torch.int8),
     }
+
+
+@dataclass
+class Int8Weight:
+    """w[n, k] = q[n, k]·SCB[n] / 127."""
+
+    q: Tensor  # int8 [N, K]
+    largest: Tensor  # float32 [N]
+
+    def dense(self) -> Tensor:
+        return self.q.float() * (self.largest / 127)[:, None]
+
+
+def draw_int8(n: int, k: int, seed: int) -> Int8Weight:
+    rng = torch.Generator().manual_seed(seed)
+    q = torch.randint(-127, 128, (n, k), generator=rng).to(torch.int8)
+    return Int8Weight(q, torch.rand(n, generator=rng) * 0.5 + 0.5)
+
+
+def llm_int8(w: Int8Weight) -> dict[str, Tensor]:
+    form = torch.tensor(0, dtype=torch.uint8)
+    return {"weight": w.q, "SCB": w.largest, "weight_format": form}
 
 
 def packed_fp4(w: Fp4Weight) -> dict[str, Tensor]:
@@ -206,6 +240,21 @@ def gptq_config(bits: int, version: int, symmetric: bool = False) -> dict[str, A
         "desc_act": True,
         "dynamic": {},
         "pack_dtype": "int32",
+        "meta": {"quantizer": ["gptqmodel:7.1.0"]},
+    }
+
+
+def auto_round_config(packing: str, bits: int = 4, symmetric: bool = False) -> dict[str, Any]:
+    return {
+        "quant_method": "auto-round",
+        "packing_format": packing,
+        "bits": bits,
+        "group_size": GROUP,
+        "sym": symmetric,
+        "data_type": "int",
+        "autoround_version": "0.8.0",
+        "block_name_to_quantize": "model.layers",
+        "iters": 200,
     }
 
 
@@ -219,6 +268,12 @@ class Form:
     metadata: str = ""  # of each weight
     make: Callable[..., Any] = draw
     sizes: dict[str, int] = field(default_factory=dict)  # of the Llama
+    # How layers are drawn whose path contains a text; the first one counts.
+    rules: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def draw_of(self, path: str) -> dict[str, Any]:
+        more = next((rule for text, rule in self.rules.items() if text in path), {})
+        return {**self.draw, **more}
 
 
 def torchao_type(target: str | None) -> str:
@@ -235,6 +290,29 @@ def torchao_type(target: str | None) -> str:
     return json.dumps({"_type": "IntxUnpackedToInt8Tensor", "_data": data})
 
 
+# Sizes that are multiples of 32, as 3 bits want them.
+WIDE = {"intermediate_size": 64, "num_key_value_heads": 2}
+# As blocks of 64 along K want them.
+BLOCKS_OF_64 = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+DYNAMIC = {
+    "-:.*vision.*": {},
+    r"+:.*\.1\.mlp\.down_proj": {"bits": 8, "group_size": -1, "mse": 2.4},
+    ".*down_proj": {"bits": 2, "desc_act": False, "pack_dtype": "int32"},
+    "+:.*(q|k|v)_proj": {"group_size": 32, "sym": True},
+}
+# As the rules of DYNAMIC have it.
+MIXED = {
+    "1.mlp.down_proj": {"bits": 8, "groups": 1},
+    "down_proj": {"bits": 2},
+    "q_proj": {"groups": 1, "symmetric": True},
+    "k_proj": {"groups": 1, "symmetric": True},
+    "v_proj": {"groups": 1, "symmetric": True},
+}
+EXTRA = {
+    "model.layers.0.mlp.down_proj": {"bits": 8, "group_size": 32, "act_bits": 16},
+    ".*mlp.up_proj.*": {"bits": 2, "data_type": "int", "super_bits": None},
+    "lm_head": {"bits": 16, "act_bits": 16},
+}
 AWQ_CONFIG = {
     "quant_method": "awq",
     "bits": 4,
@@ -257,6 +335,17 @@ FP8_CONFIG = {
     "weight_block_size": [24, 16],
     "modules_to_not_convert": ["lm_head"],
 }
+NF4_CONFIG = {
+    "quant_method": "bitsandbytes",
+    "_load_in_4bit": True,
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_use_double_quant": False,
+    "bnb_4bit_quant_storage": "uint8",
+    "llm_int8_skip_modules": ["lm_head"],
+}
 FORMS = {
     "gptq v1": Form({}, lambda w: gptq(w, 1), gptq_config(4, 1)),
     "gptq v1 symmetric": Form({"symmetric": True}, lambda w: gptq(w, 1), gptq_config(4, 1, True)),
@@ -266,6 +355,28 @@ FORMS = {
     "gptq v2 8 bits symmetric": Form(
         {"bits": 8, "symmetric": True}, lambda w: gptq(w, 2), gptq_config(8, 2, True)
     ),
+    "gptq v1 3 bits": Form({"bits": 3}, lambda w: gptq(w, 1), gptq_config(3, 1), sizes=WIDE),
+    "gptq v1 3 bits symmetric": Form(
+        {"bits": 3, "symmetric": True}, lambda w: gptq(w, 1), gptq_config(3, 1, True), sizes=WIDE
+    ),
+    "gptq v2 3 bits act-order": Form(
+        {"bits": 3, "shuffled": True}, lambda w: gptq(w, 2), gptq_config(3, 2), sizes=WIDE
+    ),
+    "gptq v1 dynamic": Form(
+        {}, lambda w: gptq(w, 1), {**gptq_config(4, 1), "dynamic": DYNAMIC}, rules=MIXED
+    ),
+    "auto-round gptq": Form({}, lambda w: ordered(w, 1), auto_round_config("auto_round:auto_gptq")),
+    "auto-round gptq 3 bits": Form(
+        {"bits": 3, "lowest": 1}, lambda w: ordered(w, 1), auto_round_config("auto_round:gptq", 3),
+        sizes=WIDE,
+    ),
+    "auto-round asymmetric": Form({}, lambda w: ordered(w, 2), auto_round_config("auto_round")),
+    "auto-round mixed": Form(
+        {"symmetric": True}, lambda w: ordered(w, 1),
+        {**auto_round_config("auto_round:auto_gptq", symmetric=True), "extra_config": EXTRA},
+        sizes=WIDE, rules={"0.mlp.down_proj": {"bits": 8, "groups": 2}, "up_proj": {"bits": 2}},
+    ),
+    "auto-round awq": Form({}, awq, auto_round_config("auto_round:auto_awq")),
     "awq": Form({}, awq, AWQ_CONFIG),
     "packed w4a16": Form({"symmetric": True}, packed, compressed(4, "pack-quantized")),
     "packed w4a16 asymmetric act-order": Form(
@@ -282,6 +393,19 @@ FORMS = {
     "torchao w8a8": Form(
         {"bits": 8, "symmetric": True, "groups": 1}, torchao, {"quant_method": "torchao"},
         torchao_type(None),
+    ),
+    "bitsandbytes int8": Form(
+        {}, llm_int8,
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False,
+         "llm_int8_threshold": 6.0, "llm_int8_skip_modules": None}, make=draw_int8,
+    ),
+    "bitsandbytes nf4": Form(
+        {"dtype": torch.bfloat16}, bitsandbytes_nf4, NF4_CONFIG, make=draw_nf4, sizes=BLOCKS_OF_64
+    ),
+    "bitsandbytes nf4 double": Form(
+        {"double": True}, lambda w: bitsandbytes_nf4(w, torch.bfloat16),
+        {**NF4_CONFIG, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "bfloat16"},
+        make=draw_nf4, sizes=BLOCKS_OF_64,
     ),
     "packed nvfp4": Form(
         {"group": 16, "global_scale": 1 / DIVISOR}, packed_fp4, compressed_fp4(16), make=draw_fp4
@@ -443,7 +567,7 @@ def write(
         del state["lm_head.weight"]
     for seed, (path, linear) in enumerate(linears(model).items()):
         if drawn:
-            w = form.make(linear.out_features, linear.in_features, seed, **form.draw)
+            w = form.make(linear.out_features, linear.in_features, seed, **form.draw_of(path))
         else:
             w = round_to_nearest(linear.weight, group or linear.in_features, **form.draw)
         del state[f"{path}.weight"]

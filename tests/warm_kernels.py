@@ -28,6 +28,7 @@ def compile_common_kernels() -> None:
         strategies.table_cases,
         strategies.identity_cases,
         strategies.long_cases,
+        strategies.nf4_cases,
         strategies.special_cases,
         strategies.random_gpu_cases,
         strategies.gpu_cases,

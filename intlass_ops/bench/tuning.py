@@ -21,7 +21,12 @@ from .. import config
 from ..config import Device, Matmul, Shape, tuned
 from ..cuda import compiler, cubin, launch, source
 from ..errors import KernelCompileError
-from ..ops import matmul_fp8_bf16_tn, matmul_int4_bf16_tn, matmul_int8_bf16_tn
+from ..ops import (
+    matmul_fp8_bf16_tn,
+    matmul_int4_bf16_tn,
+    matmul_int8_bf16_tn,
+    matmul_nf4_bf16_tn,
+)
 from . import timing
 
 # So much longer than the best so far, and a candidate is not timed again.
@@ -65,6 +70,7 @@ SCHEMES = {
     "w8a16": Scheme("bf16", "s8", None, "float"),
     "fp8a16": Scheme("bf16", "e4m3", None, "float"),
     "fp8a16g": Scheme("bf16", "e4m3", 128, "float"),
+    "nf4a16": Scheme("bf16", "nf4", 64, "float"),
     "w8a8": Scheme("s8", "s8", None, "float"),
     "w4a8": Scheme("s8", "s4", 128),
     "w4a8c": Scheme("s8", "s4", None, "float"),
@@ -163,6 +169,8 @@ class Layer:
             w, scales, zeros = self.weights[i]
             if self.scheme.w_kind == "e4m3":
                 return matmul_fp8_bf16_tn(x, w, scales, out_dtype=torch.bfloat16)
+            if self.scheme.w_kind == "nf4":
+                return matmul_nf4_bf16_tn(x, w, scales, out_dtype=torch.bfloat16)
             if self.bits == 8:
                 return matmul_int8_bf16_tn(x, w, x_scale, scales, out_dtype=torch.bfloat16)
             return matmul_int4_bf16_tn(

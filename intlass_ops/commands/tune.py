@@ -33,7 +33,8 @@ Another configuration may sum in another order, so the last bits of results may 
 batch_invariant() ignores tables. Deleting the file undoes it.
 """
 SCHEMES_HELP = (
-    "w4a16z: with zero points; w4a8c: one scale a row; fp8a16g: groups of 128 (%(default)s)"
+    "w4a16z: with zero points; w4a8c: one scale a row; fp8a16g: groups of 128; nf4a16: of 64 "
+    "(%(default)s)"
 )
 EPILOG = """\
 examples:

@@ -72,6 +72,7 @@ def _rows(device: Device, shape: Shape) -> int:
         grouping is Grouping.STRADDLING
         or (shape.has_zeros and (crowded or shape.has_a_zero or grouping is Grouping.SPAN))
         or (not channel and BITS[shape.w_kind] == 8 and (crowded or (floats and sm_90)))
+        or (not channel and shape.w_kind == "nf4" and crowded)
     ):
         return 64  # masked fragments, or sums of x, beside two sets of accumulators
     return 128

@@ -10,7 +10,7 @@ from enum import IntEnum
 from typing import Protocol
 
 SPAN_K = 32  # k of one span, operands.cuh
-BITS = {"bf16": 16, "fp16": 16, "s8": 8, "s4": 4, "u4": 4, "e2m1": 4, "e4m3": 8}
+BITS = {"bf16": 16, "fp16": 16, "s8": 8, "s4": 4, "u4": 4, "nf4": 4, "e2m1": 4, "e4m3": 8}
 TYPE_BYTES = {
     "float": 4,
     "int": 4,
@@ -26,6 +26,7 @@ PAIRS = (
     *((x, w) for x in ("bf16", "fp16") for w in ("s4", "u4", "s8", "e4m3")),
     *(("s8", w) for w in ("s4", "u4", "s8")),
     *((x, w) for x in ("s4", "u4") for w in ("s4", "u4")),
+    *((x, "nf4") for x in ("bf16", "fp16")),
 )
 
 

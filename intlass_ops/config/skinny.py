@@ -43,6 +43,7 @@ _TILES = {
         ((1, 16, 1), (1, 16, 1), (1, 8, 2), (2, 4, 2)),
     ),
 }
+_TILES["nf4"] = _TILES["s4"]  # not measured
 # The same of `bytes_in_groups`, from four layers of FP8 in groups of 128
 _TILES_IN_GROUPS = (
     ((1, 8, 4), (1, 8, 4), (1, 8, 2), (1, 8, 2)),

@@ -148,7 +148,9 @@ def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
     if shape.w_kind == "e2m1":  # others were not tried
         fewest = _FEWEST_TOKENS[1:3] if device.arch.startswith("sm_90") and shape.k > 8192 else ()
     else:
-        fewest = (_LONG_ROWS, *_FEWEST_TOKENS) if shape.k > 8192 else _FEWEST_TOKENS
+        spills_there = shape.w_kind == "nf4" and not device.arch.startswith("sm_90")
+        long = shape.k > 8192 and not spills_there
+        fewest = (_LONG_ROWS, *_FEWEST_TOKENS) if long else _FEWEST_TOKENS
     for tiles_n, warps, most, num_stages, blocks_per_sm in (
         # One token or two: so many warps on a row that x is of use to few rows, and soon read
         *([] if heavy or tokens > 2 else fewest),

@@ -119,6 +119,33 @@ struct Fp4Fragments : Int4Float16Fragments<bf16, s4> {
   }
 };
 
+// NF4: half a word is half a fragment's row
+template <class X> struct Nf4Fragments : Float16Fragments<X>, Nf4Codes {
+  static constexpr int words_w = 1;
+  static constexpr bool matrix_w = true;
+  using Row = typename Float16Fragments<X>::Row;
+  static __device__ __forceinline__ typename Float16Fragments<X>::A w(const u32* v) {
+    u32 l[2][2], h[2][2];
+    eight_numbers<X>(l, v[0]);
+    eight_numbers<X>(h, v[1]);
+    return {{l[0][0], h[0][0], l[0][1], h[0][1], l[1][0], h[1][0], l[1][1], h[1][1]}};
+  }
+  static __device__ __forceinline__ Row plain() { return {0, 0}; }
+  static __device__ __forceinline__ u32 entry(float s) { return halves<X>(s, 0.f); }
+  static __device__ __forceinline__ Row row(u32 scale) { return {0, scale}; }
+  template <bool scaled>
+  static __device__ __forceinline__ void half(u32 (&a)[4], const u32* v, int part, u32,
+                                              const Row (&rows)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      u32 f[2];
+      four_numbers<X>(f, part ? v[h] >> 16 : v[h]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) a[2 * i + h] = scaled ? rows[h].times(f[i]) : f[i];
+    }
+  }
+};
+
 template <class X, class W> struct ByteFloat16Fragments : Float16Fragments<X> {
   using Codes = Bytes<X, W>;
   static constexpr int words_w = 2;
@@ -234,6 +261,8 @@ template <bool wide> struct Fragments<bf16, s8, wide> : ByteFloat16Fragments<bf1
 template <bool wide> struct Fragments<fp16, s8, wide> : ByteFloat16Fragments<fp16, s8> {};
 template <bool wide> struct Fragments<bf16, e4m3, wide> : ByteFloat16Fragments<bf16, e4m3> {};
 template <bool wide> struct Fragments<fp16, e4m3, wide> : ByteFloat16Fragments<fp16, e4m3> {};
+template <bool wide> struct Fragments<bf16, nf4, wide> : Nf4Fragments<bf16> {};
+template <bool wide> struct Fragments<fp16, nf4, wide> : Nf4Fragments<fp16> {};
 template <bool wide> struct Fragments<bf16, e2m1, wide> : Fp4Fragments {};
 template <bool wide> struct Fragments<s8, s4, wide> : Int4Int8Fragments<s4> {};
 template <bool wide> struct Fragments<s8, u4, wide> : Int4Int8Fragments<u4> {};

@@ -6,7 +6,7 @@
 #pragma once
 #include "hopper_tile.cuh"
 
-constexpr bool fp4 = same<W, e2m1>::value;
+constexpr bool fp4 = same<W, e2m1>::value, of_nf4 = same<W, nf4>::value;
 // X was INT4 or FP4, and the kernel that made it wider (widen.cu, decode_fp4.cu) changed the order of each
 // 32 k: what wgmma wants from a lane then lies in one word of W, as nibbles to mask out.
 constexpr bool lane_order = Config::lane_order;
@@ -16,7 +16,8 @@ constexpr int kept_scales = scaled && staged_scales ? flushes : 1;  // of those,
 // What sums are too small by: FP4's scales, and what its activations were divided by
 constexpr float sum_unit = (fp4 ? block_unit<Scale> : 1.f) * Config::x_unit;
 // What a product of codes stands for, beside P::unit
-using Codes = Select<W::bits == 4, Nibbles<X>, Bytes<X, W>>::type;
+using Codes =
+    Select<of_nf4, Nf4Codes, typename Select<W::bits == 4, Nibbles<X>, Bytes<X, W>>::type>::type;
 constexpr float code_unit = Codes::unit;
 // Signed codes in groups under bf16: a code as it lies, a subnormal's bits of code * 2^-133, times the
 // scale, less 8 scales, is (code - 8) * scale in one FMA, which rounds as dequantising does. The sums are
@@ -38,10 +39,15 @@ template <class X, class W> struct Pieces {
   __device__ __forceinline__ Pieces(u32 quarter) {
     const u32 b = X::bits == 8 ? quarter % 2 * 2 : W::bits == 4 ? quarter : quarter * 2;
     selector = fp4            ? b * 0x11 | (b + 4) * 0x1100
+               : of_nf4       ? b | (b + 4) << 4
                : X::bits == 8 ? (b + 4) | b << 4 | (b + 5) << 8 | (b + 1) << 12
                : W::bits == 4 ? b | b << 8
                               : Bytes<X, W>::selector(b);
     if constexpr (!lane_order) pin(selector);  // else ptxas makes it anew in each tile of K
+  }
+  // Two registers of NF4, of two words
+  __device__ __forceinline__ void fragments(u32 (&f)[2], u32 w, u32 next) const {
+    four_numbers<X>(f, __byte_perm(w, next, selector));
   }
   // One register of wgmma's A. `offset`: minus what is to be a code of zero, of INT4 as 16-bit floats,
   // times `scale` if one FMA does both
@@ -303,6 +309,18 @@ struct Lane {
 #pragma unroll
         for (int i = 0; i < 2 * chunk_steps; ++i) a[i / 2][i % 2 * 2 + h] = f[i];
       }
+    } else if constexpr (of_nf4) {
+#pragma unroll
+      for (int t = 0; t < turn_steps; ++t)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const u32(&words)[chunk_words] = h ? c.hi[t / chunk_steps] : c.lo[t / chunk_steps];
+          const RowScale& row = rows[kept_scales > 1 ? (step + t) / steps_per_flush : 0][0][h];
+          u32 f[2];
+          pieces.fragments(f, words[t % chunk_steps * 2], words[t % chunk_steps * 2 + 1]);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) a[t][2 * i + h] = row.times(f[i]);
+        }
     } else {
 #pragma unroll
       for (int t = 0; t < turn_steps; ++t)

@@ -24,7 +24,8 @@ struct fp16 { static constexpr int bits = 16; };
 struct s8 { static constexpr int bits = 8; };
 struct s4 { static constexpr int bits = 4; };
 struct u4 { static constexpr int bits = 4; };
-struct e4m3 {  // FP8 weights, and scales of NVFP4
+struct nf4 { static constexpr int bits = 4; };  // weights, nf4.cuh
+struct e4m3 {                                   // FP8 weights, and scales of NVFP4
   static constexpr int bits = 8;
   unsigned char code;
 };

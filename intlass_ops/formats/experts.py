@@ -16,9 +16,11 @@ from torch import Tensor
 
 from ..fp8_linear import FP8
 from ..lowering.storage import INT4, INT8
+from ..nf4_linear import NF4
 from ..nn import Activation
 from ..ops.problem import GROUP_STEP
 from . import FormatError
+from .bitsandbytes_nf4 import StoredNf4
 from .fp4 import StoredFp4
 from .fp8 import StoredFp8
 from .layers import AnyStored, LayerSpec, fp4_spec, fp8_spec
@@ -45,6 +47,8 @@ def stacked(
     single linears have (act-order, 8 bits with zero points).
     """
     _check_alike(name, parts)
+    if isinstance(parts[0][0], StoredNf4):
+        raise FormatError(f"{name}: experts of NF4 are not read")
     if alternating and len({row[0].shape for row in parts}) > 1:
         raise FormatError(f"{name}: gate and up, whose rows alternate, differ in shape")
     integers = [[each for each in row if isinstance(each, StoredWeight)] for row in parts]
@@ -74,6 +78,8 @@ def _form(stored: AnyStored) -> tuple[Any, ...]:
         return stored.kind, stored.shape[1]
     if isinstance(stored, StoredFp8):  # groups may differ
         return FP8, stored.shape[1]
+    if isinstance(stored, StoredNf4):
+        return NF4, stored.shape[1]
     return stored.bits, stored.shape[1], stored.scales.shape[1], stored.scales.dtype
 
 

@@ -11,7 +11,7 @@ Lives here: what the libraries have in common, tensor by tensor. Not here: which
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,14 +89,17 @@ def stored(layer: Layer, scale: str, blocks: Collection[Block]) -> StoredFp8:
         values = layer.scales(scale, shape).to(dtype)
         return values.reshape(-1, -(-k // block[1]))[rows][:, columns]
 
-    dtype = _smallest_dtype(layer.scales(scale, shape))
+    dtype = smallest_dtype(layer.scales(scale, shape))
     return StoredFp8(layer.path, (n, k), k // group, dtype, lambda: _codes(layer, (n, k)), scales)
 
 
-def _smallest_dtype(scales: Tensor) -> torch.dtype:
-    """bf16 where it holds them exactly, as it does powers of two: the kernels' faster way."""
-    halves = scales.to(torch.bfloat16)
-    return torch.bfloat16 if torch.equal(halves.to(scales.dtype), scales) else scales.dtype
+def smallest_dtype(
+    scales: Tensor, halves: Sequence[torch.dtype] = (torch.bfloat16,)
+) -> torch.dtype:
+    """One of ``halves`` that holds them exactly, as bf16 does powers of two: the kernels' faster
+    way."""
+    exact = (half for half in halves if torch.equal(scales.to(half).to(scales.dtype), scales))
+    return next(exact, scales.dtype)
 
 
 def _block(

@@ -9,7 +9,7 @@ A layer is saved as its buffers (`<path>.weight`, `.scales`, `.zeros`, `.order`,
 
 Layers that are stored alike share an entry. Layers of experts have one dimension more: experts.
 Of FP4 scales are their bytes, and NVFP4 has `.global_scale` beside them; of FP8 the weight is in
-e4m3 and scales are floating.
+e4m3, of NF4 packed as INT4 is, and scales are floating.
 Not here: how a model is walked (integrations/).
 """
 
@@ -25,19 +25,23 @@ from torch import Tensor, nn
 from ..fp4_linear import GROUPS, MXFP4, NVFP4, Fp4ExpertLinear, Fp4Layer, Fp4Linear
 from ..fp8_linear import CODES, FP8, Fp8ExpertLinear, Fp8Layer, Fp8Linear
 from ..lowering.storage import INT4, INT4_PAIR, INT8, Packed
+from ..nf4_linear import NF4, Nf4Linear
 from ..nn import Activation, IntExpertLinear, IntLinear, PackedLinear
 from . import FormatError
+from .bitsandbytes_nf4 import StoredNf4
 from .fp4 import StoredFp4
 from .fp8 import StoredFp8
 from .stored import StoredWeight
 
-AnyStored = StoredFp4 | StoredFp8 | StoredWeight
+AnyStored = StoredFp4 | StoredFp8 | StoredNf4 | StoredWeight
 VERSION = 1
 METHOD = "intlass"
+_Floating = Fp4Layer | Fp8Layer | Nf4Linear
 _FP4_LAYERS: tuple[type[Fp4Layer], type[Fp4Layer]] = (Fp4Linear, Fp4ExpertLinear)
 # Layers of floating-point codes, by kind: of one weight, and of all experts.
-_FLOATING: dict[str, tuple[type[Fp4Layer | Fp8Layer], type[Fp4Layer | Fp8Layer]]] = {
+_FLOATING: dict[str, tuple[type[_Floating], type[_Floating]]] = {
     MXFP4: _FP4_LAYERS, NVFP4: _FP4_LAYERS, FP8: (Fp8Linear, Fp8ExpertLinear),
+    NF4: (Nf4Linear, Nf4Linear),  # which takes no experts
 }  # fmt: skip
 _KINDS = (INT4, INT8, INT4_PAIR, *_FLOATING)
 _NAMES = (
@@ -57,7 +61,7 @@ _DTYPES = {
 class LayerSpec:
     """Everything about a quantised linear but the values of its tensors."""
 
-    kind: str  # "int4", "int8", "int4 pair", "mxfp4", "nvfp4", "fp8"
+    kind: str  # "int4", "int8", "int4 pair", "mxfp4", "nvfp4", "fp8", "nf4"
     in_features: int
     activation: Activation
     tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
@@ -65,11 +69,11 @@ class LayerSpec:
     @classmethod
     def of(cls, module: nn.Module) -> LayerSpec | None:
         """The spec of one of our layers; None for any other module."""
-        if not isinstance(module, (Fp4Layer, Fp8Layer, IntExpertLinear, IntLinear, PackedLinear)):
+        if not isinstance(module, (_Floating, IntExpertLinear, IntLinear, PackedLinear)):
             return None
         buffers = ((name, getattr(module, name, None)) for name in _NAMES)
         tensors = tuple((name, t.dtype, tuple(t.shape)) for name, t in buffers if t is not None)
-        if isinstance(module, (Fp4Layer, Fp8Layer, PackedLinear)):
+        if isinstance(module, (_Floating, PackedLinear)):
             return cls(module.kind, module.in_features, None, tensors)
         kind = INT4 if module.bits == 4 else INT8
         return cls(kind, module.in_features, module.activation, tensors)
@@ -119,7 +123,7 @@ def layer_of(
 
 def _floating_layer(
     kind: str, in_features: int, activation: Activation, tensors: dict[str, Tensor]
-) -> Fp4Layer | Fp8Layer:
+) -> _Floating:
     of_experts = tensors["weight"].dim() == 3
     made = _FLOATING[kind][of_experts]
     more = {*tensors}.difference(made.kept)
@@ -150,6 +154,9 @@ def buffers_of(
         return fp4_spec(stored.kind, stored.shape), read
     if isinstance(stored, StoredFp8):
         spec = fp8_spec(stored.shape, stored.groups, stored.scale_dtype)
+        return spec, {"weight": stored.read, "scales": stored.read_scales}
+    if isinstance(stored, StoredNf4):
+        spec = nf4_spec(stored.shape, stored.groups, stored.scale_dtype)
         return spec, {"weight": stored.read, "scales": stored.read_scales}
     n, k = stored.shape
     width = (k + 1) // 2
@@ -203,6 +210,13 @@ def fp8_spec(shape: tuple[int, ...], groups: int, scale_dtype: torch.dtype) -> L
     return LayerSpec(
         FP8, shape[-1], None, (("weight", CODES, shape), ("scales", scale_dtype, scales))
     )
+
+
+def nf4_spec(shape: tuple[int, int], groups: int, scale_dtype: torch.dtype) -> LayerSpec:
+    """Of a weight [N, K] with this number of scales a row."""
+    n, k = shape
+    tensors = (("weight", torch.uint8, (n, k // 2)), ("scales", scale_dtype, (n, groups)))
+    return LayerSpec(NF4, k, None, tensors)
 
 
 def _constant(tensor: Tensor) -> Callable[[], Tensor]:

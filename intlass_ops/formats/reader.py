@@ -6,7 +6,10 @@ from typing import Any, Protocol
 
 from ..nn import Activation
 from . import FormatError, hqq, modelopt
+from .auto_round import METHODS as AUTO_ROUND_METHODS
+from .auto_round import open_auto_round
 from .awq import Awq
+from .bitsandbytes import open_bitsandbytes
 from .checkpoint import Checkpoint, read_json
 from .compressed_tensors import CompressedTensors
 from .finegrained_fp8 import METHODS as FP8_METHODS
@@ -30,6 +33,7 @@ class Reader(Protocol):
 
 FORMATS = (
     "gptq", "awq", "compressed-tensors", "modelopt", "hqq", "torchao", "mxfp4", *FP8_METHODS,
+    *AUTO_ROUND_METHODS, "bitsandbytes",
 )  # fmt: skip
 
 
@@ -58,7 +62,7 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def open_reader(checkpoint: Checkpoint, *, checkpoint_format: str | None = None) -> Reader | Mxfp4:
     """The reader of a checkpoint, of its linears or, of MXFP4, of its fused experts.
 
-    ``checkpoint_format`` overrides the version of a GPTQ one.
+    ``checkpoint_format`` overrides the version of a GPTQ one, AutoRound's too.
 
     Raises FormatError for a method that is not read and a config that does not make sense.
 
@@ -67,13 +71,17 @@ def open_reader(checkpoint: Checkpoint, *, checkpoint_format: str | None = None)
     """
     config = quantization_config(checkpoint)
     method = config.get("quant_method")
-    if checkpoint_format is not None and method != "gptq":
+    if checkpoint_format is not None and method not in ("gptq", *AUTO_ROUND_METHODS):
         raise FormatError(
             f"{checkpoint.directory}: checkpoint_format={checkpoint_format!r} is for GPTQ, this "
             f"checkpoint is {method!r}"
         )
     if method == "gptq":
-        return Gptq(checkpoint, config, checkpoint_format)
+        return Gptq.of_config(checkpoint, config, checkpoint_format)
+    if method in AUTO_ROUND_METHODS:
+        return open_auto_round(checkpoint, config, checkpoint_format)
+    if method == "bitsandbytes":
+        return open_bitsandbytes(checkpoint, config)
     if method == "awq":
         return Awq(checkpoint, config)
     if method == "compressed-tensors":

@@ -129,9 +129,21 @@ def _odd_end(k: int, q: Tensor) -> Tensor:
 
 
 def fields(words: Tensor, bits: int) -> Tensor:
-    """int32 [..., n] to its 32 / bits fields, lowest first: uint8 [..., n * 32 / bits]."""
+    """int32 [..., n] to its fields, lowest first: uint8 [..., n * 32 / bits].
+
+    Of 3 bits they run on from word to word: n is a multiple of 3.
+    """
     octets = words.contiguous().view(torch.uint8)
     if bits == 8:
         return octets
+    if bits == 3:
+        return _of_three_bits(octets)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
     return ((octets.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
+
+
+def _of_three_bits(octets: Tensor) -> Tensor:
+    """Eight fields of each three bytes; the third and the sixth are in two of them."""
+    a, b, c = octets.unflatten(-1, (-1, 3)).unbind(-1)
+    eight = (a, a >> 3, (a >> 6) | (b << 2), b >> 1, b >> 4, (b >> 7) | (c << 1), c >> 2, c >> 5)
+    return (torch.stack(eight, -1) & 7).flatten(-2)

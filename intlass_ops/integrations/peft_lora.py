@@ -16,15 +16,16 @@ from peft.tuners.lora.layer import Linear
 
 from ..fp4_linear import Fp4Linear
 from ..fp8_linear import Fp8Linear
+from ..nf4_linear import Nf4Linear
 from ..nn import IntLinear, PackedLinear
 
 
 class LoraIntLinear(Linear):  # type: ignore[misc]
-    """y = base(x) + scaling · B(A(dropout(x))), with the base in INT4, INT8, FP4 or FP8.
+    """y = base(x) + scaling · B(A(dropout(x))), with the base in INT4, INT8, NF4, FP4 or FP8.
 
     Several adapters, switching between them and saving work as on any layer of peft. Gradients
-    reach x through weight-only bases (w4a16, w8a16, fp8a16); bases that quantise their activations
-    have none, so adapters below them cannot be trained.
+    reach x through weight-only bases (w4a16, nf4a16, w8a16, fp8a16); bases that quantise their
+    activations have none, so adapters below them cannot be trained.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -58,6 +59,6 @@ def lora_config(**options: Any) -> LoraConfig:
     >>> model = get_peft_model(model, config)                                 # doctest: +SKIP
     """
     config = LoraConfig(**options)
-    ours = (Fp4Linear, Fp8Linear, IntLinear, PackedLinear)
+    ours = (Fp4Linear, Fp8Linear, IntLinear, Nf4Linear, PackedLinear)
     config._register_custom_module(dict.fromkeys(ours, LoraIntLinear))
     return config

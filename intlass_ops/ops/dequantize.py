@@ -1,4 +1,4 @@
-"""Op `intlass::dequantize`: the dense weight of packed INT4, INT8 or FP8 codes.
+"""Op `intlass::dequantize`: the dense weight of packed INT4 or NF4, INT8 or FP8 codes.
 
 On a GPU one Triton kernel (triton/dequantize.py).
 """
@@ -11,16 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import packing, reference
+from .. import nf4, packing, reference
 from . import gradients
 from ._library import FLOATS, INTEGERS, define, require_device, require_dtype
 from .problem import check_parameters, inputs_of, rows_groups
 
 
 def _dequantize_check(
-    w: Tensor, scales: Tensor, zeros: Tensor | None, k: int, dtype: torch.dtype
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    k: int,
+    dtype: torch.dtype,
+    of_nf4: bool = False,
 ) -> None:
-    require_dtype("dequantize", "w", w.dtype, (torch.uint8, torch.int8, torch.float8_e4m3fn))
+    dtypes = (torch.uint8,) if of_nf4 else (torch.uint8, torch.int8, torch.float8_e4m3fn)
+    require_dtype("dequantize", "w", w.dtype, dtypes)
     require_device("dequantize", w, scales=scales, zeros=zeros)
     if w.dim() != 2:
         raise ValueError(f"dequantize: w has shape {tuple(w.shape)}; expected two dimensions")
@@ -29,6 +35,8 @@ def _dequantize_check(
         raise ValueError(f"dequantize: w has {w.shape[1]} columns; K={k} needs {stored}")
     require_dtype("dequantize", "scales", scales.dtype, FLOATS)
     if zeros is not None:
+        if of_nf4:
+            raise ValueError("dequantize: zeros belong to INT4 and INT8 weights, w is NF4")
         require_dtype("dequantize", "zeros", zeros.dtype, (*FLOATS, *INTEGERS))
     require_dtype("dequantize", "dtype", dtype, FLOATS)
     check_parameters("dequantize", "scales", scales, w.shape[0], k)
@@ -36,17 +44,30 @@ def _dequantize_check(
 
 
 def _dequantize_fake(
-    w: Tensor, scales: Tensor, zeros: Tensor | None, k: int, dtype: torch.dtype
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    k: int,
+    dtype: torch.dtype,
+    of_nf4: bool = False,
 ) -> Tensor:
-    _dequantize_check(w, scales, zeros, k, dtype)
+    _dequantize_check(w, scales, zeros, k, dtype, of_nf4)
     return w.new_empty((w.shape[0], k), dtype=dtype)
 
 
 def _dequantize(
-    w: Tensor, scales: Tensor, zeros: Tensor | None, k: int, dtype: torch.dtype
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    k: int,
+    dtype: torch.dtype,
+    of_nf4: bool = False,
 ) -> Tensor:
-    _dequantize_check(w, scales, zeros, k, dtype)
-    codes = packing.unpack(w, k, zeros is None) if w.dtype == torch.uint8 else w
+    _dequantize_check(w, scales, zeros, k, dtype, of_nf4)
+    if of_nf4:
+        codes = nf4.decode(w, k)
+    else:
+        codes = packing.unpack(w, k, zeros is None) if w.dtype == torch.uint8 else w
     x = codes.contiguous().float()
     if zeros is not None:
         x = x - reference.expand_groups(rows_groups(zeros.float()), *codes.shape)
@@ -54,15 +75,20 @@ def _dequantize(
 
 
 def _dequantize_cuda(
-    w: Tensor, scales: Tensor, zeros: Tensor | None, k: int, dtype: torch.dtype
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    k: int,
+    dtype: torch.dtype,
+    of_nf4: bool = False,
 ) -> Tensor:
     if importlib.util.find_spec("triton") is None:
-        return _dequantize(w, scales, zeros, k, dtype)
+        return _dequantize(w, scales, zeros, k, dtype, of_nf4)
     from ..triton import dequantize as kernels
 
-    _dequantize_check(w, scales, zeros, k, dtype)
+    _dequantize_check(w, scales, zeros, k, dtype, of_nf4)
     z = None if zeros is None else rows_groups(zeros)
-    return kernels.dequantize(w, rows_groups(scales), z, k, dtype)
+    return kernels.dequantize(w, rows_groups(scales), z, k, dtype, of_nf4)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -75,7 +101,8 @@ def _no_gradient(ctx: Any, grad: Tensor) -> None:
 
 
 define(
-    "dequantize(Tensor w, Tensor scales, Tensor? zeros, SymInt k, ScalarType dtype) -> Tensor",
+    "dequantize(Tensor w, Tensor scales, Tensor? zeros, SymInt k, ScalarType dtype, "
+    "bool of_nf4=False) -> Tensor",
     fake=_dequantize_fake,
     cpu=_dequantize,
     cuda=_dequantize_cuda,
@@ -91,11 +118,13 @@ def dequantize(
     *,
     k: int | None = None,
     dtype: torch.dtype = torch.float32,
+    of_nf4: bool = False,
 ) -> Tensor:
     """Dense weight [N, K] = (q - zeros) * scales of packed INT4 (uint8), INT8 or FP8 codes.
 
     Computed in fp32, rounded to ``dtype`` once; arguments as in :func:`matmul_int4_bf16_tn`.
-    ``k``: K, needed when it is odd and ``w`` is packed. No gradient.
+    ``k``: K, needed when it is odd and ``w`` is packed. ``of_nf4``: the packed codes are NF4's,
+    whose numbers take the place of q - zeros (:func:`matmul_nf4_bf16_tn`). No gradient.
     Raises TypeError or ValueError for dtypes, devices and shapes that do not fit.
 
     >>> import torch
@@ -104,5 +133,5 @@ def dequantize(
     """
     if k is None:
         k = inputs_of(w)
-    dense: Tensor = torch.ops.intlass.dequantize(w, scales, zeros, k, dtype)
+    dense: Tensor = torch.ops.intlass.dequantize(w, scales, zeros, k, dtype, of_nf4)
     return dense

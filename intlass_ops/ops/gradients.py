@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import FP8, INT4
+from .problem import FP8, INT4, NF4
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -71,10 +71,10 @@ def of_call(ctx: Any, grad: Tensor) -> Gradients:
     grad_a = grad_bias = None
     if ctx.needs_input_grad[0]:
         ops, grad_y = torch.ops.intlass, grad.to(ctx.a_dtype)
-        if w.dtype == torch.uint8 and w.is_cuda:
+        if ctx.op == INT4 and w.is_cuda:
             grad_a = ops.matmul_int4_nn(grad_y, w, scales, zeros, ctx.k, alpha)
         else:
-            grad_a = grad_y @ ops.dequantize(w, scales, zeros, ctx.k, ctx.a_dtype)
+            grad_a = grad_y @ ops.dequantize(w, scales, zeros, ctx.k, ctx.a_dtype, ctx.op == NF4)
             if alpha is not None:
                 grad_a = grad_a * alpha.to(grad_a.dtype)
     if ctx.bias_dtype is not None:
@@ -91,6 +91,8 @@ def _before_activation(ctx: Any, grad: Tensor) -> Tensor:
         v = ops.matmul_int4_bf16_tn(a, w, scales, zeros, ctx.given_k, a_scale, a_zero, *after)
     elif ctx.op == FP8:
         v = ops.matmul_fp8_bf16_tn(a, w, scales, *after)
+    elif ctx.op == NF4:
+        v = ops.matmul_nf4_bf16_tn(a, w, scales, ctx.given_k, *after)
     else:
         v = ops.matmul_int8_bf16_tn(a, w, a_scale, scales, a_zero, *after)
     grad = grad.float()

@@ -1,4 +1,4 @@
-"""Ops `intlass::matmul_int4_bf16_tn`, `_int8_` and `_fp8_bf16_tn`: y = x @ w.T, w quantised.
+"""Ops `intlass::matmul_int4_bf16_tn`, `_int8_`, `_fp8_` and `_nf4_`: y = x @ w.T, w quantised.
 
 Here are their schemas and public functions. Checks are in problem.py, kernels in matmul_kernels.py,
 gradients and vmap in gradients.py, the mathematics in reference.py.
@@ -15,7 +15,7 @@ from . import gradients
 from ._library import LIBRARY, NAMESPACE, define
 from .matmul_kernels import fake, run_on_cpu, run_on_cuda
 from .packing import pack_int4  # noqa: F401 (used by a doctest)
-from .problem import FP8, INT4, INT8
+from .problem import FP8, INT4, INT8, NF4
 
 
 def _int4(kernel: Any) -> Any:
@@ -77,6 +77,24 @@ def _fp8(kernel: Any) -> Any:
     return call
 
 
+def _nf4(kernel: Any) -> Any:
+    def call(
+        a: Tensor,
+        packed_w: Tensor,
+        scales: Tensor,
+        k: int | None = None,
+        alpha: Tensor | None = None,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Any:
+        after = alpha, bias, out_dtype, activation, residual
+        return kernel(NF4, a, packed_w, scales, None, k, None, None, *after)
+
+    return call
+
+
 def _int4_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _int4(lambda op, *args: gradients.setup(op, ctx, *args))(*inputs)
 
@@ -87,6 +105,10 @@ def _int8_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _fp8_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _fp8(lambda op, *args: gradients.setup(op, ctx, *args))(*inputs)
+
+
+def _nf4_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _nf4(lambda op, *args: gradients.setup(op, ctx, *args))(*inputs)
 
 
 def _int4_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,6 +124,11 @@ def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _fp8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_a, grad_bias, grad_residual = gradients.of_call(ctx, grad)
     return grad_a, *[None] * 3, grad_bias, None, None, grad_residual
+
+
+def _nf4_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_a, grad_bias, grad_residual = gradients.of_call(ctx, grad)
+    return grad_a, *[None] * 4, grad_bias, None, None, grad_residual
 
 
 _TAIL = (
@@ -133,7 +160,15 @@ define(
     setup_context=_fp8_setup,
     backward=_fp8_backward,
 )
-for _name in (INT4, INT8, FP8):
+define(
+    f"{NF4}(Tensor a, Tensor packed_w, Tensor scales, SymInt? k=None, {_TAIL}",
+    fake=_nf4(fake),
+    cpu=_nf4(run_on_cpu),
+    cuda=_nf4(run_on_cuda),
+    setup_context=_nf4_setup,
+    backward=_nf4_backward,
+)
+for _name in (INT4, INT8, FP8, NF4):
     torch.library.register_vmap(
         f"{NAMESPACE}::{_name}", gradients.batched_activations(_name), lib=LIBRARY
     )
@@ -142,6 +177,7 @@ for _name in (INT4, INT8, FP8):
 _int4_op = torch.ops.intlass.matmul_int4_bf16_tn.default
 _int8_op = torch.ops.intlass.matmul_int8_bf16_tn.default
 _fp8_op = torch.ops.intlass.matmul_fp8_bf16_tn.default
+_nf4_op = torch.ops.intlass.matmul_nf4_bf16_tn.default
 
 
 def dispatch(op: str, a: Tensor, w: Tensor, scales: Tensor, *rest: Any) -> Tensor:
@@ -280,4 +316,38 @@ def matmul_fp8_bf16_tn(
     if alpha is not None:
         alpha = _on_device_of(a, alpha)
     y: Tensor = _fp8_op(a, b, b_scale, alpha, bias, out_dtype, activation, residual)
+    return y
+
+
+def matmul_nf4_bf16_tn(
+    a: Tensor,
+    packed_w: Tensor,
+    scales: Tensor,
+    *,
+    k: int | None = None,
+    alpha: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """NF4-weight GEMM under bf16, fp16 (or fp32) activations: the weights of QLoRA, bitsandbytes.
+
+        v[..., n] = alpha * sum_k a[..., k] * NF4[q[n, k]] * scales[n, g] + bias[n]
+        y         = activation(v) + residual
+
+    ``a`` [..., K]; ``packed_w`` uint8 [N, ceil(K/2)], two codes a byte (`pack_int4`); NF4, the
+    sixteen numbers of `intlass_ops.nf4`, each rounded to the dtype of ``a``; ``scales`` scalar, [N]
+    or [N, K/group_size], group_size a multiple of 16. ``k``, ``alpha``, ``bias``, ``activation``,
+    ``residual``, ``out_dtype``, sums, errors and gradients as in :func:`matmul_int4_bf16_tn`.
+
+    >>> import torch
+    >>> codes = torch.tensor([[15, 0] + [7] * 14])  # 1, -1, zeros
+    >>> a = torch.arange(1.0, 17.0).view(1, 16)
+    >>> matmul_nf4_bf16_tn(a, pack_int4(codes), torch.tensor([0.5]))
+    tensor([[-0.5000]])
+    """
+    if alpha is not None:
+        alpha = _on_device_of(a, alpha)
+    y: Tensor = _nf4_op(a, packed_w, scales, k, alpha, bias, out_dtype, activation, residual)
     return y

@@ -1,4 +1,4 @@
-"""The kernels of the matmul ops, INT4, INT8 and FP8 weights: fake, CPU and CUDA.
+"""The kernels of the matmul ops, INT4, INT8, FP8 and NF4 weights: fake, CPU and CUDA.
 
 They take the arguments of each op in one common order. Not here: the mathematics (reference.py),
 fast CPU paths (cpu.py, cpu_integers.py), plans and launches of GPU kernels (cuda/launch.py).
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import batch_invariance, cpu, cpu_integers, packing, reference
+from .. import batch_invariance, cpu, cpu_integers, nf4, packing, reference
 from ..cuda import launch, plans
 from ..explain import listening, record
 from ._library import without_autocast
@@ -70,7 +70,7 @@ def run_on_cpu(
     else:
         why = "no fast CPU kernel for this scheme and shape"
         _explain(p, rows.shape[0], "reference float64", why, fallback=True)
-        codes = packing.unpack(w, p.k, p.w_kind == "s4") if w.dtype == torch.uint8 else w
+        codes = _codes(p, w, rows.dtype)
         if batch_invariance.enabled():
             x = rows.double() if za is None else rows.double() - za.double()
             y = batch_invariance.row_by_row(x, reference.dequantize(codes, s, z))
@@ -79,6 +79,13 @@ def run_on_cpu(
             y = reference.matmul(rows, codes, s, z, a_scale=sa, a_zero=za, alpha=alpha, bias=bias)
     y = _activate_and_add(p, y.view(*a.shape[:-1], p.n), residual)
     return reference.round_once(y, p.out_dtype)
+
+
+def _codes(p: Problem, w: Tensor, dtype: torch.dtype) -> Tensor:
+    """What zero points and scales make weights of, one an element; ``dtype``: of activations."""
+    if p.w_kind == "nf4":
+        return nf4.decode(w, p.k, dtype)
+    return packing.unpack(w, p.k, p.w_kind == "s4") if w.dtype == torch.uint8 else w
 
 
 def _planned(
@@ -191,7 +198,7 @@ def _cuda_float32(
 ) -> Tensor:
     why = "float32 activations have no tensor-core kernel; cast them to bf16 or fp16"
     _explain(p, math.prod(a.shape[:-1]), "dequantize + mm", why, fallback=True)
-    dense = torch.ops.intlass.dequantize(w, scales, zeros, p.k, torch.float32)
+    dense = torch.ops.intlass.dequantize(w, scales, zeros, p.k, torch.float32, p.w_kind == "nf4")
     rows = a.reshape(math.prod(a.shape[:-1]), p.k)
     invariant = batch_invariance.enabled()
     with without_autocast(a.device):

@@ -17,6 +17,7 @@ from ._library import FLOATS, INTEGERS, require_device, require_dtype, type_name
 INT4 = "matmul_int4_bf16_tn"
 INT8 = "matmul_int8_bf16_tn"
 FP8 = "matmul_fp8_bf16_tn"
+NF4 = "matmul_nf4_bf16_tn"
 # |int8 * int8| <= 2^14, so an int32 sum of fewer than 2^17 products cannot overflow.
 MAX_INT_K = 1 << 17
 GROUP_STEP = 16
@@ -28,7 +29,7 @@ class Problem:
 
     op: str
     x_kind: str  # "fp32", "bf16", "fp16", "s8", "s4", "u4"
-    w_kind: str  # "s4", "u4", "s8", "e4m3"; of experts, "e2m1"
+    w_kind: str  # "s4", "u4", "nf4", "s8", "e4m3"; of experts, "e2m1"
     n: int
     k: int
     group_size: int
@@ -37,8 +38,8 @@ class Problem:
 
     @property
     def scheme(self) -> str:
-        """Weight and activation bits, as in w4a16; FP8 weights are fp8a16."""
-        weight = {"s8": "w8", "e4m3": "fp8", "s4": "w4", "u4": "w4", "e2m1": "w4"}[self.w_kind]
+        """Weight and activation bits, as in w4a16; FP8 weights are fp8a16, NF4 ones nf4a16."""
+        weight = _SCHEME_OF.get(self.w_kind, "w4")
         return f"{weight}a{_X_BITS.get(self.x_kind, 16)}"
 
 
@@ -50,12 +51,18 @@ _X_KIND = {
     torch.int32: "s8",  # as lanes, packing.py
 }
 _X_BITS = {"s8": 8, "s4": 4, "u4": 4}
+_SCHEME_OF = {"s8": "w8", "e4m3": "fp8", "nf4": "nf4"}
 _PER_COLUMN = {torch.uint8: 2, torch.int32: 4}  # codes, of `a`
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 # By op: the dtype of weights, what they are without zero points, and dtypes of integer activations.
-_CODES = {INT4: torch.uint8, INT8: torch.int8, FP8: torch.float8_e4m3fn}
-_W_KIND = {INT4: "s4", INT8: "s8", FP8: "e4m3"}
-_INTEGERS = {INT4: (torch.int8, torch.uint8, torch.int32), INT8: (torch.int8,), FP8: ()}
+_CODES = {INT4: torch.uint8, NF4: torch.uint8, INT8: torch.int8, FP8: torch.float8_e4m3fn}
+_W_KIND = {INT4: "s4", NF4: "nf4", INT8: "s8", FP8: "e4m3"}
+_INTEGERS = {
+    INT4: (torch.int8, torch.uint8, torch.int32),
+    INT8: (torch.int8,),
+    NF4: (),
+    FP8: (),
+}
 
 
 def check_parameters(op: str, name: str, t: Tensor | None, n: Any, k: Any) -> Any:
@@ -112,8 +119,8 @@ def check(
 
     ``called``: the op that messages name, where it is another, with a weight of the name "w".
     """
-    int4 = op == INT4
-    w_name, s_name = ("packed_w", "scales") if int4 else ("b", "b_scale")
+    packed = _CODES[op] == torch.uint8
+    w_name, s_name = ("packed_w", "scales") if packed else ("b", "b_scale")
     gemm = op
     if called is not None:
         op, w_name, s_name = called, "w", "scales"
@@ -146,9 +153,9 @@ def check(
     a_k = packing.packed_size(k) if packed_a else k // _PER_COLUMN.get(a.dtype, 1)
     if a.shape[-1] != a_k:
         raise ValueError(f"{op}: a has {a.shape[-1]} columns; K={k} needs {a_k}")
-    w_k = packing.packed_size(k) if int4 else k
+    w_k = packing.packed_size(k) if packed else k
     if w.shape[1] != w_k:
-        unit = "bytes" if int4 else "columns"
+        unit = "bytes" if packed else "columns"
         raise ValueError(f"{op}: {w_name} has {w.shape[1]} {unit} a row; K={k} needs {w_k}")
     groups = check_parameters(op, s_name, scales, n, k)
     zero_groups = check_parameters(op, "zeros", zeros, n, k)
@@ -219,7 +226,7 @@ def check_epilogue(
 
 
 def inputs_of(w: Tensor) -> int:
-    """K of a weight [..., K] that no one names: twice the bytes where they hold packed INT4."""
+    """K of a weight [..., K] that no one names: twice the bytes of packed INT4 or NF4."""
     stored = w.shape[-1] if w.dim() else 0
     return 2 * stored if w.dtype == torch.uint8 else stored
 

@@ -1,0 +1,111 @@
+"""NF4 weights, what they are exactly, and bitsandbytes' layout of them, written without its code.
+
+Not here: tests (test_nf4_linear.py, test_formats_nf4.py), checkpoints (tiny_checkpoints.py).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import oracle
+import torch
+from torch import Tensor
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+@dataclass
+class Nested:
+    """absmax = table[q]·largest[i // block] + offset, in float32, of double quantisation."""
+
+    q: Tensor  # [B] bytes
+    table: Tensor  # [256]
+    largest: Tensor  # [ceil(B/block)]
+    offset: float
+    block: int
+
+    def absmax(self) -> Tensor:
+        largest = self.largest.repeat_interleave(self.block)[: len(self.q)]
+        return self.table[self.q] * largest + torch.tensor(self.offset)
+
+
+@dataclass
+class Nf4Weight:
+    """w[n, k] = NF4[q[n, k]]·s[n, k // group]."""
+
+    q: Tensor  # [N, K]
+    s: Tensor  # float32 [N, K/group]
+    nested: Nested | None = None
+
+    def packed(self) -> Tensor:
+        """As an `Nf4Linear` has them: the even element low."""
+        return (self.q[:, ::2] | (self.q[:, 1::2] << 4)).to(torch.uint8)
+
+    def exact(self) -> Tensor:
+        group = self.q.shape[1] // self.s.shape[1]
+        return oracle.nf4_numbers(self.q) * self.s.double().repeat_interleave(group, 1)
+
+    def dense(self) -> Tensor:
+        return self.exact().float()
+
+
+def draw_nf4(
+    n: int,
+    k: int,
+    seed: int,
+    *,
+    group: int = 64,
+    double: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Nf4Weight:
+    """Any codes; scales around 0.5, of numbers in ``dtype``."""
+    rng = torch.Generator().manual_seed(seed)
+    q, blocks = torch.randint(0, 16, (n, k), generator=rng), n * k // group
+    if not double:
+        s = (torch.rand(n, k // group, generator=rng) * 0.5 + 0.25).to(dtype).float()
+        return Nf4Weight(q, s)
+    block = 16  # many in a small weight; bitsandbytes has 256
+    nested = Nested(
+        torch.randint(0, 256, (blocks,), generator=rng),
+        torch.linspace(-1, 1, 256),
+        torch.rand(-(-blocks // block), generator=rng) * 0.2 + 0.05,
+        0.4123,
+        block,
+    )
+    return Nf4Weight(q, nested.absmax().view(n, -1), nested)
+
+
+def state_of(w: Nf4Weight) -> dict[str, Any]:
+    """What the JSON of a layer says."""
+    n, k = w.q.shape
+    state = {"quant_type": "nf4", "blocksize": k // w.s.shape[1], "dtype": "bfloat16",
+             "shape": [n, k]}  # fmt: skip
+    if w.nested is not None:
+        state |= {"nested_blocksize": w.nested.block, "nested_dtype": "float32",
+                  "nested_offset": w.nested.offset}  # fmt: skip
+    return state
+
+
+def text_of(state: Any) -> Tensor:
+    """JSON as bitsandbytes stores it."""
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+def bitsandbytes_nf4(w: Nf4Weight, storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
+    flat = w.q.flatten()
+    octets = ((flat[::2] << 4) | flat[1::2]).to(torch.uint8)
+    tensors = {
+        "weight": octets.view(storage)[:, None],
+        "weight.absmax": w.s.flatten(),
+        "weight.quant_map": torch.tensor(oracle.NF4),
+        STATE: text_of(state_of(w)),
+    }
+    if w.nested is not None:
+        tensors |= {
+            "weight.absmax": w.nested.q.to(torch.uint8),
+            "weight.nested_absmax": w.nested.largest,
+            "weight.nested_quant_map": w.nested.table,
+        }
+    return tensors
