@@ -1,6 +1,7 @@
 """Random calls of the GEMM ops against the float64 oracle, by the thousand, on a CPU or a GPU:
 
     python3 tests/fuzz.py --device cuda --workers 16 --json benchmarks/results/fuzz-h200.json
+    python3 tests/fuzz.py --device sm_80 --workers 2   # the kernels of that GPU, emulated (ptx/)
 
 Every second call has numbers of which float32 rounds none, and must be bit-equal; the others obey
 the rule of tolerance.py. A case is decided by --seed and its index: `--first I --cases 1` repeats
@@ -13,6 +14,7 @@ test_quantize_ops.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import random
 import sys
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from gemm_case import CODES, LAYOUTS, Case, build, float32_is_exact
 from gemm_checks import check_bounded, check_exact
+from ptx import emulated
 from strategies import ACTIVATIONS, FLOATS, PAIRS, ZERO_DTYPES, a_zero_of
 
 import intlass_ops
@@ -104,8 +107,26 @@ def fuzz(
     draw = random.Random(seed)
     problems = [a_problem(draw) for _ in range(num_problems)]
     done, start = Outcome(), time.monotonic()
+    with contextlib.ExitStack() as stack:
+        if device.startswith("sm_"):
+            stack.enter_context(emulated(device))
+            device = "cpu"
+        _check_all(done, problems, device, seed, indices, start + seconds, progress)
+    return done
+
+
+def _check_all(
+    done: Outcome,
+    problems: list[Case],
+    device: str,
+    seed: int,
+    indices: range,
+    end: float,
+    progress: bool,
+) -> None:
+    start = time.monotonic()
     for index in indices:
-        if time.monotonic() - start > seconds:
+        if time.monotonic() > end:
             break
         case, numbers = a_case(problems, seed, index)
         check = check_exact if numbers == "exact" else check_bounded
@@ -124,7 +145,6 @@ def fuzz(
         if progress and done.cases % 1000 == 0:
             rate = done.cases / (time.monotonic() - start)
             print(f"{done.cases} cases, {done.wrong} wrong, {rate:.0f} a second", flush=True)
-    return done
 
 
 def fuzz_side_by_side(
