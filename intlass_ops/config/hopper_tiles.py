@@ -194,8 +194,10 @@ def _spills(c: Hopper, shape: Shape) -> bool:
     scaled, whole = (c.grouping == g for g in (Grouping.SCALED_WEIGHTS, Grouping.CHANNEL))
     if c.consumers == 4 and ((_has_small_groups(c) and not scaled) or c.needs_token_sums):
         return True  # 112 a thread
-    if c.rest_by_k and c.groups_per_tile > (1 if c.block_m == 128 else 4):
-        return c.block_m == 128 or (c.w_kind == "nf4" and c.block_m == 64)
+    if c.rest_by_k and c.block_m == 128 and c.groups_per_tile > 1:
+        return True
+    if c.rest_by_k and c.w_kind == "nf4" and c.groups_per_tile > 4:
+        return True
     if whole or c.block_k < HOPPER_BLOCK_K:
         return False
     if scaled:
