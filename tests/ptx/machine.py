@@ -149,11 +149,15 @@ class Machine:
                         continue
                     if self.done.all():
                         return
-                    stuck = np.unique(self.pc[~self.done])
-                    lines = [self.program.code[int(p)].line for p in stuck]
+                    lines = [self._waiting_at(int(p)) for p in np.unique(self.pc[~self.done])]
                     raise RuntimeError(f"{self.program.entry}: all threads wait, at {lines}")
                 later = self.pc[ready & (self.pc > first)]
                 self._straight(lanes, first, int(later.min()) if later.size else end)
+
+    def _waiting_at(self, pc: int) -> str:
+        """Those at a barrier go on behind it, those at an mbarrier ask again."""
+        before = self.program.code[pc - 1]
+        return (before if before.name in ("bar", "barrier") else self.program.code[pc]).line
 
     def _next(self, ready: Values) -> tuple[Lanes, int]:
         """Threads that can go on together, and where they are; -1 if there are none."""
