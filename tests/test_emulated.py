@@ -21,6 +21,7 @@ from torch import Tensor
 
 import intlass_ops as ia
 from intlass_ops import config
+from intlass_ops.cuda import launch
 
 ARCHS = ("sm_80", "sm_90a", "sm_86", "sm_120", "sm_89", "sm_100")
 
@@ -109,6 +110,30 @@ ONE_SM, TWO_SMS = {"sm_count": 1}, {"sm_count": 2}
 )
 def test_other_ways(case: Case, arch: str, sources: list[str], of_device: dict[str, int]) -> None:
     assert [c.source for c in run(case, arch, **of_device)] == sources
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "name", "value"),
+    [
+        ("bf16", "s4", "split_k", 2),
+        ("bf16", "s4", "stream_k", True),
+        ("bf16", "s4", "rest_by_k", True),
+        ("s8", "s8", "split_k", 2),
+        ("s8", "s8", "share_x", 2),
+    ],
+)
+def test_clusters_and_shares(x: str, w: str, name: str, value: int) -> None:
+    """Blocks that exchange sums, or one copy of x; tiles that several have parts of."""
+    case = replace(of_pair(x, w, 40, 512, 1), n=320)
+    shape = config.Shape(
+        x, w, "__nv_bfloat16" if x == "bf16" else "float", "float", "__nv_bfloat16", False, False,
+        True, 40, 320, 512, 512,
+    )  # fmt: skip
+    device = replace(config.device_of("sm_90a"), sm_count=4)
+    tiles = (c for c, _ in config.hopper_candidates(device, shape) if getattr(c, name) == value)
+    tile = min(tiles, key=lambda c: c.smem_bytes)
+    with launch.forced(tile):
+        assert run(case, "sm_90a", sm_count=4) == [tile]
 
 
 @pytest.mark.parametrize("w", ["s4", "u4", "nf4", "s8", "e4m3"])

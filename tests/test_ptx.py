@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from ptx import arithmetic, machine, text
+from ptx import arithmetic, machine, memory, text
 from torch import Tensor
 
 from intlass_ops.cuda import source
@@ -40,8 +40,8 @@ def cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         (tmp_path / "toy.cu").write_text(text_of_kernel)
         program = text.parse(compile_cubin(Toy(), "compute_80").decode())
         pointers = np.array([t.data_ptr() for t in tensors], np.uint64).tobytes()
-        memory = machine.Memory([t.view(torch.uint8).numpy() for t in tensors])
-        machine.Machine(program, (blocks, 1, 1), threads, 0, pointers, memory).run()
+        tensors_of = memory.Memory([t.view(torch.uint8).numpy() for t in tensors])
+        machine.Machine(program, (blocks, 1, 1), threads, 0, pointers, tensors_of).run()
 
     return run
 
@@ -193,7 +193,7 @@ def test_accesses_that_no_tensor_has_are_errors(body: str, message: str, cuda: R
     # Apart from each other, so that what lies beside one is no other.
     room = torch.zeros(4096, dtype=torch.int32)
     a, b = torch.full((32,), 1 << 20, dtype=torch.int32), room[1024:1056].clone()
-    with pytest.raises(machine.OutOfBounds, match=message):
+    with pytest.raises(memory.OutOfBounds, match=message):
         cuda(body, a, b)
 
 

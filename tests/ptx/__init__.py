@@ -1,7 +1,9 @@
 """PTX on a CPU: what the CUDA kernels compute, thread by thread, where there is no GPU.
 
     text.py        the text of a kernel becomes a Program: instructions, parameters, variables
-    machine.py     threads, registers, memory, branches and barriers: all threads of a grid at once
+    machine.py     registers, branches, whose turn it is: all threads of a grid at once
+    memory.py      tensors, at their own addresses; loads, stores, atomics
+    threads.py     what threads do together: barriers, votes, shuffles
     arithmetic.py  what an instruction makes of its operands' values
     matrices.py    ldmatrix, stmatrix, mma and wgmma, on fragments of whole warps
     copies.py      asynchronous copies and what waits for them: cp.async, mbarrier, TMA, clusters

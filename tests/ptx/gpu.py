@@ -26,7 +26,8 @@ from intlass_ops.cuda.compiler import compile_cubin
 from intlass_ops.cuda.source import KernelConfig
 
 from . import copies, text
-from .machine import Machine, Memory
+from .machine import Machine
+from .memory import Memory
 
 # What an op calls on a CPU, and on a GPU: it takes the other's place.
 _KERNELS = (

@@ -6,74 +6,25 @@ meet others, branch or have to wait. A value of a register is an array with an e
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from . import arithmetic, copies, matrices
+from . import arithmetic, copies, matrices, memory, threads
+from .memory import Memory, OutOfBounds
 from .text import BYTES, STORED, Instruction, Operand, Program
+from .threads import WARP
 
 Lanes = Any  # indices of threads, or None for all of them
 Values = Any
 Step = Callable[[Lanes], Any]  # True: it has set the program counters itself
 
-WARP = 32
 _NOTHING = (
     "membar", "fence", "prefetch", "griddepcontrol", "setmaxnreg", "nanosleep", "applypriority",
 )  # fmt: skip
 # Wants all threads of a warp at once
 _OF_WARPS = ("mma", "ldmatrix", "stmatrix", "shfl", "vote", "redux", "wgmma", "movmatrix")
-
-
-class OutOfBounds(RuntimeError):
-    """A kernel read or wrote where no tensor lies."""
-
-
-class Memory:
-    """The bytes of some arrays at their own addresses."""
-
-    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
-        """``arrays``: of uint8, one dimension, which share no bytes."""
-        found = sorted((a.__array_interface__["data"][0], a) for a in arrays if a.size)
-        self.starts = [start for start, _ in found]
-        self.arrays = [a for _, a in found]
-
-    def _parts(self, addresses: Values, size: int, line: str) -> list[tuple[Any, Any, Any]]:
-        """(array, which of the addresses, their places in it in elements of ``size`` bytes)"""
-        if np.any(addresses % np.uint64(size)):
-            raise OutOfBounds(f"not aligned to {size} bytes: {line}")
-        low, high = int(addresses.min()), int(addresses.max()) + size
-        index = bisect.bisect_right(self.starts, low) - 1
-        everything: Any = slice(None)
-        if index >= 0 and high <= self.starts[index] + self.arrays[index].size:
-            return [(index, everything, addresses)]
-        indices = np.searchsorted(np.array(self.starts, dtype=np.uint64), addresses, "right") - 1
-        parts = []
-        for index in np.unique(indices):
-            which = np.flatnonzero(indices == index)
-            some = addresses[which]
-            if index < 0 or int(some.max()) + size > self.starts[index] + self.arrays[index].size:
-                raise OutOfBounds(f"{int(some.max()):#x}: {line}")
-            parts.append((index, which, some))
-        return parts
-
-    def _typed(self, index: int, size: int) -> Any:
-        whole = self.arrays[index]
-        return whole[: whole.size // size * size].view(STORED[size])
-
-    def load(self, addresses: Values, size: int, line: str) -> Values:
-        out = np.empty(len(addresses), STORED[size])
-        for index, which, some in self._parts(addresses, size, line):
-            at = ((some - np.uint64(self.starts[index])) // np.uint64(size)).astype(np.int64)
-            out[which] = self._typed(index, size)[at]
-        return out
-
-    def store(self, addresses: Values, values: Values, size: int, line: str) -> None:
-        for index, which, some in self._parts(addresses, size, line):
-            at = ((some - np.uint64(self.starts[index])) // np.uint64(size)).astype(np.int64)
-            self._typed(index, size)[at] = values[which]
 
 
 class Machine:
@@ -335,15 +286,13 @@ class Machine:
         if i.name == "cp" and i.modifiers[-1] == "commit_group":
             return copies.commit(self)
         special = {
-            "mov": self._mov, "selp": self._selp, "ld": self._load, "st": self._store,
-            "ret": self._return, "exit": self._return, "bar": self._barrier,
-            "barrier": self._barrier, "atom": self._atomic, "red": self._atomic,
-            "shfl": self._shuffle, "vote": self._vote, "redux": self._reduce, "cvta": self._mov,
-            "setp": self._setp, "trap": self._trap,
+            "mov": self._mov, "selp": self._selp,
+            "ret": self._return, "exit": self._return, "cvta": self._mov, "setp": self._setp,
+            "trap": self._trap,
         }.get(i.name)  # fmt: skip
         if special is not None:
             return special(i)
-        for of_kind in (matrices.step, copies.step):
+        for of_kind in (memory.step, threads.step, matrices.step, copies.step):
             found = of_kind(self, i)
             if found is not None:
                 return found
@@ -445,226 +394,3 @@ class Machine:
             raise RuntimeError(f"{self.program.entry}: trap")
 
         return step
-
-    # ---------------------------------------------------------------------------- loads, stores
-
-    def _load(self, i: Instruction) -> Step:
-        into, source = i.operands
-        kind = i.types[-1]
-        size, is_signed = BYTES[kind], kind.startswith("s") and BYTES[kind] < 4
-        outs = into.items if into.kind == "vector" else (into,)
-        writes = [self.setter(o) for o in outs]
-        address = self.address(source)
-        if "param" in i.modifiers:
-
-            def parameter(lanes: Lanes) -> None:
-                first = (address(lanes) - np.uint64(copies.PARAMETERS)).astype(np.int64)
-                for k, write in enumerate(writes):
-                    places = (first + k * size)[:, None] + np.arange(size)
-                    write(lanes, self.parameters[places].view(STORED[size])[:, 0])
-
-            return parameter
-        shared = any(m.startswith("shared") for m in i.modifiers)
-        assert shared or "global" in i.modifiers, i.line
-        spins = "acquire" in i.modifiers
-
-        def step(lanes: Lanes) -> Any:
-            at = address(lanes)
-            self._check_vector(at, size * len(writes), i)
-            for k, write in enumerate(writes):
-                some = at + np.uint64(k * size)
-                if shared:
-                    value = self.shared_as(size)[self.shared_places(some, lanes, size, i.line)]
-                else:
-                    value = self.memory.load(some, size, i.line)
-                if is_signed:
-                    value = value.view(f"i{size}").astype(np.int64).astype(np.uint64)
-                    value = value.astype(self.program.dtypes[outs[k].text])
-                write(lanes, value)
-            if not spins:
-                return None
-            which = self.indices(lanes)
-            self.pc[which], self.yielded[which] = self.here + 1, True
-            return True
-
-        return step
-
-    def _check_vector(self, at: Values, size: int, i: Instruction) -> None:
-        if np.any(at % np.uint64(size)):
-            raise OutOfBounds(f"not aligned to {size} bytes: {i.line}")
-
-    def _store(self, i: Instruction) -> Step:
-        if "async" in i.modifiers:
-            return copies.store_async(self, i)
-        into, source = i.operands
-        size = BYTES[i.types[-1]]
-        sources = source.items if source.kind == "vector" else (source,)
-        getters, address = [self.getter(o, size) for o in sources], self.address(into)
-        shared = any(m.startswith("shared") for m in i.modifiers)
-        assert shared or "global" in i.modifiers, i.line
-
-        def step(lanes: Lanes) -> None:
-            at = address(lanes)
-            self._check_vector(at, size * len(getters), i)
-            for k, get in enumerate(getters):
-                value = np.broadcast_to(get(lanes), at.shape).astype(STORED[size])
-                some = at + np.uint64(k * size)
-                if shared:
-                    self.shared_as(size)[self.shared_places(some, lanes, size, i.line)] = value
-                else:
-                    self.memory.store(some, value, size, i.line)
-
-        return step
-
-    def _atomic(self, i: Instruction) -> Step:
-        returns = i.name == "atom"
-        target, source = i.operands[returns : returns + 2]
-        kind = i.types[-1]
-        size = BYTES[kind]
-        address, get = self.address(target), self.getter(source, size)
-        write = self.setter(i.operands[0]) if returns else None
-        how = next(m for m in i.modifiers if m in ("add", "or", "and", "max", "min", "exch"))
-        combine: dict[str, Callable[[int, int], int]] = {
-            "add": lambda a, b: a + b & (1 << 8 * size) - 1,
-            "or": lambda a, b: a | b, "and": lambda a, b: a & b, "exch": lambda a, b: b,
-            "max": max, "min": min,
-        }  # fmt: skip
-
-        def step(lanes: Lanes) -> None:
-            at = address(lanes)
-            values = np.broadcast_to(get(lanes), at.shape)
-            before = np.empty(len(at), STORED[size])
-            for k in range(len(at)):
-                one = at[k : k + 1]
-                before[k] = self.memory.load(one, size, i.line)[0]
-                after = combine[how](int(before[k]), int(values[k]))
-                self.memory.store(one, np.array([after], STORED[size]), size, i.line)
-            if write is not None:
-                write(lanes, before)
-
-        return step
-
-    # -------------------------------------------------------------------------- among threads
-
-    def _barrier(self, i: Instruction) -> Step:
-        if i.modifiers[0] == "warp":
-            return lambda lanes: None
-        if i.modifiers[0] == "cluster":
-            return copies.cluster_barrier(self, i)
-        if i.modifiers[0] == "red":
-            return self._barrier_vote(i)
-        number = self.getter(i.operands[0], 4)
-        wanted = self.getter(i.operands[1], 4) if len(i.operands) > 1 else None
-        waits = i.modifiers[0] == "sync"
-
-        def step(lanes: Lanes) -> bool:
-            which = self.indices(lanes)
-            self.pc[which] = self.here + 1
-            numbers = np.broadcast_to(number(lanes), which.shape)
-            counts = None if wanted is None else np.broadcast_to(wanted(lanes), which.shape)
-            for block in np.unique(self.block[which]):
-                for name in np.unique(numbers[self.block[which] == block]):
-                    mine = (self.block[which] == block) & (numbers == name)
-                    self._arrive(
-                        (int(block), int(name)),
-                        which[mine],
-                        None if counts is None else int(counts[mine][0]),
-                        waits,
-                    )
-            return True
-
-        return step
-
-    def _arrive(self, key: tuple[int, int], which: Values, count: int | None, waits: bool) -> None:
-        state = self.barriers.setdefault(key, [0, []])
-        state[0] += len(which)
-        if waits:
-            self.blocked[which] = True
-            state[1].append(which)
-        if count is None:
-            of_block = slice(key[0] * self.threads, (key[0] + 1) * self.threads)
-            count = int((~self.done[of_block]).sum())
-        assert state[0] <= count, f"{state[0]} threads at a barrier of {count}"
-        if state[0] == count:
-            for some in state[1]:
-                self.blocked[some] = False
-            del self.barriers[key]
-
-    def _barrier_vote(self, i: Instruction) -> Step:
-        """Of all threads of a block."""
-        result, number, predicate = i.operands
-        get, write = self.getter(predicate, 1), self.setter(result)
-        name, every = int(number.text), "and" in i.modifiers
-        votes: dict[int, list[Any]] = {}
-
-        def step(lanes: Lanes) -> bool:
-            which, values = self.indices(lanes), get(lanes)
-            self.pc[which] = self.here + 1
-            for block in np.unique(self.block[which]):
-                mine = self.block[which] == block
-                votes.setdefault(int(block), []).append((which[mine], values[mine]))
-                self._arrive((int(block), name), which[mine], None, True)
-                if (int(block), name) not in self.barriers:
-                    cast = votes.pop(int(block))
-                    said = np.concatenate([v for _, v in cast])
-                    for some, _ in cast:
-                        write(some, said.all() if every else said.any())
-            return True
-
-        return step
-
-    def _shuffle(self, i: Instruction) -> Step:
-        *outs, value, by, limits, _ = i.operands
-        get, by_of, limits_of = (self.getter(o, 4) for o in (value, by, limits))
-        writes = [self.setter(o) for o in outs]
-        how = i.modifiers[1]
-
-        def step(lanes: Lanes) -> None:
-            which = self.indices(lanes)
-            lane = self.lane[which].astype(np.int64)
-            b = np.broadcast_to(by_of(lanes), which.shape).astype(np.int64) & 31
-            c = np.broadcast_to(limits_of(lanes), which.shape).astype(np.int64)
-            segment, clamp = c >> 8 & 31, c & 31
-            most = lane & segment | clamp & ~segment
-            source = {
-                "bfly": lane ^ b, "down": lane + b, "up": lane - b,
-                "idx": lane & segment | b & ~segment & 31,
-            }[how]  # fmt: skip
-            inside = source >= most if how == "up" else source <= most
-            source = np.where(inside, source, lane)
-            everyone = np.zeros(self.count, np.uint32)
-            everyone[which] = get(lanes)
-            results = everyone[self.warp[which] * WARP + source], inside
-            for write, result in zip(writes, results, strict=False):
-                write(lanes, result)
-
-        return step
-
-    def _of_each_warp(self, lanes: Lanes, values: Values, combine: Any) -> Values:
-        which = self.indices(lanes)
-        rows = np.broadcast_to(values, which.shape).reshape(-1, WARP)
-        return np.repeat(combine(rows), WARP)
-
-    def _vote(self, i: Instruction) -> Step:
-        get, write = self.getter(i.operands[1], 1), self.setter(i.operands[0])
-        negated = False
-        weights = np.uint32(1) << np.arange(WARP, dtype=np.uint32)
-        combine: Any = {
-            "any": lambda rows: rows.any(1), "all": lambda rows: rows.all(1),
-            "ballot": lambda rows: (rows * weights).sum(1).astype(np.uint32),
-        }[i.modifiers[1]]  # fmt: skip
-        return lambda lanes: write(lanes, self._of_each_warp(lanes, get(lanes) ^ negated, combine))
-
-    def _reduce(self, i: Instruction) -> Step:
-        kind = i.types[-1]
-        get, write = self.getter(i.operands[1], 4), self.setter(i.operands[0])
-        reduce: Any = {
-            "max": np.max, "min": np.min, "add": np.sum, "or": np.bitwise_or.reduce,
-            "and": np.bitwise_and.reduce,
-        }[i.modifiers[1]]  # fmt: skip
-
-        def combine(rows: Values) -> Values:
-            typed = np.ascontiguousarray(rows).view(arithmetic.NUMPY[kind])
-            return reduce(typed, axis=1).astype(typed.dtype).view(np.uint32)
-
-        return lambda lanes: write(lanes, self._of_each_warp(lanes, get(lanes), combine))
