@@ -17,12 +17,9 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
 
 from gguf import GGMLQuantizationType as Type  # noqa: E402
-from test_gguf_tokenizers import TEXTS, byte_level, ids, write  # noqa: E402
+from test_gguf_tokenizers import TEXTS, byte_level, ids, known_splits, write  # noqa: E402
 from tiny_gguf_models import CASES, EXPERTS, write_model  # noqa: E402
 from transformers import GptOssForCausalLM  # noqa: E402
-from transformers.integrations.gguf.gguf_tokenizer_mapping import (  # noqa: E402
-    GGUF_PRE_TOKENIZER_SPLITS,
-)
 
 from intlass_ops import (  # noqa: E402
     Fp4ExpertLinear,
@@ -261,7 +258,7 @@ def test_rows_that_alternate_are_alike() -> None:
 
 def test_harmony_tokens(tmp_path: Path) -> None:
     """Control tokens stay whole in a conversation, and a template like the original's renders."""
-    tokens, merges = byte_level(GGUF_PRE_TOKENIZER_SPLITS["gpt-4o"])
+    tokens, merges = byte_level(known_splits()["gpt-4o"])
     tokens = [*tokens, *HARMONY]
     kinds = [3 if token in tokens[:5] or token in HARMONY else 1 for token in tokens]
     file = write(

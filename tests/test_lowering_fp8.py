@@ -167,7 +167,7 @@ def test_a_matrix_times_a_vector_is_the_whole_graph(dtype: torch.dtype) -> None:
 def test_strict_and_explain_name_the_scheme() -> None:
     module = graph_zoo.Fp8PerRow()
     with fresh(), torch.no_grad(), intlass_ops.strict():
-        explanation = intlass_ops.explain(torch.compile(module, backend="intlass"), X)
+        explanation = intlass_ops.explain(torch.compile(module, backend=lowering.backend), X)
     assert [each.scheme for each in explanation.linears] == ["fp8a16"]
     assert [each.scheme for each in explanation.dispatches] == ["fp8a16"]
 
@@ -429,7 +429,9 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_replayed_cuda_graphs_see_changed_weights(name: str) -> None:
     module, x = graph_zoo.AFFINE[name]().cuda(), X.cuda()
     with fresh(), torch.no_grad():
-        run = torch.compile(module, backend="intlass", mode="reduce-overhead", fullgraph=True)
+        run = torch.compile(
+            module, backend=lowering.backend, mode="reduce-overhead", fullgraph=True
+        )
         for change in (lambda _: None, _scaled, _negated):
             change(module)
             for _ in range(4):
@@ -444,7 +446,7 @@ def test_replayed_cuda_graphs_see_changed_weights(name: str) -> None:
 def test_spelling_runs_on_our_kernels(name: str) -> None:
     module, x = SPELLINGS[name][0]().cuda(), X.cuda()
     with fresh(), torch.no_grad(), intlass_ops.strict():
-        y = torch.compile(module, backend="intlass", fullgraph=True)(x)
+        y = torch.compile(module, backend=lowering.backend, fullgraph=True)(x)
     assert relative_error(y, module(x)) < TOLERANCE[torch.bfloat16]
 
 

@@ -59,6 +59,8 @@ def predicted(device: Device, shape: Shape) -> Matmul:
     shape = shape.on(device)
     if why_not_skinny(shape) is None and not _few_tokens_for_hopper(device, shape):
         by_groups = groups_spread(shape) and BITS[shape.x_kind] == 16
+        if shape.w_kind == "nf4" and shape.n > 64 * device.sm_count:
+            by_groups = False
         held = None if by_groups else pick_held(device, shape)
         if held is not None:
             return held
@@ -85,6 +87,7 @@ def _few_tokens_for_hopper(device: Device, shape: Shape) -> bool:
     13 % slower than skinny_held.cu. And INT4 ones with one scale a row under INT8 activations, at
     16 tokens by 1 to 25 % on the six layers of the tuned table. And large ones whose groups lie
     within a chunk, where they take scales, and INT8 ones in groups of 16 (two layers, kernels.md).
+    And NF4 at 16 tokens, by 5 to 8 % on three of four layers (kernels.md).
     """
     if why_not_hopper(device, shape) is not None:
         return False
@@ -93,12 +96,15 @@ def _few_tokens_for_hopper(device: Device, shape: Shape) -> bool:
         return shape.m > 8 and shape.n * shape.k >= 127_000 * device.sm_count
     if BITS[shape.w_kind] == 8:  # in groups of 16 each token has four columns of skinny.cu
         return BITS[shape.x_kind] == 8 or shape.m > (4 if groups_of_chunk(shape) > 2 else 8)
+    much = shape.n * shape.k >= 490_000 * device.sm_count
+    if shape.w_kind == "nf4":
+        enough = shape.n * shape.k >= 200_000 * device.sm_count
+        return shape.m > 8 and (much or (enough and (groups_spread(shape) or shape.k > 8192)))
     if groups_spread(shape) and weights_take_scales(shape):
         return shape.m > 8 and shape.n > 32 * device.sm_count
     one_fma = weights_take_scales(shape) and not scales_are_split(shape)
     one_fma = one_fma and (shape.x_kind, shape.w_kind) == ("bf16", "s4")
-    large = shape.n * shape.k >= 490_000 * device.sm_count
-    return shape.m > 8 and one_fma and not shape.has_zeros and shape.group_size % 128 == 0 and large
+    return shape.m > 8 and one_fma and not shape.has_zeros and shape.group_size % 128 == 0 and much
 
 
 def _streams(device: Device, shape: Shape) -> bool:
@@ -109,7 +115,8 @@ def _streams(device: Device, shape: Shape) -> bool:
     """
     if why_not_ring(shape) is not None:
         return False
-    fewest_tokens = shape.m <= 2 and shape.n * shape.k >= 80_000 * device.sm_count
+    few = 1 if shape.w_kind == "nf4" else 2
+    fewest_tokens = shape.m <= few and shape.n * shape.k >= 80_000 * device.sm_count
     return fewest_tokens or shape.n >= 64 * device.sm_count
 
 

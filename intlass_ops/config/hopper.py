@@ -17,6 +17,7 @@ from .problem import (
     Grouping,
     Shape,
     decoded_fp4,
+    nf4_pairs_bytes,
     scales_are_split,
     weights_take_scales,
 )
@@ -96,7 +97,12 @@ class Hopper:
 
     @property
     def blocks_per_sm(self) -> int:
-        return 2 if self.consumers == 1 and self.smem_bytes <= HALF_SM else 1
+        smem = self.smem_bytes + self.static_smem
+        return 2 if self.consumers == 1 and smem <= HALF_SM else 1
+
+    @property
+    def static_smem(self) -> int:
+        return nf4_pairs_bytes(self.w_kind) if self.block_m <= 64 else 0
 
     @property
     def sharing(self) -> int:

@@ -80,7 +80,7 @@ def _of_any_m(shape: Shape, scaled: bool, smem_per_block: int) -> tuple[_Candida
         c = _config(shape, scaled, whole, tile, way)
         if _cannot_be(c, shape) or _is_never_best(c, shape) or _spills(c, shape):
             continue
-        rings = (_deepest_ring(c, room) for room in (smem_per_block, HALF_SM))
+        rings = (_deepest_ring(c, room - c.static_smem) for room in (smem_per_block, HALF_SM))
         found.append(_Candidate(tile, *rings))
     return tuple(found)
 

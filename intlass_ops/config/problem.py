@@ -30,6 +30,11 @@ PAIRS = (
 )
 
 
+def nf4_pairs_bytes(w_kind: str) -> int:
+    """Static shared memory of kernels that look NF4 up there: nf4_pairs.cuh."""
+    return 1 << 15 if w_kind == "nf4" else 0
+
+
 class Grouping(IntEnum):
     """How the scale groups of a row lie in the spans of the main loop (gemm.cu)."""
 

@@ -263,6 +263,7 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
   }
 
   decltype(auto) shares = shares_of(p, most);
+  fill_nf4_pairs<threads>();
 
   if (threadIdx.x == 0) {
     prefetch(w_map);

@@ -5,6 +5,8 @@
 // same words and each picks its own pieces with one PRMT.
 #pragma once
 #include "hopper_tile.cuh"
+constexpr bool nf4_in_shared = block_m <= 64;  // more are bound by shared memory
+#include "nf4_pairs.cuh"
 
 constexpr bool fp4 = same<W, e2m1>::value, of_nf4 = same<W, nf4>::value;
 // X was INT4 or FP4, and the kernel that made it wider (widen.cu, decode_fp4.cu) changed the order of each
@@ -39,7 +41,7 @@ template <class X, class W> struct Pieces {
   __device__ __forceinline__ Pieces(u32 quarter) {
     const u32 b = X::bits == 8 ? quarter % 2 * 2 : W::bits == 4 ? quarter : quarter * 2;
     selector = fp4            ? b * 0x11 | (b + 4) * 0x1100
-               : of_nf4       ? b | (b + 4) << 4
+               : of_nf4       ? b | (nf4_pairs_in_shared ? 0x4440 : b + 4 << 4)
                : X::bits == 8 ? (b + 4) | b << 4 | (b + 5) << 8 | (b + 1) << 12
                : W::bits == 4 ? b | b << 8
                               : Bytes<X, W>::selector(b);
@@ -47,7 +49,10 @@ template <class X, class W> struct Pieces {
   }
   // Two registers of NF4, of two words
   __device__ __forceinline__ void fragments(u32 (&f)[2], u32 w, u32 next) const {
-    four_numbers<X>(f, __byte_perm(w, next, selector));
+    if constexpr (nf4_pairs_in_shared)
+      f[0] = nf4_pair(__byte_perm(w, 0, selector)), f[1] = nf4_pair(__byte_perm(next, 0, selector));
+    else
+      four_numbers<X>(f, __byte_perm(w, next, selector));
   }
   // One register of wgmma's A. `offset`: minus what is to be a code of zero, of INT4 as 16-bit floats,
   // times `scale` if one FMA does both

@@ -1,6 +1,9 @@
 // A warp's share of W and X in skinny_held.cu: which they are, how they are asked for, and the fragments of X.
 #pragma once
 #include "hopper.cuh"
+
+constexpr bool nf4_in_shared = true;
+#include "nf4_pairs.cuh"
 #include "skinny_fp4.cuh"
 
 constexpr int warps = Config::warps, threads = 32 * warps;

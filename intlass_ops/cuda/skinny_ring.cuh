@@ -1,6 +1,9 @@
 // What a lane of skinny_ring.cu asks for ahead of its use: the codes and scales of the rows that come
 // next, and X as it becomes fragments. How shared memory is laid out, and how sums leave it.
 #pragma once
+
+constexpr bool nf4_in_shared = true;
+#include "nf4_pairs.cuh"
 #include "skinny.cuh"
 
 constexpr int warps = Config::warps, threads = 32 * warps;
