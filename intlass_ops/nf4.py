@@ -31,8 +31,12 @@ VALUES = (
 
 def decode(packed: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers [..., k] of packed codes, rounded to ``dtype`` once."""
-    table = torch.tensor(VALUES, dtype=dtype, device=packed.device)
-    return table[packing.unpack(packed, k, signed=False).int()]
+    return decode_codes(packing.unpack(packed, k, signed=False), dtype)
+
+
+def decode_codes(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same of one code an element."""
+    return torch.tensor(VALUES, dtype=dtype, device=codes.device)[codes.int()]
 
 
 def encode(x: Tensor) -> Tensor:

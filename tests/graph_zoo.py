@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from intlass_ops import nf4
+
 N, K, GROUP = 48, 128, 32
 
 
@@ -313,27 +315,39 @@ class MulSum(SubMul):
         return (x.unsqueeze(-2).float() * w.float()).sum(-1).to(x.dtype)
 
 
-class Table(Idiom):
-    """NF4-like: the codes index a table. Never integers."""
+class Nf4(Idiom):
+    """The codes index a table, here a buffer: NF4's numbers."""
+
+    NUMBERS = torch.tensor(nf4.VALUES)
 
     def setup(self, q: Tensor, s: Tensor, z: Tensor) -> None:
         super().setup(q, s, z)
-        self.register_buffer("table", torch.linspace(-1, 1, 16).pow(3).to(s.dtype))
+        self.register_buffer("table", self.NUMBERS.to(s.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = self.unpack().long()
-        w = torch.ops.aten.index.Tensor(self.table, [codes]).view(N, -1, GROUP) * self.s.unsqueeze(
-            -1
-        )
+        w = torch.ops.aten.index.Tensor(self.table, [self.unpack().int()])
+        w = w.view(N, -1, GROUP) * self.s.unsqueeze(-1)
         return nn.functional.linear(x, w.view(N, K))
 
 
-class LinearTable(Table):
-    """A table that happens to be affine: its values are data, so it must still be declined."""
+class Fp4Table(Nf4):
+    """Half integers, as all numbers of FP4 are: codes of 8 bits."""
 
-    def setup(self, q: Tensor, s: Tensor, z: Tensor) -> None:
-        super().setup(q, s, z)
-        self.table.copy_(torch.arange(16) - 8)
+    NUMBERS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+class Table(Idiom):
+    """Other numbers, which the graph itself holds."""
+
+    NUMBERS = torch.linspace(-1, 1, 16).pow(3).tolist()
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.cat(
+            [torch.full((1,), v, dtype=x.dtype, device=x.device) for v in self.NUMBERS]
+        )
+        w = torch.ops.aten.index.Tensor(table, [self.unpack().int()])
+        w = w.view(N, -1, GROUP) * self.s.unsqueeze(-1)
+        return nn.functional.linear(x, w.view(N, K))
 
 
 class AxisZero(Idiom):
@@ -387,13 +401,13 @@ AFFINE: dict[str, Callable[..., Idiom]] = {
         SubMul, RepeatInterleave, IntegerZeros, DivideByInverse, AddShift, SignExtendWhere,
         SignExtendShift, HalvesCat, AwqOrder, Int32Words, ActOrder, Int8PerChannel, Int8Epilogue,
         Int8Asymmetric, Conv1dLayout, Einsum, WeightLeft, Experts, Fp8PerRow, Fp8Epilogue,
-        Fp8Blocks,
+        Fp8Blocks, Nf4, Fp4Table,
     )
 }  # fmt: skip
 UNTOUCHED: dict[str, Callable[..., Idiom]] = {
     cls.__name__: cls
     for cls in (
-        MulSum, Table, LinearTable, AxisZero, Dense, Clamped, PartClamped, Squared, Fp8OtherType,
+        MulSum, Table, AxisZero, Dense, Clamped, PartClamped, Squared, Fp8OtherType,
         Fp8Rounded, Fp8Added,
     )
 }  # fmt: skip

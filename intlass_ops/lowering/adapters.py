@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from . import four_bits
 from .editor import CAST, Editor, aten
 from .fp8 import CODES, UNREAD, unread
 from .gemms import Gemm, static_shape
@@ -77,6 +78,8 @@ ADAPTERS: dict[str, Callable[[Editor, Node], Gemm]] = {
     "aten._weight_int8pack_mm.default": _scaled_rows,
     "aten._weight_int4pack_mm.default": _tile_packed,
     "aten._weight_int4pack_mm_for_cpu.default": _tile_packed,
+    "bitsandbytes.gemm_4bit.default": four_bits.gemm,
+    "bitsandbytes.gemv_4bit.default": four_bits.gemv,
 }
 
 _FP8_ACTIVATIONS = "activations in FP8 too: under FP8 weights, ours stay floats"
@@ -86,7 +89,6 @@ OPAQUE: dict[str, str] = {
     "mslk.": "an opaque kernel with a private weight layout",
     "fbgemm.": "an opaque kernel with a private weight layout",
     "bitsandbytes.int8": "bitsandbytes int8 keeps outlier columns aside",
-    "bitsandbytes.gemv_4bit": "NF4/FP4 codes index a table: not integers times a scale",
     "onednn.qlinear": "a prepacked oneDNN linear",
     "aten._scaled_mm": _FP8_ACTIVATIONS,
     "aten._scaled_grouped_mm": _FP8_ACTIVATIONS,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from . import activations, adapters, columns, full_range, integer_sums
+from . import activations, adapters, columns, four_bits, full_range, integer_sums
 from .activations import Activation
 from .editor import CAST, Editor, Slice, aten, looks_quantised
 from .fp8 import is_code_type
@@ -50,13 +50,15 @@ def lower(edit: Editor, node: Node) -> Decision | None:
     if opaque is not None:
         return _declined(node, opaque)
     adapter = adapters.ADAPTERS.get(str(node.target))
-    if adapter is not None:
-        try:
+    try:
+        if adapter is not None:
             found = [adapter(edit, node)]
-        except NotAffine as problem:
-            return _declined(node, str(problem))
-    else:
-        found = list(readings(node))
+        else:
+            found = [four_bits.spelled_out(edit, gemm) for gemm in readings(node)]
+    except NotAffine as problem:
+        return _declined(node, str(problem))
+    except Exception as problem:
+        return _declined(node, _internal(problem))
     for gemm in found:
         if edit.is_static(gemm.x):
             continue  # a weight made of two others: no activations to multiply
@@ -82,9 +84,12 @@ def lower(edit: Editor, node: Node) -> Decision | None:
         except Exception as problem:
             # Nothing is replaced before everything is emitted: the graph still is the user's.
             # A compile must not fail for want of a rewrite; tests fail on this reason.
-            reason = f"{INTERNAL}: {type(problem).__name__}: {str(problem).splitlines()[:1]}"
-            return _decide(gemm, DECLINED, "quantised", reason)
+            return _decide(gemm, DECLINED, "quantised", _internal(problem))
     return dense or picked
+
+
+def _internal(problem: Exception) -> str:
+    return f"{INTERNAL}: {type(problem).__name__}: {str(problem).splitlines()[:1]}"
 
 
 def _declined(node: Node, reason: str) -> Decision:
@@ -161,9 +166,10 @@ def _match(edit: Editor, gemm: Gemm) -> Match:
         if dtype not in FLOATS:
             raise NotAffine("scales per column, of activations that are codes")
         activation = None
-    if form.fp8 and activation is not None:
+    if (form.fp8 or form.looked_up) and activation is not None:
         if dtype not in FLOATS:
-            raise NotAffine("FP8 weights under activations that are integers")
+            weights = "FP8 weights" if form.fp8 else "weights that codes look up"
+            raise NotAffine(f"{weights} under activations that are integers")
         activation = None
     if edit.training and not any(is_code_type(meta.dtype) for meta in piece.metas):
         raise NotAffine("the weight is quantised from a float one that trains: repacked each step")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocks, columns, parts
+from . import blocks, columns, lookups, parts
 from .columns import Columns
 from .fp8 import CODES, UNREAD, unread
 from .leaves import LeafMeta, synthetic
@@ -42,6 +42,7 @@ class WeightForm:
     has_zeros: bool
     codes_are_weight: bool  # no scale inside the slice: it comes later, as an epilogue
     fp8: bool  # the codes are float8_e4m3fn
+    looked_up: bool  # the codes are numbers of a table
     codes_leaf: int | None  # the leaf that already is int8 W[N, K], if one is
     # values equal to the per-channel scales, nearest to the weight first: one further away may
     # lack a clamp that synthetic scales do not reach
@@ -51,7 +52,7 @@ class WeightForm:
 
     @property
     def bits(self) -> int:
-        return 4 if self.span[1] - self.span[0] < 16 else 8
+        return 4 if self.looked_up or self.span[1] - self.span[0] < 16 else 8
 
 
 _PROBED: dict[tuple[object, ...], WeightForm | str] = {}
@@ -114,7 +115,7 @@ def _probe(
         large = (value.dtype for value in evaluation.values if _large(value, numel))
         found = next((unread(dtype) for dtype in large if dtype in UNREAD), found)
         return _probe_parts(evaluation, leaves, shape, whole, found)
-    return _form(evaluation, found, replace(whole, codes=found.recipe.codes))
+    return _form(evaluation, found, _like(whole, found))
 
 
 def _probe_columns(
@@ -129,7 +130,7 @@ def _probe_columns(
         if isinstance(codes, str) or not columns.proved(evaluation, shape, found):
             continue
         program = columns.without(whole.program, found, c)
-        form = _form(again, codes, replace(whole, program=program, codes=codes.recipe.codes))
+        form = _form(again, codes, _like(replace(whole, program=program), codes))
         coarsest = evaluation.coarsest(found.index)
         eps = max(form.eps, 0.0 if coarsest is None else coarsest.eps)
         # Its values are no longer those of the graph's slice.
@@ -142,7 +143,8 @@ def _probe_parts(
 ) -> WeightForm:
     """The same for codes that are never in one tensor. `shape` are the first rows of `whole`."""
     best: tuple[_Found, Evaluation, tuple[int, ...]] | None = None
-    for members in parts.joined(evaluation, _integral):
+    of = lookups.tables(evaluation)
+    for members in parts.joined(evaluation, lambda value: _are_codes(value, of)):
         program, codes = parts.through_one(shape.program, members)
         again = Evaluation(program, leaves)
         found = _nearest(again, replace(shape, program=program), [codes])
@@ -155,8 +157,8 @@ def _probe_parts(
     if best is None:
         raise NotAffine(reason)
     of_parts, again, members = best
-    program, codes = parts.through_one(whole.program, members)
-    form = _form(again, of_parts, replace(whole, program=program, codes=codes))
+    program, _ = parts.through_one(whole.program, members)
+    form = _form(again, of_parts, _like(replace(whole, program=program), of_parts))
     # Its values are no longer those of the graph's slice.
     return replace(form, scale_values=())
 
@@ -191,9 +193,11 @@ def _nearest(evaluation: Evaluation, shape: Recipe, candidates: Sequence[int]) -
     best: _Found | None = None
     reason, settled = "no integer-valued tensor of the weight's size", False
     for index in candidates[:MAX_CANDIDATES]:
-        recipe = replace(shape, codes=index)
+        recipe = replace(shape, codes=index, looked_up=not _integral(evaluation.values[index]))
         try:
             found = _Found(recipe, *_measured(evaluation, recipe))
+            if recipe.looked_up:
+                _check_table(evaluation, found.measured.codes)
         except NotGrouped as problem:
             # Nothing nearer the truth will be said about another candidate.
             reason, settled = str(problem), True
@@ -216,6 +220,18 @@ def _nearest(evaluation: Evaluation, shape: Recipe, candidates: Sequence[int]) -
         if best.rank[:2] == (0, 4):
             break
     return reason if best is None else best
+
+
+def _check_table(evaluation: Evaluation, numbers: Tensor) -> None:
+    """A table that the graph holds itself must be one that can be stored."""
+    tables = lookups.tables(evaluation)
+    if any(table.constant for table in tables) and not lookups.is_stored(numbers):
+        raise NotAffine(lookups.OTHER)
+
+
+def _like(whole: Recipe, found: _Found) -> Recipe:
+    """The whole slice with the codes that were found in its first rows."""
+    return replace(whole, codes=found.recipe.codes, looked_up=found.recipe.looked_up)
 
 
 def _form(evaluation: Evaluation, found: _Found, whole: Recipe) -> WeightForm:
@@ -271,18 +287,23 @@ def _extremes(codes: Tensor) -> list[float]:
 
 
 def _candidates(evaluation: Evaluation, numel: int) -> list[int]:
-    """Integer-valued values with as many elements as the weight, nearest to the weight first;
-    then larger ones, of which the weight may be a part (one of several stacked or padded)."""
+    """Values of integers, or of a table's numbers, with as many elements as the weight, nearest to
+    it first; then larger ones, of which it may be a part (one of several stacked or padded)."""
     found: list[tuple[bool, int, int]] = []
+    of = lookups.tables(evaluation)
     for index in range(evaluation.program.result, -1, -1):
         value = evaluation.values[index]
-        if _large(value, numel) and _integral(value):
+        if _large(value, numel) and _are_codes(value, of):
             found.append((value.numel() > numel, len(found), index))
     return [index for *_, index in sorted(found)]
 
 
 def _large(value: Any, numel: int) -> bool:
     return isinstance(value, Tensor) and numel <= value.numel() <= MAX_PARTS * numel
+
+
+def _are_codes(value: Tensor, of: Sequence[lookups.Table]) -> bool:
+    return _integral(value) or lookups.are_numbers(value, of)
 
 
 def _integral(value: Tensor) -> bool:
@@ -336,6 +357,7 @@ def _describe(evaluation: Evaluation, recipe: Recipe, found: Measured, rows: sli
             value.dtype == torch.int8
             and tuple(value.shape) == (recipe.rows, recipe.k)
             and value.is_contiguous()
+            and not found.looked_up
             and torch.equal(value[rows].to(torch.int16), found.codes)
             and _only_scaled(program, i)
         ):
@@ -352,14 +374,18 @@ def _describe(evaluation: Evaluation, recipe: Recipe, found: Measured, rows: sli
             ):
                 scale_values.append(i)
     coarsest = evaluation.coarsest(recipe.codes)
+    eps = 0.0 if coarsest is None else coarsest.eps
+    if found.looked_up:
+        eps = max(eps, torch.finfo(evaluation.values[recipe.codes].dtype).eps)
     return WeightForm(
-        eps=0.0 if coarsest is None else coarsest.eps,
+        eps=eps,
         recipe=recipe,
         group_size=found.group_size,
         span=found.span,
         has_zeros=bool((found.zeros != 0).any()),
         codes_are_weight=bool((found.scales == 1).all()) and not bool((found.zeros != 0).any()),
         fp8=found.fp8,
+        looked_up=found.looked_up,
         codes_leaf=leaf,
         scale_values=tuple(reversed(scale_values)),
     )

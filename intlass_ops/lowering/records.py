@@ -68,10 +68,11 @@ class Decision:
                 self, outcome=DECLINED, scheme="quantised", reason=f"its values: {dense}"
             )
         reason = self.reason if dense is None else f"{self.reason}; some stay dense: {dense}"
-        if "fp8" in kinds:
+        if "fp8" in kinds or set(kinds) == {"nf4"}:
             return replace(self, reason=reason)
         bits = 4 if set(kinds) == {"int4"} else 8
-        return replace(self, scheme=f"w{bits}{self.scheme[2:]}", reason=reason)
+        activations = self.scheme.rpartition("a")[2]
+        return replace(self, scheme=f"w{bits}a{activations}", reason=reason)
 
     def __str__(self) -> str:
         where = self.path or self.node

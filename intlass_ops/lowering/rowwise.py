@@ -24,6 +24,9 @@ from .weights import Recipe
 # All of a value is needed for any row of the weight.
 ALL = -1
 
+# Of a table that bytes may index.
+MOST_NUMBERS = 256
+
 # For one operation whose result holds rows along a dimension: the dimension of each value it reads.
 Needs = list[tuple[int, int]]
 Shapes = Sequence[tuple[int, ...]]
@@ -133,13 +136,19 @@ def _index(op: Operation, dim: int, out: tuple[int, ...], shapes: Shapes) -> Nee
     ((at, index),) = indices
     width = len(shapes[index])
     if at <= dim < at + width:
-        raise NotRowwise("rows that are chosen by an index")
+        return _looked_up(_v(op.args[0]), index, dim - at, shapes)
     return [(_v(op.args[0]), dim if dim < at else dim - width + 1), (index, ALL)]
+
+
+def _looked_up(table: int, index: int, dim: int, shapes: Shapes) -> Needs:
+    if len(shapes[table]) != 1 or shapes[table][0] > MOST_NUMBERS:
+        raise NotRowwise("rows that are chosen by an index")
+    return [(table, ALL), (index, dim)]
 
 
 def _index_select(op: Operation, dim: int, out: tuple[int, ...], shapes: Shapes) -> Needs:
     if _dim_of(op, 1, len(out)) == dim:
-        raise NotRowwise("rows that are chosen by an index")
+        return _looked_up(_v(op.args[0]), _v(op.args[2]), 0, shapes)
     return [(_v(op.args[0]), dim), (_v(op.args[2]), ALL)]
 
 

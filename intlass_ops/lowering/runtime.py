@@ -29,6 +29,7 @@ from ..ops._library import implement
 from ..ops.problem import FP8 as OF_FP8
 from ..ops.problem import INT4 as OF_INT4
 from ..ops.problem import INT8 as OF_INT8
+from ..ops.problem import NF4 as OF_NF4
 from . import records
 from .program import device_of
 from .storage import (
@@ -37,6 +38,7 @@ from .storage import (
     FP8,
     INT4,
     INT8,
+    NF4,
     Packed,
     dense_weight,
     pack_all,
@@ -249,17 +251,21 @@ def packed_bytes() -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-_OF = {INT8: OF_INT8, FP8: OF_FP8}
+_OF = {INT8: OF_INT8, FP8: OF_FP8, NF4: OF_NF4}
 
 
 def _dispatch(op: str, x: Tensor, weight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
     """The op on arguments in the order of its kernels."""
-    if op != OF_FP8:
+    if op in (OF_INT4, OF_INT8):
         return matmul.dispatch(op, x, weight, scales, *rest)
-    _, _, a_scale, a_zero, *after = rest
+    _, k, a_scale, a_zero, *after = rest
     assert a_scale is None
     assert a_zero is None
-    y: Tensor = torch.ops.intlass.matmul_fp8_bf16_tn.default(x, weight, scales, *after)
+    y: Tensor
+    if op == OF_NF4:
+        y = torch.ops.intlass.matmul_nf4_bf16_tn.default(x, weight, scales, k, *after)
+    else:
+        y = torch.ops.intlass.matmul_fp8_bf16_tn.default(x, weight, scales, *after)
     return y
 
 
@@ -289,7 +295,8 @@ def multiply(
     scales, zeros = packed.scales, packed.zeros
     after = a_scale, a_zero, None, bias, out_dtype, activation, residual
     if packed.kind in _OF:
-        return run(_OF[packed.kind], x, weight, scales, None, None, *after)
+        odd = k if packed.kind == NF4 else None
+        return run(_OF[packed.kind], x, weight, scales, None, odd, *after)
     if packed.kind == INT4:
         return run(OF_INT4, x, weight, scales, zeros, k, *after)
     assert packed.high is not None

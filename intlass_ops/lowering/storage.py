@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..cuda import launch_store_rows
-from . import blocks
+from . import blocks, lookups
 from .fp8 import CODES
 from .program import Evaluation, device_of
 from .weights import Measured, NotAffine, Recipe, as_nk, evaluate_real, planes
@@ -25,6 +25,7 @@ INT4 = "int4"
 INT8 = "int8"
 INT4_PAIR = "int4 pair"
 FP8 = "fp8"
+NF4 = "nf4"
 DENSE = "dense"
 # Of recipes in one text. No JSON holds it, and Inductor may put it into a comment: no line break.
 BETWEEN = "\t"
@@ -127,7 +128,8 @@ def _by_rows(
     that held."""
     form: Form | None = None
     fp8 = any(leaf.dtype == CODES for leaf in leaves)
-    quick = not fp8 and launch_store_rows.can_store(device_of(leaves))
+    measure_all = fp8 or recipe.looked_up
+    quick = not measure_all and launch_store_rows.can_store(device_of(leaves))
     while True:
         rows = _Rows(recipe.n * recipe.batch)
         for found in measured(recipe, leaves, rows.take if quick else None):
@@ -268,6 +270,8 @@ class Form:
         """One that both can be stored in."""
         group = math.gcd(self.group, other.group)
         kinds = {(each.kind, each.zeros) for each in (self, other)}
+        if (NF4, False) in kinds and len(kinds) > 1:
+            return Form(INT8, False, group)  # -1, 0 and 1 are numbers of every table
         wider = kinds - {(INT4, False)} if len(kinds) > 1 else kinds
         kind, zeros = wider.pop() if len(wider) == 1 else (INT4_PAIR, True)
         return Form(kind, zeros, group)
@@ -277,6 +281,9 @@ def _reduced(found: Measured) -> tuple[Form, Measured]:
     """The narrowest form of some rows; where that has no zero points, they are in the codes."""
     if found.fp8:
         return Form(FP8, False, found.group_size), found
+    if found.looked_up:
+        kind = INT8 if lookups.nf4_codes(found.codes) is None else NF4
+        return Form(kind, False, found.group_size), found
     low, high = found.span
     group, zeros = found.group_size, found.zeros
     if bool((zeros == zeros.round()).all()) and bool((zeros.abs() < 512).all()):
@@ -298,6 +305,15 @@ def _store(found: Measured, form: Form) -> Packed:
     scales, zeros = (t.repeat_interleave(repeats, 1) for t in (found.scales, found.zeros))
     if form.kind == FP8:
         return Packed(FP8, codes, _compact(scales), order=order)
+    if form.kind == NF4:
+        numbers = lookups.nf4_codes(codes)
+        assert numbers is not None
+        return Packed(NF4, _pack4(numbers), _compact(scales), order=order)
+    if found.looked_up:
+        integers = lookups.integers(codes)
+        if integers is None:
+            raise NotAffine(lookups.OTHER)
+        codes, scales = integers[0], scales * integers[1]
     if not form.zeros:
         if form.kind == INT4:
             return Packed(INT4, _pack4(codes), _compact(scales), order=order)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..cuda.launch_store_rows import Planes
+from . import lookups
 from .fp8 import CODES
 from .program import Evaluation, Program, needed_for
 
@@ -37,6 +38,7 @@ class Recipe:
 
     layout: "nk" if the program's result is W[N, K], "kn" if it is W transposed.
     batch: independent weights stacked in front (experts); N and K are those of one of them.
+    looked_up: the codes are numbers of a table (lookups.py).
     """
 
     program: Program
@@ -45,27 +47,29 @@ class Recipe:
     batch: int
     n: int
     k: int
+    looked_up: bool = False
 
     @property
     def rows(self) -> int:
         return self.batch * self.n
 
     def text(self) -> str:
-        head = f"{self.codes}|{self.layout}|{self.batch}|{self.n}|{self.k}"
+        head = f"{self.codes}|{self.layout}|{self.batch}|{self.n}|{self.k}|{self.looked_up:d}"
         return f"{head}|{self.program.text}"
 
     @staticmethod
     def parse(text: str) -> Recipe:
-        codes, layout, batch, n, k, program = text.split("|", 5)
-        return Recipe(Program(program), int(codes), layout, int(batch), int(n), int(k))
+        codes, layout, *sizes, looked_up, program = text.split("|", 6)
+        batch, n, k = map(int, sizes)
+        return Recipe(Program(program), int(codes), layout, batch, n, k, looked_up == "1")
 
 
 @dataclass(frozen=True)
 class Measured:
     """w[:, order] = (codes - zeros) * scales, group_size columns sharing one zero and one scale.
 
-    codes [N, K] int16, or float8_e4m3fn, where zeros are 0; scales, zeros [N, K / group_size]
-    float64; order [K] or None.
+    codes [N, K] int16, or float8_e4m3fn or numbers of a table in float32, where zeros are 0;
+    scales, zeros [N, K / group_size] float64; order [K] or None.
     """
 
     codes: Tensor
@@ -77,11 +81,15 @@ class Measured:
     @property
     def span(self) -> tuple[int, int]:
         low, high = torch.aminmax(self.codes.float() if self.fp8 else self.codes)
-        return int(low), int(high)
+        return math.floor(low), math.ceil(high)
 
     @property
     def fp8(self) -> bool:
         return self.codes.dtype == CODES
+
+    @property
+    def looked_up(self) -> bool:
+        return self.codes.dtype == torch.float32
 
 
 def as_nk(weight: Tensor, recipe: Recipe) -> Tensor:
@@ -120,15 +128,20 @@ def measure(
     raw = some(evaluation.with_codes(recipe.codes, true_codes))
     raw = raw.contiguous() if 0 in raw.stride() else raw
     del true_codes
-    fp8 = source.dtype == CODES
-    solve = _solve_fp8 if fp8 else _solve
-    codes = torch.empty(raw.shape, dtype=CODES if fp8 else torch.int16, device=raw.device)
+    solve, dtype = _solve, torch.int16
+    if source.dtype == CODES:
+        solve, dtype = _solve_fp8, CODES
+    elif recipe.looked_up:
+        solve, dtype = _solve_numbers, torch.float32
+    codes = torch.empty(raw.shape, dtype=dtype, device=raw.device)
     weight = as_nk(evaluation.weight(), recipe)[rows]
     # In blocks that stay in cache.
     block = max(1, _BLOCK_ELEMENTS // max(recipe.k, 1)) if not raw.is_cuda else raw.shape[0]
     for start in range(0, raw.shape[0], max(block, 1)):
         part = slice(start, start + block)
         codes[part] = solve(raw[part], zero[part], scale[part], weight[part], kind)
+    if recipe.looked_up:
+        codes = lookups.snapped(codes, _coarser(source.dtype, kind))
     return _grouped(codes, scale, zero, order)
 
 
@@ -195,6 +208,26 @@ def _solve_fp8(
         raise NotAffine("an element is not its own FP8 code times a scale (a clamp, a rotation?)")
     _verify(weight, rounded, scale, offset, kind, exact)
     return codes
+
+
+def _solve_numbers(
+    raw: Tensor, offset: Tensor, scale: Tensor, weight: Tensor, kind: torch.finfo | None
+) -> Tensor:
+    """The same for numbers of a table, which stand for their codes."""
+    if bool((offset != 0).any()):
+        raise NotAffine("something is added to numbers that codes look up")
+    exact = raw.div_(scale.masked_fill(scale == 0, 1.0))
+    numbers = exact.float()
+    rounded = numbers.double()
+    if not bool((exact.sub_(rounded).abs_() <= rounded.abs() * 1e-9).all()):
+        raise NotAffine("an element is not its own number times a scale (a clamp, a rotation?)")
+    _verify(weight, rounded, scale, offset, kind, exact)
+    return numbers
+
+
+def _coarser(dtype: torch.dtype, kind: torch.finfo | None) -> torch.dtype:
+    found: torch.dtype = dtype if kind is None else getattr(torch, kind.dtype)
+    return max(dtype, found, key=lambda each: torch.finfo(each).eps)
 
 
 def _verify(
