@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from tiny_gguf import BLOCKS, add, finish, random_blocks, write_tensors  # noqa:
 from tolerance import assert_close  # noqa: E402
 
 from intlass_ops import IntLinear, unpack_int4  # noqa: E402
-from intlass_ops.formats import FormatError  # noqa: E402
+from intlass_ops.formats import FormatError, gguf_grids  # noqa: E402
 from intlass_ops.formats.gguf import GGUFFile  # noqa: E402
 from intlass_ops.integrations import gguf_tensors  # noqa: E402
 
@@ -115,7 +116,7 @@ def test_blocks_of_random_bits_agree_with_gguf(tmp_path: Path, kind: Type) -> No
     writer.add_tensor("w", raw, raw_dtype=kind)
     weight = GGUFFile(finish(writer, tmp_path / "w.gguf")).weight("w")
     expected = torch.from_numpy(quants.dequantize(raw, kind))
-    if weight.zeros is None:
+    if weight.zeros is None or kind in (Type.IQ1_S, Type.IQ3_S):
         assert torch.equal(weight.dequantize(), expected)
     else:
         # The exact w is between; both sides round their minimum's product or quotient.
@@ -303,15 +304,27 @@ def test_hostile_files_are_refused_by_name(tmp_path: Path, content: bytes, messa
 
 def test_unsupported_type_is_named_when_asked_for(tmp_path: Path) -> None:
     values = rng.standard_normal((2, 256)).astype(np.float32)
-    tensors = {"good": (values, Type.Q8_0), "bad": (values, Type.TQ1_0)}
-    file = GGUFFile(write_tensors(tmp_path / "w.gguf", tensors))
+    writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
+    add(writer, "good", values, Type.Q8_0)
+    writer.add_tensor("bad", np.zeros((2, 4 * 36), dtype=np.uint8), raw_dtype=Type.NVFP4)
+    file = GGUFFile(finish(writer, tmp_path / "w.gguf"))
     assert file.weight("good").bits == 8
-    with pytest.raises(FormatError, match=r"bad has type TQ1_0; a weight is read from Q4_0"):
+    with pytest.raises(FormatError, match=r"bad has type NVFP4; a weight is read from Q4_0"):
         file.weight("bad")
-    with pytest.raises(FormatError, match=r"bad has type TQ1_0; supported are F32"):
+    with pytest.raises(FormatError, match=r"bad has type NVFP4; supported are F32"):
         file.dense("bad")
     with pytest.raises(FormatError, match="no tensor 'worse'"):
         file.weight("worse")
+
+
+def test_grids_want_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"w": (np.ones((2, 256)), Type.IQ3_S), "t": (np.ones((2, 256)), Type.TQ2_0)}
+    file = GGUFFile(write_tensors(tmp_path / "w.gguf", tensors))
+    gguf_grids._grid.cache_clear()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(FormatError, match=r"type IQ3_S index a grid .*: pip install gguf"):
+        file.weight("w")
+    assert file.weight("t").bits == 4
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])

@@ -53,6 +53,15 @@ BLOCKS = {
     Type.Q6_K: ((208,), 16),
     Type.IQ4_NL: ((0,), 32),
     Type.IQ4_XS: ((0,), 32),
+    Type.IQ1_S: ((0,), 32),
+    Type.IQ1_M: ((), 16),
+    Type.IQ2_XXS: ((0,), 32),
+    Type.IQ2_XS: ((0,), 16),
+    Type.IQ2_S: ((0,), 16),
+    Type.IQ3_XXS: ((0,), 32),
+    Type.IQ3_S: ((0,), 32),
+    Type.TQ1_0: ((52,), 256),
+    Type.TQ2_0: ((64,), 256),
 }
 
 
@@ -64,6 +73,11 @@ def random_blocks(kind: Type, shape: tuple[int, ...], scale: float = 0.004) -> n
     for at in BLOCKS[kind][0]:
         values = rng.uniform(-scale, scale, (*raw.shape[:-1], 1)).astype(np.float16)
         raw[..., at : at + 2] = values.view(np.uint8)
+    if kind == Type.IQ1_M:  # a nibble at the top of each of its last four words
+        value = rng.uniform(-scale, scale, raw.shape[:-1]).astype(np.float16).view(np.uint16)
+        for i in range(4):
+            top = ((value >> 4 * i) & 15).astype(np.uint8) << 4
+            raw[..., 49 + 2 * i] = raw[..., 49 + 2 * i] & 15 | top
     return raw.reshape(*shape[:-1], -1)
 
 

@@ -1,7 +1,7 @@
 """GGUF files: metadata, and tensors as weights that keep every code as it is stored.
 
-Lives here: the file's structure. Not here: its block formats (gguf_blocks.py), what a model does
-with them (integrations/gguf_models.py).
+Lives here: the file's structure. Not here: its block formats (gguf_blocks.py, gguf_grids.py), what
+a model does with them (integrations/gguf_models.py).
 
 The structure is walked here rather than by `gguf.GGUFReader`, which is not meant for files one does
 not trust (lengths are believed, so a small file can ask for any amount of memory) and which needs
@@ -25,7 +25,9 @@ from torch import Tensor
 from ..fp4_linear import MXFP4
 from . import CanonicalWeight, FormatError
 from .fp4 import StoredFp4
-from .gguf_blocks import BLOCK_TYPES, MXFP4_BLOCK, Bytes, mxfp4_codes, mxfp4_scales
+from .gguf_blocks import BLOCK_TYPES as _WHOLE_TYPES
+from .gguf_blocks import MXFP4_BLOCK, Bytes, mxfp4_codes, mxfp4_scales
+from .gguf_grids import GRID_TYPES
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -40,19 +42,19 @@ _SCALARS = {
 _FLOATS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)}
 _IDS = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
-    13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4",
+    13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
+    21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
 FP4 = "MXFP4"
 _NAN = 255  # of e8m0
+BLOCK_TYPES = _WHOLE_TYPES | GRID_TYPES
 _BLOCKS = {name: (form.weights, form.bytes) for name, form in BLOCK_TYPES.items()}
 _BLOCKS[FP4] = MXFP4_BLOCK
 _TYPES = _FLOATS | {number: (name, *_BLOCKS[name]) for number, name in _IDS.items()}
 INTEGERS, QUANTIZED = tuple(BLOCK_TYPES), tuple(_BLOCKS)
 # The rest of ggml's enumeration, to name what is not read.
 _UNREAD_TYPES = {
-    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S",
-    22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
-    35: "TQ2_0", 40: "NVFP4",
+    9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 40: "NVFP4",
 }  # fmt: skip
 
 

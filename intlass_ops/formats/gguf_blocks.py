@@ -23,8 +23,8 @@ zero -value: exact. MXFP4 is no canonical weight but what an `Fp4Linear` holds: 
 twice the values of e2m1, and ggml halves the scale.
 
 In the blocks of 32, nibble byte j holds elements j (low) and j + 16 (high); ours holds neighbours
-(packing.py). Source of the layouts: ggml's quants, as the gguf package has them. Not here: the file
-around the blocks (gguf.py).
+(packing.py). Source of the layouts: ggml's quants, as the gguf package has them. Not here: types
+below four bits (gguf_grids.py), the file around the blocks (gguf.py).
 """
 
 from __future__ import annotations
