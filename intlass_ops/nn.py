@@ -322,6 +322,56 @@ class IntExpertLinear(_Codes):
         return f"experts={self.weight.shape[0]}, {super().extra_repr()}"
 
 
+class IntExpertPairLinear(IntExpertLinear):
+    """Experts of 8 bits with zero points, as two INT4 halves: w = s·(16·high + low - z).
+
+    ``weight`` [experts, 2·N, ceil(K/2)]: the low halves of all rows, then the high ones; ``scales``
+    and ``zeros`` [experts, 2·N, K/group_size]: s and z, then 16·s and 0. Called as an
+    `IntExpertLinear` is. The halves are one product, in float32, of which both results are added.
+
+    >>> codes = torch.tensor([[[0x44], [0x11]]], dtype=torch.uint8)  # 4 and 1: codes of 20
+    >>> scales, zeros = torch.tensor([[[1.0], [16.0]]]), torch.tensor([[[18.0], [0.0]]])
+    >>> layer = IntExpertPairLinear(codes, scales, zeros)
+    >>> layer(torch.ones(1, 2), ends=torch.tensor([1])).tolist()
+    [[4.0]]
+    """
+
+    def __init__(
+        self, weight: Tensor, scales: Tensor, zeros: Tensor, *, in_features: int | None = None
+    ) -> None:
+        super().__init__(weight, scales, zeros, in_features=in_features)
+        if self.bits != 4 or zeros is None or weight.shape[1] % 2:
+            raise ValueError(
+                f"IntExpertPairLinear: weight is {weight.dtype} {tuple(weight.shape)}; expected "
+                "uint8 [experts, 2*N, ceil(K/2)], and zeros"
+            )
+        self.out_features = weight.shape[1] // 2
+
+    def forward(
+        self, x: Tensor, ends: Tensor, bias: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        require_floating(self, x)
+        y = matmul_experts(
+            x if rows is None else x[rows],
+            self.weight,
+            self.scales,
+            self.zeros,
+            ends=ends,
+            k=self.in_features,
+            bias=None if bias is None else nn.functional.pad(bias, (0, self.out_features)),
+            out_dtype=torch.float32,
+        )
+        return self._joined(y, -1).to(x.dtype)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._joined(super().dequantize(), 1).to(dtype)
+
+    def _joined(self, values: Tensor, dim: int) -> Tensor:
+        low, high = values.split(self.out_features, dim)
+        joined: Tensor = low + high
+        return joined
+
+
 class PackedWeight(Movable):
     """A weight in any form that lowering/storage.py knows, and products with it."""
 

@@ -25,6 +25,7 @@ from intlass_ops import (
     pack_int4,
     quantize_,
 )
+from intlass_ops.nn import IntExpertPairLinear
 from intlass_ops.ops.block_scaled_kernels import decode
 
 PROMPT = torch.tensor([[1, 7, 23, 5], [3, 9, 9, 1]])
@@ -54,6 +55,37 @@ def test_each_run_of_tokens_meets_its_expert(ends: list[int], device: str) -> No
     for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         expected[start:end] = x[start:end] @ dense_of(weights)[e].T + bias[e]
     assert_identical(y, expected)
+
+
+@pytest.mark.parametrize("k", [32, 31])
+def test_two_halves_are_codes_of_eight_bits_with_zero_points(k: int, device: str) -> None:
+    rng = torch.Generator().manual_seed(1)
+    codes, zeros = (torch.randint(0, 256, shape, generator=rng) for shape in ((3, 5, k), (3, 5, 1)))
+    scales = torch.randint(1, 4, (3, 5, 1), generator=rng).float()
+    none = torch.zeros_like(zeros)
+    layer = IntExpertPairLinear(
+        pack_int4(torch.cat([codes & 15, codes >> 4], 1)),
+        torch.cat([scales, 16 * scales], 1),
+        torch.cat([zeros, none], 1).float(),
+        in_features=k,
+    ).to(device)
+    w = ((codes - zeros) * scales).to(device)
+    assert_identical(layer.dequantize(), w)
+    x, bias = (torch.randint(-4, 5, shape).float().to(device) for shape in ((4, k), (3, 5)))
+    rows, ends = torch.tensor([3, 0, 2, 1], device=device), torch.tensor([1, 1, 4], device=device)
+    y = layer(x, ends, bias, rows)
+    expert = [0, 2, 2, 2]
+    expected = torch.einsum("tk,tnk->tn", x[rows], w[expert]) + bias[expert]
+    assert_identical(y, expected)
+    assert layer.half().scales.dtype == torch.float32
+
+
+def test_two_halves_have_zero_points_and_as_many_rows() -> None:
+    codes, scales = torch.zeros(1, 3, 4, dtype=torch.uint8), torch.ones(1, 3, 1)
+    with pytest.raises(ValueError, match=r"uint8 \(1, 3, 4\); expected uint8 \[experts, 2\*N"):
+        IntExpertPairLinear(codes, scales, scales)
+    with pytest.raises(ValueError, match="and zeros"):
+        IntExpertPairLinear(codes[:, :2], scales[:, :2], None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("activation", [None, "int8", "int4"])

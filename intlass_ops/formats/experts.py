@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from ..fp8_linear import FP8
-from ..lowering.storage import INT4, INT8
+from ..lowering.storage import INT4, INT4_PAIR, INT8
 from ..nf4_linear import NF4
 from ..nn import Activation
 from ..ops.problem import GROUP_STEP
+from ..packing import packed_size
 from . import FormatError
 from .bitsandbytes_nf4 import StoredNf4
 from .fp4 import StoredFp4
 from .fp8 import StoredFp8
-from .layers import AnyStored, LayerSpec, fp4_spec, fp8_spec
+from .layers import AnyStored, LayerSpec, fp4_spec, fp8_spec, half
 from .stored import StoredWeight
 
 _Stored = TypeVar("_Stored", StoredWeight, StoredFp4, StoredFp8)
@@ -44,7 +45,7 @@ def stacked(
     the pieces take turns (gate, up, gate, …), where else one piece follows the other.
 
     Raises FormatError where experts differ in shape, bits or groups, or need a form that only
-    single linears have (act-order, 8 bits with zero points).
+    single linears have (act-order).
     """
     _check_alike(name, parts)
     if isinstance(parts[0][0], StoredNf4):
@@ -131,26 +132,23 @@ def _integers(
 ) -> tuple[LayerSpec, _Read]:
     every = [stored for row in parts for stored in row]
     for stored in every:
-        if stored.order is not None or (stored.bits == 8 and stored.zeros is not None):
-            raise FormatError(
-                f"{stored.name}: act-order and 8-bit zero points are not read for experts"
-            )
+        if stored.order is not None:
+            raise FormatError(f"{stored.name}: act-order is not read for experts")
     first, (experts, n, k) = every[0], _shape(parts)
     if first.bits == 4 and k % 2:
         raise FormatError(f"{name}: K={k} is odd")
     signed = all(stored.zeros is None for stored in every)
     zero_types = {stored.zeros.dtype for stored in every if stored.zeros is not None}
     zero_type = torch.float32 if len(zero_types) > 1 else next(iter(zero_types), torch.uint8)
+    if first.bits == 8 and not signed:
+        if activation is not None:
+            raise FormatError(f"{name}: 8-bit zero points with quantised activations")
+        return _halves(parts, zero_type, alternating)
 
     def codes_of(stored: StoredWeight) -> Tensor:
         # Signed codes among unsigned ones: eight more, in both nibbles, is the top bit flipped.
         codes = stored.read()
         return codes if signed or stored.zeros is not None else codes ^ 0x88
-
-    def zeros_of(stored: StoredWeight) -> Tensor:
-        if stored.zeros is None:
-            return torch.full(stored.scales.shape, 8, dtype=zero_type)
-        return stored.zeros.to(zero_type)
 
     code_type, width = (torch.uint8, k // 2) if first.bits == 4 else (torch.int8, k)
     groups = first.scales.shape[1]
@@ -161,9 +159,40 @@ def _integers(
     of_one = {"weight": codes_of, "scales": lambda stored: stored.scales}
     if not signed:
         tensors.append(("zeros", zero_type, (experts, n, groups)))
-        of_one["zeros"] = zeros_of
+        of_one["zeros"] = lambda stored: _zeros_of(stored, zero_type)
     spec = LayerSpec(INT4 if first.bits == 4 else INT8, k, activation, tuple(tensors))
     return spec, _gathered(spec, parts, of_one, alternating)
+
+
+def _zeros_of(stored: StoredWeight, dtype: torch.dtype) -> Tensor:
+    """Of signed codes, those of the unsigned ones."""
+    if stored.zeros is None:
+        return torch.full(stored.scales.shape, 1 << stored.bits - 1, dtype=dtype)
+    return stored.zeros.to(dtype)
+
+
+def _halves(
+    parts: _Parts[StoredWeight], zero_type: torch.dtype, alternating: bool
+) -> tuple[LayerSpec, _Read]:
+    """An `IntExpertPairLinear` of 8-bit codes, of which all are signed: 128 less."""
+    (experts, n, k), groups = _shape(parts), parts[0][0].scales.shape[1]
+    tensors = (
+        ("weight", torch.uint8, (experts, 2, n, packed_size(k))),
+        ("scales", torch.float32, (experts, 2, n, groups)),
+        ("zeros", zero_type, (experts, 2, n, groups)),
+    )
+    of_one: dict[str, Callable[[StoredWeight], Tensor]] = {
+        "weight": lambda stored: torch.stack([half(stored.read(), shift) for shift in (0, 4)]),
+        "scales": lambda stored: stored.scales.float() * torch.tensor([1, 16]).view(2, 1, 1),
+        "zeros": lambda stored: _zeros_of(stored, zero_type) * torch.tensor([1, 0]).view(2, 1, 1),
+    }
+    read = _gathered(LayerSpec(INT4_PAIR, k, None, tensors), parts, of_one, alternating)
+    flat = tuple((each, dtype, (e, 2 * n, wide)) for each, dtype, (e, _, _, wide) in tensors)
+    return LayerSpec(INT4_PAIR, k, None, flat), {name: _flat(get) for name, get in read.items()}
+
+
+def _flat(get: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: get().flatten(1, 2)
 
 
 def _shape(parts: _Parts[_Stored]) -> tuple[int, int, int]:
@@ -187,7 +216,7 @@ def _gathered(
             end = start + row[0].shape[0]
             rows = slice(piece, None, len(parts)) if alternating else slice(start, end)
             for expert, stored in enumerate(row):
-                found[expert, rows] = of_one[name](stored)
+                found[expert, ..., rows, :] = of_one[name](stored)
             start = end
         return found
 

@@ -26,7 +26,7 @@ from ..fp4_linear import GROUPS, MXFP4, NVFP4, Fp4ExpertLinear, Fp4Layer, Fp4Lin
 from ..fp8_linear import CODES, FP8, Fp8ExpertLinear, Fp8Layer, Fp8Linear
 from ..lowering.storage import INT4, INT4_PAIR, INT8, Packed
 from ..nf4_linear import NF4, Nf4Linear
-from ..nn import Activation, IntExpertLinear, IntLinear, PackedLinear
+from ..nn import Activation, IntExpertLinear, IntExpertPairLinear, IntLinear, PackedLinear
 from . import FormatError
 from .bitsandbytes_nf4 import StoredNf4
 from .fp4 import StoredFp4
@@ -75,6 +75,8 @@ class LayerSpec:
         tensors = tuple((name, t.dtype, tuple(t.shape)) for name, t in buffers if t is not None)
         if isinstance(module, (_Floating, PackedLinear)):
             return cls(module.kind, module.in_features, None, tensors)
+        if isinstance(module, IntExpertPairLinear):
+            return cls(INT4_PAIR, module.in_features, None, tensors)
         kind = INT4 if module.bits == 4 else INT8
         return cls(kind, module.in_features, module.activation, tensors)
 
@@ -102,8 +104,12 @@ def layer_of(
     if kind in _FLOATING:
         return _floating_layer(kind, in_features, activation, tensors)
     if weight.dim() == 3:
-        if kind == INT4_PAIR or not tensors.keys() <= {"weight", "scales", "zeros"}:
+        if not tensors.keys() <= {"weight", "scales", "zeros"}:
             raise ValueError(f"experts of kind {kind!r} with {', '.join(tensors)}")
+        if kind == INT4_PAIR:
+            if activation is not None:
+                raise ValueError("experts of 8-bit zero points with quantised activations")
+            return IntExpertPairLinear(weight, scales, tensors["zeros"], in_features=in_features)
         return IntExpertLinear(
             weight, scales, tensors.get("zeros"), in_features=in_features, activation=activation
         )
@@ -171,8 +177,8 @@ def buffers_of(
     else:
         kind = INT4_PAIR
         known["high_scales"] = 16 * stored.scales.float()
-        late["weight"] = lambda: _half(stored.read(), 0), torch.uint8, (n, width)
-        late["high"] = lambda: _half(stored.read(), 4), torch.uint8, (n, width)
+        late["weight"] = lambda: half(stored.read(), 0), torch.uint8, (n, width)
+        late["high"] = lambda: half(stored.read(), 4), torch.uint8, (n, width)
     if stored.zeros is not None:
         known["zeros"] = stored.zeros
     if stored.order is not None:
@@ -223,7 +229,7 @@ def _constant(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor
 
 
-def _half(codes: Tensor, shift: int) -> Tensor:
+def half(codes: Tensor, shift: int) -> Tensor:
     """A nibble of each 8-bit code (signed, 128 below the unsigned one), packed."""
     from .. import packing
 
