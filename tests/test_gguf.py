@@ -158,6 +158,47 @@ def test_every_mxfp4_code_and_scale_is_that_of_gguf_bit_for_bit(tmp_path: Path) 
     assert_close(few(x), x.double() @ w.T, x.double().abs() @ w.abs().T)
 
 
+def test_every_nvfp4_code_and_scale_is_that_of_gguf_bit_for_bit(tmp_path: Path) -> None:
+    raw = np.zeros((127, 8, 36), np.uint8)  # a row for each scale that is no NaN
+    raw[..., :4] = np.arange(127)[:, None, None]
+    raw[..., 4:] = np.arange(256).reshape(8, 32)  # every pair of codes
+    writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
+    writer.add_tensor("a.weight", raw.reshape(127, -1), raw_dtype=Type.NVFP4)
+    writer.add_tensor("b.weight", raw.reshape(127, -1), raw_dtype=Type.NVFP4)
+    writer.add_tensor("b.scale", np.array([0.5], np.float32))
+    file = GGUFFile(finish(writer, tmp_path / "w.gguf"))
+    expected = quants.dequantize(raw.reshape(127, -1), Type.NVFP4)
+    layer = file.fp4("a.weight").load()
+    assert (layer.kind, layer.group_size, layer.in_features) == ("nvfp4", 16, 512)
+    np.testing.assert_array_equal(layer.dequantize().numpy(), expected)
+    np.testing.assert_array_equal(file.dense("b.weight").numpy(), expected / 2)
+    assert file.sidecars("a.weight") == ()
+    assert file.sidecars("b.weight") == ("b.scale",)
+    assert file.sidecars("b.scale") == ()
+
+
+@pytest.mark.parametrize(
+    ("byte", "scale", "message"),
+    [
+        (127, [1.0], "the scales of w.weight hold a NaN"),
+        (200, [1.0], "the scales of w.weight hold a NaN"),
+        (64, [1.0, 2.0], r"w.scale is \[1.0, 2.0\]; expected 1 positive numbers"),
+        (64, [0.0], "w.scale is .* expected 1 positive"),
+        (64, [float("nan")], "w.scale is .* expected 1 positive"),
+    ],
+)
+def test_damage_to_scales_of_nvfp4(
+    tmp_path: Path, byte: int, scale: list[float], message: str
+) -> None:
+    raw = np.full((2, 36), byte, np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
+    writer.add_tensor("w.weight", raw, raw_dtype=Type.NVFP4)
+    writer.add_tensor("w.scale", np.array(scale, np.float32))
+    file = GGUFFile(finish(writer, tmp_path / "w.gguf"))
+    with pytest.raises(FormatError, match=message):
+        file.fp4("w.weight").load()
+
+
 def test_take_rows_moves_whole_rows(tmp_path: Path) -> None:
     file = GGUFFile(write_tensors(tmp_path / "w.gguf", {"w": (random_weight(), Type.Q4_1)}))
     weight, order = file.weight("w"), torch.randperm(24)
@@ -306,12 +347,12 @@ def test_unsupported_type_is_named_when_asked_for(tmp_path: Path) -> None:
     values = rng.standard_normal((2, 256)).astype(np.float32)
     writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
     add(writer, "good", values, Type.Q8_0)
-    writer.add_tensor("bad", np.zeros((2, 4 * 36), dtype=np.uint8), raw_dtype=Type.NVFP4)
+    writer.add_tensor("bad", np.zeros((2, 256), dtype=np.int8), raw_dtype=Type.I8)
     file = GGUFFile(finish(writer, tmp_path / "w.gguf"))
     assert file.weight("good").bits == 8
-    with pytest.raises(FormatError, match=r"bad has type NVFP4; a weight is read from Q4_0"):
+    with pytest.raises(FormatError, match=r"bad has type I8; a weight is read from Q4_0"):
         file.weight("bad")
-    with pytest.raises(FormatError, match=r"bad has type NVFP4; supported are F32"):
+    with pytest.raises(FormatError, match=r"bad has type I8; supported are F32"):
         file.dense("bad")
     with pytest.raises(FormatError, match="no tensor 'worse'"):
         file.weight("worse")

@@ -125,9 +125,10 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
 K_QUANTS = [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_XS]
 GRIDS = [Type.IQ1_S, Type.IQ1_M, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S]
 TERNARY = [Type.TQ1_0, Type.TQ2_0]
+FP4 = [Type.MXFP4, Type.NVFP4]
 
 
-@pytest.mark.parametrize("kind", [*K_QUANTS, *GRIDS, *TERNARY], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [*K_QUANTS, *GRIDS, *TERNARY, *FP4], ids=lambda kind: kind.name)
 @torch.no_grad()
 def test_k_quants(tmp_path: Path, kind: Type) -> None:
     original = write_model(tmp_path / "q.gguf", CASES["qwen3"], kind, table=Type.Q6_K, **WIDE)
@@ -137,7 +138,9 @@ def test_k_quants(tmp_path: Path, kind: Type) -> None:
     assert_same(model(IDS).logits, original(IDS).logits)
 
 
-@pytest.mark.parametrize("kind", [*K_QUANTS, *GRIDS[::2], TERNARY[0]], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [*K_QUANTS, *GRIDS[::2], TERNARY[0], *FP4], ids=lambda kind: kind.name
+)
 @pytest.mark.parametrize("name", ["mixtral", "qwen3moe"])
 @torch.no_grad()
 def test_k_quants_of_experts(tmp_path: Path, name: str, kind: Type) -> None:

@@ -38,6 +38,8 @@ def add(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: Type) -> n
     if kind == Type.F32:
         writer.add_tensor(name, values)
         return values
+    if kind == Type.NVFP4:
+        return add_nvfp4(writer, name, values.shape)
     raw = random_blocks(kind, values.shape) if kind in BLOCKS else quants.quantize(values, kind)
     writer.add_tensor(name, raw, raw_dtype=kind)
     return quants.dequantize(raw, kind)
@@ -79,6 +81,19 @@ def random_blocks(kind: Type, shape: tuple[int, ...], scale: float = 0.004) -> n
             top = ((value >> 4 * i) & 15).astype(np.uint8) << 4
             raw[..., 49 + 2 * i] = raw[..., 49 + 2 * i] & 15 | top
     return raw.reshape(*shape[:-1], -1)
+
+
+def add_nvfp4(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Random codes and scales, and a second scale for the tensor or for each expert."""
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (*shape[:-1], shape[-1] // 64, 36), dtype=np.uint8)
+    raw[..., :4] = rng.integers(32, 64, raw[..., :4].shape)  # 2^-3 to 2
+    raw = raw.reshape(*shape[:-1], -1)
+    second = rng.uniform(0.01, 0.02, shape[0] if len(shape) == 3 else 1).astype(np.float32)
+    writer.add_tensor(name, raw, raw_dtype=Type.NVFP4)
+    for kind in ("scale", "input_scale"):
+        writer.add_tensor(name.removesuffix("weight") + kind, second)
+    return quants.dequantize(raw, Type.NVFP4) * second.reshape(-1, *[1] * (len(shape) - 1))
 
 
 def finish(writer: gguf.GGUFWriter, path: Path) -> Path:

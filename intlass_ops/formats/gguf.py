@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..fp4_linear import MXFP4
+from ..fp4_linear import NVFP4
 from . import CanonicalWeight, FormatError
 from .fp4 import StoredFp4
 from .gguf_blocks import BLOCK_TYPES as _WHOLE_TYPES
-from .gguf_blocks import MXFP4_BLOCK, Bytes, mxfp4_codes, mxfp4_scales
+from .gguf_blocks import FP4_TYPES, Bytes
 from .gguf_grids import GRID_TYPES
 
 _MAGIC = b"GGUF"
@@ -44,17 +44,16 @@ _IDS = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
     13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
     21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    40: "NVFP4",
 }  # fmt: skip
-FP4 = "MXFP4"
-_NAN = 255  # of e8m0
 BLOCK_TYPES = _WHOLE_TYPES | GRID_TYPES
 _BLOCKS = {name: (form.weights, form.bytes) for name, form in BLOCK_TYPES.items()}
-_BLOCKS[FP4] = MXFP4_BLOCK
+_BLOCKS |= {name: (form.weights, form.bytes) for name, form in FP4_TYPES.items()}
 _TYPES = _FLOATS | {number: (name, *_BLOCKS[name]) for number, name in _IDS.items()}
 INTEGERS, QUANTIZED = tuple(BLOCK_TYPES), tuple(_BLOCKS)
 # The rest of ggml's enumeration, to name what is not read.
 _UNREAD_TYPES = {
-    9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 40: "NVFP4",
+    9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
 }  # fmt: skip
 
 
@@ -73,7 +72,7 @@ class TensorInfo:
 class GGUFFile:
     """A memory-mapped GGUF file: ``metadata``, ``tensors``, ``weight(name)``, ``dense(name)``.
 
-    ``weight`` is of integers; MXFP4 is ``fp4(name)``.
+    ``weight`` is of integers; MXFP4 and NVFP4 are ``fp4(name)``.
 
     Of a file that was split, name the first part: the others lie beside it.
 
@@ -112,6 +111,9 @@ class GGUFFile:
     def is_quantized(self, name: str) -> bool:
         return self.info(name).type in QUANTIZED
 
+    def is_fp4(self, name: str) -> bool:
+        return self.info(name).type in FP4_TYPES
+
     def weight(self, name: str, expert: int | None = None) -> CanonicalWeight:
         """A tensor [N, K] in integers, codes unchanged (copied out of the mapping).
 
@@ -125,18 +127,38 @@ class GGUFFile:
         return CanonicalWeight(name, codes, scales, zeros, form.bits, form.group_size, shape)
 
     def fp4(self, name: str, expert: int | None = None) -> StoredFp4:
-        """The same of a tensor in MXFP4: codes and scales are read when they are asked for."""
-        info = self._typed(name, (FP4,))
+        """The same of a tensor in FP4: codes and scales are read when they are asked for."""
+        info = self._typed(name, tuple(FP4_TYPES))
+        form = FP4_TYPES[info.type]
         of, blocks = self._blocks(info, expert)
 
         def scales() -> Tensor:
-            found = mxfp4_scales(blocks)
-            if bool((found == _NAN).any()):  # ggml takes it for 2^128
+            found = form.scales_of(blocks)
+            if bool((found > form.largest).any()):  # ggml takes it for a number
                 raise FormatError(f"{self.path}: the scales of {of} hold a NaN; it is damaged")
             return found
 
-        shape = info.shape[-2], info.shape[-1]
-        return StoredFp4(of, MXFP4, shape, None, lambda: mxfp4_codes(blocks), scales)
+        kind, shape = info.type.lower(), (info.shape[-2], info.shape[-1])
+        scale = self._second_scale(info, expert) if kind == NVFP4 else None
+        return StoredFp4(of, kind, shape, scale, lambda: form.codes_of(blocks), scales)
+
+    def sidecars(self, name: str) -> tuple[str, ...]:
+        """Tensors of this file that belong to a weight in NVFP4: its second scale, its inputs'."""
+        found = (f"{name.removesuffix('weight')}{kind}" for kind in ("scale", "input_scale"))
+        of_nvfp4 = self.info(name).type == NVFP4.upper()
+        return tuple(each for each in found if of_nvfp4 and each in self.tensors)
+
+    def _second_scale(self, info: TensorInfo, expert: int | None) -> Tensor:
+        name = f"{info.name.removesuffix('weight')}scale"
+        if name not in self.tensors:
+            return torch.ones(())
+        values = self.dense(name).flatten()
+        count = 1 if expert is None else info.shape[0]
+        if len(values) != count or not bool((values.isfinite() & (values > 0)).all()):
+            raise FormatError(
+                f"{self.path}: {name} is {values.tolist()[:4]}; expected {count} positive numbers"
+            )
+        return values[expert or 0].clone()
 
     def _typed(self, name: str, types: tuple[str, ...]) -> TensorInfo:
         info = self.info(name)
@@ -175,7 +197,7 @@ class GGUFFile:
         return raw.view(dtypes[info.type]).view(info.shape).to(torch.float32)
 
     def _dequantized(self, info: TensorInfo, expert: int | None) -> Tensor:
-        if info.type == FP4:
+        if info.type in FP4_TYPES:
             return self.fp4(info.name, expert).load().dequantize()
         return self.weight(info.name, expert).dequantize()
 

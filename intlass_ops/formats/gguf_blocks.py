@@ -14,13 +14,14 @@
     IQ4_NL     32     18  fp16 d, nibbles                               table[q]·d      INT8
     IQ4_XS    256    136  fp16 d, 8 · 6-bit s, nibbles                  table[q]·d(s-32) INT8
     MXFP4      32     17  e8m0 s, nibbles of e2m1                       e2m1(q)·2^(s-127) FP4
+    NVFP4      64     36  4 · e4m3 s, nibbles of e2m1, 16 and 16        e2m1(q)·s·scale   FP4
 
 Groups are 32 weights, in Q2_K, Q3_K and Q6_K 16. Codes and scales are exact (the products d·s have
 at most 19 bits and are kept in float32). The one rounding is that of floating zeros, half an ulp:
 with it, (q - zeros)·scale in float32 is within 2^-23·(|m| + |w|) of the exact w. A group whose
 scale is 0 and which has a minimum has one value whatever its codes; it becomes code 0, scale 1,
-zero -value: exact. MXFP4 is no canonical weight but what an `Fp4Linear` holds: ggml's table has
-twice the values of e2m1, and ggml halves the scale.
+zero -value: exact. MXFP4 and NVFP4 are no canonical weights but what an `Fp4Linear` holds: ggml's
+table has twice the values of e2m1, and ggml halves the scale. NVFP4's other scale is a tensor.
 
 In the blocks of 32, nibble byte j holds elements j (low) and j + 16 (high); ours holds neighbours
 (packing.py). Source of the layouts: ggml's quants, as the gguf package has them. Not here: types
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..fp4 import MXFP4_GROUP
+from ..fp4 import MXFP4_GROUP, NVFP4_GROUP
 from ..packing import pack
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -147,14 +148,22 @@ def _iq4_xs(blocks: Bytes, halves: Halves) -> Decoded:
     return Decoded(codes.flatten(1), (d.unsqueeze(-1) * s).flatten(1), None)
 
 
-def mxfp4_codes(blocks: Bytes) -> Tensor:
-    """Blocks [N, K/32, 17] to the codes [N, K/2] of an `Fp4Linear`."""
-    return pack(_nibbles(blocks[..., 1:])).flatten(1)
+class Fp4Type(NamedTuple):
+    """A block holds ``scales`` bytes of scales, those of groups, and their codes."""
 
+    weights: int
+    bytes: int
+    scales: int
+    largest: int  # byte of a scale: others are a NaN, or negative
 
-def mxfp4_scales(blocks: Bytes) -> Tensor:
-    """Blocks [N, K/32, 17] to e8m0 [N, K/32]."""
-    return torch.from_numpy(blocks[..., 0].copy())
+    def codes_of(self, blocks: Bytes) -> Tensor:
+        """Blocks [N, K/weights, bytes] to the codes [N, K/2] of an `Fp4Linear`."""
+        octets = blocks[..., self.scales :].reshape(*blocks.shape[:2], self.scales, -1)
+        return pack(_nibbles(octets)).flatten(1)
+
+    def scales_of(self, blocks: Bytes) -> Tensor:
+        """And to the bytes of scales [N, groups]."""
+        return torch.from_numpy(blocks[..., : self.scales].copy()).flatten(1)
 
 
 def _affine(codes: Tensor, scales: Tensor, minimum: Tensor, bits: int = 4) -> Decoded:
@@ -178,7 +187,7 @@ def _scales_and_minima(blocks: Bytes, halves: Halves) -> tuple[Tensor, Tensor]:
 
 
 def _nibbles(octets: Bytes) -> Tensor:
-    """[..., 16] bytes of (element j, element j + 16) to elements [..., 32]."""
+    """[..., n] bytes of (element j, element j + n) to elements [..., 2 * n]."""
     return torch.from_numpy(np.concatenate((octets & 0xF, octets >> 4), axis=-1))
 
 
@@ -201,7 +210,10 @@ def _pairs_of_bits(octets: Tensor) -> Tensor:
 
 
 _PLACES = torch.arange(8, dtype=torch.uint8)
-MXFP4_BLOCK = MXFP4_GROUP, 17  # weights, bytes
+FP4_TYPES = {
+    "MXFP4": Fp4Type(MXFP4_GROUP, 17, scales=1, largest=254),
+    "NVFP4": Fp4Type(4 * NVFP4_GROUP, 36, scales=4, largest=126),
+}
 # What IQ4's codes stand for
 _TABLE = torch.tensor(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.int8

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..formats import CanonicalWeight, FormatError
 from ..formats.fp4 import StoredFp4
-from ..formats.gguf import FP4, GGUFFile
+from ..formats.gguf import GGUFFile
 from ..formats.layers import buffers_of, layer_of
 from ..formats.stored import StoredWeight
 from . import gguf_rope
@@ -68,6 +68,7 @@ def places(file: GGUFFile, config: Any, known: Architecture) -> list[Place]:
         _check_shape(file, place)
         found.append(place)
     used = {*_ROPE, *(tensor for place in found for tensor in place.tensors)}
+    used |= {each for name in used & file.tensors.keys() for each in file.sidecars(name)}
     unused = sorted(name for name in file.tensors if name not in used)
     if unused:
         raise FormatError(
@@ -144,7 +145,7 @@ def stored_in(
     file: GGUFFile, name: str, expert: int | None = None, order: Tensor | None = None
 ) -> StoredWeight | StoredFp4:
     """A quantised weight of the file, its rows in ``order``."""
-    if file.info(name).type == FP4:
+    if file.is_fp4(name):
         found = file.fp4(name, expert)
         if order is None:
             return found
