@@ -129,12 +129,18 @@ def _compressed_fp8(strategy: str, **more: Any) -> Callable[[], Case]:
         from compressed_tensors.quantization import QuantizationScheme
 
         weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, **more}
-        rows, columns = more.get("block_structure", (N if strategy == "tensor" else 1, K))
+        whole = N if strategy == "tensor" else 1, more.get("group_size", K)
+        rows, columns = more.get("block_structure", whole)
         q, s, x = _random_fp8(rows, columns, torch.bfloat16)
+        if strategy == "group":  # MXFP8
+            exponents = s.float().log2().floor()
+            s, stored = exponents.exp2(), (exponents + 127).to(torch.uint8)
+        else:
+            stored = s.flatten() if s.numel() == 1 else s
         module = nn.Linear(K, N).bfloat16()
         bias = module.bias.detach().double()
         module.weight = nn.Parameter(q, requires_grad=False)
-        module.weight_scale = nn.Parameter(s.flatten() if s.numel() == 1 else s)
+        module.weight_scale = nn.Parameter(stored, requires_grad=False)
         module.quantization_scheme = QuantizationScheme(targets=["Linear"], weights=weights)
         return module, x, x.double() @ _times(q, s, rows, columns).t() + bias
 
@@ -342,6 +348,7 @@ MODULES: dict[str, tuple[Callable[[], Case], str]] = {
     "compressed-tensors: W4A8": (_compressed({**_INT4, "symmetric": True}, _TOKEN), "w4a8"),
     "compressed-tensors: FP8 per channel": (_compressed_fp8("channel"), "fp8a16"),
     "compressed-tensors: FP8 per tensor": (_compressed_fp8("tensor"), "fp8a16"),
+    "compressed-tensors: MXFP8": (_compressed_fp8("group", group_size=32), "fp8a16"),
     "compressed-tensors: FP8 in blocks": (
         _compressed_fp8("block", block_structure=[32, 64]),
         "fp8a16",

@@ -112,6 +112,20 @@ def test_scales_that_bfloat16_holds_are_kept_in_it(tmp_path: Path) -> None:
     assert torch.equal(layer.dequantize(), w.dense())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_exponents_as_scales(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Every byte of e8m0 that is a number; bfloat16 holds them all."""
+    w = draw_fp8(5, 51 * 16, 0, block=(1, 16))
+    exponents = torch.arange(255, dtype=torch.uint8).view(5, 51)
+    w.s = torch.exp2(exponents.double() - 127)
+    tensors = {"weight": w.codes(), "weight_scale_inv": exponents.view(dtype)}
+    put(tmp_path, tensors, {**FP8_CONFIG, "weight_block_size": [1, 16]})
+    layer = layer_of(tmp_path)
+    assert layer.scales.dtype == torch.bfloat16
+    assert torch.equal(layer.scales.double(), w.s)
+    assert torch.equal(layer.dequantize(), w.dense())
+
+
 @pytest.mark.parametrize(
     ("scheme", "block"),
     [
@@ -169,14 +183,17 @@ def test_transformers_reads_the_same_model(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK"])
+@pytest.mark.parametrize("kind", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP8"])
 def test_what_compressed_tensors_writes(tmp_path: Path, kind: str) -> None:
     """The library's own compressor writes, its own `dequantize` says what was meant."""
     quantization = pytest.importorskip("compressed_tensors.quantization")
     compressors = pytest.importorskip("compressed_tensors.compressors")
     from compressed_tensors.quantization.lifecycle.forward import dequantize
 
-    sizes = {"hidden_size": 160, "intermediate_size": 208, "head_dim": 80}
+    mx = kind == "MXFP8"
+    if mx and not hasattr(quantization.quant_scheme, "MXFP8"):
+        pytest.skip("this version of compressed-tensors has no MXFP8")
+    sizes = {"hidden_size": 160, "intermediate_size": 224 if mx else 208, "head_dim": 80}
     model, dense = tiny_llama(**sizes), tiny_llama(**sizes)
     config = quantization.QuantizationConfig(config_groups={kind: ["Linear"]}, ignore=["lm_head"])
     quantization.apply_quantization_config(model, config)
@@ -187,11 +204,13 @@ def test_what_compressed_tensors_writes(tmp_path: Path, kind: str) -> None:
         grid = module.weight_scale.shape
         rows, columns = (grid[0], 1) if len(grid) < 2 else grid
         bn, bk = (128, 128) if kind == "FP8_BLOCK" else (module.weight.shape[0] // rows, 1 << 20)
+        bk = 32 if mx else bk
         for i in range(rows):
             for j in range(columns):
                 block = module.weight[i * bn : (i + 1) * bn, j * bk : (j + 1) * bk]
                 one = (i, j) if len(grid) == 2 else i
-                module.weight_scale[one] = block.abs().max() / 448
+                scale = block.abs().max() / 448
+                module.weight_scale[one] = scale.log2().ceil().exp2() if mx else scale
         if hasattr(module, "input_scale"):
             module.input_scale.data.fill_(0.01)
     compressor = compressors.ModelCompressor.from_pretrained_model(model)
@@ -206,6 +225,7 @@ def test_what_compressed_tensors_writes(tmp_path: Path, kind: str) -> None:
     for path, scheme in schemes.items():
         codes, scale = state[f"{path}.weight"], state[f"{path}.weight_scale"]
         assert codes.dtype == E4M3
+        scale = torch.exp2(scale.float() - 127) if mx else scale
         expected = dequantize(x_q=codes, scale=scale, args=scheme.weights, dtype=torch.float32)
         assert torch.equal(loaded.get_submodule(path).dequantize(), expected)
         dense.get_parameter(f"{path}.weight").copy_(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -391,6 +392,21 @@ def test_what_bitsandbytes_has_and_we_have_not(make: Callable[[], nn.Module], re
         assert outcomes() == [DECLINED]
         assert reason in lowering.report()[0].reason
         torch.testing.assert_close(y, module(x))
+
+
+def test_a_weight_that_is_laid_out_for_a_cpu_is_left() -> None:
+    """As CPUs with AVX512's bfloat16 have it after a call; others cannot run it."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    inner = four_bit(False, compute_dtype=torch.bfloat16)
+    weight = inner.weight
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu(
+        weight.data, weight.quant_state
+    )
+    with fresh(), torch.no_grad(), contextlib.suppress(Exception):
+        torch.compile(OneToken(inner), backend=Counting())(random(1, K).bfloat16())
+    assert outcomes() == [DECLINED]
+    assert "laid its weight out for this CPU" in lowering.report()[0].reason
 
 
 def test_adapters_of_bitsandbytes_train() -> None:

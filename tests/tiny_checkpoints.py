@@ -190,6 +190,13 @@ def fp8(w: Fp8Weight, scale: str = "weight_scale", more: str = "") -> dict[str, 
     return tensors | ({more: torch.tensor(0.01)} if more else {})
 
 
+def mxfp8(w: Fp8Weight) -> dict[str, Tensor]:
+    """Scales as bytes of e8m0: of the next smaller power of two, which ``w`` has from now on."""
+    exponents = w.s.log2().floor()
+    w.s = torch.exp2(exponents)
+    return {"weight": w.codes(), "weight_scale": (exponents + 127).to(torch.uint8)}
+
+
 def compressed(bits: int, form: str, activation: int | None = None) -> dict[str, Any]:
     inputs = {"num_bits": activation, "type": "int", "symmetric": True, "dynamic": True,
               "strategy": "token"}  # fmt: skip
@@ -434,6 +441,14 @@ FORMS = {
     "packed fp8 blocks": Form(
         {"block": (24, 16), "dtype": torch.bfloat16}, fp8,
         compressed_fp8(strategy="block", block_structure=[24, 16]), make=draw_fp8,
+    ),
+    "packed mxfp8": Form(
+        {"block": (1, 32)}, mxfp8,
+        {**compressed_fp8(strategy="group", group_size=32), "format": "mxfp8-quantized"},
+        make=draw_fp8,
+    ),
+    "modelopt mxfp8": Form(
+        {"block": (1, 32)}, mxfp8, {**MODELOPT_CONFIG, "quant_algo": "MXFP8"}, make=draw_fp8
     ),
     "modelopt fp8": Form(
         {"block": (None, None)}, lambda w: fp8(w, "weight_scale", "input_scale"),

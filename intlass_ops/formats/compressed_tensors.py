@@ -14,7 +14,8 @@
 
     float-quantized: w = code · scale
     weight              e4m3 [N, K]
-    weight_scale        [1], [N, 1], [N, G], or of blocks: [ceil(N/bn), ceil(K/bk)]
+    weight_scale        [1], [N, 1], [N, G], or of blocks: [ceil(N/bn), ceil(K/bk)]; in
+                        mxfp8-quantized uint8 [N, K/32], e8m0
 
 Activations of FP4 and FP8 layers stay in 16 bits, also in files of W4A4 and W8A8, and so does a
 quantised cache of keys and values. Activations of integer layers, quantised per token on the fly
@@ -44,7 +45,7 @@ from .stored import act_order, fields, group_size_of, unsigned
 _INDEX = (torch.int32, torch.int64)
 _FORMATS = (
     "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision",
-    "nvfp4-pack-quantized", "mxfp4-pack-quantized",
+    "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized",
 )  # fmt: skip
 _FP4 = fp4.Names("weight_packed", "weight_scale", "weight_global_scale", True, "input_global_scale")
 

@@ -1,8 +1,9 @@
 """FP8 as DeepSeek, Qwen and MiniMax publish it (quant_method "fp8"), and FBGEMM's ("fbgemm_fp8").
 
     weight            e4m3 [N, K]
-    weight_scale_inv  float32 [ceil(N/bn), ceil(K/bk)]  of blocks, weight_block_size [bn, bk]; the
-                      name says "inverse", but weights are multiplied by it: w = code · scale
+    weight_scale_inv  float32 or e8m0 [ceil(N/bn), ceil(K/bk)]  of blocks, weight_block_size
+                      [bn, bk]; the name says "inverse", but weights are multiplied by it:
+                      w = code · scale
     weight_scale      the same; or one number of the whole tensor; or [N, 1] (FBGEMM)
 
 Which layers are FP8 their tensors say: those that a config leaves out have floating weights.

@@ -2,7 +2,8 @@
 
     weight      e4m3 [N, K]
     its scales  one number; [N, 1]; or one for each block of bn rows and bk columns:
-                [ceil(N/bn), ceil(K/bk)], groups along K being blocks of one row
+                [ceil(N/bn), ceil(K/bk)], groups along K being blocks of one row. Floating, or the
+                bytes of e8m0 (MXFP8: blocks of one row and 32 columns)
 
 Lives here: what the libraries have in common, tensor by tensor. Not here: which layers are FP8
 (their readers; finegrained_fp8.py), experts (experts.py), what an `Fp8Linear` computes.
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fp4 import e8m0_values
 from ..fp8_linear import CODES, Fp8Linear, has_nan
 from ..ops.problem import GROUP_STEP
 from . import FormatError
@@ -27,7 +29,8 @@ Block = tuple[int, int]  # rows, columns that share a scale
 WEIGHT = "weight"
 # Of quantised activations, which stay in 16 bits here.
 _INPUTS = ("input_scale", "activation_scale", "input_scale_ub")
-_SCALES = (torch.float16, torch.bfloat16, torch.float32)
+_E8M0 = torch.uint8, torch.float8_e8m0fnu
+_SCALES = (torch.float16, torch.bfloat16, torch.float32, *_E8M0)
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,21 @@ def stored(layer: Layer, scale: str, blocks: Collection[Block]) -> StoredFp8:
 
     def scales() -> Tensor:
         rows, columns = torch.arange(n) // block[0], torch.arange(0, k, group) // block[1]
-        values = layer.scales(scale, shape).to(dtype)
+        values = _values(layer, scale, shape).to(dtype)
         return values.reshape(-1, -(-k // block[1]))[rows][:, columns]
 
-    dtype = smallest_dtype(layer.scales(scale, shape))
+    dtype = smallest_dtype(_values(layer, scale, shape))
     return StoredFp8(layer.path, (n, k), k // group, dtype, lambda: _codes(layer, (n, k)), scales)
+
+
+def _values(layer: Layer, scale: str, shape: Sequence[int]) -> Tensor:
+    header = layer.checkpoint.tensors.get(f"{layer.path}.{scale}")
+    if header is None or header.dtype not in _E8M0:
+        return layer.scales(scale, shape)
+    values = e8m0_values(layer.take(scale, shape, _E8M0).view(torch.uint8))
+    if bool(values.isnan().any()):
+        raise layer.fail(f"{scale} holds a NaN; the file is damaged")
+    return values.float()
 
 
 def smallest_dtype(

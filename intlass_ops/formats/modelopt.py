@@ -5,13 +5,13 @@
     weight_scale_2  float32 []        w = code · weight_scale · weight_scale_2
 
     weight          e4m3 [N, K]       FP8
-    weight_scale    float32 []        w = code · weight_scale
+    weight_scale    float32 []        w = code · weight_scale; MXFP8: uint8 [N, K/32], e8m0
 
     input_scale     float32 []        of quantised activations; here they stay in 16 bits
 
 Scales of a quantised cache of keys and values (k_proj.k_scale, v_proj.v_scale) are not used either.
 Which of the two a layer is its weight says, also where a checkpoint has both (MIXED_PRECISION).
-Not read: AWQ's and SVDQuant's NVFP4, which scale the inputs of a layer too, and FP8 in blocks.
+Not read: AWQ's and SVDQuant's NVFP4, which scale the inputs of a layer too; FP8 in other blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from . import FormatError, fp4, fp8
 from .checkpoint import Checkpoint, Layer
 
 CONFIG = "hf_quant_config.json"
-_ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8")
+_ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8", "MXFP8")
+_MXFP8_BLOCK = 1, 32
 _MIXED = "MIXED_PRECISION"
 _NAMES = fp4.Names("weight", "weight_scale", "weight_scale_2", False, "input_scale")
 
@@ -55,7 +56,7 @@ class Modelopt:
                 f"quant_algo is {described.get('quant_algo')!r}; read are {', '.join(_ALGORITHMS)}"
             )
         if fp8.is_fp8(layer):
-            return fp8.stored(layer, _NAMES.scales, ())
+            return fp8.stored(layer, _NAMES.scales, (_MXFP8_BLOCK,))
         return fp4.stored(layer, NVFP4, _NAMES)
 
     def activation(self, path: str) -> Activation:

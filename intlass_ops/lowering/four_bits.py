@@ -141,7 +141,9 @@ def _weight(
     if len(shape) != 2 or not all(isinstance(size, int) for size in shape):
         raise NotAffine(f"a weight of shape {tuple(shape)}")
     n, k = shape
-    if k % block or k % 2 or math.prod(_static(absmax)) != n * k // block:
+    if len(_static(absmax)) != 1:
+        raise NotAffine("bitsandbytes has laid its weight out for this CPU")
+    if k % block or k % 2 or _static(absmax) != (n * k // block,):
         raise NotAffine(f"K={k} with blocksize={block}: blocks that run on into the next row")
     if packed.meta["val"].dtype != torch.uint8:  # bnb_4bit_quant_storage
         packed = edit.call(aten.view.dtype, packed, torch.uint8)

@@ -6,7 +6,8 @@ of integer weights (formats/modules.py), FP8 in files (formats/fp8.py).
 
     weight                          float8_e4m3fn [N, K]
     weight_scale, weight_scale_inv  one number, [N], [N, 1], [N, G] or [ceil(N/bn), ceil(K/bk)];
-                                    weights are multiplied by it, whatever its name is
+                                    weights are multiplied by it, whatever its name is; bytes are
+                                    those of e8m0 (MXFP8)
 
 Read are compressed-tensors, transformers' FP8Linear (DeepSeek, Qwen, MiniMax) and FbgemmFp8Linear.
 Most of them quantise activations to FP8 as well, which our kernels do not.
@@ -47,7 +48,7 @@ class _StandIn(nn.Module):
 def _scale(module: Any) -> Tensor:
     name = "weight_scale_inv" if hasattr(module, "weight_scale_inv") else "weight_scale"
     found: Tensor = getattr(module, name)
-    return found
+    return found.view(torch.float8_e8m0fnu) if found.dtype == torch.uint8 else found
 
 
 def _spread(scale: Tensor, shape: Sequence[int], block: Sequence[int] | None) -> Tensor:
@@ -85,6 +86,4 @@ def spelled_out(module: Any) -> SpelledOut | None:
         block, activations = None, True
     else:
         return None
-    if _scale(module).dtype == torch.uint8:
-        return None  # exponents (MXFP8): no number that a weight is multiplied by
     return SpelledOut(lambda: _StandIn(module, block), activations)
