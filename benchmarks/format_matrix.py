@@ -44,6 +44,12 @@ MIXTURES = (
     "fp8 blocks", "packed fp8", "modelopt fp8", "auto-round gptq", "bitsandbytes int8",
 )  # fmt: skip
 GGUF_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+# Blocks of up to 256 weights
+GGUF_WIDE = (
+    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S",
+    "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "NVFP4",
+)  # fmt: skip
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
 # Writes a checkpoint into a folder; returns its path and the model that it stands for.
 Write = Callable[[Path], tuple[Path, Any]]
 
@@ -60,11 +66,16 @@ def rows() -> Iterator[tuple[str, Write, bool]]:
     yield "MXFP4, gpt-oss", lambda d: (d, tiny_checkpoints.write_gpt_oss(d)), False
     for kind in GGUF_TYPES:
         yield f"GGUF {kind}", lambda d, kind=kind: gguf(d, kind), False
+    for kind in GGUF_WIDE:
+        yield f"GGUF {kind}", lambda d, kind=kind: gguf(d, kind, "qwen3", **WIDE), False
+    for kind in ("Q5_K", "IQ3_S", "NVFP4"):
+        mixture = lambda d, kind=kind: gguf(d, kind, "mixtral", **WIDE)  # noqa: E731
+        yield f"GGUF {kind}, mixture of experts", mixture, False
     yield "GGUF MXFP4, gpt-oss", lambda d: gguf(d, "MXFP4", "gpt-oss"), False
 
 
-def gguf(directory: Path, kind: str, model: str = "llama tied") -> tuple[Path, Any]:
-    """``kind``: of linears, or of experts where there are any; the rest is Q8_0."""
+def gguf(directory: Path, kind: str, model: str = "llama tied", **sizes: int) -> tuple[Path, Any]:
+    """``kind``: of linears, or of gpt-oss's experts; the rest is Q8_0."""
     from gguf import GGMLQuantizationType as Type
     from tiny_gguf_models import CASES, write_model
 
@@ -73,8 +84,8 @@ def gguf(directory: Path, kind: str, model: str = "llama tied") -> tuple[Path, A
 
     directory.mkdir()
     path = directory / "tiny.gguf"
-    rest = Type[kind] if model == "llama tied" else Type.Q8_0
-    write_model(path, CASES[model], rest, table=Type.Q8_0, experts=Type[kind])
+    rest = Type.Q8_0 if model == "gpt-oss" else Type[kind]
+    write_model(path, CASES[model], rest, table=Type.Q8_0, experts=Type[kind], **sizes)
     return path, gguf_models.load_dense(GGUFFile(path))
 
 
