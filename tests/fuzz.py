@@ -185,8 +185,12 @@ def main(arguments: list[str] | None = None) -> int:
     for failure in done.failures:
         print(f"--seed {options.seed} --first {failure['index']} --cases 1: {failure['error']}")
     if options.json:
+        emulated = options.device.startswith("sm_")
+        environment = provenance.environment(torch.device("cpu" if emulated else options.device))
+        if emulated:
+            environment["device"] = f"{options.device}, emulated on a CPU"
         summary = {
-            "environment": provenance.environment(torch.device(options.device)),
+            "environment": environment,
             "seed": options.seed,
             "problems": options.problems,
             "seconds": round(time.monotonic() - start, 1),

@@ -177,6 +177,22 @@ def test_every_nvfp4_code_and_scale_is_that_of_gguf_bit_for_bit(tmp_path: Path) 
     assert file.sidecars("b.scale") == ()
 
 
+def test_bits_are_signs_lowest_first(tmp_path: Path) -> None:
+    """Q1_0, which the gguf package does not dequantise."""
+    kind = getattr(Type, "Q1_0", None)
+    if kind is None:
+        pytest.skip("this version of gguf has no Q1_0")
+    signs = rng.integers(0, 2, (3, 4, 128), dtype=np.uint8)
+    scales = np.array([0.5, 0.25, 1.5], np.float16)[:, None, None].repeat(4, 1)
+    raw = np.concatenate([scales.view(np.uint8), np.packbits(signs, -1, "little")], -1)
+    writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
+    writer.add_tensor("w", raw.reshape(3, -1), raw_dtype=kind)
+    weight = GGUFFile(finish(writer, tmp_path / "w.gguf")).weight("w")
+    assert (weight.bits, weight.group_size, weight.shape) == (4, 128, (3, 512))
+    expected = ((2.0 * signs - 1) * scales).reshape(3, -1)
+    np.testing.assert_array_equal(weight.dequantize().numpy(), expected)
+
+
 @pytest.mark.parametrize(
     ("byte", "scale", "message"),
     [

@@ -44,7 +44,7 @@ _IDS = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
     13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
     21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
-    40: "NVFP4",
+    40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 BLOCK_TYPES = _WHOLE_TYPES | GRID_TYPES
 _BLOCKS = {name: (form.weights, form.bytes) for name, form in BLOCK_TYPES.items()}

@@ -1,4 +1,4 @@
-"""The block types of GGUF below four bits: codes that index grids of 4 or 8 numbers, and ternary.
+"""GGUF's block types below four bits: codes that index grids of 4 or 8 numbers, ternary, binary.
 
     type     weights  bytes  a weight                       group  kept as
     IQ1_S        256     50  (grid + δ)·d(2s+1)                32  INT4, zeros 1 - δ
@@ -10,6 +10,7 @@
     IQ3_S        256    110  ±grid·d(2s+1)                     32  INT4, zeros 7.5
     TQ1_0        256     54  t·d, five t a byte               256  INT4
     TQ2_0        256     66  t·d, four t a byte               256  INT4
+    Q1_0         128     18  ±d, a bit each                   128  INT4
 
 d is fp16, s has 3 or 4 bits, δ = ±1/8, t is -1, 0 or 1. The numbers of a grid are -1, 0 and 1
 (IQ1), 8, 25 and 43 (IQ2), 4 to 62 (IQ3_XXS) or odd ones up to 15 (IQ3_S): integers all, so that
@@ -108,6 +109,11 @@ def _tq2_0(blocks: Bytes, halves: Halves) -> Decoded:
     return _ternary(digits, halves(blocks[..., 64:]))
 
 
+def _q1_0(blocks: Bytes, halves: Halves) -> Decoded:
+    bits = np.unpackbits(blocks[..., 2:], axis=-1, bitorder="little")
+    return _ternary(2 * bits, halves(blocks[..., :2]))
+
+
 def _ternary(digits: np.ndarray, scales: Tensor) -> Decoded:
     codes = torch.from_numpy(digits.astype(np.int8)).flatten(1) - 1
     return Decoded(pack(codes & 15), scales, None)
@@ -170,4 +176,5 @@ GRID_TYPES = {
     "IQ3_S": BlockType(256, 110, 4, 32, _iq3_s),
     "TQ1_0": BlockType(256, 54, 4, 256, _tq1_0),
     "TQ2_0": BlockType(256, 66, 4, 256, _tq2_0),
+    "Q1_0": BlockType(128, 18, 4, 128, _q1_0),
 }
