@@ -102,6 +102,7 @@ class Hopper:
 
     @property
     def static_smem(self) -> int:
+        """Of NF4's table, which hopper_weights.cuh has up to as many tokens."""
         return nf4_pairs_bytes(self.w_kind) if self.block_m <= 64 else 0
 
     @property

@@ -46,7 +46,7 @@ def tables(evaluation: Evaluation) -> list[Table]:
         constant.append(all(constant[i] for i in used))
         if op.target not in _LOOK_UPS:
             continue
-        first = op.args[1 if op.target == "aten.embedding.default" and not op.args else 0]
+        first = op.args[0]
         value = evaluation.values[first["v"]]
         if value.numel() == NUMBERS and value.is_floating_point():
             found[first["v"]] = Table(value.float().flatten(), constant[first["v"]])
