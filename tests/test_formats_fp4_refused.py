@@ -93,7 +93,7 @@ def test_tensors_that_do_not_fit(
 
 @pytest.mark.parametrize(
     "algorithm",
-    ["FP8_PB_WO", "W4A8_AWQ", "NVFP4_AWQ", "NVFP4_SVD", "W4A8_NVFP4_FP8", "MXFP8", None, 4],
+    ["FP8_PB_WO", "W4A8_AWQ", "NVFP4_AWQ", "NVFP4_SVD", "W4A8_NVFP4_FP8", "MXFP6", None, 4],
 )
 def test_other_algorithms_of_modelopt(tmp_path: Path, algorithm: Any) -> None:
     write(tmp_path, FORMS["modelopt nvfp4"])

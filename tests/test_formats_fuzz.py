@@ -167,7 +167,7 @@ def test_mutated_gguf_files_raise_our_errors(
     gguf = pytest.importorskip("gguf")
     from tiny_gguf import finish
 
-    from intlass_ops.formats.gguf import FP4, QUANTIZED, GGUFFile
+    from intlass_ops.formats.gguf import FP4_TYPES, QUANTIZED, GGUFFile
 
     count = 2000 if request.config.getoption("--thorough") else 100
     rng = random.Random("gguf")
@@ -184,7 +184,7 @@ def test_mutated_gguf_files_raise_our_errors(
     def read() -> None:
         file, held = GGUFFile(path), 0
         for name, info in file.tensors.items():
-            if info.type == FP4:
+            if info.type in FP4_TYPES:
                 stored = file.fp4(name)
                 held += stored.read().nbytes + stored.read_scales().nbytes
             else:

@@ -217,7 +217,7 @@ def test_gptq_version_is_not_guessed(tmp_path: Path) -> None:
         ("gptq v1", {"quant_method": "aqlm"}, "quant_method is 'aqlm'; read are gptq"),
         ("gptq v1", {"sym": True}, "says symmetric, but zero points differ from 8"),
         ("awq", {"version": "gemv"}, "version is 'gemv'"),
-        ("packed w4a16", {"format": "mxfp8-quantized"}, "format is 'mxfp8-quantized'"),
+        ("packed w4a16", {"format": "mxfp6-pack-quantized"}, "format is 'mxfp6-pack"),
         ("packed w4a16", {"config_groups": {}}, "config_groups is {}"),
         ("packed w4a16", {"transform_config": {"r": 1}}, "transform_config"),
     ],

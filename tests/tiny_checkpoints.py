@@ -190,11 +190,15 @@ def fp8(w: Fp8Weight, scale: str = "weight_scale", more: str = "") -> dict[str, 
     return tensors | ({more: torch.tensor(0.01)} if more else {})
 
 
+def draw_mxfp8(n: int, k: int, seed: int, **how: Any) -> Fp8Weight:
+    """With scales that are powers of two."""
+    w = draw_fp8(n, k, seed, **how)
+    w.s = torch.exp2(w.s.log2().floor())
+    return w
+
+
 def mxfp8(w: Fp8Weight) -> dict[str, Tensor]:
-    """Scales as bytes of e8m0: of the next smaller power of two, which ``w`` has from now on."""
-    exponents = w.s.log2().floor()
-    w.s = torch.exp2(exponents)
-    return {"weight": w.codes(), "weight_scale": (exponents + 127).to(torch.uint8)}
+    return {"weight": w.codes(), "weight_scale": (w.s.log2() + 127).to(torch.uint8)}
 
 
 def compressed(bits: int, form: str, activation: int | None = None) -> dict[str, Any]:
@@ -445,10 +449,10 @@ FORMS = {
     "packed mxfp8": Form(
         {"block": (1, 32)}, mxfp8,
         {**compressed_fp8(strategy="group", group_size=32), "format": "mxfp8-quantized"},
-        make=draw_fp8,
+        make=draw_mxfp8,
     ),
     "modelopt mxfp8": Form(
-        {"block": (1, 32)}, mxfp8, {**MODELOPT_CONFIG, "quant_algo": "MXFP8"}, make=draw_fp8
+        {"block": (1, 32)}, mxfp8, {**MODELOPT_CONFIG, "quant_algo": "MXFP8"}, make=draw_mxfp8
     ),
     "modelopt fp8": Form(
         {"block": (None, None)}, lambda w: fp8(w, "weight_scale", "input_scale"),
