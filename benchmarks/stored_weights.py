@@ -24,11 +24,11 @@ from torch import Tensor
 
 from intlass_ops import (
     explain,
+    lut4,
     matmul_fp8_bf16_tn,
     matmul_int4_bf16_tn,
     matmul_int8_bf16_tn,
-    matmul_nf4_bf16_tn,
-    nf4,
+    matmul_lut4_bf16_tn,
     provenance,
 )
 from intlass_ops.bench import parse_numbers, parse_shapes, timing
@@ -82,7 +82,7 @@ FORMS = {
 
 def product(form: Form, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     if form.nf4:
-        return matmul_nf4_bf16_tn(x, codes, scales)
+        return matmul_lut4_bf16_tn(x, codes, scales)
     if form.bits == 4:
         return matmul_int4_bf16_tn(x, codes, scales, zeros)
     if form.codes == FP8:
@@ -94,7 +94,7 @@ def error(form: Form, x: Tensor, weight: tuple[Tensor, Tensor, Tensor | None], y
     """Of some rows and tokens, in units of eps(bf16) * (|x| @ |w|)."""
     codes, scales, zeros = weight[0][:CHECKED], weight[1][:CHECKED], weight[2]
     if form.nf4:
-        q = nf4.decode(codes, x.shape[-1], x.dtype).double()
+        q = lut4.decode(codes, x.shape[-1], "nf4", x.dtype).double()
     elif form.bits == 4:
         q = torch.stack((codes & 15, codes >> 4), -1).flatten(1).double()
         q = q if zeros is not None else torch.where(q > 7, q - 16, q)

@@ -28,7 +28,7 @@ from .fused_quantize import (
     fused_quantize_nv,
 )
 from .gptq import gptq
-from .nf4_linear import Nf4Linear
+from .lut4_linear import Lut4Linear
 from .nn import IntExpertLinear, IntLinear
 from .ops import (
     dequantize,
@@ -37,10 +37,10 @@ from .ops import (
     matmul_fp8_bf16_tn,
     matmul_int4_bf16_tn,
     matmul_int8_bf16_tn,
+    matmul_lut4_bf16_tn,
     matmul_mxf4_bf16_tn,
     matmul_mxf8_bf16_nn,
     matmul_mxf8_bf16_tn,
-    matmul_nf4_bf16_tn,
     matmul_nvf4_bf16_tn,
     mixed_mm,
     pack_int4,
@@ -130,7 +130,7 @@ __all__ = [
     "KernelCompileError",
     "KernelLaunchError",
     "KernelNotReadyError",
-    "Nf4Linear",
+    "Lut4Linear",
     "QATConfig",
     "QATLinear",
     "RotatedIntLinear",
@@ -166,10 +166,10 @@ __all__ = [
     "matmul_fp8_bf16_tn",
     "matmul_int4_bf16_tn",
     "matmul_int8_bf16_tn",
+    "matmul_lut4_bf16_tn",
     "matmul_mxf4_bf16_tn",
     "matmul_mxf8_bf16_nn",
     "matmul_mxf8_bf16_tn",
-    "matmul_nf4_bf16_tn",
     "matmul_nvf4_bf16_tn",
     "mixed_mm",
     "mxfp4_dequantize",

@@ -1,4 +1,4 @@
-"""Fast CPU products of INT4, INT8, FP8, FP4 and NF4 weights: cpu_kernels.cpp, compiled here, once.
+"""Fast CPU products of weights of 4 and 8 bits: cpu_kernels.cpp, compiled here, once.
 
 Lives here: building and calling those kernels. A plan holds what a call's signature (dtypes,
 shapes, strides) decides, so that the next such call only fills in pointers. Not here: argument
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import batch_invariance, nf4
+from . import batch_invariance, lut4
 from .cuda.cache import CubinCache, default_directory
 from .errors import KernelCompileError
 
@@ -69,7 +69,7 @@ _KIND = {
 }
 _OF_BYTES = {"s8": "matmul_int8", "e4m3": "matmul_fp8"}  # kernels of a code a byte
 _FP4_SCALES, _FP4_CODES = {32: 7, 16: 8}, 9  # by the size of a group: e8m0, e4m3; e2m1
-_SIXTEEN = 10  # values of NF4's codes
+_SIXTEEN = 10  # values of a table's codes
 _X_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _load_lock = threading.Lock()
@@ -109,8 +109,8 @@ class Plan:
             self.zeros = _FP4_CODES, 0, 0
             self.unit = 4.0 if group_size == 32 else 1.0
         self.values: Any = None  # of codes that are neither integers nor e2m1
-        if problem.w_kind == "nf4":
-            self.values = _nf4_values(_X_DTYPE[problem.x_kind])
+        if problem.w_kind in lut4.TABLES:
+            self.values = _values(problem.w_kind, _X_DTYPE[problem.x_kind])
             self.zeros = _SIXTEEN, 0, 0
         self.zero_type = None if zeros is None or zeros.dtype in _KIND else torch.float32
         self.of_bytes = _OF_BYTES.get(problem.w_kind)
@@ -203,10 +203,9 @@ def make(
 
 
 @functools.cache
-def _nf4_values(dtype: torch.dtype) -> Any:
-    """The numbers, rounded to ``dtype``, as sixteen C floats."""
-    values = torch.tensor(nf4.VALUES, dtype=dtype, device="cpu").tolist()
-    return (ctypes.c_float * 16)(*values)
+def _values(table: str, dtype: torch.dtype) -> Any:
+    """Its numbers, rounded to ``dtype``, as sixteen C floats."""
+    return (ctypes.c_float * 16)(*lut4.numbers(table, dtype).tolist())
 
 
 def _table(t: Tensor | None) -> tuple[int, int, int]:

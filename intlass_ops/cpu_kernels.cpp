@@ -2,7 +2,7 @@
 //
 // w = (q - zeros) * scales. INT4: two codes a byte, even k in the low nibble (packing.py); INT8: one.
 // FP8 (e4m3) is INT8 whose 256 values are others.
-// FP4 (fp4.py) and NF4 (nf4.py) are INT4 whose sixteen values are others.
+// FP4 (fp4.py) and tables (lut4.py) are INT4 whose sixteen values are others.
 // Every value is decoded to float32 exactly as written and summed in float32, a partial sum a lane.
 // Few rows of a: straight into the sums. Many: some rows of w at a time into the first-level cache,
 // then a tile of 4 rows of a by kTileRows of w a step, whose sums are all in registers.
@@ -105,7 +105,7 @@ template <int L> inline float sum(typename Lanes<L>::Float v) {
   return t[0];
 }
 
-// The last four: scales of FP4, what its codes have in place of zeros, and what NF4's have: a table of
+// The last four: scales of FP4, what its codes have in place of zeros, and what tables' have: an array of
 // sixteen floats.
 enum Kind : int {
   kNone, kFloat32, kBFloat16, kFloat16, kInt32, kInt8, kUInt8, kE8M0, kE4M3, kE2M1, kSixteen
@@ -214,8 +214,8 @@ struct Row {
   const float *scales, *zeros;
 };
 
-// Nibbles of L bytes to (q - zero) * scale, or of FP4 and NF4 to value * scale. AVX-512 looks the
-// sixteen values up in a register; AVX2 the eight magnitudes of FP4, or NF4's values in two registers,
+// Nibbles of L bytes to (q - zero) * scale, or of FP4 and tables to value * scale. AVX-512 looks the
+// sixteen values up in a register; AVX2 the eight magnitudes of FP4, or a table's values in two registers,
 // `scale` and `zero`.
 template <int L> struct Nibbles {
   using Float = typename Lanes<L>::Float;

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from . import side_by_side
+from .formats import bitsandbytes_modules
 from .formats import modules as formats
-from .formats import nf4_modules
 from .integrations import weight_readers
 from .lowering import capture, fp8_modules
 from .lowering.fp8 import is_code_type
@@ -32,14 +32,14 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 def prepare_(model: nn.Module, *, same_codes: bool = True) -> list[Decision]:
     """Convert every quantised linear of ``model``, in place, one after the other.
 
-    For linears of torchao, HQQ, optimum-quanto, GPTQ, AWQ, compressed-tensors, bitsandbytes (NF4),
-    GGUF, BitLinear and hand-written modules: their codes, scales, zero points and biases are packed
-    into an `IntLinear`, an `Fp8Linear` or an `Nf4Linear` (or, with quantised activations, act-order
-    or 8-bit zero points, a module that keeps the library's own activation arithmetic), and the
-    original is released before the next one is read. The result needs no library, runs eager and
-    under any torch.compile, and holds each weight once. What a module computes is found by tracing
-    it and proved on its own values, as under ``torch.compile(backend="intlass")``; a module that
-    cannot be proved stays as it is. NF4's are read by the tensors that they hold.
+    For linears of torchao, HQQ, optimum-quanto, GPTQ, AWQ, compressed-tensors, bitsandbytes (4
+    bits), GGUF, BitLinear and hand-written modules: their codes, scales, zero points and biases are
+    packed into an `IntLinear`, an `Fp8Linear` or a `Lut4Linear` (or, with quantised activations,
+    act-order or 8-bit zero points, a module that keeps the library's own activation arithmetic),
+    and the original is released before the next one is read. The result needs no library, runs
+    eager and under any torch.compile, and holds each weight once. What a module computes is found
+    by tracing it and proved on its own values, as under ``torch.compile(backend="intlass")``; a
+    module that cannot be proved stays as it is. bitsandbytes' are read by the tensors they hold.
 
     Where the library's own arithmetic is that of ``quantize_int8(full_range=True)``, as that of
     torchao's int8 is, the module is an `IntLinear` too, and the codes are the same bit for bit.
@@ -93,12 +93,12 @@ def _convert(
     session: capture.Session, module: nn.Module, path: str, dtype: torch.dtype, same_codes: bool
 ) -> tuple[nn.Module, Decision]:
     kind = type(module).__name__
-    if nf4_modules.is_4bit(module):
-        found = nf4_modules.converted(module)
+    if bitsandbytes_modules.is_4bit(module):
+        found = bitsandbytes_modules.converted(module)
         if isinstance(found, str):
             return module, _declined(path, kind, found)
         found.train(module.training)
-        return found, Decision(path, path, kind, SWAPPED, "nf4a16", "packed in place")
+        return found, Decision(path, path, kind, SWAPPED, f"{found.kind}a16", "packed in place")
     k = formats.input_size(module)
     if k is None:
         return module, _declined(path, kind, "its number of input features is unknown")

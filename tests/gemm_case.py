@@ -7,6 +7,7 @@ near enough (tolerance.py), calls that must fail (illegal.py).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,9 +29,9 @@ X_DTYPE = {
     "u4": torch.uint8,
 }
 # Of e4m3, places in the row of the codes that are numbers.
-CODES = {"s8": (-128, 127), "s4": (-8, 7), "u4": (0, 15), "nf4": (0, 15), "e4m3": (0, 253)}
+CODES = {"s8": (-128, 127), "s4": (-8, 7), "u4": (0, 15), "e4m3": (0, 253)}
+CODES |= dict.fromkeys(oracle.TABLES, (0, 15))
 # NF4's numbers as bf16 are multiples of 2^-11; in other types those of few bits are -1, 0 and 1.
-NF4_UNITS = {"bf16": 2**11}
 NF4_INTEGERS = (0, 7, 15)
 # "expanded" alone changes values, and comes last so that others can leave it out.
 LAYOUTS = ("contiguous", "transposed", "columns", "padded", "rows", "offset", "expanded")
@@ -40,7 +41,7 @@ SPECIALS = ("one", "zero", "subnormal", "huge", "inf", "nan")
 
 @dataclass(frozen=True)
 class Case:
-    """One call of matmul_int4_bf16_tn, _int8_, _fp8_ or _nf4_bf16_tn, without its numbers."""
+    """One call of matmul_int4_bf16_tn, _int8_, _fp8_ or that of a table, without its numbers."""
 
     x: str
     w: str
@@ -72,14 +73,29 @@ class Case:
     @property
     def packed(self) -> bool:
         """Whether its weights are two a byte."""
-        return self.w in ("s4", "u4", "nf4")
+        return self.w in ("s4", "u4") or self.table is not None
+
+    @property
+    def table(self) -> str | None:
+        """What codes of its weights index."""
+        return self.w if self.w in oracle.TABLES else None
+
+    @property
+    def units(self) -> int:
+        """How many of the numbers' common divisor are 1."""
+        return {"nf4": 2**11 if self.x == "bf16" else 1, "fp4": 2}.get(self.w, 1)
+
+    @property
+    def op_name(self) -> str:
+        return f"matmul_{self.table or {'s8': 'int8', 'e4m3': 'fp8'}.get(self.w, 'int4')}_bf16_tn"
 
     @property
     def op(self) -> Callable[..., Tensor]:
+        if self.table is not None:
+            return functools.partial(ops.matmul_lut4_bf16_tn, table=self.table)
         others: dict[str, Callable[..., Tensor]] = {
             "s8": ops.matmul_int8_bf16_tn,
             "e4m3": ops.matmul_fp8_bf16_tn,
-            "nf4": ops.matmul_nf4_bf16_tn,
         }
         return others.get(self.w, ops.matmul_int4_bf16_tn)
 
@@ -113,13 +129,14 @@ class Call:
         return self.case.op(self.a, self.w, *a_scale, self.scales, **options)
 
     def expected(self) -> oracle.Expected:
-        nf4 = self.case.w == "nf4"
-        return oracle.matmul(self.a, self.w, self.scales, k=self.k, nf4=nf4, **self.options)
+        given = self.a, self.w, self.scales
+        return oracle.matmul(*given, k=self.k, table=self.case.table, **self.options)
 
     def weight(self) -> Tensor:
         """float64 [N, K]."""
-        nf4 = X_DTYPE[self.case.x] if self.case.w == "nf4" else None
-        return oracle.weight(self.w, self.scales, self.options.get("zeros"), self.case.k, nf4)
+        case, zeros = self.case, self.options.get("zeros")
+        of_table = case.table, X_DTYPE[case.x]
+        return oracle.weight(self.w, self.scales, zeros, case.k, *of_table)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Call:
         """The same call with ``change`` applied to every tensor."""
@@ -221,7 +238,7 @@ class _Draw:
         kind, shape = self.case.w, (self.case.n, self.case.k)
         if kind == "e4m3" and self.exact:
             return self.integers(-16, 16, *shape).to(torch.float8_e4m3fn)
-        if kind == "nf4" and self.exact and self.case.x not in NF4_UNITS:
+        if kind == "nf4" and self.exact and self.case.units == 1:
             return stored(kind, torch.tensor(NF4_INTEGERS)[self.integers(0, 2, *shape)])
         return stored(kind, self.integers(*CODES[kind], *shape))
 
@@ -231,8 +248,8 @@ class _Draw:
             return oracle.pack(self.integers(*CODES[case.x], *case.lead, case.k))
         if self.exact:
             quarters = 4 if case.w == "u4" and case.zero.is_floating_point else 1
-            nf4 = NF4_UNITS.get(case.x, 1)
-            largest = {"s8": 128, "s4": 8, "u4": 20, "e4m3": 16, "nf4": nf4}[case.w]
+            of_integers = {"s8": 128, "s4": 8, "u4": 20, "e4m3": 16}
+            largest = of_integers.get(case.w) or int(case.units * max(oracle.TABLES[case.w]))
             largest_weight = largest * 4 * quarters
             bound = max(1, min(100, 2**24 // (largest_weight * max(case.k, 1)) - 3))
             a = self.integers(-bound, bound, *case.lead, case.k).to(X_DTYPE[case.x])
@@ -315,9 +332,9 @@ def float32_is_exact(call: Call) -> bool:
     if 0 in (n, k, call.a.numel()):
         return True
     q = oracle.unpack(call.w, k, case.w == "s4") if case.packed else call.w
-    units = 1
-    if case.w == "nf4":
-        q, units = oracle.nf4_numbers(q, X_DTYPE[case.x]), NF4_UNITS.get(case.x, 1)
+    units = case.units
+    if case.table is not None:
+        q = oracle.numbers(case.table, q, X_DTYPE[case.x])
     x = oracle.unpack(call.a, k, case.x == "s4") if case.x in ("s4", "u4") else call.a
     shift_q, shift_x = (8 if kind == "u4" else 0 for kind in (case.w, case.x))
     q = (q.double() - shift_q).abs()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from intlass_ops import nf4
+from intlass_ops import lut4
 
 N, K, GROUP = 48, 128, 32
 
@@ -318,7 +318,7 @@ class MulSum(SubMul):
 class Nf4(Idiom):
     """The codes index a table, here a buffer: NF4's numbers."""
 
-    NUMBERS = torch.tensor(nf4.VALUES)
+    NUMBERS = lut4.numbers("nf4")
 
     def setup(self, q: Tensor, s: Tensor, z: Tensor) -> None:
         super().setup(q, s, z)

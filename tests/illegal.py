@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import oracle
 import torch
 from gemm_case import Call, Case
 from torch import Tensor
@@ -27,7 +28,10 @@ class Mutation:
         return self.name
 
 
-_OF_FLOATS = ("e4m3", "nf4")  # weights whose ops take no integer activations and no zero points
+_OF_FLOATS = (
+    "e4m3",
+    *oracle.TABLES,
+)  # weights whose ops take no integer activations and no zero points
 
 
 def _option(call: Call, **options: object) -> Call:

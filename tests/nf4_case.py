@@ -1,6 +1,7 @@
 """NF4 weights, what they are exactly, and bitsandbytes' layout of them, written without its code.
 
-Not here: tests (test_nf4_linear.py, test_formats_nf4.py), checkpoints (tiny_checkpoints.py).
+Not here: tests (test_lut4_linear.py, test_formats_bitsandbytes_4bit.py), checkpoints
+(tiny_checkpoints.py).
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ class Nf4Weight:
     nested: Nested | None = None
 
     def packed(self) -> Tensor:
-        """As an `Nf4Linear` has them: the even element low."""
+        """As an `Lut4Linear` has them: the even element low."""
         return (self.q[:, ::2] | (self.q[:, 1::2] << 4)).to(torch.uint8)
 
     def exact(self) -> Tensor:
         group = self.q.shape[1] // self.s.shape[1]
-        return oracle.nf4_numbers(self.q) * self.s.double().repeat_interleave(group, 1)
+        return oracle.numbers("nf4", self.q) * self.s.double().repeat_interleave(group, 1)
 
     def dense(self) -> Tensor:
         return self.exact().float()

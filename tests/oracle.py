@@ -96,17 +96,26 @@ def e4m3(codes: Tensor) -> Tensor:
     return torch.where(bits < 128, magnitude, -magnitude)
 
 
+_OF_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1
+_OF_BITSANDBYTES = (0.0, 1.0, 128.0, 192.0, 64.0, 96.0, 32.0, 48.0)  # 192nds
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+# Numbers that codes index, by the name of the table.
+TABLES: dict[str, tuple[float, ...]] = {
+    "nf4": NF4,
+    "iq4nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "fp4": (*_OF_FP4, *(-number for number in _OF_FP4)),
+    "bnbfp4": (*_OF_BITSANDBYTES, *(-number for number in _OF_BITSANDBYTES)),
+}
 
 
-def nf4_numbers(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """float64 of NF4 codes, each number rounded to ``dtype``."""
-    exact = torch.tensor(NF4, dtype=torch.float64, device=codes.device)
+def numbers(table: str, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """float64 of codes, each number rounded to ``dtype``."""
+    exact = torch.tensor(TABLES[table], dtype=torch.float64, device=codes.device)
     return round_to(exact, dtype).double()[codes.long()]
 
 
@@ -115,15 +124,16 @@ def weight(
     scales: Tensor,
     zeros: Tensor | None,
     k: int,
-    nf4: torch.dtype | None = None,
+    table: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """float64 [N, K] = (q - zeros) * scales.
 
-    ``nf4``: packed codes are those of NF4, its numbers in this dtype.
+    ``table``: packed codes index its numbers, in ``dtype``.
     """
     n = w.shape[0]
-    if nf4 is not None:
-        q = nf4_numbers(unpack(w, k, False), nf4)
+    if table is not None:
+        q = numbers(table, unpack(w, k, False), dtype)
     elif w.dtype == torch.float8_e4m3fn:
         q = e4m3(w)
     else:
@@ -155,14 +165,14 @@ def matmul(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
-    nf4: bool = False,
+    table: str | None = None,
 ) -> Expected:
     """activation(alpha * a_scale * ((a - a_zero) @ w.T) + bias) + residual for each op, before
-    any rounding. ``nf4``: packed weights are NF4, in the dtype of ``a``."""
+    any rounding. ``table``: packed weights index its numbers, in the dtype of ``a``."""
     if k is None:
         k = a.shape[-1] * (2 if a.dtype == torch.uint8 else 1)
     x = activations(a, a_zero, k)
-    dense = weight(w, scales, zeros, k, a.dtype if nf4 else None)
+    dense = weight(w, scales, zeros, k, table, a.dtype)
     y, magnitude = x @ dense.T, x.abs() @ dense.abs().T
     for factor in (a_scale, alpha):
         if factor is not None:

@@ -75,8 +75,8 @@ def shared(
 def product(
     x: str, w: str, m: int, n: int, k: int, group_size: int, dtype: torch.dtype = torch.float32
 ) -> None:
-    ranges = {"s8": (-128, 128), "s4": (-8, 8), "u4": (0, 16), "nf4": (0, 16), "e4m3": (0, 127)}
-    low, high = ranges[w]
+    ranges = {"s8": (-128, 128), "s4": (-8, 8), "u4": (0, 16), "e4m3": (0, 127)}
+    low, high = ranges.get(w, (0, 16))
     codes = torch.randint(low, high, (n, k), dtype=torch.int8, device="cuda")
     scales = torch.rand(n, k // group_size, device="cuda", dtype=dtype)
     if dtype == torch.bfloat16:
@@ -95,9 +95,9 @@ def product(
     bias = torch.randn(n, device="cuda")
     if w == "e4m3":
         intlass_ops.matmul_fp8_bf16_tn(a, codes.view(torch.float8_e4m3fn), scales, bias=bias)
-    elif w == "nf4":
+    elif w in config.LUT4:
         packed = intlass_ops.pack_int4(codes)
-        intlass_ops.matmul_nf4_bf16_tn(a, packed, scales, k=k, bias=bias)
+        intlass_ops.matmul_lut4_bf16_tn(a, packed, scales, table=w, k=k, bias=bias)
     elif w == "s8":
         intlass_ops.matmul_int8_bf16_tn(a, codes, a_scale, scales, a_zero=a_zero, bias=bias)
     else:

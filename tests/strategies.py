@@ -20,11 +20,12 @@ FLOATS = (FP32, BF16, FP16)
 INTS = (torch.uint8, torch.int8, torch.int32)
 ZERO_DTYPES = (*INTS, *FLOATS)
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
-# Every pair of an activation and a weight that has an op.
+# Every pair of an activation and a weight that has an op; of tables that NF4 stands for, some.
 PAIRS = (
     *((x, w) for x in ("bf16", "fp16", "fp32", "s8") for w in ("s4", "u4", "s8")),
     *((x, w) for x in ("s4", "u4") for w in ("s4", "u4")),
     *((x, w) for w in ("e4m3", "nf4") for x in ("bf16", "fp16", "fp32")),
+    *(("bf16", "iq4nl"), ("fp16", "iq4nl"), ("fp32", "fp4"), ("bf16", "fp4"), ("fp16", "bnbfp4")),
 )
 # Types that the random tests on a GPU stay within, to compile few kernels: x, w, scale, zero, out.
 GPU_TYPES = (
@@ -175,8 +176,8 @@ def long_cases() -> list[Case]:
     ]
 
 
-def nf4_cases() -> list[Case]:
-    """NF4's groups and tails of K, and its scales' types, by numbers of tokens."""
+def lut4_cases() -> list[Case]:
+    """A table's groups and tails of K, and its scales' types, by numbers of tokens."""
     forms = (  # x, n, k, group size, scale, out
         ("bf16", 1024, 1024, 64, FP32, None),
         ("bf16", 48, 512, 64, BF16, None),

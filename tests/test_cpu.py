@@ -108,7 +108,7 @@ def test_nf4_is_within_tolerance(n: int, k: int, group: int, m: int, dtype: torc
     a = torch.randn(m, k, generator=seed).to(dtype)
     scales = torch.randn(n, k // group, generator=seed)
     y = matmul_nf4(a, w, scales, k)
-    dense = oracle.weight(w, scales, None, k, dtype)
+    dense = oracle.weight(w, scales, None, k, "nf4", dtype)
     assert_close(y, a.double() @ dense.T, a.double().abs() @ dense.abs().T)
 
 
@@ -119,7 +119,7 @@ def test_every_nf4_number_is_exact(m: int, k: int, group: int, dtype: torch.dtyp
     """In vectors of either width, in both nibbles and in what is left over."""
     codes = (torch.arange(48)[:, None] + 7 * torch.arange(k)) % 16
     w, scales = packing.pack(codes), torch.ones(48, k // group)
-    expected = oracle.nf4_numbers(codes, dtype).T.float()
+    expected = oracle.numbers("nf4", codes, dtype).T.float()
     for first in range(k):
         rows = (torch.arange(m) + first) % k
         y = matmul_nf4(torch.eye(k, dtype=dtype)[rows], w, scales, k)

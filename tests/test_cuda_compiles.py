@@ -5,13 +5,16 @@ instructions it was written for. The cubins go through the kernel cache, so that
 the second test of an architecture, only read them.
 
 Tile sizes do not decide which instruction multiplies: of the configs with the same operand kinds
-and instructions, one is disassembled for each architecture. What sm_89 has in common with sm_86 is
-compiled for it under --thorough alone, but for one config of each source.
+and instructions, one is disassembled for each architecture. Under --thorough alone everything is
+compiled for every architecture. Else of code that is alike but for a constant one config is, what
+sm_89 has in common with sm_86 is compiled for it but once for each source, and what architectures
+of the same shared memory have in common for one of them, the first of its operand kinds for all.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,20 +33,51 @@ Chosen = dict[tuple[str, str], list[Any]]  # the configs of each (kernel source,
 
 # NVRTC makes the same code for both.
 TWIN = {"sm_89": "sm_86"}
+# Of as much shared memory, or nearly: these share out what they have in common.
+SIBLINGS = (("sm_80", "sm_90a", "sm_100"), ("sm_86", "sm_120"))
+# Fields that are constants of loops and of addresses: code that differs in nothing else is alike.
+CONSTANTS = ("resident_blocks", "split_k")
 
 
 def by_kernel_and_arch(thorough: bool = False) -> Chosen:
     """What is shipped, without repetition."""
-    found: dict[tuple[str, str], dict[Any, None]] = defaultdict(dict)
+    found: dict[tuple[str, str], dict[Any, Any]] = defaultdict(dict)  # by what is alike
     for c, archs in config.shipped_configs():
         for arch in archs:
-            found[c.source, arch][c] = None
+            found[c.source, arch].setdefault(c if thorough else _alike(c), c)
     for (name, arch), configs in found.items():
         twin = () if thorough else found.get((name, TWIN.get(arch, "")), ())
-        common = [c for c in configs if c in twin]
-        for c in common[1:]:
-            del configs[c]
-    return {key: list(configs) for key, configs in found.items()}
+        common = [alike for alike in configs if alike in twin]
+        common.sort(key=lambda alike: configs[alike] != twin[alike])  # the same ones first
+        for alike in common[1:]:
+            del configs[alike]
+    if not thorough:
+        for name in {name for name, _ in found}:
+            for siblings in SIBLINGS:
+                _share_out([found[name, arch] for arch in siblings if (name, arch) in found])
+    return {key: list(configs.values()) for key, configs in found.items()}
+
+
+def _alike(c: Any) -> tuple[Any, ...]:
+    values = {field.name: getattr(c, field.name) for field in dataclasses.fields(c)}
+    return type(c), *((name, v if name not in CONSTANTS else v > 1) for name, v in values.items())
+
+
+def _share_out(shipped: list[dict[Any, Any]]) -> None:
+    """Leave each config to one of them in turn, of each operand kinds the first to all."""
+    turns: dict[Any, int] = defaultdict(int)
+    for alike, c in dict(itertools.chain(*(configs.items() for configs in shipped))).items():
+        where = [configs for configs in shipped if alike in configs]
+        turn = turns[_kinds(c)]
+        turns[_kinds(c)] += 1
+        for configs in where if turn else ():
+            if configs is not where[turn % len(where)]:
+                del configs[alike]
+
+
+def _kinds(c: Any) -> tuple[Any, ...]:
+    fields = dataclasses.fields(c)
+    return tuple(getattr(c, field.name) for field in fields if field.name.endswith("_kind"))
 
 
 def to_disassemble(compiled: Chosen) -> Chosen:
@@ -52,10 +86,9 @@ def to_disassemble(compiled: Chosen) -> Chosen:
     for (name, arch), configs in compiled.items():
         paths: dict[Any, Any] = {}
         for c in configs:
-            names = [field.name for field in dataclasses.fields(c) if field.name.endswith("_kind")]
             expected = c.expected_sass(arch)
             if expected:
-                paths.setdefault((*(getattr(c, name) for name in names), expected), c)
+                paths.setdefault((*_kinds(c), expected), c)
         if paths:
             found[name, arch] = list(paths.values())
     return found

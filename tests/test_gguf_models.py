@@ -19,7 +19,14 @@ from gguf import GGMLQuantizationType as Type  # noqa: E402
 from tiny_gguf import HIDDEN  # noqa: E402
 from tiny_gguf_models import CASES, LLAMA3, Case, write_model  # noqa: E402
 
-from intlass_ops import Fp4ExpertLinear, Fp4Linear, IntExpertLinear, IntLinear, load_pretrained  # noqa: E402
+from intlass_ops import (  # noqa: E402
+    Fp4ExpertLinear,
+    Fp4Linear,
+    IntExpertLinear,
+    IntLinear,
+    Lut4Linear,
+    load_pretrained,
+)
 from intlass_ops.formats import FormatError  # noqa: E402
 from intlass_ops.formats.gguf import GGUFFile  # noqa: E402
 from intlass_ops.integrations import gguf_models  # noqa: E402
@@ -54,7 +61,7 @@ def dense_of(model: Any, name: str) -> torch.Tensor:
     if hasattr(module, last + SUFFIX):
         dense = getattr(module, last + SUFFIX).dequantize()
         return dense.transpose(1, 2) if module.is_transposed else dense
-    if last == "weight" and isinstance(module, Fp4Linear):
+    if last == "weight" and isinstance(module, (Fp4Linear, Lut4Linear)):
         return module.dequantize()
     if last == "weight" and isinstance(module, IntLinear):
         return linear_of(module, torch.float32).weight
@@ -136,6 +143,12 @@ def test_k_quants(tmp_path: Path, kind: Type) -> None:
     for name, value in original.named_parameters():
         torch.testing.assert_close(dense_of(model, name), value, rtol=1e-5, atol=1e-5, msg=name)
     assert_same(model(IDS).logits, original(IDS).logits)
+    if kind == Type.IQ4_XS:  # in four bits
+        assert {layer.kind for layer in model.modules() if isinstance(layer, Lut4Linear)} == {
+            "iq4nl"
+        }
+        model.save_pretrained(tmp_path / "ours")
+        assert torch.equal(load_pretrained(tmp_path / "ours")(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize(

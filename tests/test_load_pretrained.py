@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import FORMS, Weight, draw, linears, write, write_experts
 from transformers.quantizers.base import HfQuantizer
 
-from intlass_ops import Fp4Linear, Fp8Linear, IntLinear, Nf4Linear, dequantize, pack_int4
+from intlass_ops import Fp4Linear, Fp8Linear, IntLinear, Lut4Linear, dequantize, pack_int4
 from intlass_ops.formats import FormatError
 from intlass_ops.formats.checkpoint import Checkpoint
 from intlass_ops.formats.experts import stacked
@@ -44,7 +44,7 @@ def test_codes_come_over_exactly_and_generation_agrees(tmp_path: Path, name: str
         assert torch.equal(weight.dequantize(), dense[path]), path
 
     model = load_pretrained(tmp_path / "theirs")
-    kinds = (Fp4Linear, Fp8Linear, IntLinear, Nf4Linear, PackedLinear)
+    kinds = (Fp4Linear, Fp8Linear, IntLinear, Lut4Linear, PackedLinear)
     layers = [m for m in model.modules() if isinstance(m, kinds)]
     assert len(layers) == len(dense)
     logits, reference = model(PROMPT).logits, expected(PROMPT).logits

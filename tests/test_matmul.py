@@ -38,7 +38,7 @@ from intlass_ops import (
     dequantize,
     matmul_int4_bf16_tn,
     matmul_int8_bf16_tn,
-    matmul_nf4_bf16_tn,
+    matmul_lut4_bf16_tn,
     packing,
 )
 from intlass_ops.ops import matmul_fp8_bf16_tn
@@ -94,17 +94,17 @@ def test_identity_activations_reproduce_the_weights(case: Case, device: str) -> 
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("w", ["s4", "u4", "s8", "e4m3", "nf4"])
+@pytest.mark.parametrize("w", ["s4", "u4", "s8", "e4m3", *oracle.TABLES])
 def test_dequantize_rounds_the_exact_weights(w: str, dtype: torch.dtype, device: str) -> None:
     for k, groups in ((96, 6), (96, 2), (96, 1), (33, 1), (0, 1)):
         call = build(Case("bf16", w, k=k, groups=groups, zero=BF16, scale=BF16), device)
         if w == "e4m3":
             call.w = stored(w, every_code(w, 48, k)).to(device)
-        zeros, nf4 = call.options.get("zeros"), FP32 if w == "nf4" else None
-        expected = oracle.round_to(oracle.weight(call.w, call.scales, zeros, k, nf4), dtype)
+        zeros, table = call.options.get("zeros"), call.case.table
+        expected = oracle.round_to(oracle.weight(call.w, call.scales, zeros, k, table), dtype)
         for layout in ("contiguous", "transposed", "columns"):
             w_of_layout = relayout(call.w, layout)
-            dense = dequantize(w_of_layout, call.scales, zeros, k=k, dtype=dtype, of_nf4=w == "nf4")
+            dense = dequantize(w_of_layout, call.scales, zeros, k=k, dtype=dtype, table=table)
             assert_identical(dense, expected)
             assert dense.is_contiguous()
 
@@ -127,9 +127,9 @@ def test_bias_joins_before_the_rounding(x: str, w: str, out: torch.dtype, device
     elif w == "e4m3":
         codes = codes.to(torch.float8_e4m3fn)
         y = matmul_fp8_bf16_tn(a, codes, ones, bias=bias, out_dtype=out)
-    elif w == "nf4":
-        packed = oracle.pack(15 * codes)
-        y = matmul_nf4_bf16_tn(a, packed, ones, bias=bias, out_dtype=out)
+    elif w in oracle.TABLES:
+        packed = oracle.pack(oracle.TABLES[w].index(1.0) * codes)
+        y = matmul_lut4_bf16_tn(a, packed, ones, table=w, bias=bias, out_dtype=out)
     else:
         zeros = None if w == "s4" else torch.zeros_like(ones)
         y = matmul_int4_bf16_tn(a, oracle.pack(codes), ones, zeros, bias=bias, out_dtype=out)

@@ -39,7 +39,7 @@ def check_refusal(mutation: Mutation, call: Call) -> None:
     illegal = mutation.mutate(call)
     error = error_of(illegal)
     assert type(error) is mutation.error
-    assert str(error).startswith(f"{call.case.op.__name__}: ")
+    assert str(error).startswith(f"{call.case.op_name}: ")
     for fragment in mutation.fragments(illegal):
         assert fragment in str(error)
     on_meta = error_of(illegal.map(lambda t: t.to("meta")))

@@ -42,9 +42,9 @@ def _matmul(case: Case, **requires_grad: bool) -> tuple[Any, tuple[Any, ...]]:
     last += (o.get("activation"), o.get("residual"))
     if case.w == "e4m3":
         return OPS.matmul_fp8_bf16_tn.default, (call.a, call.w, call.scales, *last[1:])
-    if case.w == "nf4":
+    if case.table is not None:
         args = (call.a, call.w, call.scales, case.k, *last[1:])
-        return OPS.matmul_nf4_bf16_tn.default, args
+        return getattr(OPS, f"matmul_{case.table}_bf16_tn").default, args
     if case.w == "s8":
         args = (call.a, call.w, o.get("a_scale"), call.scales, *last)
         return OPS.matmul_int8_bf16_tn.default, args
@@ -239,6 +239,10 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         ),
         {},
     ),
+    **{
+        table: (*_matmul(Case(x, table, (2, 3), 7, 48, groups=3, bias=FP32), a=True), {})
+        for table, x in (("iq4nl", "bf16"), ("fp4", "fp32"), ("bnbfp4", "fp16"))
+    },
     "nf4-gelu-residual": (
         *_matmul(
             Case("bf16", "nf4", (3,), 7, 33, activation="gelu", residual=True, w_layout="columns"),
@@ -249,7 +253,7 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     ),
     "dequantize-nf4": (
         OPS.dequantize.default,
-        (oracle.pack(_codes(4, 33)), _x(4, 1), None, 33, FP16, True),
+        (oracle.pack(_codes(4, 33)), _x(4, 1), None, 33, FP16, "nf4"),
         {},
     ),
     "experts-fp8": (
@@ -331,7 +335,7 @@ def test_every_op_has_a_sample() -> None:
             "matmul_int4_bf16_tn",
             "matmul_int8_bf16_tn",
             "matmul_fp8_bf16_tn",
-            "matmul_nf4_bf16_tn",
+            *(f"matmul_{table}_bf16_tn" for table in oracle.TABLES),
             "dequantize",
             "fused_quantize",
             "matmul_block_scaled",

@@ -14,7 +14,7 @@ from tolerance import assert_close, assert_identical
 from torch import Tensor
 
 import intlass_ops
-from intlass_ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn, matmul_nf4_bf16_tn
+from intlass_ops import matmul_int4_bf16_tn, matmul_int8_bf16_tn, matmul_lut4_bf16_tn
 from intlass_ops.ops import matmul_fp8_bf16_tn
 
 OPS = torch.ops.intlass
@@ -193,7 +193,7 @@ def _loop(fn: Callable[..., Tensor], in_dims: tuple[int | None, ...], *args: Ten
     )
 
 
-@pytest.mark.parametrize("op", [matmul_int4_bf16_tn, matmul_fp8_bf16_tn, matmul_nf4_bf16_tn])
+@pytest.mark.parametrize("op", [matmul_int4_bf16_tn, matmul_fp8_bf16_tn, matmul_lut4_bf16_tn])
 @pytest.mark.parametrize("in_dims", [(0, None, None), (1, None, None), (0, 0, 0), (None, 0, None)])
 def test_vmap_of_float_activations(in_dims: tuple[int | None, ...], op: Any, device: str) -> None:
     a, w = _codes(4, 4, 32).to(BF16).to(device), _codes(4, 6, 32)

@@ -25,7 +25,7 @@ from ..ops import (
     matmul_fp8_bf16_tn,
     matmul_int4_bf16_tn,
     matmul_int8_bf16_tn,
-    matmul_nf4_bf16_tn,
+    matmul_lut4_bf16_tn,
 )
 from . import timing
 
@@ -170,7 +170,7 @@ class Layer:
             if self.scheme.w_kind == "e4m3":
                 return matmul_fp8_bf16_tn(x, w, scales, out_dtype=torch.bfloat16)
             if self.scheme.w_kind == "nf4":
-                return matmul_nf4_bf16_tn(x, w, scales, out_dtype=torch.bfloat16)
+                return matmul_lut4_bf16_tn(x, w, scales, out_dtype=torch.bfloat16)
             if self.bits == 8:
                 return matmul_int8_bf16_tn(x, w, x_scale, scales, out_dtype=torch.bfloat16)
             return matmul_int4_bf16_tn(

@@ -41,6 +41,7 @@ from .hopper import why_not_hopper as why_not_hopper
 from .hopper_tiles import hopper_candidates as hopper_candidates
 from .problem import ARCHS as ARCHS
 from .problem import BITS as BITS
+from .problem import LUT4 as LUT4
 from .problem import PAIRS as PAIRS
 from .problem import TYPE_BYTES as TYPE_BYTES
 from .problem import Device as Device

@@ -14,6 +14,7 @@ from .hopper import Hopper, TokenSums, why_not_hopper
 from .hopper_tiles import hopper_candidates, pick_hopper
 from .problem import (
     BITS,
+    LUT4,
     Device,
     Grouping,
     Shape,
@@ -59,7 +60,7 @@ def predicted(device: Device, shape: Shape) -> Matmul:
     shape = shape.on(device)
     if why_not_skinny(shape) is None and not _few_tokens_for_hopper(device, shape):
         by_groups = groups_spread(shape) and BITS[shape.x_kind] == 16
-        if shape.w_kind == "nf4" and shape.n > 64 * device.sm_count:
+        if shape.w_kind in LUT4 and shape.n > 64 * device.sm_count:
             by_groups = False
         held = None if by_groups else pick_held(device, shape)
         if held is not None:
@@ -97,7 +98,7 @@ def _few_tokens_for_hopper(device: Device, shape: Shape) -> bool:
     if BITS[shape.w_kind] == 8:  # in groups of 16 each token has four columns of skinny.cu
         return BITS[shape.x_kind] == 8 or shape.m > (4 if groups_of_chunk(shape) > 2 else 8)
     much = shape.n * shape.k >= 490_000 * device.sm_count
-    if shape.w_kind == "nf4":
+    if shape.w_kind in LUT4:
         enough = shape.n * shape.k >= 200_000 * device.sm_count
         return shape.m > 8 and (much or (enough and (groups_spread(shape) or shape.k > 8192)))
     if groups_spread(shape) and weights_take_scales(shape):
@@ -115,7 +116,7 @@ def _streams(device: Device, shape: Shape) -> bool:
     """
     if why_not_ring(shape) is not None:
         return False
-    few = 1 if shape.w_kind == "nf4" else 2
+    few = 1 if shape.w_kind in LUT4 else 2
     fewest_tokens = shape.m <= few and shape.n * shape.k >= 80_000 * device.sm_count
     return fewest_tokens or shape.n >= 64 * device.sm_count
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from .gemm import Gemm, grouping_of, why_illegal
 from .problem import (
     BITS,
+    LUT4,
     SPAN_K,
     Device,
     Grouping,
@@ -72,7 +73,7 @@ def _rows(device: Device, shape: Shape) -> int:
         grouping is Grouping.STRADDLING
         or (shape.has_zeros and (crowded or shape.has_a_zero or grouping is Grouping.SPAN))
         or (not channel and BITS[shape.w_kind] == 8 and (crowded or (floats and sm_90)))
-        or (not channel and shape.w_kind == "nf4" and crowded)
+        or (not channel and shape.w_kind in LUT4 and crowded)
     ):
         return 64  # masked fragments, or sums of x, beside two sets of accumulators
     return 128

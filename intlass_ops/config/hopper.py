@@ -17,7 +17,7 @@ from .problem import (
     Grouping,
     Shape,
     decoded_fp4,
-    nf4_pairs_bytes,
+    lut4_pairs_bytes,
     scales_are_split,
     weights_take_scales,
 )
@@ -102,8 +102,8 @@ class Hopper:
 
     @property
     def static_smem(self) -> int:
-        """Of NF4's table, which hopper_weights.cuh has up to as many tokens."""
-        return nf4_pairs_bytes(self.w_kind) if self.block_m <= 64 else 0
+        """Of a table of numbers, which hopper_weights.cuh has up to as many tokens."""
+        return lut4_pairs_bytes(self.w_kind) if self.block_m <= 64 else 0
 
     @property
     def sharing(self) -> int:

@@ -17,6 +17,7 @@ from .hopper import HALF_SM, HOPPER_BLOCK_K, Hopper
 from .hopper_rates import Tile, hopper_time, tiles_of
 from .problem import (
     BITS,
+    LUT4,
     TYPE_BYTES,
     Device,
     Grouping,
@@ -196,7 +197,7 @@ def _spills(c: Hopper, shape: Shape) -> bool:
         return True  # 112 a thread
     if c.rest_by_k and c.block_m == 128 and c.groups_per_tile > 1:
         return True
-    if c.rest_by_k and c.w_kind == "nf4" and c.groups_per_tile > 4:
+    if c.rest_by_k and c.w_kind in LUT4 and c.groups_per_tile > 4:
         return True
     if whole or c.block_k < HOPPER_BLOCK_K:
         return False

@@ -10,7 +10,18 @@ from enum import IntEnum
 from typing import Protocol
 
 SPAN_K = 32  # k of one span, operands.cuh
-BITS = {"bf16": 16, "fp16": 16, "s8": 8, "s4": 4, "u4": 4, "nf4": 4, "e2m1": 4, "e4m3": 8}
+# Weights whose codes index a table (lut4.py); kernels differ in its numbers alone (lut4.cuh)
+LUT4 = ("nf4", "iq4nl", "fp4", "bnbfp4")
+BITS = {
+    "bf16": 16,
+    "fp16": 16,
+    "s8": 8,
+    "s4": 4,
+    "u4": 4,
+    "e2m1": 4,
+    "e4m3": 8,
+    **dict.fromkeys(LUT4, 4),
+}
 TYPE_BYTES = {
     "float": 4,
     "int": 4,
@@ -26,13 +37,13 @@ PAIRS = (
     *((x, w) for x in ("bf16", "fp16") for w in ("s4", "u4", "s8", "e4m3")),
     *(("s8", w) for w in ("s4", "u4", "s8")),
     *((x, w) for x in ("s4", "u4") for w in ("s4", "u4")),
-    *((x, "nf4") for x in ("bf16", "fp16")),
+    *((x, w) for x in ("bf16", "fp16") for w in LUT4),
 )
 
 
-def nf4_pairs_bytes(w_kind: str) -> int:
-    """Static shared memory of kernels that look NF4 up there: nf4_pairs.cuh."""
-    return 1 << 15 if w_kind == "nf4" else 0
+def lut4_pairs_bytes(w_kind: str) -> int:
+    """Static shared memory of kernels that look codes up there: lut4_pairs.cuh."""
+    return 1 << 15 if w_kind in LUT4 else 0
 
 
 class Grouping(IntEnum):

@@ -16,6 +16,7 @@ from .problem import (
     ARCHS,
     BITS,
     INT4_MMA,
+    LUT4,
     PAIRS,
     Shape,
     decoded_fp4,
@@ -32,6 +33,8 @@ from .transposed import TRANSPOSED_MAX_M, pick_transposed
 from .transposed_wgmma import pick_transposed_wgmma
 from .widen import pick_widen
 
+# Kernels of the other tables differ from NF4's in sixteen constants: _shipped_tables
+_PAIRS = tuple((x, w) for x, w in PAIRS if w not in LUT4[1:])
 _W4A16 = Shape(
     x_kind="bf16",
     w_kind="s4",
@@ -53,7 +56,7 @@ def _shipped_hopper(
 ) -> Iterator[tuple[Hopper | TokenSums, tuple[str, ...]]]:
     h200 = device_of("sm_90a")
     turn = 0
-    for x, w in PAIRS:
+    for x, w in _PAIRS:
         if widens(h200, x):
             continue
         for group_size in (4096, 128, 32 + 32 * (turn % 2)):
@@ -147,6 +150,16 @@ def _shipped_stored() -> Iterator[tuple[Config, tuple[str, ...]]]:
             yield pick(device_of(arch), shape), (arch,)
         if m == 2048:
             yield pick(device_of("sm_90a"), replace(shape, m=512)), ("sm_90a",)
+
+
+def _shipped_tables() -> Iterator[tuple[Config, tuple[str, ...]]]:
+    """Of each table but NF4's: one kernel a way to look codes up, in shared memory and by PRMT."""
+    for turn, w in enumerate(LUT4[1:]):
+        x = ("fp16", "bf16")[turn % 2]
+        shape = replace(_W4A16, x_kind=x, w_kind=w, scale_type="float", group_size=32)
+        yield pick(device_of("sm_90a"), replace(shape, m=2048)), ("sm_90a",)
+        yield pick(device_of(ARCHS[turn]), shape), (ARCHS[turn],)
+        yield pick(device_of(ARCHS[turn]), replace(shape, m=(1, 8, 16)[turn])), (ARCHS[turn],)
 
 
 def _shipped_takers() -> Iterator[tuple[Config, tuple[str, ...]]]:
@@ -323,7 +336,7 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
     types = ("__nv_bfloat16", "float", "__half")
     zero_types = (*types, "unsigned char", "int")
     turn = 0
-    for x, w in PAIRS:
+    for x, w in _PAIRS:
         # From M = 64 on groups share a block shape; one scale a row has another for many tiles.
         cases = [(1, (4096, 128, 64, 32)[turn % 4]), (16, (128, 64, 32, 4096)[turn % 4])]
         cases += [(64, (128, 64, 256)[turn % 3]), (64, 16), (4096, 4096)]
@@ -355,6 +368,7 @@ def shipped_configs() -> Iterator[tuple[Config, tuple[str, ...]]]:
     yield from _shipped_hopper(types, zero_types)
     yield from _shipped_rest()
     yield from _shipped_scaled()
+    yield from _shipped_tables()
     yield from _shipped_takers()
     yield from _shipped_stored()
     yield from _shipped_epilogues()

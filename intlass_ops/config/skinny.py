@@ -10,6 +10,7 @@ from typing import ClassVar
 from .epilogue import Activation, named
 from .problem import (
     BITS,
+    LUT4,
     TYPE_BYTES,
     Device,
     Grouping,
@@ -42,11 +43,11 @@ _TILES = {
         ((1, 16, 2), (1, 16, 2), (1, 16, 1), (1, 8, 2)),
         ((1, 16, 1), (1, 16, 1), (1, 8, 2), (2, 4, 2)),
     ),
-    "nf4": (  # of 4096x14336; for more rows INT4's
+    **dict.fromkeys(LUT4, (  # of 4096x14336 in NF4; for more rows INT4's
         ((1, 8, 2), (1, 8, 2), (2, 8, 2), (2, 4, 2)),
         ((1, 16, 1), None, None, (2, 4, 1)),
-    ),
-}
+    )),
+}  # fmt: skip
 # The same of `bytes_in_groups`, from four layers of FP8 in groups of 128
 _TILES_IN_GROUPS = (
     ((1, 8, 4), (1, 8, 4), (1, 8, 2), (1, 8, 2)),

@@ -10,6 +10,7 @@ from typing import ClassVar
 from .epilogue import Activation, named
 from .problem import (
     BITS,
+    LUT4,
     Device,
     Shape,
     codes_take_scales,
@@ -17,8 +18,8 @@ from .problem import (
     groups_in_columns,
     groups_of_chunk,
     groups_spread,
+    lut4_pairs_bytes,
     mma_sass,
-    nf4_pairs_bytes,
 )
 from .skinny import few_tokens_grouping
 
@@ -117,7 +118,7 @@ def pick_held(device: Device, shape: Shape) -> SkinnyHeld | None:
     if picked is None:
         return None
     fp4 = shape.w_kind == "e2m1"
-    few = 4 if shape.w_kind == "nf4" else 2
+    few = 4 if shape.w_kind in LUT4 else 2
     if picked.split_k > 2 and shape.m <= few and BITS[shape.x_kind] == 16 and not fp4:
         return None  # long rows of few tokens are faster in the ring, where all warps share a row
     # rows for each SM; fewer are as fast loaded at once (skinny.cu)
@@ -156,7 +157,7 @@ def _tiles(shape: Shape, many_rows: bool, split_k: int) -> list[tuple[int, ...]]
         tiles = (
             [(8, 4, 2), (8, 4, 3)] if shape.m <= 4 and not many_turns else [(8, 4, 3), (8, 4, 2)]
         )
-        if shape.w_kind == "nf4" and 4 < shape.m <= 8:
+        if shape.w_kind in LUT4 and 4 < shape.m <= 8:
             tiles.insert(0, (16, 2, 2))
         few = groups_in_columns(shape) and not shape.zeros_in_sums
         return [*tiles, *([(16, 2, 2)] if shape.m <= 8 else []), *([(8, 8, 2)] if few else [])]
@@ -171,7 +172,7 @@ def _tiles(shape: Shape, many_rows: bool, split_k: int) -> list[tuple[int, ...]]
             tiles.insert(0, (16, 2, 2))
     elif shape.m > 8:
         tiles = [(16, 2, 3), (16, 2, 2), (8, 4, 3), (8, 4, 2), (8, 4, 5), (16, 2, 5)]
-        if shape.w_kind == "nf4" and shape.n >= 14336:
+        if shape.w_kind in LUT4 and shape.n >= 14336:
             tiles.insert(0, (16, 2, 2))
         elif not many_turns and shape.x_kind != "e2m1":
             tiles = tiles[4:] + tiles[:4]
@@ -204,7 +205,7 @@ def _config(
     k_warps = math.ceil(chunks / (split_k * warp_chunks))
     resident = int(device.sm_count * blocks_per_sm * PLACES[split_k]) // split_k * split_k
     spills = warps == 16 and warp_chunks == 4 and k_warps > 8 and BITS[shape.x_kind] == 16
-    if shape.w_kind == "nf4" and not codes_take_scales(shape):
+    if shape.w_kind in LUT4 and not codes_take_scales(shape):
         spills |= warps * warp_chunks > 32 or (warps == 16 and shape.m > 8)
     if chunks % warp_chunks or k_warps > warps or not resident or spills:
         return None
@@ -246,5 +247,5 @@ def _config(
         fp16_codes=mx and few_turns,
     )
     room = min(device.smem_per_block, device.smem_per_sm // blocks_per_sm) - 1024
-    room -= nf4_pairs_bytes(shape.w_kind)
+    room -= lut4_pairs_bytes(shape.w_kind)
     return c if c.smem_of(shape.n, shape.k) <= room else None

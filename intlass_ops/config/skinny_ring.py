@@ -10,6 +10,7 @@ from typing import ClassVar
 from .epilogue import Activation, named
 from .problem import (
     BITS,
+    LUT4,
     Device,
     Grouping,
     Shape,
@@ -17,8 +18,8 @@ from .problem import (
     groups_in_columns,
     groups_of_chunk,
     groups_spread,
+    lut4_pairs_bytes,
     mma_sass,
-    nf4_pairs_bytes,
 )
 from .skinny import few_tokens_grouping
 
@@ -32,7 +33,7 @@ _FEWEST_TOKENS: tuple[tuple[int, int, int, int, int], ...] = (
     (1, 8, 8, 3, 2),
     (2, 8, 2, 4, 2),
 )
-_FEWEST_OF_NF4 = (1, 8, 8, 3, 2), (2, 8, 8, 3, 1), (2, 8, 2, 4, 2)  # others spill
+_FEWEST_OF_LUT4 = (1, 8, 8, 3, 2), (2, 8, 8, 3, 1), (2, 8, 2, 4, 2)  # others spill
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,8 @@ def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
         fewest = _FEWEST_TOKENS[1:3] if device.arch.startswith("sm_90") and shape.k > 8192 else ()
     else:
         fewest = (_LONG_ROWS, *_FEWEST_TOKENS) if shape.k > 8192 else _FEWEST_TOKENS
-    if shape.w_kind == "nf4":
-        fewest = _FEWEST_OF_NF4
+    if shape.w_kind in LUT4:
+        fewest = _FEWEST_OF_LUT4
     for tiles_n, warps, most, num_stages, blocks_per_sm in (
         # One token or two: so many warps on a row that x is of use to few rows, and soon read
         *([] if heavy or tokens > 2 else fewest),
@@ -188,7 +189,7 @@ def ring_candidates(device: Device, shape: Shape) -> Iterator[SkinnyRing]:
             blocked=shape.blocked,
         )
         room = min(device.smem_per_block, device.smem_per_sm // blocks_per_sm - 1024)
-        room -= nf4_pairs_bytes(shape.w_kind)
+        room -= lut4_pairs_bytes(shape.w_kind)
         # all of x at once, or for the last choices in segments
         segments = range(1, 9) if warps <= 8 and blocks_per_sm == 1 else (1,)
         for count in segments:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from ..cuda import source
 from ..cuda.cache import default_directory
-from .problem import Device, Shape
+from .problem import LUT4, Device, Shape
 
 SHIPPED = Path(__file__).parent / "tables"
 FORMAT = 1
@@ -59,7 +59,7 @@ def class_of(device: Device, shape: Shape) -> Class | None:
     if shape.zeros_in_sums:
         return None
     group_size = min(shape.group_size, shape.k)
-    kinds = shape.x_kind, shape.w_kind, shape.has_zeros
+    kinds = shape.x_kind, LUT4[0] if shape.w_kind in LUT4 else shape.w_kind, shape.has_zeros
     return device.arch, *kinds, shape.n, shape.k, group_size
 
 

@@ -119,15 +119,15 @@ struct Fp4Fragments : Int4Float16Fragments<bf16, s4> {
   }
 };
 
-// NF4: half a word is half a fragment's row
-template <class X> struct Nf4Fragments : Float16Fragments<X>, Nf4Codes {
+// Of a table: half a word is half a fragment's row
+template <class X, class W> struct Lut4Fragments : Float16Fragments<X>, Lut4Codes {
   static constexpr int words_w = 1;
   static constexpr bool matrix_w = true;
   using Row = typename Float16Fragments<X>::Row;
   static __device__ __forceinline__ typename Float16Fragments<X>::A w(const u32* v) {
     u32 l[2][2], h[2][2];
-    eight_numbers<X>(l, v[0]);
-    eight_numbers<X>(h, v[1]);
+    eight_numbers<X, W>(l, v[0]);
+    eight_numbers<X, W>(h, v[1]);
     return {{l[0][0], h[0][0], l[0][1], h[0][1], l[1][0], h[1][0], l[1][1], h[1][1]}};
   }
   static __device__ __forceinline__ Row plain() { return {0, 0}; }
@@ -139,7 +139,7 @@ template <class X> struct Nf4Fragments : Float16Fragments<X>, Nf4Codes {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       u32 f[2];
-      four_numbers<X>(f, part ? v[h] >> 16 : v[h]);
+      four_numbers<X, W>(f, part ? v[h] >> 16 : v[h]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) a[2 * i + h] = scaled ? rows[h].times(f[i]) : f[i];
     }
@@ -261,8 +261,10 @@ template <bool wide> struct Fragments<bf16, s8, wide> : ByteFloat16Fragments<bf1
 template <bool wide> struct Fragments<fp16, s8, wide> : ByteFloat16Fragments<fp16, s8> {};
 template <bool wide> struct Fragments<bf16, e4m3, wide> : ByteFloat16Fragments<bf16, e4m3> {};
 template <bool wide> struct Fragments<fp16, e4m3, wide> : ByteFloat16Fragments<fp16, e4m3> {};
-template <bool wide> struct Fragments<bf16, nf4, wide> : Nf4Fragments<bf16> {};
-template <bool wide> struct Fragments<fp16, nf4, wide> : Nf4Fragments<fp16> {};
+template <class X, bool wide> struct Fragments<X, nf4, wide> : Lut4Fragments<X, nf4> {};
+template <class X, bool wide> struct Fragments<X, iq4nl, wide> : Lut4Fragments<X, iq4nl> {};
+template <class X, bool wide> struct Fragments<X, fp4, wide> : Lut4Fragments<X, fp4> {};
+template <class X, bool wide> struct Fragments<X, bnbfp4, wide> : Lut4Fragments<X, bnbfp4> {};
 template <bool wide> struct Fragments<bf16, e2m1, wide> : Fp4Fragments {};
 template <bool wide> struct Fragments<s8, s4, wide> : Int4Int8Fragments<s4> {};
 template <bool wide> struct Fragments<s8, u4, wide> : Int4Int8Fragments<u4> {};

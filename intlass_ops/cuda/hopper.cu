@@ -139,7 +139,7 @@ __device__ __forceinline__ void sum_fragments(const Params& all, int slot, int k
   BlockReader block_reader(problem_of_slot(all, slot), row0, lane);
   BlockScales blocks, next_blocks;
   bool too_large[tiles_n] = {};
-  if constexpr (fp4) block_reader.read(next_blocks, segment.begin);
+  if constexpr (block_fp4) block_reader.read(next_blocks, segment.begin);
 
   constexpr int turns = chunks / turn_chunks * tiles_n;
   static_assert(turns % 2 == 0, "the first turn of a tile of K finds its fragments in a[0]");
@@ -160,7 +160,7 @@ __device__ __forceinline__ void sum_fragments(const Params& all, int slot, int k
   };
   auto make_fragments = [&](int t) {
     const int c = chunk_of(t), i = tile_of(t);
-    if constexpr (fp4)
+    if constexpr (block_fp4)
 #pragma unroll
       for (int h = 0; h < 2; ++h) blocks.factors(rows[i][0], i, h, c, lane % 4);
     own.fragments(a[t % 2], raw[t % ahead], rows[i], c * chunk_steps);
@@ -188,7 +188,7 @@ __device__ __forceinline__ void sum_fragments(const Params& all, int slot, int k
 #pragma unroll 1
   for (int kt = segment.begin; kt < segment.end; kt += stride) {
     const int next_kt = kt + stride < segment.end ? kt + stride : kt;  // the last one is made twice
-    if constexpr (fp4) {
+    if constexpr (block_fp4) {
       block_reader.read(next_blocks, place_of(next_kt, k_tiles));
 #pragma unroll
       for (int i = 0; i < tiles_n; ++i) too_large[i] |= blocks.too_large(i);
@@ -239,11 +239,11 @@ __device__ __forceinline__ void sum_fragments(const Params& all, int slot, int k
     wgmma_wait<0>();
     release(previous + to_empty, lane);
   }
-  if constexpr (one_fma || (fp4 && same<Scale, e8m0>::value))
+  if constexpr (one_fma || (block_fp4 && same<Scale, e8m0>::value))
 #pragma unroll
     for (int i = 0; i < tiles_n; ++i) {
       pin_all(sum.acc[i]);
-      const bool again = fp4 ? too_large[i] : rows_are_nan(sum.acc[i]);
+      const bool again = block_fp4 ? too_large[i] : rows_are_nan(sum.acc[i]);
       if (__any_sync(~0u, again))
         sum_again(problem_of_slot(all, slot), k_tiles, segment, row0 + i * 64, m0, lane,
                   sum.acc[i]);
@@ -263,7 +263,7 @@ extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(thr
   }
 
   decltype(auto) shares = shares_of(p, most);
-  fill_nf4_pairs<threads>();
+  fill_lut4_pairs<threads>();
 
   if (threadIdx.x == 0) {
     prefetch(w_map);

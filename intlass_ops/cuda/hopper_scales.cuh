@@ -40,7 +40,7 @@ __device__ __forceinline__ u32 two_weights(const Params& p, i64 row, int k, int 
                                            int quarter) {
   const char* codes = p.w + row * p.w_stride;
   const int first = k + quarter * 2 + eight * 8;
-  if constexpr (fp4) {
+  if constexpr (block_fp4) {
     const unsigned char scale = static_cast<const unsigned char*>(
         p.scales)[scale_at<Config::blocked>(row, p.scale_row, k / block_size<Scale>)];
     u32 f[4];

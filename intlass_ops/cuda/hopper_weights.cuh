@@ -5,21 +5,22 @@
 // same words and each picks its own pieces with one PRMT.
 #pragma once
 #include "hopper_tile.cuh"
-constexpr bool nf4_in_shared = block_m <= 64;  // more are bound by shared memory
-#include "nf4_pairs.cuh"
+constexpr bool lut4_in_shared = block_m <= 64;  // more are bound by shared memory
+#include "lut4_pairs.cuh"
 
-constexpr bool fp4 = same<W, e2m1>::value, of_nf4 = same<W, nf4>::value;
+constexpr bool block_fp4 = same<W, e2m1>::value, of_lut4 = looks_up<W>;
 // X was INT4 or FP4, and the kernel that made it wider (widen.cu, decode_fp4.cu) changed the order of each
 // 32 k: what wgmma wants from a lane then lies in one word of W, as nibbles to mask out.
 constexpr bool lane_order = Config::lane_order;
 static_assert(!lane_order || W::bits == 4, "the order in which a word holds eight codes");
-constexpr int row_scales = fp4 && block_size<Scale> == 16 && !lane_order ? 2 : 1;  // in a chunk
+constexpr int row_scales =
+    block_fp4 && block_size<Scale> == 16 && !lane_order ? 2 : 1;    // in a chunk
 constexpr int kept_scales = scaled && staged_scales ? flushes : 1;  // of those, for a tile of K
 // What sums are too small by: FP4's scales, and what its activations were divided by
-constexpr float sum_unit = (fp4 ? block_unit<Scale> : 1.f) * Config::x_unit;
+constexpr float sum_unit = (block_fp4 ? block_unit<Scale> : 1.f) * Config::x_unit;
 // What a product of codes stands for, beside P::unit
 using Codes =
-    Select<of_nf4, Nf4Codes, typename Select<W::bits == 4, Nibbles<X>, Bytes<X, W>>::type>::type;
+    Select<of_lut4, Lut4Codes, typename Select<W::bits == 4, Nibbles<X>, Bytes<X, W>>::type>::type;
 constexpr float code_unit = Codes::unit;
 // Signed codes in groups under bf16: a code as it lies, a subnormal's bits of code * 2^-133, times the
 // scale, less 8 scales, is (code - 8) * scale in one FMA, which rounds as dequantising does. The sums are
@@ -40,24 +41,26 @@ template <class X, class W> struct Pieces {
 
   __device__ __forceinline__ Pieces(u32 quarter) {
     const u32 b = X::bits == 8 ? quarter % 2 * 2 : W::bits == 4 ? quarter : quarter * 2;
-    selector = fp4            ? b * 0x11 | (b + 4) * 0x1100
-               : of_nf4       ? b | (nf4_pairs_in_shared ? 0x4440 : b + 4 << 4)
+    selector = block_fp4      ? b * 0x11 | (b + 4) * 0x1100
+               : of_lut4      ? b | (lut4_pairs_in_shared ? 0x4440 : b + 4 << 4)
                : X::bits == 8 ? (b + 4) | b << 4 | (b + 5) << 8 | (b + 1) << 12
                : W::bits == 4 ? b | b << 8
                               : Bytes<X, W>::selector(b);
     if constexpr (!lane_order) pin(selector);  // else ptxas makes it anew in each tile of K
   }
-  // Two registers of NF4, of two words
+  // Two registers of numbers, of two words
   __device__ __forceinline__ void fragments(u32 (&f)[2], u32 w, u32 next) const {
-    if constexpr (nf4_pairs_in_shared)
-      f[0] = nf4_pair(__byte_perm(w, 0, selector)), f[1] = nf4_pair(__byte_perm(next, 0, selector));
+    if constexpr (lut4_pairs_in_shared)
+      f[0] = lut4_pair(__byte_perm(w, 0, selector)),
+      f[1] = lut4_pair(__byte_perm(next, 0, selector));
     else
-      four_numbers<X>(f, __byte_perm(w, next, selector));
+      four_numbers<X, W>(f, __byte_perm(w, next, selector));
   }
   // One register of wgmma's A. `offset`: minus what is to be a code of zero, of INT4 as 16-bit floats,
   // times `scale` if one FMA does both
   __device__ __forceinline__ u32 fragment(u32 w, u32 next, u32 offset, u32 scale) const {
-    if constexpr (fp4) {  // each code twice, at the top of a byte: sign and the rest come together
+    if constexpr (
+        block_fp4) {  // each code twice, at the top of a byte: sign and the rest come together
       const u32 twice = __byte_perm(w << 4, w, selector);
       return and_or(twice, 0x80008000, twice << 2 & 0x01c001c0);
     } else if constexpr (X::bits == 8) {
@@ -123,7 +126,7 @@ struct RowScale : Offset<has_zeros || !split_scales> {
     return split_scales && has_zeros ? low_twice(offset) : offset;
   }
   __device__ __forceinline__ u32 times(u32 codes) const {
-    if constexpr (fp4) return scaled_codes<Scale>(codes, Factor{scale, false});
+    if constexpr (block_fp4) return scaled_codes<Scale>(codes, Factor{scale, false});
     if constexpr (split_scales) return times_split(codes, scale, offset);
     return scaled && !one_fma ? mul2<X>(codes, scale) : codes;
   }
@@ -314,7 +317,7 @@ struct Lane {
 #pragma unroll
         for (int i = 0; i < 2 * chunk_steps; ++i) a[i / 2][i % 2 * 2 + h] = f[i];
       }
-    } else if constexpr (of_nf4) {
+    } else if constexpr (of_lut4) {
 #pragma unroll
       for (int t = 0; t < turn_steps; ++t)
 #pragma unroll

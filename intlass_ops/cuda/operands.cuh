@@ -24,8 +24,12 @@ struct fp16 { static constexpr int bits = 16; };
 struct s8 { static constexpr int bits = 8; };
 struct s4 { static constexpr int bits = 4; };
 struct u4 { static constexpr int bits = 4; };
-struct nf4 { static constexpr int bits = 4; };  // weights, nf4.cuh
-struct e4m3 {                                   // FP8 weights, and scales of NVFP4
+// weights whose codes index sixteen numbers, lut4.cuh
+struct nf4 { static constexpr int bits = 4; };
+struct iq4nl { static constexpr int bits = 4; };
+struct fp4 { static constexpr int bits = 4; };
+struct bnbfp4 { static constexpr int bits = 4; };
+struct e4m3 {  // FP8 weights, and scales of NVFP4
   static constexpr int bits = 8;
   unsigned char code;
 };

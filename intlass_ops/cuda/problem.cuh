@@ -2,7 +2,7 @@
 #pragma once
 #include "expert_tile.cuh"
 #include "fp4.cuh"
-#include "nf4.cuh"
+#include "lut4.cuh"
 
 // [M, N] of the output's type; rows start aligned to 16 bytes, and end where 32 more could be read.
 // Kernels that add none know nothing of it.

@@ -13,10 +13,10 @@
 #include "experts.cuh"
 
 // with the warps' totals and the spread scales, which lanes hand on, 48 KB in all
-constexpr int nf4_spread = Config::groups_per_chunk > 1 ? 1280 : 0;
-constexpr bool nf4_in_shared =
-    Config::warps * Config::tiles_n * (512 * Config::tiles_m + nf4_spread) <= 16384;
-#include "nf4_pairs.cuh"
+constexpr int lut4_spread = Config::groups_per_chunk > 1 ? 1280 : 0;
+constexpr bool lut4_in_shared =
+    Config::warps * Config::tiles_n * (512 * Config::tiles_m + lut4_spread) <= 16384;
+#include "lut4_pairs.cuh"
 #include "skinny.cuh"
 
 constexpr int warps = Config::warps, threads = 32 * warps;
@@ -278,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
     for (int i = 0; i < tiles_n; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) scale_row[i][h].prefetch(p, min(warp * unroll, chunks - 1));
-  fill_nf4_pairs<threads>();
+  fill_lut4_pairs<threads>();
   wait_for_predecessors();
   prefetch_residual<tokens, rows, threads>(p, 0, n0, threadIdx.x);
   if constexpr (zeros_in_codes && grouping == channel)

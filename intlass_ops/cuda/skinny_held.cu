@@ -161,7 +161,7 @@ extern "C" __global__ void CLUSTERS __launch_bounds__(threads, Config::blocks_pe
 #pragma unroll
   for (int s = 0; s < early; ++s)
     share.request(p, first_tile + s * step, s, 0, s < early - 1 ? warp_chunks : early_chunks);
-  fill_nf4_pairs<threads>();
+  fill_lut4_pairs<threads>();
   wait_for_predecessors();
   TurnScales scales[scales_ahead];  // of the turns to come, the next one first
 #pragma unroll

@@ -2,8 +2,8 @@
 #pragma once
 #include "hopper.cuh"
 
-constexpr bool nf4_in_shared = true;
-#include "nf4_pairs.cuh"
+constexpr bool lut4_in_shared = true;
+#include "lut4_pairs.cuh"
 #include "skinny_fp4.cuh"
 
 constexpr int warps = Config::warps, threads = 32 * warps;

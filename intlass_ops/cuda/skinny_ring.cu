@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(threads, Config::blocks_per_sm)
   const Cursor first = ahead;
 #pragma unroll
   for (int s = 0; s < num_stages - 1; ++s) request(s, codes);
-  fill_nf4_pairs<threads>();
+  fill_lut4_pairs<threads>();
   wait_for_predecessors();
   XBlock x_block[x_ahead];
 #pragma unroll

@@ -2,8 +2,8 @@
 // next, and X as it becomes fragments. How shared memory is laid out, and how sums leave it.
 #pragma once
 
-constexpr bool nf4_in_shared = true;
-#include "nf4_pairs.cuh"
+constexpr bool lut4_in_shared = true;
+#include "lut4_pairs.cuh"
 #include "skinny.cuh"
 
 constexpr int warps = Config::warps, threads = 32 * warps;

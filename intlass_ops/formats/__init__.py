@@ -2,7 +2,7 @@
 
 `CanonicalWeight` is that form, of integers: w[n, k] = (q[n, k] - zeros[n, g]) * scales[n, g] with
 g = k // group_size, in the storage the ops take (intlass_ops/packing.py). FP4 is in fp4.py, FP8 in
-fp8.py, NF4 in bitsandbytes_nf4.py. Not here: models and modules (integrations/).
+fp8.py, codes of tables in lut4.py. Not here: models and modules (integrations/).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 
 LLM.int8 quantises activations too, but for their outliers. Here they stay in 16 bits, which is more
 exact. Which layers are quantised their tensors say: those of `llm_int8_skip_modules` are floating.
-Not here: `load_in_4bit` (bitsandbytes_nf4.py).
+Not here: `load_in_4bit` (bitsandbytes_4bit.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..nn import Activation
 from . import FormatError
-from .bitsandbytes_nf4 import BitsAndBytesNf4
+from .bitsandbytes_4bit import BitsAndBytes4Bit
 from .checkpoint import Checkpoint, Layer
 from .stored import StoredWeight
 
@@ -28,11 +28,11 @@ _LARGEST = 127  # code of the largest magnitude
 
 def open_bitsandbytes(
     checkpoint: Checkpoint, config: Mapping[str, Any]
-) -> BitsAndBytesNf4 | LlmInt8:
+) -> BitsAndBytes4Bit | LlmInt8:
     """The reader of a checkpoint, by what its config was loaded in."""
     where = f"{checkpoint.directory}: bitsandbytes config"
     if config.get("load_in_4bit") is True:
-        return BitsAndBytesNf4(checkpoint, config)
+        return BitsAndBytes4Bit(checkpoint, config)
     if config.get("load_in_8bit") is not True:
         raise FormatError(
             f"{where}: load_in_8bit is {config.get('load_in_8bit')!r}; expected true, or "

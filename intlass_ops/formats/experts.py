@@ -16,15 +16,14 @@ from torch import Tensor
 
 from ..fp8_linear import FP8
 from ..lowering.storage import INT4, INT4_PAIR, INT8
-from ..nf4_linear import NF4
 from ..nn import Activation
 from ..ops.problem import GROUP_STEP
 from ..packing import packed_size
 from . import FormatError
-from .bitsandbytes_nf4 import StoredNf4
 from .fp4 import StoredFp4
 from .fp8 import StoredFp8
 from .layers import AnyStored, LayerSpec, fp4_spec, fp8_spec, half
+from .lut4 import StoredLut4
 from .stored import StoredWeight
 
 _Stored = TypeVar("_Stored", StoredWeight, StoredFp4, StoredFp8)
@@ -48,8 +47,8 @@ def stacked(
     single linears have (act-order).
     """
     _check_alike(name, parts)
-    if isinstance(parts[0][0], StoredNf4):
-        raise FormatError(f"{name}: experts of NF4 are not read")
+    if isinstance(parts[0][0], StoredLut4):
+        raise FormatError(f"{name}: experts in {parts[0][0].table} are not read")
     if alternating and len({row[0].shape for row in parts}) > 1:
         raise FormatError(f"{name}: gate and up, whose rows alternate, differ in shape")
     integers = [[each for each in row if isinstance(each, StoredWeight)] for row in parts]
@@ -79,8 +78,8 @@ def _form(stored: AnyStored) -> tuple[Any, ...]:
         return stored.kind, stored.shape[1]
     if isinstance(stored, StoredFp8):  # groups may differ
         return FP8, stored.shape[1]
-    if isinstance(stored, StoredNf4):
-        return NF4, stored.shape[1]
+    if isinstance(stored, StoredLut4):
+        return stored.table, stored.shape[1]
     return stored.bits, stored.shape[1], stored.scales.shape[1], stored.scales.dtype
 
 

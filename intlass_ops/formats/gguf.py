@@ -22,12 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import lut4
 from ..fp4_linear import NVFP4
 from . import CanonicalWeight, FormatError
 from .fp4 import StoredFp4
 from .gguf_blocks import BLOCK_TYPES as _WHOLE_TYPES
 from .gguf_blocks import FP4_TYPES, Bytes
 from .gguf_grids import GRID_TYPES
+from .lut4 import StoredLut4
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -72,7 +74,7 @@ class TensorInfo:
 class GGUFFile:
     """A memory-mapped GGUF file: ``metadata``, ``tensors``, ``weight(name)``, ``dense(name)``.
 
-    ``weight`` is of integers; MXFP4 and NVFP4 are ``fp4(name)``.
+    ``weight`` is of integers, ``lut4`` of codes of a table; MXFP4 and NVFP4 are ``fp4(name)``.
 
     Of a file that was split, name the first part: the others lie beside it.
 
@@ -114,6 +116,10 @@ class GGUFFile:
     def is_fp4(self, name: str) -> bool:
         return self.info(name).type in FP4_TYPES
 
+    def is_lut4(self, name: str) -> bool:
+        form = BLOCK_TYPES.get(self.info(name).type)
+        return form is not None and form.table is not None
+
     def weight(self, name: str, expert: int | None = None) -> CanonicalWeight:
         """A tensor [N, K] in integers, codes unchanged (copied out of the mapping).
 
@@ -124,7 +130,23 @@ class GGUFFile:
         name, blocks = self._blocks(info, expert)
         codes, scales, zeros = form.decode(blocks, functools.partial(self._halves, info))
         shape = info.shape[-2], info.shape[-1]
+        if form.table is not None:
+            codes = lut4.decode(codes, shape[1], form.table, torch.int8)
         return CanonicalWeight(name, codes, scales, zeros, form.bits, form.group_size, shape)
+
+    def lut4(self, name: str) -> StoredLut4:
+        """The same of a tensor whose codes index a table (`is_lut4`), in four bits."""
+        info = self.info(name)
+        form = BLOCK_TYPES[info.type]
+        assert form.table is not None
+        _, blocks = self._blocks(info, None)
+        decode = functools.partial(form.decode, blocks, functools.partial(self._halves, info))
+        n, k = info.shape
+        scales = decode().scales
+        return StoredLut4(
+            name, form.table, (n, k), scales.shape[1], scales.dtype, lambda: decode().codes,
+            lambda: scales,
+        )  # fmt: skip
 
     def fp4(self, name: str, expert: int | None = None) -> StoredFp4:
         """The same of a tensor in FP4: codes and scales are read when they are asked for."""

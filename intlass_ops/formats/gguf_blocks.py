@@ -11,8 +11,8 @@
     Q4_K      256    144  fp16 d, fp16 m, 8 · 6-bit (s, t), nibbles     q·ds - mt       zeros mt/ds
     Q5_K      256    176  the same with high bits before the nibbles    q·ds - mt       INT8, zeros
     Q6_K      256    210  nibbles, 2-bit pairs, 16 · int8 s, fp16 d     (q - 32)·ds     INT8
-    IQ4_NL     32     18  fp16 d, nibbles                               table[q]·d      INT8
-    IQ4_XS    256    136  fp16 d, 8 · 6-bit s, nibbles                  table[q]·d(s-32) INT8
+    IQ4_NL     32     18  fp16 d, nibbles                               table[q]·d       iq4nl
+    IQ4_XS    256    136  fp16 d, 8 · 6-bit s, nibbles                  table[q]·d(s-32) iq4nl
     MXFP4      32     17  e8m0 s, nibbles of e2m1                       e2m1(q)·2^(s-127) FP4
     NVFP4      64     36  4 · e4m3 s, nibbles of e2m1, 16 and 16        e2m1(q)·s·scale   FP4
 
@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from ..fp4 import MXFP4_GROUP, NVFP4_GROUP
+from ..lut4 import IQ4NL
 from ..packing import pack
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -53,13 +54,17 @@ class Decoded(NamedTuple):
 
 
 class BlockType(NamedTuple):
-    """``decode(blocks [N, K/weights, bytes], halves)``; ``bits`` as they are kept here."""
+    """``decode(blocks [N, K/weights, bytes], halves)``; ``bits`` as they are kept here.
+
+    ``table``: whose numbers (lut4.py) its codes, packed then, index. INT8 holds them too.
+    """
 
     weights: int
     bytes: int
     bits: int
     group_size: int
     decode: Callable[[Bytes, Halves], Decoded]
+    table: str | None = None
 
 
 def _q4_0(blocks: Bytes, halves: Halves) -> Decoded:
@@ -134,7 +139,7 @@ def _q6_k(blocks: Bytes, halves: Halves) -> Decoded:
 
 
 def _iq4_nl(blocks: Bytes, halves: Halves) -> Decoded:
-    codes = _TABLE[_nibbles(blocks[..., 2:]).int()]
+    codes = pack(_nibbles(blocks[..., 2:]))
     return Decoded(codes.flatten(1), halves(blocks[..., :2]), None)
 
 
@@ -143,7 +148,7 @@ def _iq4_xs(blocks: Bytes, halves: Halves) -> Decoded:
     low = torch.stack((octets[..., 4:8] & 15, octets[..., 4:8] >> 4), -1).flatten(-2)
     high = ((octets[..., 2:4].unsqueeze(-1) >> _PLACES[:4] * 2) & 3).flatten(-2)
     s = (low | (high << 4)).float() - 32
-    codes = _TABLE[_nibbles(blocks[..., 8:].reshape(*blocks.shape[:2], 8, 16)).int()]
+    codes = pack(_nibbles(blocks[..., 8:].reshape(*blocks.shape[:2], 8, 16)))
     d = halves(blocks[..., :2]).float()
     return Decoded(codes.flatten(1), (d.unsqueeze(-1) * s).flatten(1), None)
 
@@ -214,10 +219,6 @@ FP4_TYPES = {
     "MXFP4": Fp4Type(MXFP4_GROUP, 17, scales=1, largest=254),
     "NVFP4": Fp4Type(4 * NVFP4_GROUP, 36, scales=4, largest=126),
 }
-# What IQ4's codes stand for
-_TABLE = torch.tensor(
-    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.int8
-)
 BLOCK_TYPES = {
     "Q4_0": BlockType(32, 18, 4, 32, _q4_0),
     "Q4_1": BlockType(32, 20, 4, 32, _q4_1),
@@ -229,6 +230,6 @@ BLOCK_TYPES = {
     "Q4_K": BlockType(256, 144, 4, 32, _q4_k),
     "Q5_K": BlockType(256, 176, 8, 32, _q5_k),
     "Q6_K": BlockType(256, 210, 8, 16, _q6_k),
-    "IQ4_NL": BlockType(32, 18, 8, 32, _iq4_nl),
-    "IQ4_XS": BlockType(256, 136, 8, 32, _iq4_xs),
+    "IQ4_NL": BlockType(32, 18, 8, 32, _iq4_nl, IQ4NL),
+    "IQ4_XS": BlockType(256, 136, 8, 32, _iq4_xs, IQ4NL),
 }

@@ -9,7 +9,7 @@ A layer is saved as its buffers (`<path>.weight`, `.scales`, `.zeros`, `.order`,
 
 Layers that are stored alike share an entry. Layers of experts have one dimension more: experts.
 Of FP4 scales are their bytes, and NVFP4 has `.global_scale` beside them; of FP8 the weight is in
-e4m3, of NF4 packed as INT4 is, and scales are floating.
+e4m3, of tables ("nf4" and others of lut4.py) packed as INT4 is, and scales are floating.
 Not here: how a model is walked (integrations/).
 """
 
@@ -22,26 +22,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import lut4
 from ..fp4_linear import GROUPS, MXFP4, NVFP4, Fp4ExpertLinear, Fp4Layer, Fp4Linear
 from ..fp8_linear import CODES, FP8, Fp8ExpertLinear, Fp8Layer, Fp8Linear
 from ..lowering.storage import INT4, INT4_PAIR, INT8, Packed
-from ..nf4_linear import NF4, Nf4Linear
+from ..lut4_linear import Lut4Linear
 from ..nn import Activation, IntExpertLinear, IntExpertPairLinear, IntLinear, PackedLinear
 from . import FormatError
-from .bitsandbytes_nf4 import StoredNf4
 from .fp4 import StoredFp4
 from .fp8 import StoredFp8
+from .lut4 import StoredLut4
 from .stored import StoredWeight
 
-AnyStored = StoredFp4 | StoredFp8 | StoredNf4 | StoredWeight
+AnyStored = StoredFp4 | StoredFp8 | StoredLut4 | StoredWeight
 VERSION = 1
 METHOD = "intlass"
-_Floating = Fp4Layer | Fp8Layer | Nf4Linear
+_Floating = Fp4Layer | Fp8Layer | Lut4Linear
 _FP4_LAYERS: tuple[type[Fp4Layer], type[Fp4Layer]] = (Fp4Linear, Fp4ExpertLinear)
 # Layers of floating-point codes, by kind: of one weight, and of all experts.
 _FLOATING: dict[str, tuple[type[_Floating], type[_Floating]]] = {
     MXFP4: _FP4_LAYERS, NVFP4: _FP4_LAYERS, FP8: (Fp8Linear, Fp8ExpertLinear),
-    NF4: (Nf4Linear, Nf4Linear),  # which takes no experts
+    **dict.fromkeys(lut4.TABLES, (Lut4Linear, Lut4Linear)),  # which takes no experts
 }  # fmt: skip
 _KINDS = (INT4, INT8, INT4_PAIR, *_FLOATING)
 _NAMES = (
@@ -61,7 +62,7 @@ _DTYPES = {
 class LayerSpec:
     """Everything about a quantised linear but the values of its tensors."""
 
-    kind: str  # "int4", "int8", "int4 pair", "mxfp4", "nvfp4", "fp8", "nf4"
+    kind: str  # "int4", "int8", "int4 pair", "mxfp4", "nvfp4", "fp8", a table
     in_features: int
     activation: Activation
     tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
@@ -137,7 +138,7 @@ def _floating_layer(
         more.discard("bias")
     if more or activation is not None:
         raise ValueError(f"kind {kind!r} with {', '.join(more) or 'quantised activations'}")
-    layer = made(**tensors)
+    layer = Lut4Linear(**tensors, table=kind) if made is Lut4Linear else made(**tensors)  # type: ignore[arg-type]
     if (layer.kind, layer.in_features) != (kind, in_features):
         raise ValueError(
             f"kind {layer.kind!r} of in_features {layer.in_features}, by its tensors; expected "
@@ -161,8 +162,8 @@ def buffers_of(
     if isinstance(stored, StoredFp8):
         spec = fp8_spec(stored.shape, stored.groups, stored.scale_dtype)
         return spec, {"weight": stored.read, "scales": stored.read_scales}
-    if isinstance(stored, StoredNf4):
-        spec = nf4_spec(stored.shape, stored.groups, stored.scale_dtype)
+    if isinstance(stored, StoredLut4):
+        spec = lut4_spec(stored.table, stored.shape, stored.groups, stored.scale_dtype)
         return spec, {"weight": stored.read, "scales": stored.read_scales}
     n, k = stored.shape
     width = (k + 1) // 2
@@ -218,11 +219,13 @@ def fp8_spec(shape: tuple[int, ...], groups: int, scale_dtype: torch.dtype) -> L
     )
 
 
-def nf4_spec(shape: tuple[int, int], groups: int, scale_dtype: torch.dtype) -> LayerSpec:
+def lut4_spec(
+    table: str, shape: tuple[int, int], groups: int, scale_dtype: torch.dtype
+) -> LayerSpec:
     """Of a weight [N, K] with this number of scales a row."""
     n, k = shape
     tensors = (("weight", torch.uint8, (n, k // 2)), ("scales", scale_dtype, (n, groups)))
-    return LayerSpec(NF4, k, None, tensors)
+    return LayerSpec(table, k, None, tensors)
 
 
 def _constant(tensor: Tensor) -> Callable[[], Tensor]:

@@ -18,6 +18,7 @@ from ..formats import CanonicalWeight, FormatError
 from ..formats.fp4 import StoredFp4
 from ..formats.gguf import GGUFFile
 from ..formats.layers import buffers_of, layer_of
+from ..formats.lut4 import StoredLut4
 from ..formats.stored import StoredWeight
 from . import gguf_rope
 from .gguf_architectures import Architecture
@@ -143,10 +144,11 @@ def stored(weight: CanonicalWeight, read: Callable[[], CanonicalWeight]) -> Stor
 
 def stored_in(
     file: GGUFFile, name: str, expert: int | None = None, order: Tensor | None = None
-) -> StoredWeight | StoredFp4:
-    """A quantised weight of the file, its rows in ``order``."""
-    if file.is_fp4(name):
-        found = file.fp4(name, expert)
+) -> StoredWeight | StoredFp4 | StoredLut4:
+    """A quantised weight of the file, its rows in ``order``. Experts are in no table's codes."""
+    in_table = expert is None and file.is_lut4(name)
+    if in_table or file.is_fp4(name):
+        found = file.lut4(name) if in_table else file.fp4(name, expert)
         if order is None:
             return found
         return replace(

@@ -42,13 +42,14 @@ def load_pretrained(
     """A transformers model whose quantised linears are `IntLinear`s with the checkpoint's codes.
 
     ``path``: a directory with config.json and safetensors in GPTQ, AWQ, AutoRound's,
-    compressed-tensors, ModelOpt's, HQQ, torchao's, bitsandbytes's (LLM.int8, NF4), gpt-oss's, FP8's
-    or our own layout, or a GGUF file. Linears of NVFP4 and MXFP4 become `Fp4Linear`s, those of FP8
-    `Fp8Linear`s, those of NF4 `Nf4Linear`s; their activations stay in 16 bits, as those of LLM.int8
-    do. Experts that the model holds fused become `IntExpertLinear`s, `Fp4ExpertLinear`s or
-    `Fp8ExpertLinear`s. Codes, scales and zero points are those of the file, not rounded again;
-    weights are read one by one, so the peak is about the quantised size. A cache of keys and values
-    that the file would have quantised stays in the model's dtype.
+    compressed-tensors, ModelOpt's, HQQ, torchao's, bitsandbytes's, gpt-oss's, FP8's or our own
+    layout, or a GGUF file. Linears of NVFP4 and MXFP4 become `Fp4Linear`s, those of FP8
+    `Fp8Linear`s, those of NF4, IQ4 and bitsandbytes' FP4 `Lut4Linear`s; their activations stay in
+    16 bits, as those of LLM.int8 do. Experts that the model holds fused become
+    `IntExpertLinear`s, `Fp4ExpertLinear`s or `Fp8ExpertLinear`s. Codes, scales and zero points are
+    those of the file, not rounded again; weights are read one by one, so the peak is about the
+    quantised size. A cache of keys and values that the file would have quantised stays in the
+    model's dtype.
     ``device_map`` as in transformers; a device such as "cuda" also where accelerate is missing.
     ``dtype`` is that of everything that is not quantised (default: the checkpoint's; float32 for
     GGUF). ``checkpoint_format``: "gptq" or "gptq_v2", for GPTQ files that contradict themselves,

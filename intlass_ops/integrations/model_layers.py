@@ -15,7 +15,7 @@ from ..formats import FormatError
 from ..formats.layers import LayerSpec
 from ..fp4_linear import Fp4Linear
 from ..fp8_linear import Fp8Layer, Fp8Linear, has_nan
-from ..nf4_linear import Nf4Linear
+from ..lut4_linear import Lut4Linear
 from ..nn import IntLinear, PackedLinear
 from ..ops import dequantize
 from . import conv1d, experts, weight_readers
@@ -79,10 +79,10 @@ def specs_of(model: nn.Module) -> dict[str, LayerSpec]:
 
 
 def linear_of(
-    layer: IntLinear | Fp4Linear | Fp8Linear | Nf4Linear, dtype: torch.dtype
+    layer: IntLinear | Fp4Linear | Fp8Linear | Lut4Linear, dtype: torch.dtype
 ) -> nn.Linear:
     """A floating-point linear of the same weight, rounded to ``dtype``."""
-    if isinstance(layer, (Fp4Linear, Fp8Linear, Nf4Linear)):
+    if isinstance(layer, (Fp4Linear, Fp8Linear, Lut4Linear)):
         w = layer.dequantize(dtype)
     else:
         w = dequantize(layer.weight, layer.scales, layer.zeros, k=layer.in_features, dtype=dtype)

@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import Linear
 
 from ..fp4_linear import Fp4Linear
 from ..fp8_linear import Fp8Linear
-from ..nf4_linear import Nf4Linear
+from ..lut4_linear import Lut4Linear
 from ..nn import IntLinear, PackedLinear
 
 
@@ -59,6 +59,6 @@ def lora_config(**options: Any) -> LoraConfig:
     >>> model = get_peft_model(model, config)                                 # doctest: +SKIP
     """
     config = LoraConfig(**options)
-    ours = (Fp4Linear, Fp8Linear, IntLinear, Nf4Linear, PackedLinear)
+    ours = (Fp4Linear, Fp8Linear, IntLinear, Lut4Linear, PackedLinear)
     config._register_custom_module(dict.fromkeys(ours, LoraIntLinear))
     return config

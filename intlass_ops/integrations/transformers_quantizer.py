@@ -25,7 +25,7 @@ from .. import calibrated, side_by_side
 from ..formats.layers import METHOD, VERSION, read_specs, write_specs
 from ..fp4_linear import Fp4Linear
 from ..fp8_linear import Fp8Linear
-from ..nf4_linear import Nf4Linear
+from ..lut4_linear import Lut4Linear
 from ..nn import IntLinear
 from ..qat import QATLinear, RotatedIntLinear
 from ..quantize import Scheme, quantize_, quantize_experts, quantize_linear
@@ -167,7 +167,7 @@ class IntlassQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.device("meta"):
             plain = type(model)(model.config)
         for path, module in list(model.named_modules()):
-            if isinstance(module, (Fp4Linear, Fp8Linear, IntLinear, Nf4Linear)):
+            if isinstance(module, (Fp4Linear, Fp8Linear, IntLinear, Lut4Linear)):
                 linear = linear_of(module, dtype)
                 transposed = conv1d.is_conv1d(plain.get_submodule(path))
                 model.set_submodule(path, conv1d.conv1d_of(linear) if transposed else linear)

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from .. import lut4
 from ..fp8_linear import Fp8Linear
-from ..nf4_linear import Nf4Linear
+from ..lut4_linear import Lut4Linear
 from ..nn import Activation, IntLinear, PackedLinear
 from . import full_range, graph_pass, records, requantise, runtime
 from .gemms import shape_of
 from .graph_linear import GraphLinear
 from .graph_linear import NotConverted as NotConverted
 from .siblings import LINEAR
-from .storage import BETWEEN, DENSE, FP8, INT4, INT8, NF4, Packed, recipes_of
+from .storage import BETWEEN, DENSE, FP8, INT4, INT8, Packed, recipes_of
 
 INT8_GEMM: Any = torch.ops.intlass.matmul_int8_bf16_tn.default
 # Of modules that hold codes as buffers, only an Fp8Linear keeps FP8 when a model's dtype changes.
@@ -160,7 +161,9 @@ def _as_module(
     call.meta = node.meta
     node.replace_all_uses_with(call)
     graph.erase_node(node)
-    return {INT4: "w4", FP8: "fp8", NF4: "nf4"}.get(packed.kind, "w8")
+    if packed.kind in (FP8, *lut4.TABLES):
+        return packed.kind
+    return "w4" if packed.kind == INT4 else "w8"
 
 
 def _evaluate(owner: nn.Module, node: Any, tensors: dict[Any, Any]) -> Tensor:
@@ -257,8 +260,8 @@ def _plain(owner: nn.Module, entry: Node, result: Node, activation: Activation) 
         )
     if activation is not None:
         return None
-    if linear.kind == NF4 and linear.order is None and linear.in_features % 2 == 0:
-        return Nf4Linear(linear.weight, linear.scales, value)
+    if linear.kind in lut4.TABLES and linear.order is None and linear.in_features % 2 == 0:
+        return Lut4Linear(linear.weight, linear.scales, value, linear.kind)
     if linear.kind == FP8:
         return None if linear.order is not None else Fp8Linear(linear.weight, linear.scales, value)
     linear.bias = value

@@ -1,8 +1,9 @@
-"""bitsandbytes' operations on 4 bits, spelled out: NF4 numbers by a look-up, times their scales.
+"""bitsandbytes' operations on 4 bits, spelled out: numbers by a look-up, times their scales.
 
 Lives here: `gemm` and `gemv` (products that are one operation), and `spelled_out`, for products of
 a weight that another operation of the library dequantises. From there on they are matched, proved
-and packed like any other linear. Not here: that; the library's modules (formats/nf4_modules.py).
+and packed like any other linear. Not here: that; modules of the library
+(formats/bitsandbytes_modules.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .. import nf4
+from .. import lut4
 from .editor import CAST, Editor, aten
 from .gemms import Gemm, static_shape
 from .program import NotASlice, target_name, walk
@@ -86,12 +87,13 @@ def _arguments(node: Node, count: int) -> list[Any]:
 
 
 def _table(edit: Editor, kind: str, device: torch.device) -> Node:
-    if kind != "nf4":
-        raise NotAffine(f"codes of bitsandbytes' {kind}: of its 4 bits, NF4 is read")
+    if kind not in lut4.BITSANDBYTES:
+        raise NotAffine(f"codes of bitsandbytes' {kind}, which is not known")
+    table, unit = lut4.BITSANDBYTES[kind]
     like: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    return edit.call(
-        aten.cat.default, [edit.call(aten.full.default, [1], v, **like) for v in nf4.VALUES]
-    )
+    numbers = [number / unit for number in lut4.TABLES[table]]
+    each = [edit.call(aten.full.default, [1], number, **like) for number in numbers]
+    return edit.call(aten.cat.default, each)
 
 
 def _look_up(edit: Editor, table: Node, codes: Node) -> Node:

@@ -1,4 +1,4 @@
-"""Codes that index a table of sixteen numbers: NF4's, or small integers times one number (FP4's).
+"""Codes that index a table of sixteen numbers: one of lut4.py, or small integers times a number.
 
 Lives here: which values of a slice are such numbers, and how they are stored. Arithmetic with codes
 that are indices shows nothing, with the numbers it does: these take the place of codes in a proof
@@ -14,11 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import nf4
+from .. import lut4
 from .program import Evaluation, inputs_of
 
 NUMBERS = 16
-OTHER = "its codes index a table of other numbers than NF4's or small integers times one number"
+OTHER = "its codes index a table of numbers that are neither known nor small integers times one"
+# Which are known, and what their numbers may be divided by.
+_TABLES = (
+    (lut4.NF4, 1.0), (lut4.FP4, 1.0), (lut4.FP4, 0.5), (lut4.FP4, 6.0), (lut4.IQ4NL, 1.0),
+    (lut4.IQ4NL, 127.0), (lut4.BNBFP4, 192.0),
+)  # fmt: skip
+_ROWS = 16  # show whether a table is meant
 _LOOK_UPS = (
     *("aten.index.Tensor", "aten._unsafe_index.Tensor", "aten.index_select.default"),
     *("aten.embedding.default", "aten.gather.default", "aten.take.default"),
@@ -62,19 +68,40 @@ def are_numbers(value: Tensor, of: Sequence[Table]) -> bool:
 
 
 def snapped(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers as float32; NF4's where they are in ``dtype``, the coarsest that the graph rounds to.
+    """Numbers as float32; a table's of ours where they are those in ``dtype``, the coarsest that
+    the graph rounds to.
 
     Tables of four digits, or rounded to bfloat16, are such.
     """
     values = values.float()
-    numbers = nf4.decode_codes(nf4.encode(values))
-    return numbers if torch.equal(numbers.to(dtype), values.to(dtype)) else values
+    for table, unit in _TABLES:
+        for some in (values[:_ROWS], values):  # most often a few say that it is another table
+            numbers = _nearest(some, table, unit)[1]
+            if not torch.equal(numbers.to(dtype), some.to(dtype)):
+                break
+        else:
+            return numbers
+    return values
 
 
-def nf4_codes(values: Tensor) -> Tensor | None:
-    """Codes uint8 of numbers that all are NF4's."""
-    codes = nf4.encode(values)
-    return codes if torch.equal(nf4.decode_codes(codes), values) else None
+def _nearest(values: Tensor, table: str, unit: float) -> tuple[Tensor, Tensor]:
+    """(codes uint8, numbers float32) of a table that is divided by ``unit``."""
+    codes = lut4.encode(values.double() * unit, table)
+    return codes, (lut4.decode_codes(codes, table, torch.float64) / unit).float()
+
+
+def codes_of(values: Tensor, of: str | None = None) -> tuple[str, Tensor, float] | None:
+    """(table, codes uint8, unit) with values = numbers[codes] / unit; ``of``: in this table."""
+    for table, unit in _TABLES:
+        if of not in (None, table):
+            continue
+        for some in (values[:_ROWS], values):
+            codes, numbers = _nearest(some, table, unit)
+            if not torch.equal(numbers, some):
+                break
+        else:
+            return table, codes, unit
+    return None
 
 
 def integers(values: Tensor) -> tuple[Tensor, float] | None:
@@ -88,4 +115,4 @@ def integers(values: Tensor) -> tuple[Tensor, float] | None:
 
 def is_stored(values: Tensor) -> bool:
     """Whether a weight of such numbers can be packed."""
-    return nf4_codes(values) is not None or integers(values) is not None
+    return codes_of(values) is not None or integers(values) is not None

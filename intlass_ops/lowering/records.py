@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .. import lut4
 from ..explain import linears_ran, listening
 
 SWAPPED = "swapped"
@@ -68,8 +69,10 @@ class Decision:
                 self, outcome=DECLINED, scheme="quantised", reason=f"its values: {dense}"
             )
         reason = self.reason if dense is None else f"{self.reason}; some stay dense: {dense}"
-        if "fp8" in kinds or set(kinds) == {"nf4"}:
+        if "fp8" in kinds:
             return replace(self, reason=reason)
+        if len(kinds) == 1 and (table := next(iter(kinds))) in lut4.TABLES:
+            return replace(self, scheme=f"{table}a16", reason=reason)
         bits = 4 if set(kinds) == {"int4"} else 8
         activations = self.scheme.rpartition("a")[2]
         return replace(self, scheme=f"w{bits}a{activations}", reason=reason)

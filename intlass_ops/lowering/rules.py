@@ -41,7 +41,7 @@ class Match:
     @property
     def scheme(self) -> str:
         weight = "fp8" if self.form.fp8 else f"w{self.form.bits}"
-        weight = "nf4" if self.form.looked_up else weight
+        weight = "lut4" if self.form.looked_up else weight
         return f"{weight}a{16 if self.activation is None else 8}"
 
     @property

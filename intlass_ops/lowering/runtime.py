@@ -29,7 +29,7 @@ from ..ops._library import implement
 from ..ops.problem import FP8 as OF_FP8
 from ..ops.problem import INT4 as OF_INT4
 from ..ops.problem import INT8 as OF_INT8
-from ..ops.problem import NF4 as OF_NF4
+from ..ops.problem import LUT4 as OF_LUT4
 from . import records
 from .program import device_of
 from .storage import (
@@ -38,7 +38,6 @@ from .storage import (
     FP8,
     INT4,
     INT8,
-    NF4,
     Packed,
     dense_weight,
     pack_all,
@@ -251,7 +250,7 @@ def packed_bytes() -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-_OF = {INT8: OF_INT8, FP8: OF_FP8, NF4: OF_NF4}
+_OF = {INT8: OF_INT8, FP8: OF_FP8, **OF_LUT4}
 
 
 def _dispatch(op: str, x: Tensor, weight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
@@ -262,10 +261,10 @@ def _dispatch(op: str, x: Tensor, weight: Tensor, scales: Tensor, *rest: Any) ->
     assert a_scale is None
     assert a_zero is None
     y: Tensor
-    if op == OF_NF4:
-        y = torch.ops.intlass.matmul_nf4_bf16_tn.default(x, weight, scales, k, *after)
-    else:
+    if op == OF_FP8:
         y = torch.ops.intlass.matmul_fp8_bf16_tn.default(x, weight, scales, *after)
+    else:
+        y = getattr(torch.ops.intlass, op).default(x, weight, scales, k, *after)
     return y
 
 
@@ -295,7 +294,7 @@ def multiply(
     scales, zeros = packed.scales, packed.zeros
     after = a_scale, a_zero, None, bias, out_dtype, activation, residual
     if packed.kind in _OF:
-        odd = k if packed.kind == NF4 else None
+        odd = k if packed.kind in OF_LUT4 else None
         return run(_OF[packed.kind], x, weight, scales, None, odd, *after)
     if packed.kind == INT4:
         return run(OF_INT4, x, weight, scales, zeros, k, *after)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import lut4
 from ..cuda import launch_store_rows
 from . import blocks, lookups
 from .fp8 import CODES
@@ -25,7 +26,6 @@ INT4 = "int4"
 INT8 = "int8"
 INT4_PAIR = "int4 pair"
 FP8 = "fp8"
-NF4 = "nf4"
 DENSE = "dense"
 # Of recipes in one text. No JSON holds it, and Inductor may put it into a comment: no line break.
 BETWEEN = "\t"
@@ -35,6 +35,7 @@ BETWEEN = "\t"
 class Packed:
     """One weight in our storage. `order`: the K permutation of an act-order weight.
 
+    kind: one of the above, or a table of lut4.py.
     INT4_PAIR is an 8-bit weight with zeros: w = 16 * scales * high + scales * (low - zeros).
     borrowed: `weight` is the memory of a leaf.
     """
@@ -270,8 +271,9 @@ class Form:
         """One that both can be stored in."""
         group = math.gcd(self.group, other.group)
         kinds = {(each.kind, each.zeros) for each in (self, other)}
-        if (NF4, False) in kinds and len(kinds) > 1:
-            return Form(INT8, False, group)  # -1, 0 and 1 are numbers of every table
+        tables = [table for table in lut4.TABLES if (table, False) in kinds]
+        if tables and len(kinds) > 1:  # rows of -1, 0 and 1 are in the first table there is
+            return Form(tables[-1] if len(tables) == len(kinds) else INT8, False, group)
         wider = kinds - {(INT4, False)} if len(kinds) > 1 else kinds
         kind, zeros = wider.pop() if len(wider) == 1 else (INT4_PAIR, True)
         return Form(kind, zeros, group)
@@ -282,8 +284,8 @@ def _reduced(found: Measured) -> tuple[Form, Measured]:
     if found.fp8:
         return Form(FP8, False, found.group_size), found
     if found.looked_up:
-        kind = INT8 if lookups.nf4_codes(found.codes) is None else NF4
-        return Form(kind, False, found.group_size), found
+        known = lookups.codes_of(found.codes)
+        return Form(INT8 if known is None else known[0], False, found.group_size), found
     low, high = found.span
     group, zeros = found.group_size, found.zeros
     if bool((zeros == zeros.round()).all()) and bool((zeros.abs() < 512).all()):
@@ -305,10 +307,11 @@ def _store(found: Measured, form: Form) -> Packed:
     scales, zeros = (t.repeat_interleave(repeats, 1) for t in (found.scales, found.zeros))
     if form.kind == FP8:
         return Packed(FP8, codes, _compact(scales), order=order)
-    if form.kind == NF4:
-        numbers = lookups.nf4_codes(codes)
-        assert numbers is not None
-        return Packed(NF4, _pack4(numbers), _compact(scales), order=order)
+    if form.kind in lut4.TABLES:
+        known = lookups.codes_of(codes, form.kind)
+        if known is None:
+            raise NotAffine(lookups.OTHER)
+        return Packed(form.kind, _pack4(known[1]), _compact(scales / known[2]), order=order)
     if found.looked_up:
         integers = lookups.integers(codes)
         if integers is None:

@@ -11,12 +11,8 @@ from .block_scaled import (
 )
 from .dequantize import dequantize
 from .experts import matmul_experts
-from .matmul import (
-    matmul_fp8_bf16_tn,
-    matmul_int4_bf16_tn,
-    matmul_int8_bf16_tn,
-    matmul_nf4_bf16_tn,
-)
+from .matmul import matmul_fp8_bf16_tn, matmul_int4_bf16_tn, matmul_int8_bf16_tn
+from .matmul_lut4 import matmul_lut4_bf16_tn
 from .mixed_mm import mixed_mm
 from .packing import pack_int4, unpack_int4
 from .quantize import quantize_int4, quantize_int8
@@ -29,10 +25,10 @@ __all__ = [
     "matmul_fp8_bf16_tn",
     "matmul_int4_bf16_tn",
     "matmul_int8_bf16_tn",
+    "matmul_lut4_bf16_tn",
     "matmul_mxf4_bf16_tn",
     "matmul_mxf8_bf16_nn",
     "matmul_mxf8_bf16_tn",
-    "matmul_nf4_bf16_tn",
     "matmul_nvf4_bf16_tn",
     "mixed_mm",
     "pack_int4",

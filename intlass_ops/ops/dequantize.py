@@ -1,4 +1,4 @@
-"""Op `intlass::dequantize`: the dense weight of packed INT4 or NF4, INT8 or FP8 codes.
+"""Op `intlass::dequantize`: the dense weight of packed INT4, INT8, FP8 or a table's codes.
 
 On a GPU one Triton kernel (triton/dequantize.py).
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import nf4, packing, reference
+from .. import lut4, packing, reference
 from . import gradients
 from ._library import FLOATS, INTEGERS, define, require_device, require_dtype
 from .problem import check_parameters, inputs_of, rows_groups
@@ -23,9 +23,12 @@ def _dequantize_check(
     zeros: Tensor | None,
     k: int,
     dtype: torch.dtype,
-    of_nf4: bool = False,
+    table: str | None = None,
 ) -> None:
-    dtypes = (torch.uint8,) if of_nf4 else (torch.uint8, torch.int8, torch.float8_e4m3fn)
+    if table is not None and table not in lut4.TABLES:
+        tables = ", ".join(map(repr, lut4.TABLES))
+        raise ValueError(f"dequantize: table={table!r}; expected None or one of {tables}")
+    dtypes = (torch.uint8, torch.int8, torch.float8_e4m3fn) if table is None else (torch.uint8,)
     require_dtype("dequantize", "w", w.dtype, dtypes)
     require_device("dequantize", w, scales=scales, zeros=zeros)
     if w.dim() != 2:
@@ -35,8 +38,8 @@ def _dequantize_check(
         raise ValueError(f"dequantize: w has {w.shape[1]} columns; K={k} needs {stored}")
     require_dtype("dequantize", "scales", scales.dtype, FLOATS)
     if zeros is not None:
-        if of_nf4:
-            raise ValueError("dequantize: zeros belong to INT4 and INT8 weights, w is NF4")
+        if table is not None:
+            raise ValueError(f"dequantize: zeros belong to INT4 and INT8 weights, w is {table}")
         require_dtype("dequantize", "zeros", zeros.dtype, (*FLOATS, *INTEGERS))
     require_dtype("dequantize", "dtype", dtype, FLOATS)
     check_parameters("dequantize", "scales", scales, w.shape[0], k)
@@ -49,9 +52,9 @@ def _dequantize_fake(
     zeros: Tensor | None,
     k: int,
     dtype: torch.dtype,
-    of_nf4: bool = False,
+    table: str | None = None,
 ) -> Tensor:
-    _dequantize_check(w, scales, zeros, k, dtype, of_nf4)
+    _dequantize_check(w, scales, zeros, k, dtype, table)
     return w.new_empty((w.shape[0], k), dtype=dtype)
 
 
@@ -61,11 +64,11 @@ def _dequantize(
     zeros: Tensor | None,
     k: int,
     dtype: torch.dtype,
-    of_nf4: bool = False,
+    table: str | None = None,
 ) -> Tensor:
-    _dequantize_check(w, scales, zeros, k, dtype, of_nf4)
-    if of_nf4:
-        codes = nf4.decode(w, k)
+    _dequantize_check(w, scales, zeros, k, dtype, table)
+    if table is not None:
+        codes = lut4.decode(w, k, table)
     else:
         codes = packing.unpack(w, k, zeros is None) if w.dtype == torch.uint8 else w
     x = codes.contiguous().float()
@@ -80,15 +83,15 @@ def _dequantize_cuda(
     zeros: Tensor | None,
     k: int,
     dtype: torch.dtype,
-    of_nf4: bool = False,
+    table: str | None = None,
 ) -> Tensor:
     if importlib.util.find_spec("triton") is None:
-        return _dequantize(w, scales, zeros, k, dtype, of_nf4)
+        return _dequantize(w, scales, zeros, k, dtype, table)
     from ..triton import dequantize as kernels
 
-    _dequantize_check(w, scales, zeros, k, dtype, of_nf4)
+    _dequantize_check(w, scales, zeros, k, dtype, table)
     z = None if zeros is None else rows_groups(zeros)
-    return kernels.dequantize(w, rows_groups(scales), z, k, dtype, of_nf4)
+    return kernels.dequantize(w, rows_groups(scales), z, k, dtype, table)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -102,7 +105,7 @@ def _no_gradient(ctx: Any, grad: Tensor) -> None:
 
 define(
     "dequantize(Tensor w, Tensor scales, Tensor? zeros, SymInt k, ScalarType dtype, "
-    "bool of_nf4=False) -> Tensor",
+    "str? table=None) -> Tensor",
     fake=_dequantize_fake,
     cpu=_dequantize,
     cuda=_dequantize_cuda,
@@ -118,13 +121,14 @@ def dequantize(
     *,
     k: int | None = None,
     dtype: torch.dtype = torch.float32,
-    of_nf4: bool = False,
+    table: str | None = None,
 ) -> Tensor:
     """Dense weight [N, K] = (q - zeros) * scales of packed INT4 (uint8), INT8 or FP8 codes.
 
     Computed in fp32, rounded to ``dtype`` once; arguments as in :func:`matmul_int4_bf16_tn`.
-    ``k``: K, needed when it is odd and ``w`` is packed. ``of_nf4``: the packed codes are NF4's,
-    whose numbers take the place of q - zeros (:func:`matmul_nf4_bf16_tn`). No gradient.
+    ``k``: K, needed when it is odd and ``w`` is packed. ``table``: what packed codes index
+    instead, "nf4" or another of `intlass_ops.lut4`, whose numbers take the place of q - zeros
+    (:func:`matmul_nf4_bf16_tn`). No gradient.
     Raises TypeError or ValueError for dtypes, devices and shapes that do not fit.
 
     >>> import torch
@@ -133,5 +137,5 @@ def dequantize(
     """
     if k is None:
         k = inputs_of(w)
-    dense: Tensor = torch.ops.intlass.dequantize(w, scales, zeros, k, dtype, of_nf4)
+    dense: Tensor = torch.ops.intlass.dequantize(w, scales, zeros, k, dtype, table)
     return dense

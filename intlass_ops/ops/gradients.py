@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import FP8, INT4, NF4
+from .problem import FP8, INT4, INT8, table_of
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -74,7 +74,7 @@ def of_call(ctx: Any, grad: Tensor) -> Gradients:
         if ctx.op == INT4 and w.is_cuda:
             grad_a = ops.matmul_int4_nn(grad_y, w, scales, zeros, ctx.k, alpha)
         else:
-            grad_a = grad_y @ ops.dequantize(w, scales, zeros, ctx.k, ctx.a_dtype, ctx.op == NF4)
+            grad_a = grad_y @ ops.dequantize(w, scales, zeros, ctx.k, ctx.a_dtype, table_of(ctx.op))
             if alpha is not None:
                 grad_a = grad_a * alpha.to(grad_a.dtype)
     if ctx.bias_dtype is not None:
@@ -91,10 +91,10 @@ def _before_activation(ctx: Any, grad: Tensor) -> Tensor:
         v = ops.matmul_int4_bf16_tn(a, w, scales, zeros, ctx.given_k, a_scale, a_zero, *after)
     elif ctx.op == FP8:
         v = ops.matmul_fp8_bf16_tn(a, w, scales, *after)
-    elif ctx.op == NF4:
-        v = ops.matmul_nf4_bf16_tn(a, w, scales, ctx.given_k, *after)
-    else:
+    elif ctx.op == INT8:
         v = ops.matmul_int8_bf16_tn(a, w, a_scale, scales, a_zero, *after)
+    else:
+        v = getattr(ops, ctx.op)(a, w, scales, ctx.given_k, *after)
     grad = grad.float()
     if ctx.activation == "relu":
         grad = torch.where(v > 0, grad, 0.0)

@@ -1,7 +1,8 @@
-"""Ops `intlass::matmul_int4_bf16_tn`, `_int8_`, `_fp8_` and `_nf4_`: y = x @ w.T, w quantised.
+"""Ops `intlass::matmul_int4_bf16_tn`, `_int8_` and `_fp8_`: y = x @ w.T, w quantised.
 
-Here are their schemas and public functions. Checks are in problem.py, kernels in matmul_kernels.py,
-gradients and vmap in gradients.py, the mathematics in reference.py.
+Here are their schemas and public functions; those of codes of a table are in matmul_lut4.py. Checks
+are in problem.py, kernels in matmul_kernels.py, gradients and vmap in gradients.py, the mathematics
+in reference.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from . import gradients
 from ._library import LIBRARY, NAMESPACE, define
 from .matmul_kernels import fake, run_on_cpu, run_on_cuda
 from .packing import pack_int4  # noqa: F401 (used by a doctest)
-from .problem import FP8, INT4, INT8, NF4
+from .problem import FP8, INT4, INT8
 
 
 def _int4(kernel: Any) -> Any:
@@ -77,24 +78,6 @@ def _fp8(kernel: Any) -> Any:
     return call
 
 
-def _nf4(kernel: Any) -> Any:
-    def call(
-        a: Tensor,
-        packed_w: Tensor,
-        scales: Tensor,
-        k: int | None = None,
-        alpha: Tensor | None = None,
-        bias: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-        activation: str | None = None,
-        residual: Tensor | None = None,
-    ) -> Any:
-        after = alpha, bias, out_dtype, activation, residual
-        return kernel(NF4, a, packed_w, scales, None, k, None, None, *after)
-
-    return call
-
-
 def _int4_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _int4(lambda op, *args: gradients.setup(op, ctx, *args))(*inputs)
 
@@ -105,10 +88,6 @@ def _int8_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _fp8_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _fp8(lambda op, *args: gradients.setup(op, ctx, *args))(*inputs)
-
-
-def _nf4_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _nf4(lambda op, *args: gradients.setup(op, ctx, *args))(*inputs)
 
 
 def _int4_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,18 +105,13 @@ def _fp8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_a, *[None] * 3, grad_bias, None, None, grad_residual
 
 
-def _nf4_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_a, grad_bias, grad_residual = gradients.of_call(ctx, grad)
-    return grad_a, *[None] * 4, grad_bias, None, None, grad_residual
-
-
-_TAIL = (
+TAIL = (
     "Tensor? alpha=None, Tensor? bias=None, ScalarType? out_dtype=None, str? activation=None, "
     "Tensor? residual=None) -> Tensor"
 )
 define(
     f"{INT4}(Tensor a, Tensor packed_w, Tensor scales, Tensor? zeros=None, SymInt? k=None, "
-    f"Tensor? a_scale=None, Tensor? a_zero=None, {_TAIL}",
+    f"Tensor? a_scale=None, Tensor? a_zero=None, {TAIL}",
     fake=_int4(fake),
     cpu=_int4(run_on_cpu),
     cuda=_int4(run_on_cuda),
@@ -145,7 +119,7 @@ define(
     backward=_int4_backward,
 )
 define(
-    f"{INT8}(Tensor a, Tensor b, Tensor? a_scale, Tensor b_scale, Tensor? a_zero=None, {_TAIL}",
+    f"{INT8}(Tensor a, Tensor b, Tensor? a_scale, Tensor b_scale, Tensor? a_zero=None, {TAIL}",
     fake=_int8(fake),
     cpu=_int8(run_on_cpu),
     cuda=_int8(run_on_cuda),
@@ -153,22 +127,14 @@ define(
     backward=_int8_backward,
 )
 define(
-    f"{FP8}(Tensor a, Tensor b, Tensor b_scale, {_TAIL}",
+    f"{FP8}(Tensor a, Tensor b, Tensor b_scale, {TAIL}",
     fake=_fp8(fake),
     cpu=_fp8(run_on_cpu),
     cuda=_fp8(run_on_cuda),
     setup_context=_fp8_setup,
     backward=_fp8_backward,
 )
-define(
-    f"{NF4}(Tensor a, Tensor packed_w, Tensor scales, SymInt? k=None, {_TAIL}",
-    fake=_nf4(fake),
-    cpu=_nf4(run_on_cpu),
-    cuda=_nf4(run_on_cuda),
-    setup_context=_nf4_setup,
-    backward=_nf4_backward,
-)
-for _name in (INT4, INT8, FP8, NF4):
+for _name in (INT4, INT8, FP8):
     torch.library.register_vmap(
         f"{NAMESPACE}::{_name}", gradients.batched_activations(_name), lib=LIBRARY
     )
@@ -177,7 +143,6 @@ for _name in (INT4, INT8, FP8, NF4):
 _int4_op = torch.ops.intlass.matmul_int4_bf16_tn.default
 _int8_op = torch.ops.intlass.matmul_int8_bf16_tn.default
 _fp8_op = torch.ops.intlass.matmul_fp8_bf16_tn.default
-_nf4_op = torch.ops.intlass.matmul_nf4_bf16_tn.default
 
 
 def dispatch(op: str, a: Tensor, w: Tensor, scales: Tensor, *rest: Any) -> Tensor:
@@ -191,7 +156,7 @@ def dispatch(op: str, a: Tensor, w: Tensor, scales: Tensor, *rest: Any) -> Tenso
     return y
 
 
-def _on_device_of(a: Tensor, alpha: Tensor | float) -> Tensor:
+def on_device_of(a: Tensor, alpha: Tensor | float) -> Tensor:
     if isinstance(alpha, Tensor):
         return alpha
     return torch.full((), alpha, dtype=torch.float32, device=a.device)
@@ -243,7 +208,7 @@ def matmul_int4_bf16_tn(
     tensor([[-4.]])
     """
     if alpha is not None:
-        alpha = _on_device_of(a, alpha)
+        alpha = on_device_of(a, alpha)
     weight = packed_w, scales, zeros, k
     y: Tensor = _int4_op(a, *weight, a_scale, a_zero, alpha, bias, out_dtype, activation, residual)
     return y
@@ -278,7 +243,7 @@ def matmul_int8_bf16_tn(
     tensor([[12.]], dtype=torch.bfloat16)
     """
     if alpha is not None:
-        alpha = _on_device_of(a, alpha)
+        alpha = on_device_of(a, alpha)
     y: Tensor = _int8_op(
         a, b, a_scale, b_scale, a_zero, alpha, bias, out_dtype, activation, residual
     )
@@ -314,40 +279,6 @@ def matmul_fp8_bf16_tn(
     tensor([[12.]])
     """
     if alpha is not None:
-        alpha = _on_device_of(a, alpha)
+        alpha = on_device_of(a, alpha)
     y: Tensor = _fp8_op(a, b, b_scale, alpha, bias, out_dtype, activation, residual)
-    return y
-
-
-def matmul_nf4_bf16_tn(
-    a: Tensor,
-    packed_w: Tensor,
-    scales: Tensor,
-    *,
-    k: int | None = None,
-    alpha: Tensor | float | None = None,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """NF4-weight GEMM under bf16, fp16 (or fp32) activations: the weights of QLoRA, bitsandbytes.
-
-        v[..., n] = alpha * sum_k a[..., k] * NF4[q[n, k]] * scales[n, g] + bias[n]
-        y         = activation(v) + residual
-
-    ``a`` [..., K]; ``packed_w`` uint8 [N, ceil(K/2)], two codes a byte (`pack_int4`); NF4, the
-    sixteen numbers of `intlass_ops.nf4`, each rounded to the dtype of ``a``; ``scales`` scalar, [N]
-    or [N, K/group_size], group_size a multiple of 16. ``k``, ``alpha``, ``bias``, ``activation``,
-    ``residual``, ``out_dtype``, sums, errors and gradients as in :func:`matmul_int4_bf16_tn`.
-
-    >>> import torch
-    >>> codes = torch.tensor([[15, 0] + [7] * 14])  # 1, -1, zeros
-    >>> a = torch.arange(1.0, 17.0).view(1, 16)
-    >>> matmul_nf4_bf16_tn(a, pack_int4(codes), torch.tensor([0.5]))
-    tensor([[-0.5000]])
-    """
-    if alpha is not None:
-        alpha = _on_device_of(a, alpha)
-    y: Tensor = _nf4_op(a, packed_w, scales, k, alpha, bias, out_dtype, activation, residual)
     return y

@@ -1,4 +1,4 @@
-"""The kernels of the matmul ops, INT4, INT8, FP8 and NF4 weights: fake, CPU and CUDA.
+"""The kernels of the matmul ops, INT4, INT8, FP8 and table-coded weights: fake, CPU and CUDA.
 
 They take the arguments of each op in one common order. Not here: the mathematics (reference.py),
 fast CPU paths (cpu.py, cpu_integers.py), plans and launches of GPU kernels (cuda/launch.py).
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import batch_invariance, cpu, cpu_integers, nf4, packing, reference
+from .. import batch_invariance, cpu, cpu_integers, lut4, packing, reference
 from ..cuda import launch, plans
 from ..explain import listening, record
 from ._library import without_autocast
-from .problem import Problem, check, rows_groups
+from .problem import Problem, check, rows_groups, table_of
 
 
 def fake(op: str, a: Tensor, w: Tensor, *rest: Any) -> Tensor:
@@ -83,8 +83,8 @@ def run_on_cpu(
 
 def _codes(p: Problem, w: Tensor, dtype: torch.dtype) -> Tensor:
     """What zero points and scales make weights of, one an element; ``dtype``: of activations."""
-    if p.w_kind == "nf4":
-        return nf4.decode(w, p.k, dtype)
+    if p.w_kind in lut4.TABLES:
+        return lut4.decode(w, p.k, p.w_kind, dtype)
     return packing.unpack(w, p.k, p.w_kind == "s4") if w.dtype == torch.uint8 else w
 
 
@@ -198,7 +198,7 @@ def _cuda_float32(
 ) -> Tensor:
     why = "float32 activations have no tensor-core kernel; cast them to bf16 or fp16"
     _explain(p, math.prod(a.shape[:-1]), "dequantize + mm", why, fallback=True)
-    dense = torch.ops.intlass.dequantize(w, scales, zeros, p.k, torch.float32, p.w_kind == "nf4")
+    dense = torch.ops.intlass.dequantize(w, scales, zeros, p.k, torch.float32, table_of(p.op))
     rows = a.reshape(math.prod(a.shape[:-1]), p.k)
     invariant = batch_invariance.enabled()
     with without_autocast(a.device):

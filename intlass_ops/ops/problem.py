@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import packing, reference
+from .. import lut4, packing, reference
 from ._library import FLOATS, INTEGERS, require_device, require_dtype, type_name
 
 INT4 = "matmul_int4_bf16_tn"
 INT8 = "matmul_int8_bf16_tn"
 FP8 = "matmul_fp8_bf16_tn"
-NF4 = "matmul_nf4_bf16_tn"
+LUT4 = {table: f"matmul_{table}_bf16_tn" for table in lut4.TABLES}
 # |int8 * int8| <= 2^14, so an int32 sum of fewer than 2^17 products cannot overflow.
 MAX_INT_K = 1 << 17
 GROUP_STEP = 16
@@ -29,7 +29,7 @@ class Problem:
 
     op: str
     x_kind: str  # "fp32", "bf16", "fp16", "s8", "s4", "u4"
-    w_kind: str  # "s4", "u4", "nf4", "s8", "e4m3"; of experts, "e2m1"
+    w_kind: str  # "s4", "u4", "s8", "e4m3", a table of lut4.py; of experts, "e2m1"
     n: int
     k: int
     group_size: int
@@ -51,18 +51,20 @@ _X_KIND = {
     torch.int32: "s8",  # as lanes, packing.py
 }
 _X_BITS = {"s8": 8, "s4": 4, "u4": 4}
-_SCHEME_OF = {"s8": "w8", "e4m3": "fp8", "nf4": "nf4"}
+_SCHEME_OF = {"s8": "w8", "e4m3": "fp8"} | {table: table for table in LUT4}
 _PER_COLUMN = {torch.uint8: 2, torch.int32: 4}  # codes, of `a`
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 # By op: the dtype of weights, what they are without zero points, and dtypes of integer activations.
-_CODES = {INT4: torch.uint8, NF4: torch.uint8, INT8: torch.int8, FP8: torch.float8_e4m3fn}
-_W_KIND = {INT4: "s4", NF4: "nf4", INT8: "s8", FP8: "e4m3"}
-_INTEGERS = {
-    INT4: (torch.int8, torch.uint8, torch.int32),
-    INT8: (torch.int8,),
-    NF4: (),
-    FP8: (),
-}
+_CODES = {INT4: torch.uint8, INT8: torch.int8, FP8: torch.float8_e4m3fn}
+_CODES |= dict.fromkeys(LUT4.values(), torch.uint8)
+_W_KIND = {INT4: "s4", INT8: "s8", FP8: "e4m3"} | {op: table for table, op in LUT4.items()}
+_INTEGERS = {INT4: (torch.int8, torch.uint8, torch.int32), INT8: (torch.int8,)}
+
+
+def table_of(op: str) -> str | None:
+    """What codes of this op's weights index, one of lut4.TABLES; None of other ops."""
+    kind = _W_KIND[op]
+    return kind if kind in LUT4 else None
 
 
 def check_parameters(op: str, name: str, t: Tensor | None, n: Any, k: Any) -> Any:
@@ -124,7 +126,7 @@ def check(
     gemm = op
     if called is not None:
         op, w_name, s_name = called, "w", "scales"
-    require_dtype(op, "a", a.dtype, (*_FLOATING, *_INTEGERS[gemm]))
+    require_dtype(op, "a", a.dtype, (*_FLOATING, *_INTEGERS.get(gemm, ())))
     require_dtype(op, w_name, w.dtype, (_CODES[gemm],))
     require_dtype(op, s_name, scales.dtype, FLOATS)
     require_device(
@@ -226,7 +228,7 @@ def check_epilogue(
 
 
 def inputs_of(w: Tensor) -> int:
-    """K of a weight [..., K] that no one names: twice the bytes of packed INT4 or NF4."""
+    """K of a weight [..., K] that no one names: twice the bytes of packed INT4 or table codes."""
     stored = w.shape[-1] if w.dim() else 0
     return 2 * stored if w.dtype == torch.uint8 else stored
 

@@ -1,4 +1,4 @@
-"""The dense weight of INT4, NF4, INT8 or FP8 codes, one pass in Triton (ops/dequantize.py)."""
+"""The dense weight of INT4, INT8, FP8 or table codes, one pass in Triton (ops/dequantize.py)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import nf4
-
-_NF4 = tl.constexpr(nf4.VALUES)
+from .. import lut4
 
 
 @triton.jit
-def _numbers_of_nf4(q, BR: tl.constexpr):
-    """Of codes [BR, BK]. Sixteen lanes hold them, so that a code is one shuffle."""
+def _numbers(q, TABLE: tl.constexpr, BR: tl.constexpr):
+    """Of a table, by codes [BR, BK]. Sixteen lanes hold them, so that a code is one shuffle."""
     lane = tl.arange(0, 16)
-    numbers = tl.full((16,), _NF4[0], tl.float32)
+    numbers = tl.full((16,), TABLE[0], tl.float32)
     for code in tl.static_range(1, 16):
-        numbers = tl.where(lane == code, _NF4[code], numbers)
+        numbers = tl.where(lane == code, TABLE[code], numbers)
     return tl.gather(tl.broadcast_to(numbers[None, :], (BR, 16)), q, 1)
 
 
@@ -33,13 +31,13 @@ def _parameter(ptr, row, group, row_step, group_step, inside):
 @triton.jit
 def _kernel(
     w_ptr, s_ptr, z_ptr, out_ptr, n, k, stored, w_row, group_size, s_row, s_group, z_row, z_group,
-    CODES: tl.constexpr, E4M3: tl.constexpr, NF4: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    CODES: tl.constexpr, E4M3: tl.constexpr, TABLE: tl.constexpr, HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile of BR rows and BK k, of which GROUP have one scale.
 
-    A row is `stored` elements of CODES codes each: INT8, E4M3's bytes, or INT4 or NF4 in bytes or
-    words.
+    A row is `stored` elements of CODES codes each: INT8, E4M3's bytes, or INT4 or table codes in
+    bytes or words.
     """
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     first = tl.program_id(1) * BK
@@ -53,9 +51,9 @@ def _kernel(
         # does to the subnormal numbers of float32. The two NaNs become 480 of their sign.
         half = ((q & 0x80) << 8 | (q & 0x7F) << 7).to(tl.int16).to(tl.float16, bitcast=True)
         q = tl.reshape(half.to(tl.float32) * 256.0, (BR, BK))
-    elif NF4:
+    elif TABLE is not None:
         q = (q[:, :, None] >> (4 * tl.arange(0, CODES))[None, None, :]) & 15
-        q = _numbers_of_nf4(tl.reshape(q, (BR, BK)), BR)
+        q = _numbers(tl.reshape(q, (BR, BK)), TABLE, BR)
     else:
         if CODES == 1:
             q += 128
@@ -84,7 +82,7 @@ def dequantize(
     zeros: Tensor | None,
     k: int,
     dtype: torch.dtype,
-    of_nf4: bool = False,
+    table: str | None = None,
 ) -> Tensor:
     """[N, k] of codes with unit stride along k; scales and zeros [1 or N, 1 or k/group_size]."""
     n = w.shape[0]
@@ -115,7 +113,7 @@ def dequantize(
         *_strides(z),
         CODES=codes,
         E4M3=e4m3,
-        NF4=of_nf4,
+        TABLE=None if table is None else lut4.TABLES[table],
         HAS_ZEROS=zeros is not None,
         GROUP=min(group_size & -group_size, bk) if group_size < k else bk,
         BR=br,

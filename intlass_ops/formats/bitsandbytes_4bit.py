@@ -1,10 +1,11 @@
-"""bitsandbytes in safetensors, as transformers saves it: NF4 (`load_in_4bit`), QLoRA's weights.
+"""bitsandbytes in safetensors, as transformers saves it: NF4, QLoRA's, and FP4 (`load_in_4bit`).
 
     weight                   bytes [N·K/2, 1], of two codes the first in the HIGH nibble; or what a
                              view of them in another type is (`bnb_4bit_quant_storage`)
-    weight.absmax            float32 [B], B = N·K/blocksize; w = NF4[q] · absmax
+    weight.absmax            float32 [B], B = N·K/blocksize; w = quant_map[q] · absmax
     weight.quant_map         float32 [16], the sixteen numbers; its kernels have them by heart
-    weight.quant_state.bitsandbytes__nf4    uint8: JSON of shape [N, K], blocksize, quant_type, …
+    weight.quant_state.bitsandbytes__nf4    uint8: JSON of shape [N, K], blocksize, quant_type, …;
+                             or …__fp4
 
 With double quantisation (`bnb_4bit_use_double_quant`):
 
@@ -14,30 +15,29 @@ With double quantisation (`bnb_4bit_use_double_quant`):
 
 Blocks run along the flattened weight, so K must be a multiple of theirs. Which layers are quantised
 their tensors say: those of `llm_int8_skip_modules` are floating. bitsandbytes rounds a weight to
-the dtype it was made of before it multiplies; here it is not rounded. Not read: its FP4.
-Not here: LLM.int8 (bitsandbytes.py), modules in memory (nf4_modules.py).
+the dtype it was made of before it multiplies; here it is not rounded. FP4's numbers
+are 192nds, which scales take in: scale = absmax / 192.
+Not here: LLM.int8 (bitsandbytes.py), modules in memory (bitsandbytes_modules.py).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import nf4
-from ..nf4_linear import Nf4Linear
+from .. import lut4
 from ..nn import Activation
 from ..ops.problem import GROUP_STEP
 from . import FormatError
 from .checkpoint import CACHE_SCALES, Checkpoint, Layer
 from .fp8 import smallest_dtype
+from .lut4 import StoredLut4
 
-_STATE = "quant_state.bitsandbytes__nf4"
-_FP4_STATE = "quant_state.bitsandbytes__fp4"
+_STATE = "quant_state.bitsandbytes__"
 _MAX_JSON_BYTES = 1 << 16
 _MAX_SIZE = 1 << 31
 # What the bytes of codes may be stored as, all the same.
@@ -48,38 +48,15 @@ _STORAGE = (
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class StoredNf4:
-    """Shape of a weight and of its scales; ``read()`` and ``read_scales()`` bring them.
-
-    Codes and scales are those of an `Nf4Linear`.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    groups: int
-    scale_dtype: torch.dtype
-    read: Callable[[], Tensor]
-    read_scales: Callable[[], Tensor]
-
-    @property
-    def group_size(self) -> int:
-        return self.shape[1] // self.groups
-
-    def load(self) -> Nf4Linear:
-        """The weight with its codes."""
-        return Nf4Linear(self.read(), self.read_scales())
-
-
-class BitsAndBytesNf4:
+class BitsAndBytes4Bit:
     """Reader of one checkpoint; ``config`` is its quantization_config."""
 
     def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
-        kind = config.get("bnb_4bit_quant_type", "nf4")
-        if kind != "nf4":
+        kind = config.get("bnb_4bit_quant_type", "fp4")
+        if kind not in lut4.BITSANDBYTES:
             raise FormatError(
-                f"{checkpoint.directory}: bnb_4bit_quant_type is {kind!r}; expected 'nf4', the 4 "
-                "bits of bitsandbytes that are read"
+                f"{checkpoint.directory}: bnb_4bit_quant_type is {kind!r}; expected "
+                f"{' or '.join(map(repr, lut4.BITSANDBYTES))}, the 4 bits of bitsandbytes"
             )
         self.checkpoint = checkpoint
         # A weight of bytes whose parts are lost is no floating one, either.
@@ -87,18 +64,20 @@ class BitsAndBytesNf4:
             path for path in checkpoint.layers("weight")
             if checkpoint.tensors[f"{path}.weight"].dtype == torch.uint8
         ]  # fmt: skip
-        marks = ("absmax", _STATE, _FP4_STATE)
+        marks = ("absmax", *(_STATE + kind for kind in lut4.BITSANDBYTES))
         of_parts = (path for mark in marks for path in checkpoint.layers(f"weight.{mark}"))
         self.paths = list(dict.fromkeys([*of_parts, *codes]))
 
     def activation(self, path: str) -> Activation:
         return None
 
-    def stored(self, path: str) -> StoredNf4:
+    def stored(self, path: str) -> StoredLut4:
         layer = Layer(self.checkpoint, path)
-        if layer.has(f"weight.{_FP4_STATE}"):
-            raise layer.fail("its codes are FP4 of bitsandbytes, which is not read; NF4 is")
-        state = _state(layer)
+        kind = next(
+            (kind for kind in lut4.BITSANDBYTES if layer.has(f"weight.{_STATE}{kind}")), "nf4"
+        )
+        table, unit = lut4.BITSANDBYTES[kind]
+        state = _state(layer, kind)
         n, k = _sizes(layer, state)
         block = _size(layer, state, "blocksize")
         if k % block:
@@ -113,20 +92,21 @@ class BitsAndBytesNf4:
         assert dtype is not None
         if storage[1] != 1 or storage[0] * dtype.itemsize * 2 != n * k:
             raise layer.fail(f"weight is {dtype} {list(storage)}; expected {n * k // 2} bytes")
-        table = layer.take("weight.quant_map", (len(nf4.VALUES),), (torch.float32,))
-        if not is_nf4(table):
-            raise layer.fail("quant_map has other numbers than NF4: such codes are not read")
+        numbers = layer.take("weight.quant_map", (16,), (torch.float32,))
+        if not are_numbers_of(kind, numbers):
+            raise layer.fail(
+                f"quant_map has other numbers than {kind.upper()}: such codes are not read"
+            )
         absmax = _absmax(layer, state, n * k // block)
-        scales = absmax()
-        scale_dtype = smallest_dtype(scales, HALVES)
+        scale_dtype = smallest_dtype(absmax() / unit, HALVES)
 
         def codes() -> Tensor:
             return swapped(layer.take("weight", storage, _STORAGE), n)
 
         def read_scales() -> Tensor:
-            return absmax().view(n, k // block).to(scale_dtype)
+            return (absmax() / unit).view(n, k // block).to(scale_dtype)
 
-        return StoredNf4(path, (n, k), k // block, scale_dtype, codes, read_scales)
+        return StoredLut4(path, table, (n, k), k // block, scale_dtype, codes, read_scales)
 
 
 def swapped(weight: Tensor, n: int) -> Tensor:
@@ -135,10 +115,13 @@ def swapped(weight: Tensor, n: int) -> Tensor:
     return (octets >> 4) | (octets << 4)
 
 
-def is_nf4(table: Tensor) -> bool:
-    """Whether a quant_map is NF4's, up to what bitsandbytes takes for the same."""
-    expected = torch.tensor(nf4.VALUES, device=table.device)
-    return table.shape == expected.shape and torch.allclose(table, expected, rtol=0, atol=1e-6)
+def are_numbers_of(kind: str, quant_map: Tensor) -> bool:
+    """Whether a quant_map is that of a kind, up to what bitsandbytes takes for the same."""
+    table, unit = lut4.BITSANDBYTES[kind]
+    numbers = lut4.numbers(table, device=quant_map.device) / unit
+    return quant_map.shape == numbers.shape and torch.allclose(
+        quant_map, numbers, rtol=0, atol=1e-6
+    )
 
 
 def unnested(codes: Tensor, table: Tensor, largest: Tensor, block: int, offset: Tensor) -> Tensor:
@@ -147,28 +130,30 @@ def unnested(codes: Tensor, table: Tensor, largest: Tensor, block: int, offset: 
     return table[codes.flatten().int()] * largest[blocks] + offset
 
 
-def _state(layer: Layer) -> dict[str, Any]:
+def _state(layer: Layer, kind: str) -> dict[str, Any]:
     """What is no tensor of a layer, of which its other tensors must be those that are known."""
-    name = f"weight.{_STATE}"
+    part = _STATE + kind
+    name = f"weight.{part}"
     size = layer.shape(name, 1, (torch.uint8,))
     if size[0] > _MAX_JSON_BYTES:
-        raise layer.fail(f"{_STATE} has {size[0]} bytes, too many for its JSON")
+        raise layer.fail(f"{part} has {size[0]} bytes, too many for its JSON")
     try:
         state = json.loads(bytes(layer.take(name, size, (torch.uint8,)).tolist()))
     except (ValueError, RecursionError) as problem:
-        raise layer.fail(f"{_STATE} is not JSON ({problem})") from None
-    if not isinstance(state, dict) or state.get("quant_type") != "nf4":
+        raise layer.fail(f"{part} is not JSON ({problem})") from None
+    if not isinstance(state, dict) or state.get("quant_type") != kind:
         found = state.get("quant_type") if isinstance(state, dict) else state
-        raise layer.fail(f"quant_type is {found!r}; expected 'nf4'")
+        raise layer.fail(f"quant_type is {found!r}; expected {kind!r}")
     nested = {"nested_absmax", "nested_quant_map"}
     known = {"absmax", "quant_map", *(nested if _is_nested(layer) else ())}
     parts = layer.checkpoint.parts
     more = parts.get(layer.path, set()) - {"weight", "bias", *CACHE_SCALES}
     more |= {f"weight.{part}" for part in parts.get(f"{layer.path}.weight", set()) - known}
     own = parts.get(f"{layer.path}.weight.quant_state", set())
-    more |= {f"weight.quant_state.{part}" for part in own - {_STATE.rpartition(".")[2]}}
+    more |= {f"weight.quant_state.{part}" for part in own - {part.rpartition(".")[2]}}
     if more:
-        raise layer.fail(f"{', '.join(sorted(more))} of an NF4 layer: this is not read")
+        names = ", ".join(sorted(more))
+        raise layer.fail(f"{names} of an {kind.upper()} layer: this is not read")
     return state
 
 

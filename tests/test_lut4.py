@@ -1,12 +1,14 @@
-"""NF4: its numbers and codes, and what no test of all ops has of matmul_nf4_bf16_tn.
+"""Tables of sixteen numbers: NF4's and others, and what no test of all ops has of their ops.
 
-Not here: those tests, which have NF4 among the weights of a `Case` (test_matmul.py,
+Not here: those tests, which have them among the weights of a `Case` (test_matmul.py,
 test_cpu.py, test_opcheck.py and others); layers and checkpoints.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,12 +22,15 @@ from gemm_checks import check_bounded, check_exact
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
-from strategies import BF16, FLOATS, FP16, FP32, nf4_cases
+from strategies import BF16, FLOATS, FP16, FP32, lut4_cases
 from tolerance import assert_close, assert_identical
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from intlass_ops import batch_invariant, cpu, dequantize, explain, matmul_nf4_bf16_tn, nf4
+from intlass_ops import batch_invariant, config, cpu, dequantize, explain, lut4, matmul_lut4_bf16_tn
+from intlass_ops.cuda import source
+
+VALUES = lut4.TABLES["nf4"]
 
 # ---------------------------------------------------------------------------------- numbers, codes
 
@@ -43,63 +48,107 @@ def quantiles(count: int) -> np.ndarray:
 def test_the_numbers_are_quantiles_of_a_normal_distribution() -> None:
     """QLoRA's appendix E, bitsandbytes' create_normal_map: one more above zero than below."""
     found = np.sort(np.concatenate((quantiles(8), [np.float32(0)], -quantiles(7))))
-    assert tuple((found / found.max()).tolist()) == nf4.VALUES
-    assert nf4.VALUES == oracle.NF4
-    assert len(nf4.VALUES) == 16
+    assert tuple((found / found.max()).tolist()) == VALUES
+    assert VALUES == oracle.NF4
+    assert len(VALUES) == 16
 
 
 def test_the_numbers_are_those_of_float32() -> None:
-    assert torch.tensor(nf4.VALUES).tolist() == list(nf4.VALUES)
-    assert list(nf4.VALUES) == sorted(set(nf4.VALUES))
-    assert (nf4.VALUES[0], nf4.VALUES[7], nf4.VALUES[15]) == (-1.0, 0.0, 1.0)
+    assert torch.tensor(VALUES).tolist() == list(VALUES)
+    assert list(VALUES) == sorted(set(VALUES))
+    assert (VALUES[0], VALUES[7], VALUES[15]) == (-1.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("k", [1, 16, 33])
 def test_codes_become_numbers_rounded_once(k: int, dtype: torch.dtype, device: str) -> None:
     codes = (torch.arange(16)[:, None] + 7 * torch.arange(k)).to(device) % 16
-    found = nf4.decode(oracle.pack(codes), k, dtype)
+    found = lut4.decode(oracle.pack(codes), k, "nf4", dtype)
     assert found.dtype == dtype
-    assert_identical(found.double(), oracle.nf4_numbers(codes, dtype))
+    assert_identical(found.double(), oracle.numbers("nf4", codes, dtype))
 
 
 def test_each_number_has_its_code(device: str) -> None:
-    numbers = torch.tensor(nf4.VALUES, device=device)
-    codes = nf4.encode(numbers.view(2, 8))
+    numbers = torch.tensor(VALUES, device=device)
+    codes = lut4.encode(numbers.view(2, 8), "nf4")
     assert codes.dtype == torch.uint8
     assert codes.tolist() == torch.arange(16).view(2, 8).tolist()
     packed = oracle.pack(codes.flatten())
-    assert_identical(nf4.decode(packed, 16), numbers)
+    assert_identical(lut4.decode(packed, 16, "nf4"), numbers)
+
+
+@pytest.mark.parametrize("table", lut4.TABLES)
+def test_each_number_of_a_table_has_its_code(table: str, device: str) -> None:
+    assert lut4.TABLES[table] == oracle.TABLES[table]
+    codes = torch.arange(16, device=device)
+    values = lut4.decode_codes(codes, table)
+    assert_identical(values.double(), oracle.numbers(table, codes))
+    again = lut4.encode(values, table)
+    assert_identical(lut4.decode_codes(again, table), values)
+    assert again.unique().numel() == values.unique().numel()  # of two zeros one
+
+
+def test_numbers_of_other_tables_are_exact_in_16_bits() -> None:
+    for table in ("iq4nl", "fp4", "bnbfp4"):
+        for dtype in (BF16, FP16):
+            assert tuple(lut4.numbers(table, dtype).tolist()) == lut4.TABLES[table]
+
+
+def test_kernels_have_the_same_numbers() -> None:
+    """cuda/lut4.cuh has the lower and the upper bytes of four at a time."""
+    assert tuple(lut4.TABLES) == config.LUT4
+    text = (source.SOURCE_DIR / "lut4.cuh").read_text()
+    found = re.findall(r"struct Lut4Table<(\w+), (\w+)> {\s+.*{(.*)};\s+.*{(.*)};", text)
+    assert {(table, x) for table, x, *_ in found} == {
+        *itertools.product(config.LUT4, ("bf16", "fp16"))
+    }
+    for table, x, low, high in found:
+        octets = (
+            b"".join(int(word, 16).to_bytes(4, "little") for word in words.split(", "))
+            for words in (low, high)
+        )
+        halves = torch.tensor([a | b << 8 for a, b in zip(*octets, strict=True)])
+        numbers = halves.to(torch.uint16).view(BF16 if x == "bf16" else FP16)
+        assert_identical(numbers, lut4.numbers(table, numbers.dtype))
 
 
 def test_halfway_between_two_numbers_is_the_upper_one() -> None:
-    numbers = torch.tensor(nf4.VALUES, dtype=torch.float64)
+    numbers = torch.tensor(VALUES, dtype=torch.float64)
     halfway = (numbers[1:] + numbers[:-1]) / 2
-    assert nf4.encode(halfway).tolist() == list(range(1, 16))
-    assert nf4.encode(halfway.nextafter(-torch.ones(()))).tolist() == list(range(15))
+    assert lut4.encode(halfway, "nf4").tolist() == list(range(1, 16))
+    assert lut4.encode(halfway.nextafter(-torch.ones(())), "nf4").tolist() == list(range(15))
 
 
 def test_what_lies_beyond_and_what_is_no_number() -> None:
     x = torch.tensor([-1.5, 1.5, -math.inf, math.inf, math.nan, -0.0])
-    assert nf4.encode(x).tolist() == [0, 15, 0, 15, 7, 7]
+    assert lut4.encode(x, "nf4").tolist() == [0, 15, 0, 15, 7, 7]
 
 
 @given(st.lists(st.floats(-1.25, 1.25, width=32), min_size=1, max_size=20))
 def test_no_number_is_nearer_than_that_of_the_code(values: list[float]) -> None:
-    x, numbers = torch.tensor(values), torch.tensor(nf4.VALUES).double()
+    x, numbers = torch.tensor(values), torch.tensor(VALUES).double()
     error = (x.double()[:, None] - numbers).abs()
-    chosen = error.gather(1, nf4.encode(x).long()[:, None])[:, 0]
+    chosen = error.gather(1, lut4.encode(x, "nf4").long()[:, None])[:, 0]
     assert torch.equal(chosen, error.amin(1))
 
 
 # -------------------------------------------------------------------------------------- the product
 
 
-@pytest.mark.parametrize("case", nf4_cases(), ids=lambda c: f"{c}-{c.scale}-{c.out}")
+@pytest.mark.parametrize("case", lut4_cases(), ids=lambda c: f"{c}-{c.scale}-{c.out}")
 def test_every_number_of_tokens(case: Case, device: str) -> None:
     """Bit for bit where float32 has nothing to round: under bf16 of all sixteen numbers."""
     check_bounded(case, device)
     check_exact(case, device)
+
+
+@pytest.mark.parametrize("x", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("table", ["iq4nl", "fp4", "bnbfp4"])
+def test_other_tables(table: str, x: str, device: str) -> None:
+    for m, scale, out in ((1, FP32, None), (17, BF16, FP32), (300, FP16, BF16)):
+        case = Case(x, table, (m,), 48, 160, 5, scale=scale, out=out, bias=FP32)
+        check_bounded(case, device)
+        check_exact(case, device)
 
 
 @pytest.mark.parametrize("k", [16, 48, 4100])
@@ -143,8 +192,10 @@ def test_every_number_is_exact_in_every_type(
     codes = (torch.arange(48)[:, None] + 7 * torch.arange(64)) % 16
     w, scales = oracle.pack(codes).to(device), torch.ones(48, groups, device=device)
     for out in (dtype, FP32):
-        y = matmul_nf4_bf16_tn(torch.eye(64, device=device)[:m].to(dtype), w, scales, out_dtype=out)
-        assert_identical(y.cpu().double(), oracle.nf4_numbers(codes[:, :m], dtype).T)
+        y = matmul_lut4_bf16_tn(
+            torch.eye(64, device=device)[:m].to(dtype), w, scales, out_dtype=out
+        )
+        assert_identical(y.cpu().double(), oracle.numbers("nf4", codes[:, :m], dtype).T)
 
 
 def test_without_kernels_the_reference_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,10 +213,10 @@ def test_dequantised_numbers_are_those_of_float32(device: str) -> None:
     """Whatever the type of the weight: rounded once, with the scale."""
     codes = (torch.arange(48)[:, None] + 7 * torch.arange(96)) % 16
     scales = torch.rand(48, 3, generator=torch.Generator().manual_seed(0))
-    products = oracle.nf4_numbers(codes).float() * scales.repeat_interleave(32, 1)
+    products = oracle.numbers("nf4", codes).float() * scales.repeat_interleave(32, 1)
     w = oracle.pack(codes).to(device)
     for dtype in FLOATS:
-        dense = dequantize(w, scales.to(device), dtype=dtype, of_nf4=True)
+        dense = dequantize(w, scales.to(device), dtype=dtype, table="nf4")
         assert_identical(dense.cpu(), products.to(dtype))
 
 
@@ -208,21 +259,24 @@ BYTES = torch.ones(4, 16, dtype=torch.uint8)
         ({"scales": torch.ones(5)}, ValueError, r"scales has shape \(5,\)"),
         ({"scales": BYTES[:, 0]}, TypeError, "scales has dtype uint8"),
         ({"zeros": torch.ones(4)}, TypeError, "unexpected keyword argument 'zeros'"),
+        ({"table": "fp8"}, ValueError, "table='fp8'; expected one of 'nf4', 'iq4nl', 'fp4', "),
     ],
 )
 def test_what_does_not_fit_is_refused(
     change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     given = {"a": torch.ones(3, 32), "packed_w": BYTES, "scales": torch.ones(4)}
-    with pytest.raises(error, match=f"matmul_nf4_bf16_tn.*{message}"):
-        matmul_nf4_bf16_tn(**{**given, **change})
+    with pytest.raises(error, match=f"matmul_(nf|lut)4_bf16_tn.*{message}"):
+        matmul_lut4_bf16_tn(**{**given, **change})
 
 
 def test_dequantize_takes_packed_codes_without_zeros() -> None:
-    with pytest.raises(ValueError, match="zeros belong to INT4 and INT8 weights, w is NF4"):
-        dequantize(BYTES, torch.ones(4), torch.ones(4), of_nf4=True)
+    with pytest.raises(ValueError, match="zeros belong to INT4 and INT8 weights, w is nf4"):
+        dequantize(BYTES, torch.ones(4), torch.ones(4), table="nf4")
     with pytest.raises(TypeError, match="dequantize: w has dtype int8; expected one of uint8"):
-        dequantize(BYTES.view(torch.int8), torch.ones(4), of_nf4=True)
+        dequantize(BYTES.view(torch.int8), torch.ones(4), table="nf4")
+    with pytest.raises(ValueError, match="dequantize: table='nf5'; expected None or one of 'nf4'"):
+        dequantize(BYTES, torch.ones(4), table="nf5")
 
 
 # ----------------------------------------------------------------------------------- torch.compile
@@ -241,7 +295,7 @@ def test_one_graph_for_any_number_of_tokens(device: str) -> None:
     call = build(case, device, numbers="random")
 
     def layer(a: Tensor) -> Tensor:
-        return matmul_nf4_bf16_tn(a, call.w, call.scales, **call.options)
+        return matmul_lut4_bf16_tn(a, call.w, call.scales, **call.options)
 
     counter = CompileCounterWithBackend("aot_eager")
     fn = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
@@ -257,7 +311,7 @@ def test_gradients_through_a_compiled_graph(device: str) -> None:
     call = build(case, device, numbers="random")
 
     def layer(a: Tensor) -> Tensor:
-        return matmul_nf4_bf16_tn(a, call.w, call.scales, **call.options)
+        return matmul_lut4_bf16_tn(a, call.w, call.scales, **call.options)
 
     grads = []
     for fn in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)):

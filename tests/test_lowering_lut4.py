@@ -12,12 +12,21 @@ import torch
 from lowering_helpers import DECLINED, SWAPPED, Counting, fresh, outcomes
 from torch import Tensor, nn
 
-from intlass_ops import IntLinear, Nf4Linear, lowering, nf4
+from intlass_ops import IntLinear, Lut4Linear, lowering, lut4
 from intlass_ops.lowering import blocks, runtime
 from intlass_ops.prepare import prepare_
 
 N, K, GROUP = 96, 256, 64
 FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+# And how weights that index them are stored
+KNOWN: dict[str, tuple[list[float], str]] = {
+    "e2m1": (FP4, "fp4a16"),
+    "e2m1, twice": ([2 * v for v in FP4], "fp4a16"),
+    "e2m1 up to 1": ([v / 6 for v in FP4], "fp4a16"),
+    "bitsandbytes": ([v / 192 for v in lut4.TABLES["bnbfp4"]], "bnbfp4a16"),
+    "IQ4_NL": (list(lut4.TABLES["iq4nl"]), "iq4nla16"),
+    "integers": ([v * abs(v) / 2.0 for v in range(-8, 8)], "w8a16"),
+}
 OTHER = [v**3 / 7 for v in range(-8, 8)]
 
 
@@ -31,7 +40,7 @@ class Looked(nn.Module):
     def __init__(
         self,
         weight: Callable[..., Tensor],
-        table: list[float] = [*nf4.VALUES],  # noqa: B006
+        table: list[float] = [*lut4.TABLES["nf4"]],  # noqa: B006
         dtype: torch.dtype = torch.float32,
         *,
         constant: bool = False,
@@ -155,17 +164,22 @@ def test_a_table_may_be_rounded(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("constant", [False, True])
-def test_tables_of_small_integers_are_int8(constant: bool) -> None:
-    module, x = Looked(by_index, FP4, constant=constant), torch.eye(K)
+@pytest.mark.parametrize("name", KNOWN)
+def test_tables_are_known_by_their_numbers(name: str, constant: bool) -> None:
+    table, scheme = KNOWN[name]
+    if constant and all(float(number).is_integer() for number in table):
+        scheme = "w8a16"  # what the graph multiplies are integers, however it came by them
+    module, x = Looked(by_index, table, constant=constant), torch.eye(K)
     with fresh():
         y = compiled(module, x)
         (decision,) = lowering.report()
-        assert decision.as_stored().scheme == "w8a16"
-    assert torch.equal(y.T, module.dense(torch.float32))
+        assert decision.as_stored().scheme == scheme
+    # of thirds the scale is rounded in place of the number
+    torch.testing.assert_close(y.T, module.dense(torch.float32), rtol=2**-22, atol=0)
 
 
 def test_a_table_of_the_graph_is_looked_at_when_it_is_compiled() -> None:
-    for table, outcome in ((list(nf4.VALUES), SWAPPED), (OTHER, DECLINED)):
+    for table, outcome in ((list(lut4.TABLES["nf4"]), SWAPPED), (OTHER, DECLINED)):
         module, x = Looked(by_index, table, constant=True), random(3, K)
         with fresh():
             y = compiled(module, x)
@@ -177,7 +191,7 @@ def test_a_table_of_the_graph_is_looked_at_when_it_is_compiled() -> None:
 def test_another_table_in_a_buffer_stays_dense() -> None:
     module, x = Looked(by_index, OTHER), random(3, K)
     with fresh():
-        with pytest.warns(UserWarning, match="index a table of other numbers than NF4's"):
+        with pytest.warns(UserWarning, match="index a table of numbers that are neither known"):
             y = compiled(module, x)
         (decision,) = lowering.report()
         assert decision.as_stored().outcome == DECLINED
@@ -213,7 +227,7 @@ def test_what_is_no_number_times_a_scale_is_declined(weight: Callable[..., Tenso
 
 def test_rows_of_zeros_before_others() -> None:
     """0, 1 and -1 are numbers of every table: which one it is, later rows say."""
-    for table, scheme in ((list(nf4.VALUES), "nf4a16"), (FP4, "w8a16")):
+    for table, scheme in ((list(lut4.TABLES["nf4"]), "nf4a16"), KNOWN["e2m1"], KNOWN["integers"]):
         module, x = Looked(by_index, table), torch.eye(K)
         zero = table.index(0.0)
         module.codes[: N // 2] = 17 * zero
@@ -266,7 +280,9 @@ def test_activations_that_were_codes_are_floats() -> None:
     torch.testing.assert_close(y, module(x), rtol=1e-4, atol=1e-4 * float(y.abs().max()))
 
 
-@pytest.mark.parametrize(("table", "kind"), [(list(nf4.VALUES), Nf4Linear), (FP4, IntLinear)])
+@pytest.mark.parametrize(
+    ("table", "kind"), [(KNOWN["e2m1"][0], Lut4Linear), (KNOWN["integers"][0], IntLinear)]
+)
 def test_prepare_makes_linears_of_modules(table: list[float], kind: type[nn.Module]) -> None:
     model, x = nn.Sequential(Looked(by_index, table)), torch.eye(K)
     w = model[0].dense(torch.float32)
@@ -334,15 +350,19 @@ class OneToken(nn.Module):
         return y + self.inner.bias.to(x.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("nf4", torch.bfloat16), ("fp4", torch.float16), ("nf4", torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("wrap", [nn.Sequential, Dequantised, OneToken], ids=lambda w: w.__name__)
 def test_operations_of_bitsandbytes(
-    wrap: Callable[[Any], nn.Module], nested: bool, dtype: torch.dtype
+    wrap: Callable[[Any], nn.Module], nested: bool, kind: str, dtype: torch.dtype
 ) -> None:
     if wrap is OneToken and nested:
         pytest.skip("that operation has plain scales")
-    inner = four_bit(nested, compute_dtype=dtype)
+    inner = four_bit(nested, kind, compute_dtype=dtype)
     w = dense_of(inner)
     inner.weight.quant_state.dtype = dtype
     module, x = wrap(inner), random(1 if wrap is OneToken else 3, K).to(dtype)
@@ -351,7 +371,8 @@ def test_operations_of_bitsandbytes(
             y = torch.compile(module, backend=Counting())(x)
         assert outcomes() == [SWAPPED], lowering.report()
         (decision,) = lowering.report()
-    assert decision.as_stored().scheme == "nf4a16"
+    scheme = {"nf4": "nf4a16", "fp4": "bnbfp4a16"}[kind]
+    assert decision.as_stored().scheme == scheme
     assert decision.bound is not None
     check(y, x, w, decision.bound, inner.bias.detach())
 
@@ -378,8 +399,6 @@ def test_scales_of_bitsandbytes_need_not_fill_their_last_block() -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: nn.Sequential(four_bit(False, "fp4")), "codes of bitsandbytes' fp4"),
-        (lambda: Dequantised(four_bit(False, "fp4")), "codes of bitsandbytes' fp4"),
         (lambda: nn.Sequential(four_bit(True, k=160)), "K=160 with blocksize=64: blocks that run"),
     ],
 )

@@ -2,7 +2,7 @@
 
 Lives here: `converted`. A table of sixteen numbers is no arithmetic that a graph would show, so
 these modules are read by what they hold: a weight of type `Params4bit`, whose `quant_state` has the
-tensors that files have (bitsandbytes_nf4.py). Not here: modules that are traced (modules.py).
+tensors that files have (bitsandbytes_4bit.py). Not here: modules that are traced (modules.py).
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nf4_linear import Nf4Linear
+from ..lut4 import BITSANDBYTES
+from ..lut4_linear import Lut4Linear
 from ..ops.problem import GROUP_STEP
-from .bitsandbytes_nf4 import HALVES, is_nf4, swapped, unnested
+from .bitsandbytes_4bit import HALVES, are_numbers_of, swapped, unnested
 from .fp8 import smallest_dtype
 
 
@@ -25,14 +26,17 @@ def is_4bit(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def converted(module: Any) -> Nf4Linear | str:
-    """An `Nf4Linear` of the same weight; or why there is none."""
+def converted(module: Any) -> Lut4Linear | str:
+    """A `Lut4Linear` of the same weight; or why there is none."""
     weight = module.weight
     state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
     if state is None:
         return "its weight is not quantised yet, as bitsandbytes does when it is moved to a device"
-    if state.quant_type != "nf4" or not is_nf4(state.code.float()):
-        return f"codes of bitsandbytes' {state.quant_type}: of its 4 bits, NF4 is read"
+    if state.quant_type not in BITSANDBYTES or not are_numbers_of(
+        state.quant_type, state.code.float()
+    ):
+        return f"codes of bitsandbytes' {state.quant_type} that have numbers of their own"
+    table, unit = BITSANDBYTES[state.quant_type]
     if getattr(state, "packing_format_for_cpu", False):
         return (
             "bitsandbytes has laid its weight out for this CPU, and rounded its scales: call "
@@ -47,5 +51,6 @@ def converted(module: Any) -> Nf4Linear | str:
         inner = state.state2
         absmax = unnested(absmax, inner.code, inner.absmax, inner.blocksize, state.offset)
     bias = None if module.bias is None else module.bias.detach()
-    scales = absmax.float().view(n, k // block)
-    return Nf4Linear(swapped(weight.detach(), n), scales.to(smallest_dtype(scales, HALVES)), bias)
+    scales = (absmax.float() / unit).view(n, k // block)
+    scales = scales.to(smallest_dtype(scales, HALVES))
+    return Lut4Linear(swapped(weight.detach(), n), scales, bias, table)

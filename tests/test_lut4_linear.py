@@ -1,7 +1,8 @@
-"""Nf4Linear: what it computes, what it refuses, what its weight survives.
+"""Lut4Linear: what it computes, what it refuses, what its weight survives.
 
-Checkpoints of it are in test_formats_nf4.py, what refuses those in test_formats_nf4_refused.py,
-bitsandbytes' own modules in test_nf4_modules.py, the op in test_nf4.py.
+Checkpoints of it are in test_formats_bitsandbytes_4bit.py, what refuses those in
+test_formats_bitsandbytes_4bit_refused.py, bitsandbytes' own modules in
+test_bitsandbytes_modules.py, the op in test_lut4.py.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def weight(group: int = 64, seed: int = 0) -> Nf4Weight:
     return draw_nf4(N, K, seed, group=group)
 
 
-def layer_of(w: Nf4Weight | None = None, bias: Tensor | None = None) -> ia.Nf4Linear:
+def layer_of(w: Nf4Weight | None = None, bias: Tensor | None = None) -> ia.Lut4Linear:
     w = w or weight()
-    return ia.Nf4Linear(w.packed(), w.s, bias)
+    return ia.Lut4Linear(w.packed(), w.s, bias)
 
 
 def some_bias() -> Tensor:
@@ -48,7 +49,7 @@ def tokens(dtype: torch.dtype, device: str = "cpu") -> Tensor:
 def rounded(w: Nf4Weight, dtype: torch.dtype) -> Tensor:
     """float64 of the weight that activations in ``dtype`` meet."""
     group = K // w.s.shape[1]
-    return oracle.nf4_numbers(w.q, dtype) * w.s.double().repeat_interleave(group, 1)
+    return oracle.numbers("nf4", w.q, dtype) * w.s.double().repeat_interleave(group, 1)
 
 
 # ------------------------------------------------------------------------------- what it computes
@@ -56,7 +57,7 @@ def rounded(w: Nf4Weight, dtype: torch.dtype) -> Tensor:
 
 def test_the_layer_names_itself() -> None:
     assert repr(layer_of(bias=some_bias())) == (
-        "Nf4Linear(in_features=128, out_features=40, scheme=nf4a16, group_size=64, bias=True)"
+        "Lut4Linear(in_features=128, out_features=40, scheme=nf4a16, group_size=64, bias=True)"
     )
 
 
@@ -82,14 +83,14 @@ def test_every_code(scale: torch.dtype, device: str) -> None:
     q = torch.arange(16)[:, None].expand(-1, 16)
     s = torch.linspace(0.01, 3, 16)[:, None].to(scale)
     w = Nf4Weight(q, s.float())
-    layer = ia.Nf4Linear(w.packed(), s).to(device)
+    layer = ia.Lut4Linear(w.packed(), s).to(device)
     assert_identical(layer.dequantize().cpu(), w.dense())
     assert_identical(layer.dequantize(BF16).cpu(), round_once(w.exact(), BF16))
     assert_identical(layer(torch.eye(16, device=device)).cpu(), w.dense().T)
 
 
 def test_the_even_column_is_in_the_low_nibble(device: str) -> None:
-    layer = ia.Nf4Linear(torch.tensor([[0xF0]], dtype=torch.uint8), torch.ones(1, 1)).to(device)
+    layer = ia.Lut4Linear(torch.tensor([[0xF0]], dtype=torch.uint8), torch.ones(1, 1)).to(device)
     assert layer.dequantize().tolist() == [[-1.0, 1.0]]
 
 
@@ -171,13 +172,13 @@ def codes(*shape: int) -> Tensor:
     ],
 )
 def test_tensors_that_do_not_fit(args: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"^Nf4Linear: .*{message}"):
-        ia.Nf4Linear(*args)
+    with pytest.raises(error, match=f"^Lut4Linear: .*{message}"):
+        ia.Lut4Linear(*args)
 
 
 def test_inputs_that_do_not_fit() -> None:
     layer = layer_of()
-    with pytest.raises(TypeError, match=r"^Nf4Linear: x is torch\.int8; .* leave this layer"):
+    with pytest.raises(TypeError, match=r"^Lut4Linear: x is torch\.int8; .* leave this layer"):
         layer(torch.zeros(6, K, dtype=torch.int8))
     with pytest.raises(TypeError, match=r"a has dtype float64"):
         layer(torch.zeros(6, K, dtype=torch.float64))
@@ -194,7 +195,7 @@ def test_state_dict_holds_the_layer() -> None:
     assert not list(layer.parameters())
     other.load_state_dict(layer.state_dict())
     assert_identical(other(tokens(FP32)), layer(tokens(FP32)))
-    with pytest.raises(RuntimeError, match=r"weight is torch\.float32, the Nf4Linear holds codes"):
+    with pytest.raises(RuntimeError, match=r"weight is torch\.float32, the Lut4Linear holds codes"):
         other.load_state_dict({**layer.state_dict(), "weight": layer.dequantize()})
 
 
@@ -231,7 +232,7 @@ def test_others_leave_the_layer_alone() -> None:
     model = nn.ModuleList([layer_of(), nn.Linear(N, N)])
     assert ia.prepare_(model) == []
     ia.quantize_(model, ia.Int8WeightOnly())
-    assert [type(each) for each in model] == [ia.Nf4Linear, ia.IntLinear]
+    assert [type(each) for each in model] == [ia.Lut4Linear, ia.IntLinear]
 
 
 def test_peft_trains_around_it() -> None:
@@ -243,7 +244,7 @@ def test_peft_trains_around_it() -> None:
     base = nn.Sequential(layer_of(below), nn.Tanh(), layer_of(above), nn.LayerNorm(64))
     model = peft.get_peft_model(base, lora_config(r=4, target_modules=["0", "2"]))
     layers = [each for each in model.modules() if isinstance(each, LoraIntLinear)]
-    assert [type(each.base_layer) for each in layers] == [ia.Nf4Linear] * 2
+    assert [type(each.base_layer) for each in layers] == [ia.Lut4Linear] * 2
     adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert {p.dtype for p in adapters.values()} == {torch.float32}
     x, target = torch.randn(16, 64), torch.randn(16, 64) / 4

@@ -76,7 +76,7 @@ def put(part: str, value: Any) -> Callable[[Tensors], None]:
             SINGLE,
             "weight.quant_state.bitsandbytes__fp4",
             torch.ones(1),
-            "its codes are FP4 of bitsandbytes, which is not read; NF4 is",
+            "weight.quant_state.bitsandbytes__fp4 of an NF4 layer: this is not read",
         ),
         (SINGLE, "bias", torch.zeros(47), r"bias is F32 \[47\]; expected"),
         (DOUBLE, "weight.absmax", lambda t: t[:-1], r"absmax has shape \[127\]; expected \[128\]"),
@@ -151,7 +151,7 @@ def test_what_the_json_says_is_not_trusted(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is 'fp4'; expected 'nf4'"),
+        ({"bnb_4bit_quant_type": "nf5"}, "quant_type is 'nf5'; expected 'nf4' or 'fp4'"),
         ({"load_in_4bit": False}, "load_in_8bit is False; expected true, or load_in_4bit"),
         ({"load_in_4bit": "yes"}, "load_in_8bit is False; expected true, or load_in_4bit"),
     ],
@@ -194,7 +194,7 @@ def test_experts(tmp_path: Path) -> None:
     form = FORMS[SINGLE]
     form = type(form)({**form.draw, "group": 16}, form.store, form.config, make=form.make)
     write_experts(tmp_path, form)
-    with pytest.raises(FormatError, match="experts of NF4 are not read"):
+    with pytest.raises(FormatError, match="experts in nf4 are not read"):
         load_pretrained(tmp_path)
 
 
