@@ -331,7 +331,7 @@ class Nf4(Idiom):
 
 
 class Fp4Table(Nf4):
-    """Half integers, as all numbers of FP4 are: codes of 8 bits."""
+    """Half integers, those of e2m1: the same kernels with other numbers."""
 
     NUMBERS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 

@@ -74,7 +74,7 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
     return torch.cat([(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)])
 
 
-def _bitsandbytes(double: bool) -> Callable[[], Case]:
+def _bitsandbytes(kind: str, double: bool) -> Callable[[], Case]:
     def make() -> Case:
         from bitsandbytes.nn import Linear4bit
 
@@ -83,7 +83,7 @@ def _bitsandbytes(double: bool) -> Callable[[], Case]:
             if isinstance(linear, nn.Linear):
                 new = Linear4bit(
                     linear.in_features, linear.out_features, linear.bias is not None,
-                    torch.bfloat16, double, "nf4",
+                    torch.bfloat16, double, kind,
                 )  # fmt: skip
                 new.load_state_dict(linear.state_dict())
                 # In training mode: else it lays weights out for this CPU, if that has bfloat16.
@@ -278,8 +278,11 @@ LIBRARY: dict[str, Entry] = {
     "compressed-tensors: pack-quantized, decompressed in graph": Entry(
         _compressed_tensors, "swapped", "w4a16"
     ),
-    "bitsandbytes: NF4": Entry(_bitsandbytes(False), "swapped", "nf4a16"),
-    "bitsandbytes: NF4, double quantisation": Entry(_bitsandbytes(True), "swapped", "nf4a16"),
+    "bitsandbytes: NF4": Entry(_bitsandbytes("nf4", False), "swapped", "nf4a16"),
+    "bitsandbytes: NF4, double quantisation": Entry(
+        _bitsandbytes("nf4", True), "swapped", "nf4a16"
+    ),
+    "bitsandbytes: FP4": Entry(_bitsandbytes("fp4", False), "swapped", "bnbfp4a16"),
     "PT2E x86: static": Entry(_pt2e(False), "swapped", "w8a8"),
     "PT2E x86: dynamic": Entry(_pt2e(True), "swapped", "w8a8"),
 }

@@ -221,7 +221,7 @@ def _gguf(name: str) -> Callable[[], Case]:
     return make
 
 
-def _nf4(double: bool) -> Callable[[], Case]:
+def _bitsandbytes(kind: str, double: bool) -> Callable[[], Case]:
     """Against the weight before it is rounded to its dtype, which ours never is."""
 
     def make() -> Case:
@@ -231,7 +231,7 @@ def _nf4(double: bool) -> Callable[[], Case]:
         g = torch.Generator().manual_seed(12)
         module = Linear4bit(K, N)
         w = torch.randn(N, K, generator=g).bfloat16()
-        module.weight = Params4bit(w, quant_type="nf4", compress_statistics=double)
+        module.weight = Params4bit(w, quant_type=kind, compress_statistics=double)
         module.bias.data = torch.randn(N, generator=g).bfloat16()
         module = module.to("cpu")
         state, x = module.weight.quant_state, torch.randn(5, K, generator=g).bfloat16()
@@ -354,8 +354,9 @@ MODULES: dict[str, tuple[Callable[[], Case], str]] = {
         "fp8a16",
     ),
     "FP8 in blocks, by hand": (_plain_fp8, "fp8a16"),
-    "bitsandbytes: NF4": (_nf4(False), "nf4a16"),
-    "bitsandbytes: NF4, double quantisation": (_nf4(True), "nf4a16"),
+    "bitsandbytes: NF4": (_bitsandbytes("nf4", False), "nf4a16"),
+    "bitsandbytes: NF4, double quantisation": (_bitsandbytes("nf4", True), "nf4a16"),
+    "bitsandbytes: FP4": (_bitsandbytes("fp4", False), "bnbfp4a16"),
     "GGUF: Q4_0": (_gguf("Q4_0"), "w4a16"),
     "GGUF: Q4_1": (_gguf("Q4_1"), "w4a16"),
     "GGUF: Q8_0": (_gguf("Q8_0"), "w8a16"),

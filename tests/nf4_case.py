@@ -1,4 +1,4 @@
-"""NF4 weights, what they are exactly, and bitsandbytes' layout of them, written without its code.
+"""NF4 and FP4 weights, what they are exactly, and bitsandbytes' layout, written without its code.
 
 Not here: tests (test_lut4_linear.py, test_formats_bitsandbytes_4bit.py), checkpoints
 (tiny_checkpoints.py).
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
+# The table of a kind, and what its numbers are divided by.
+KINDS = {"nf4": ("nf4", 1.0), "fp4": ("bnbfp4", 192.0)}
 
 
 @dataclass
@@ -34,11 +36,12 @@ class Nested:
 
 @dataclass
 class Nf4Weight:
-    """w[n, k] = NF4[q[n, k]]·s[n, k // group]."""
+    """w[n, k] = NF4[q[n, k]]·s[n, k // group]; of FP4 s is divided once, in float32."""
 
     q: Tensor  # [N, K]
     s: Tensor  # float32 [N, K/group]
     nested: Nested | None = None
+    kind: str = "nf4"
 
     def packed(self) -> Tensor:
         """As an `Lut4Linear` has them: the even element low."""
@@ -46,7 +49,9 @@ class Nf4Weight:
 
     def exact(self) -> Tensor:
         group = self.q.shape[1] // self.s.shape[1]
-        return oracle.numbers("nf4", self.q) * self.s.double().repeat_interleave(group, 1)
+        table, unit = KINDS[self.kind]
+        scales = (self.s / unit).double()
+        return oracle.numbers(table, self.q) * scales.repeat_interleave(group, 1)
 
     def dense(self) -> Tensor:
         return self.exact().float()
@@ -60,13 +65,14 @@ def draw_nf4(
     group: int = 64,
     double: bool = False,
     dtype: torch.dtype = torch.float32,
+    kind: str = "nf4",
 ) -> Nf4Weight:
     """Any codes; scales around 0.5, of numbers in ``dtype``."""
     rng = torch.Generator().manual_seed(seed)
     q, blocks = torch.randint(0, 16, (n, k), generator=rng), n * k // group
     if not double:
         s = (torch.rand(n, k // group, generator=rng) * 0.5 + 0.25).to(dtype).float()
-        return Nf4Weight(q, s)
+        return Nf4Weight(q, s, kind=kind)
     block = 16  # many in a small weight; bitsandbytes has 256
     nested = Nested(
         torch.randint(0, 256, (blocks,), generator=rng),
@@ -75,13 +81,13 @@ def draw_nf4(
         0.4123,
         block,
     )
-    return Nf4Weight(q, nested.absmax().view(n, -1), nested)
+    return Nf4Weight(q, nested.absmax().view(n, -1), nested, kind)
 
 
 def state_of(w: Nf4Weight) -> dict[str, Any]:
     """What the JSON of a layer says."""
     n, k = w.q.shape
-    state = {"quant_type": "nf4", "blocksize": k // w.s.shape[1], "dtype": "bfloat16",
+    state = {"quant_type": w.kind, "blocksize": k // w.s.shape[1], "dtype": "bfloat16",
              "shape": [n, k]}  # fmt: skip
     if w.nested is not None:
         state |= {"nested_blocksize": w.nested.block, "nested_dtype": "float32",
@@ -94,14 +100,15 @@ def text_of(state: Any) -> Tensor:
     return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
-def bitsandbytes_nf4(w: Nf4Weight, storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
+def bitsandbytes_4bit(w: Nf4Weight, storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
     flat = w.q.flatten()
+    table, unit = KINDS[w.kind]
     octets = ((flat[::2] << 4) | flat[1::2]).to(torch.uint8)
     tensors = {
         "weight": octets.view(storage)[:, None],
         "weight.absmax": w.s.flatten(),
-        "weight.quant_map": torch.tensor(oracle.NF4),
-        STATE: text_of(state_of(w)),
+        "weight.quant_map": torch.tensor(oracle.TABLES[table]) / unit,
+        STATE.replace("nf4", w.kind): text_of(state_of(w)),
     }
     if w.nested is not None:
         tensors |= {

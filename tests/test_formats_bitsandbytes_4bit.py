@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
-from nf4_case import Nf4Weight, bitsandbytes_nf4, draw_nf4
+from nf4_case import Nf4Weight, bitsandbytes_4bit, draw_nf4
 from safetensors.torch import save_file
 from tiny_checkpoints import (
     BLOCKS_OF_64,
@@ -74,7 +74,7 @@ def test_every_code_in_every_storage(tmp_path: Path, storage: torch.dtype, doubl
     drawn = draw_nf4(48, 128, 0, double=double)
     every = torch.cartesian_prod(torch.arange(16), torch.arange(16)).flatten()  # of every byte
     w = Nf4Weight(every.repeat(12).view(48, 128), drawn.s, drawn.nested)
-    put(tmp_path, bitsandbytes_nf4(w, storage))
+    put(tmp_path, bitsandbytes_4bit(w, storage))
     layer = layer_of(tmp_path)
     assert torch.equal(layer.weight, w.packed())
     assert torch.equal(layer.scales.float(), w.s)
@@ -85,7 +85,7 @@ def test_every_code_in_every_storage(tmp_path: Path, storage: torch.dtype, doubl
 @pytest.mark.parametrize("double", [False, True])
 def test_blocks_become_groups(tmp_path: Path, k: int, block: int, double: bool) -> None:
     w = draw_nf4(7, k, 0, group=block, double=double)
-    put(tmp_path, bitsandbytes_nf4(w))
+    put(tmp_path, bitsandbytes_4bit(w))
     layer = layer_of(tmp_path)
     assert layer.group_size == block
     assert torch.equal(layer.dequantize(), w.dense())
@@ -95,7 +95,7 @@ def test_blocks_become_groups(tmp_path: Path, k: int, block: int, double: bool) 
 def test_scales_are_kept_in_what_holds_them(tmp_path: Path, dtype: torch.dtype) -> None:
     """The largest magnitudes of a model in bf16 or fp16 are numbers of its type."""
     w = draw_nf4(48, 128, 0, dtype=dtype)
-    put(tmp_path, bitsandbytes_nf4(w))
+    put(tmp_path, bitsandbytes_4bit(w))
     layer = layer_of(tmp_path)
     assert layer.scales.dtype == dtype
     assert torch.equal(layer.dequantize(), w.dense())
@@ -210,7 +210,7 @@ def test_a_head_that_is_quantised(tmp_path: Path) -> None:
     head = draw_nf4(64, 64, 9)
     state = dict(model.state_dict())
     del state["lm_head.weight"]
-    state |= {f"lm_head.{part}": t for part, t in bitsandbytes_nf4(head).items()}
+    state |= {f"lm_head.{part}": t for part, t in bitsandbytes_4bit(head).items()}
     save(tmp_path, state, NF4_CONFIG, model.config)
     ours = load_pretrained(tmp_path)
     assert isinstance(ours.lm_head, Lut4Linear)

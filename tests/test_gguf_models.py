@@ -87,9 +87,16 @@ def test_float_file_gives_the_transformers_model_back(tmp_path: Path, case: Case
             )
 
 
-@every
+# Of integers one kind an architecture
+KINDS = [
+    (case, kind)
+    for turn, case in enumerate(CASES)
+    for kind in ((Type.Q4_0, Type.Q4_1, Type.Q8_0)[turn % 3], Type.MXFP4)
+]
+
+
 @pytest.mark.parametrize(
-    "kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0, Type.MXFP4], ids=lambda kind: kind.name
+    ("case", "kind"), [pytest.param(CASES[c], k, id=f"{c}-{k.name}") for c, k in KINDS]
 )
 @torch.no_grad()
 def test_codes_are_kept(tmp_path: Path, case: Case, kind: Type) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from fp4_case import Fp4Weight, draw_fp4
 from fp8_case import Fp8Weight, draw_fp8
-from nf4_case import bitsandbytes_nf4, draw_nf4
+from nf4_case import bitsandbytes_4bit, draw_nf4
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -411,10 +411,14 @@ FORMS = {
          "llm_int8_threshold": 6.0, "llm_int8_skip_modules": None}, make=draw_int8,
     ),
     "bitsandbytes nf4": Form(
-        {"dtype": torch.bfloat16}, bitsandbytes_nf4, NF4_CONFIG, make=draw_nf4, sizes=BLOCKS_OF_64
+        {"dtype": torch.bfloat16}, bitsandbytes_4bit, NF4_CONFIG, make=draw_nf4, sizes=BLOCKS_OF_64
+    ),
+    "bitsandbytes fp4": Form(
+        {"dtype": torch.bfloat16, "kind": "fp4"}, bitsandbytes_4bit,
+        {**NF4_CONFIG, "bnb_4bit_quant_type": "fp4"}, make=draw_nf4, sizes=BLOCKS_OF_64,
     ),
     "bitsandbytes nf4 double": Form(
-        {"double": True}, lambda w: bitsandbytes_nf4(w, torch.bfloat16),
+        {"double": True}, lambda w: bitsandbytes_4bit(w, torch.bfloat16),
         {**NF4_CONFIG, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "bfloat16"},
         make=draw_nf4, sizes=BLOCKS_OF_64,
     ),
