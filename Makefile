@@ -11,7 +11,7 @@ CUDA_SOURCES = $(shell find intlass_ops -name '*.cu' -o -name '*.cuh')
 # Where it is set, each of many processes compiles its libraries anew: 2 s for torch, 8 for all.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint format docs notebooks cuda13 clean
+.PHONY: help demo test pytest lint format docs notebooks cuda13 clean
 help:
 	@echo "make demo    set up and generate text with an INT4 model through torch.compile"
 	@echo "make test    set up and run every check that needs no GPU (and the GPU tests, given one)"
@@ -25,8 +25,10 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/python -m intlass_ops demo
 
+test: lint pytest
+
 # One thread for each test process: they already fill the cores, and BLAS threads would fight.
-test: lint $(VENV)/.demo
+pytest: $(VENV)/.dev $(VENV)/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.dev

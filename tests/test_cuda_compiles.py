@@ -5,16 +5,13 @@ instructions it was written for. The cubins go through the kernel cache, so that
 the second test of an architecture, only read them.
 
 Tile sizes do not decide which instruction multiplies: of the configs with the same operand kinds
-and instructions, one is disassembled for each architecture. Under --thorough alone everything is
-compiled for every architecture. Else of code that is alike but for a constant one config is, what
-sm_89 has in common with sm_86 is compiled for it but once for each source, and what architectures
-of the same shared memory have in common for one of them, the first of its operand kinds for all.
+and instructions, one is disassembled for each architecture. Everything is compiled under --thorough
+alone (11 minutes on two cores), else enough to meet each pair of operands on each architecture.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,46 +30,25 @@ Chosen = dict[tuple[str, str], list[Any]]  # the configs of each (kernel source,
 
 # NVRTC makes the same code for both.
 TWIN = {"sm_89": "sm_86"}
-# Of as much shared memory, or nearly: these share out what they have in common.
-SIBLINGS = (("sm_80", "sm_90a", "sm_100"), ("sm_86", "sm_120"))
-# Fields that are constants of loops and of addresses: code that differs in nothing else is alike.
-CONSTANTS = ("resident_blocks", "split_k")
 
 
 def by_kernel_and_arch(thorough: bool = False) -> Chosen:
-    """What is shipped, without repetition."""
-    found: dict[tuple[str, str], dict[Any, Any]] = defaultdict(dict)  # by what is alike
+    """What is shipped, without repetition; without ``thorough`` the first of each operand kinds and
+    a third of the others, which third depends on the architecture."""
+    found: dict[tuple[str, str], dict[Any, None]] = defaultdict(dict)
     for c, archs in config.shipped_configs():
         for arch in archs:
-            found[c.source, arch].setdefault(c if thorough else _alike(c), c)
+            found[c.source, arch][c] = None
+    if thorough:
+        return {key: list(configs) for key, configs in found.items()}
+    chosen: Chosen = {}
     for (name, arch), configs in found.items():
-        twin = () if thorough else found.get((name, TWIN.get(arch, "")), ())
-        common = [alike for alike in configs if alike in twin]
-        common.sort(key=lambda alike: configs[alike] != twin[alike])  # the same ones first
-        for alike in common[1:]:
-            del configs[alike]
-    if not thorough:
-        for name in {name for name, _ in found}:
-            for siblings in SIBLINGS:
-                _share_out([found[name, arch] for arch in siblings if (name, arch) in found])
-    return {key: list(configs.values()) for key, configs in found.items()}
-
-
-def _alike(c: Any) -> tuple[Any, ...]:
-    values = {field.name: getattr(c, field.name) for field in dataclasses.fields(c)}
-    return type(c), *((name, v if name not in CONSTANTS else v > 1) for name, v in values.items())
-
-
-def _share_out(shipped: list[dict[Any, Any]]) -> None:
-    """Leave each config to one of them in turn, of each operand kinds the first to all."""
-    turns: dict[Any, int] = defaultdict(int)
-    for alike, c in dict(itertools.chain(*(configs.items() for configs in shipped))).items():
-        where = [configs for configs in shipped if alike in configs]
-        turn = turns[_kinds(c)]
-        turns[_kinds(c)] += 1
-        for configs in where if turn else ():
-            if configs is not where[turn % len(where)]:
-                del configs[alike]
+        of_kinds: dict[Any, list[Any]] = defaultdict(list)
+        for c in configs:
+            of_kinds[_kinds(c)].append(c)
+        turn = config.ARCHS.index(arch) % 3
+        chosen[name, arch] = [c for cs in of_kinds.values() for c in (cs[0], *cs[1 + turn :: 3])]
+    return chosen
 
 
 def _kinds(c: Any) -> tuple[Any, ...]:

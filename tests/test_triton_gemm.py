@@ -12,10 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from fp4_case import exact
-from oracle import nf4_numbers
 
 from intlass_ops import fp4, packing
 
@@ -83,9 +83,11 @@ def test_dequantised_nf4(dtype: torch.dtype, scale: torch.dtype) -> None:
     for n, k, groups in ((33, 301, 1), (17, 336, 7), (20, 512, 8), (3, 1300, 1)):
         codes = (torch.arange(n)[:, None] + 7 * torch.arange(k)) % 16
         packed, s = packing.pack(codes), torch.rand(n, groups, generator=rng).to(scale)
-        expected = nf4_numbers(codes).float() * s.float().repeat_interleave(k // groups, 1)
+        expected = oracle.numbers("nf4", codes).float() * s.float().repeat_interleave(
+            k // groups, 1
+        )
         for w in (packed, packed.T.contiguous().T, torch.nn.functional.pad(packed, (0, 3))):
-            found = kernels.dequantize(w[:, : packed.shape[1]], s, None, k, dtype, True)
+            found = kernels.dequantize(w[:, : packed.shape[1]], s, None, k, dtype, "nf4")
             assert torch.equal(found, expected.to(dtype)), (n, k, groups)
 
 
