@@ -34,7 +34,7 @@ TWIN = {"sm_89": "sm_86"}
 
 def by_kernel_and_arch(thorough: bool = False) -> Chosen:
     """What is shipped, without repetition; without ``thorough`` the first of each operand kinds and
-    a third of the others, which third depends on the architecture."""
+    a quarter of the others, which quarter depends on the architecture."""
     found: dict[tuple[str, str], dict[Any, None]] = defaultdict(dict)
     for c, archs in config.shipped_configs():
         for arch in archs:
@@ -46,8 +46,8 @@ def by_kernel_and_arch(thorough: bool = False) -> Chosen:
         of_kinds: dict[Any, list[Any]] = defaultdict(list)
         for c in configs:
             of_kinds[_kinds(c)].append(c)
-        turn = config.ARCHS.index(arch) % 3
-        chosen[name, arch] = [c for cs in of_kinds.values() for c in (cs[0], *cs[1 + turn :: 3])]
+        turn = config.ARCHS.index(arch) % 4
+        chosen[name, arch] = [c for cs in of_kinds.values() for c in (cs[0], *cs[1 + turn :: 4])]
     return chosen
 
 
