@@ -15,6 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make demo    set up and generate text with an INT4 model through torch.compile"
 	@echo "make test    set up and run every check that needs no GPU (and the GPU tests, given one)"
+	@echo "make pytest  the tests of make test without the linters"
 	@echo "make lint    ruff, mypy --strict and clang-format only"
 	@echo "make format  rewrite the sources in the project's style"
 	@echo "make docs    set up and build the documentation into build/site, warnings as errors"

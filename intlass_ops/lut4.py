@@ -48,9 +48,11 @@ TABLES: dict[str, tuple[float, ...]] = {
 BITSANDBYTES = {"nf4": (NF4, 1.0), "fp4": (BNBFP4, 192.0)}
 
 
-def numbers(table: str, dtype: torch.dtype = torch.float32, device: object = "cpu") -> Tensor:
+def numbers(
+    table: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
     """The sixteen numbers of a table, rounded to ``dtype`` once."""
-    return torch.tensor(TABLES[table], dtype=dtype, device=device)  # type: ignore[arg-type]
+    return torch.tensor(TABLES[table], dtype=dtype, device=device)
 
 
 def decode(packed: Tensor, k: int, table: str, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -25,9 +25,9 @@ class Lut4Linear(Movable, Stored):
     ``weight``: codes, uint8 [N, K/2], the even k in the low nibble. ``scales``: fp32, bf16 or fp16
     [N, K/group_size], with one group or groups of a multiple of 16 columns (bitsandbytes: 64).
     ``bias``: floating [N] or None. ``table``: whose numbers, "nf4" or another of
-    `intlass_ops.lut4`. x is fp32, bf16 or fp16 [..., K], and y of its dtype, or of
-    autocast's where that is on. All tensors are buffers, so that `state_dict` holds exactly the
-    layer, and no cast of the model changes the dtype of weight and scales.
+    `intlass_ops.lut4`; afterwards ``kind``. x is fp32, bf16 or fp16 [..., K], and y of its dtype,
+    or of autocast's where that is on. All tensors are buffers, so that `state_dict` holds exactly
+    the layer, and no cast of the model changes the dtype of weight and scales.
 
     NF4's numbers are rounded to the dtype of x, scales and sums are not; the sum, the bias
     with it, is rounded once. Gradients reach x, so that adapters train around it (QLoRA).
@@ -108,6 +108,5 @@ class Lut4Linear(Movable, Stored):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"scheme={self.kind}a16, "
-            f"group_size={self.group_size}, bias={self.bias is not None}"
+            f"scheme={self.kind}a16, group_size={self.group_size}, bias={self.bias is not None}"
         )

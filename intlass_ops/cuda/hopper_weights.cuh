@@ -59,8 +59,8 @@ template <class X, class W> struct Pieces {
   // One register of wgmma's A. `offset`: minus what is to be a code of zero, of INT4 as 16-bit floats,
   // times `scale` if one FMA does both
   __device__ __forceinline__ u32 fragment(u32 w, u32 next, u32 offset, u32 scale) const {
-    if constexpr (
-        block_fp4) {  // each code twice, at the top of a byte: sign and the rest come together
+    if constexpr (block_fp4) {
+      // Each code twice, at the top of a byte: sign and the rest come together
       const u32 twice = __byte_perm(w << 4, w, selector);
       return and_or(twice, 0x80008000, twice << 2 & 0x01c001c0);
     } else if constexpr (X::bits == 8) {

@@ -132,15 +132,15 @@ def unnested(codes: Tensor, table: Tensor, largest: Tensor, block: int, offset: 
 
 def _state(layer: Layer, kind: str) -> dict[str, Any]:
     """What is no tensor of a layer, of which its other tensors must be those that are known."""
-    part = _STATE + kind
-    name = f"weight.{part}"
+    own_name = _STATE + kind
+    name = f"weight.{own_name}"
     size = layer.shape(name, 1, (torch.uint8,))
     if size[0] > _MAX_JSON_BYTES:
-        raise layer.fail(f"{part} has {size[0]} bytes, too many for its JSON")
+        raise layer.fail(f"{own_name} has {size[0]} bytes, too many for its JSON")
     try:
         state = json.loads(bytes(layer.take(name, size, (torch.uint8,)).tolist()))
     except (ValueError, RecursionError) as problem:
-        raise layer.fail(f"{part} is not JSON ({problem})") from None
+        raise layer.fail(f"{own_name} is not JSON ({problem})") from None
     if not isinstance(state, dict) or state.get("quant_type") != kind:
         found = state.get("quant_type") if isinstance(state, dict) else state
         raise layer.fail(f"quant_type is {found!r}; expected {kind!r}")
@@ -150,7 +150,7 @@ def _state(layer: Layer, kind: str) -> dict[str, Any]:
     more = parts.get(layer.path, set()) - {"weight", "bias", *CACHE_SCALES}
     more |= {f"weight.{part}" for part in parts.get(f"{layer.path}.weight", set()) - known}
     own = parts.get(f"{layer.path}.weight.quant_state", set())
-    more |= {f"weight.quant_state.{part}" for part in own - {part.rpartition(".")[2]}}
+    more |= {f"weight.quant_state.{part}" for part in own - {own_name.rpartition(".")[2]}}
     if more:
         names = ", ".join(sorted(more))
         raise layer.fail(f"{names} of an {kind.upper()} layer: this is not read")

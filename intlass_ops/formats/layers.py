@@ -138,7 +138,10 @@ def _floating_layer(
         more.discard("bias")
     if more or activation is not None:
         raise ValueError(f"kind {kind!r} with {', '.join(more) or 'quantised activations'}")
-    layer = Lut4Linear(**tensors, table=kind) if made is Lut4Linear else made(**tensors)  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {**tensors}
+    if kind in lut4.TABLES:
+        arguments["table"] = kind
+    layer = made(**arguments)
     if (layer.kind, layer.in_features) != (kind, in_features):
         raise ValueError(
             f"kind {layer.kind!r} of in_features {layer.in_features}, by its tensors; expected "
